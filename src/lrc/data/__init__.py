@@ -1,0 +1,1 @@
+"""Text sources, tokenising and packing to a cache, and reading it back."""

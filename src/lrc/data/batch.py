@@ -1,0 +1,48 @@
+"""The tokens that one forward pass of teacher and student sees."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one micro-batch."""
+
+    input_ids: Tensor
+    """Token ids, int64 [batch, sequence]."""
+
+    position_ids: Tensor | None = None
+    """Positions that restart at 0 with every document, int64 [batch, sequence]; transformers takes
+    the restarts for document boundaries and lets no token attend across one. None: positions
+    0, 1, ... and one causal mask over the whole sequence."""
+
+    attention_mask: Tensor | None = None
+    """1 for tokens and 0 for padding, int64 [batch, sequence]; None where nothing is padded."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch on another device."""
+        moved = (
+            None if t is None else t.to(device, non_blocking=True)
+            for t in (self.input_ids, self.position_ids, self.attention_mask)
+        )
+        return Batch(*moved)  # type: ignore[arg-type]
+
+    def token_mask(self) -> Tensor | None:
+        """Bool [batch, sequence], true where a token is not padding; None where nothing is."""
+        return None if self.attention_mask is None else self.attention_mask.bool()
+
+    def labels(self) -> Tensor:
+        """Next tokens, int64 [batch, sequence]; -100 where there is none to learn: at the end of
+        a sequence, where this or the next token is padding, and across a document boundary where
+        documents are masked from each other."""
+        labels = torch.full_like(self.input_ids, -100)
+        labels[:, :-1] = self.input_ids[:, 1:]
+        if self.attention_mask is not None:
+            padded = self.attention_mask == 0
+            labels[padded] = -100
+            labels[:, :-1][padded[:, 1:]] = -100
+        if self.position_ids is not None:
+            labels[:, :-1][self.position_ids[:, 1:] == 0] = -100
+        return labels
