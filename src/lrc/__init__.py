@@ -1,0 +1,43 @@
+"""Low-Rank Clone: make a much smaller model of the teacher's class that behaves like it."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrc.api import clone
+    from lrc.errors import UserError
+    from lrc.recipe import Recipe, load_recipe
+    from lrc.run import Run
+    from lrc.teacher import Teacher, as_teacher, load_teacher
+    from lrc.train import train
+
+_HOME = {
+    "Recipe": "lrc.recipe",
+    "Run": "lrc.run",
+    "Teacher": "lrc.teacher",
+    "UserError": "lrc.errors",
+    "as_teacher": "lrc.teacher",
+    "clone": "lrc.api",
+    "load_recipe": "lrc.recipe",
+    "load_teacher": "lrc.teacher",
+    "train": "lrc.train",
+}
+
+__all__ = [
+    "Recipe",
+    "Run",
+    "Teacher",
+    "UserError",
+    "as_teacher",
+    "clone",
+    "load_recipe",
+    "load_teacher",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used, so that `lrc --help` need not load torch."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'lrc' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -5,10 +5,12 @@ all mistakes of a file are told together.
 """
 
 import difflib
+import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import yaml
@@ -42,6 +44,10 @@ class TeacherSection(Section):
 
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
     """Element type of the teacher's weights."""
+
+    license: str | None = None
+    """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
+    the model card beside the weights, where one is there."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """transformers' attention implementation, for teacher and student."""
@@ -153,7 +159,7 @@ class DataSection(Section):
 class TrainSection(Section):
     """The optimisation and its bookkeeping."""
 
-    tokens: int = Field(gt=0)
+    tokens: int = Field(1_000_000, gt=0)
     """Training tokens in all; rounded up to whole steps."""
 
     micro_batch: int = Field(8, gt=0)
@@ -223,7 +229,7 @@ class Recipe(Section):
     initialise: InitialiseSection = InitialiseSection()
     objective: ObjectiveSection = ObjectiveSection()
     data: DataSection
-    train: TrainSection
+    train: TrainSection = TrainSection()
 
     @field_validator("initialise", mode="before")
     @classmethod
@@ -246,17 +252,23 @@ class Recipe(Section):
         """Optimiser steps of the whole run."""
         return -(-self.train.tokens // self.step_tokens())
 
+    def fingerprint(self) -> str:
+        """A checksum of the whole recipe, which ties checkpoints to it."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def to_yaml(self) -> str:
         """The resolved recipe as YAML text, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
     """Read a recipe from a YAML file, or a shipped one by name (`quickstart`).
 
     Args:
         source: path of a YAML file, or the name of a shipped recipe.
-        overrides: `section.key=value` settings that win over the file; values are YAML.
+        overrides: settings that win over the file, by dotted key: `{"train.tokens": 10_000}`.
 
     Raises:
         UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
@@ -265,19 +277,36 @@ def load_recipe(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     return make_recipe(read_yaml(find_recipe(source)), overrides)
 
 
-def make_recipe(settings: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
-    """Validate nested settings, with `section.key=value` overrides applied first.
+def make_recipe(
+    settings: dict[str, Any], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
+    """Validate nested settings, with overrides by dotted key applied first.
 
     Raises:
         UserError: a setting is unknown, missing or out of range.
     """
-    for override in overrides:
-        _apply(settings, override)
+    for key, value in overrides.items():
+        _apply(settings, key, value)
     try:
         return Recipe.model_validate(settings)
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise UserError("The recipe has mistakes: " + "; ".join(problems) + ".") from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`, where the value is YAML.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{text}' is not a setting; write it as section.key=value.")
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"The value of '{text}' is not valid YAML.") from error
 
 
 def shipped_recipes() -> list[str]:
@@ -319,21 +348,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _apply(settings: dict[str, Any], override: str) -> None:
-    """Set one `section.key=value` in nested settings."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"'{override}' is not a setting; write it as section.key=value.")
+def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key in nested settings."""
     *parents, last = key.split(".")
     for parent in parents:
         below = settings.setdefault(parent, {})
         if not isinstance(below, dict):
             raise UserError(f"'{key}' cannot be set: '{parent}' is a value, not a section.")
         settings = below
-    try:
-        settings[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of '{override}' is not valid YAML.") from error
+    settings[last] = value
 
 
 def _explain(problem: Any) -> str:

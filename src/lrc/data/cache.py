@@ -1,0 +1,199 @@
+"""Tokenised text on disk: what a cache folder holds, and how it comes to be whole or not at all.
+
+A folder holds, for `train` and `held_out` each, `NAME.bin` (token ids end to end) and
+`NAME.offsets.bin` (where each document begins), and `index.json`, which is written last. It is
+built beside its place and renamed into it once all is on the disk, so that neither a killed nor a
+concurrent build can leave a part that looks whole. Where several processes build the same cache at
+once the first one wins and the work of the others is lost: let one build and the others wait.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate, chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lrc.files import disk_errors
+
+FORMAT = 1
+"""Raise it whenever the same inputs would give other files: caches of old formats are ignored."""
+
+INDEX = "index.json"
+OFFSET_DTYPE = np.dtype("<i8")
+
+_ABANDONED_SECONDS = 24 * 3600
+"""A build that has written nothing for so long was killed; the next build removes its folder."""
+
+
+@dataclass(frozen=True)
+class PackedPart:
+    """One side of the split: the tokens of all its documents, end to end."""
+
+    folder: Path
+    name: str
+    """`train` or `held_out`."""
+
+    dtype: str
+    """Element type of the tokens: uint16, or uint32 for vocabularies beyond 65,536."""
+
+    tokens: int
+    documents: int
+
+    @property
+    def tokens_path(self) -> Path:
+        """File of the token ids, [tokens]."""
+        return self.folder / f"{self.name}.bin"
+
+    @property
+    def offsets_path(self) -> Path:
+        """File of the positions of each document's first token, ascending int64 [documents]."""
+        return self.folder / f"{self.name}.offsets.bin"
+
+    def is_whole(self) -> bool:
+        """Whether both files have the sizes that the counts ask for."""
+        return (
+            self.tokens_path.stat().st_size == self.tokens * np.dtype(self.dtype).itemsize
+            and self.offsets_path.stat().st_size == self.documents * OFFSET_DTYPE.itemsize
+        )
+
+
+@dataclass(frozen=True)
+class PackedText:
+    """Tokenised text, split into training and held-out documents."""
+
+    folder: Path
+    train: PackedPart
+    held_out: PackedPart
+
+
+class PartWriter:
+    """Writes the two files of one part, a few documents at a time."""
+
+    def __init__(self, folder: Path, name: str, dtype: str) -> None:
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        part = PackedPart(folder, name, dtype, tokens=0, documents=0)
+        self._hashes = {path: hashlib.sha256() for path in (part.tokens_path, part.offsets_path)}
+        for path in self._hashes:
+            path.touch()
+        self.tokens = 0
+        self.documents = 0
+
+    def write(self, documents: Sequence[Sequence[int]]) -> None:
+        """Append the token ids of some documents."""
+        *starts, end = accumulate(map(len, documents), initial=self.tokens)
+        ids = np.fromiter(chain.from_iterable(documents), self._dtype, count=end - self.tokens)
+        arrays = (ids, np.array(starts, OFFSET_DTYPE))
+        for (path, checksum), array in zip(self._hashes.items(), arrays, strict=True):
+            data = array.tobytes()
+            checksum.update(data)
+            with path.open("ab") as file:
+                file.write(data)
+        self.tokens = end
+        self.documents += len(documents)
+
+    def entry(self) -> dict[str, Any]:
+        """What the index says of the part."""
+        checksums = {path.name: checksum.hexdigest() for path, checksum in self._hashes.items()}
+        return {"tokens": self.tokens, "documents": self.documents, "sha256": checksums}
+
+
+def cache_root(setting: str | None) -> Path:
+    """The folder of all caches: the recipe's, else $LRC_CACHE, else `lrc` in the user's cache."""
+    chosen = setting or os.environ.get("LRC_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrc"
+
+
+def cache_key(inputs: dict[str, Any]) -> str:
+    """Name of the cache folder that belongs to these inputs (JSON values)."""
+    text = json.dumps({"format": FORMAT, **inputs}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def open_cache(folder: Path) -> PackedText | None:
+    """The cache in a folder, or None where there is none or it is damaged."""
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        train, held_out = (
+            PackedPart(folder, name, index["dtype"], part["tokens"], part["documents"])
+            for name, part in ((n, index["parts"][n]) for n in ("train", "held_out"))
+        )
+        whole = index["format"] == FORMAT and train.is_whole() and held_out.is_whole()
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return PackedText(folder, train, held_out) if whole else None
+
+
+@contextmanager
+def new_cache(folder: Path) -> Iterator[Path]:
+    """Build a cache: gives an empty folder, which becomes `folder` when the block ends well.
+
+    Whatever goes wrong in the block, nothing of the build is left. Unlike `lrc.files.new_folder`,
+    a whole cache that is already there stays, since other processes may be reading it.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    building = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        with disk_errors(folder.parent):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _remove_abandoned(folder)
+            building.mkdir()
+            yield building
+            for path in (*building.iterdir(), building):
+                _sync(path)
+            _put_in_place(building, folder)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def write_index(folder: Path, dtype: str, parts: dict[str, Any], inputs: dict[str, Any]) -> None:
+    """Write `index.json`; `parts` holds the entry that `PartWriter` gave for each part."""
+    index = {"format": FORMAT, "dtype": dtype, "parts": parts, "inputs": inputs}
+    (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def _put_in_place(building: Path, folder: Path) -> None:
+    """Rename a finished build; a whole cache that another process put there meanwhile stays."""
+    try:
+        building.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        if open_cache(folder) is not None:
+            return
+        shutil.rmtree(folder)
+        building.rename(folder)
+    _sync(folder.parent)
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Remove what killed builds of this cache have left."""
+    for left in folder.parent.glob(f"{folder.name}.tmp-*"):
+        try:
+            changed = max(path.stat().st_mtime for path in [left, *left.iterdir()])
+        except OSError:
+            continue  # Its own process has just removed it.
+        if changed < time.time() - _ABANDONED_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Put a file's content, or the names in a folder, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,197 @@
+"""Tokenise the text of a recipe once and pack it end to end into a cache on disk.
+
+Each document stands between the tokenizer's bos and eos, whichever of the two it has. A document
+belongs to the held-out text or to the training text by its own wording, so that the same text never
+stands on both sides, wherever and however often it occurs. The cache depends neither on the
+sequence length nor on the document mask: runs that differ in these share it.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.data.cache import (
+    PackedPart,
+    PackedText,
+    PartWriter,
+    cache_key,
+    cache_root,
+    new_cache,
+    open_cache,
+    write_index,
+)
+from lrc.data.sources import read_documents, source_files
+from lrc.errors import UserError
+from lrc.recipe import DataSection
+
+BATCH_CHARACTERS = 1 << 20
+"""Characters that are tokenised at once: enough for all cores, and it bounds the memory."""
+
+_HASH_RANGE = 1 << 64
+
+Progress = Callable[[str, int], None]
+"""Called with what is done (`tokenising`) and the tokens so far."""
+
+
+def prepare(
+    data: DataSection, tokenizer: Tokenizer, progress: Progress | None = None
+) -> PackedText:
+    """The tokenised text of a recipe, from the cache or built now.
+
+    Raises:
+        UserError: a source cannot be read, there is too little text for one sequence of training
+            or of held-out text, the tokenizer does not fit, or the cache cannot be written.
+    """
+    inputs = _inputs(data, tokenizer)
+    folder = cache_root(data.cache) / cache_key(inputs)
+    packed = open_cache(folder)
+    if packed is None:
+        with new_cache(folder) as building:
+            _build(building, data, tokenizer, inputs, progress)
+        packed = open_cache(folder)
+        assert packed is not None
+    _check_length(packed.train, data, "The training text", "give data.text more text")
+    more = "give data.held_out more text" if data.held_out else "raise data.held_out_fraction"
+    _check_length(packed.held_out, data, "The held-out text", more)
+    return packed
+
+
+def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
+    """All that decides what the cache holds, as JSON values."""
+    if not getattr(tokenizer, "is_fast", False):
+        raise UserError(
+            "The teacher's tokenizer has no fast form (tokenizer.json); use a teacher that has one."
+        )
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(
+            "The teacher's tokenizer has neither a bos nor an eos token to part documents with; "
+            "set one in its tokenizer_config.json."
+        )
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    for transient in ("truncation", "padding"):
+        backend.pop(transient, None)  # Left behind by the last call, and set anew by the next.
+    identity = hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
+    return {
+        "text": source_files(data.text),
+        "held_out": source_files(data.held_out),
+        "held_out_fraction": None if data.held_out else data.held_out_fraction,
+        "text_field": data.text_field,
+        "tokenizer": identity,
+        "split_special_tokens": bool(tokenizer.split_special_tokens),
+        "bos": tokenizer.bos_token_id,
+        "eos": tokenizer.eos_token_id,
+    }
+
+
+def _build(
+    folder: Path,
+    data: DataSection,
+    tokenizer: Tokenizer,
+    inputs: dict[str, Any],
+    progress: Progress | None,
+) -> None:
+    """Write all files of the cache."""
+    largest = max(tokenizer.get_vocab().values())
+    dtype = "uint16" if largest < 1 << 16 else "uint32"
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    writers = {name: PartWriter(folder, name, dtype) for name in ("train", "held_out")}
+    for batch in _batches(_split(data)):
+        encoded = tokenizer(
+            [text for _, text in batch],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )["input_ids"]
+        sides = [side for side, _ in batch]
+        for name, writer in writers.items():
+            own = [ids for side, ids in zip(sides, encoded, strict=True) if ids and side == name]
+            writer.write([[*before, *ids, *after] for ids in own])
+        if progress is not None:
+            progress("tokenising", sum(writer.tokens for writer in writers.values()))
+    parts = {name: writer.entry() for name, writer in writers.items()}
+    write_index(folder, dtype, parts, inputs)
+
+
+def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """Groups of documents of about BATCH_CHARACTERS; a document is never divided."""
+    batch: list[tuple[str, str]] = []
+    size = 0
+    for side, text in documents:
+        batch.append((side, text))
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _split(data: DataSection) -> Iterator[tuple[str, str]]:
+    """All documents in reading order, each with its side, `train` or `held_out`."""
+    if not data.held_out:
+        limit = _held_out_limit(read_documents(data.text, data.text_field), data.held_out_fraction)
+        for text in read_documents(data.text, data.text_field):
+            yield ("held_out" if _hash(text) < limit else "train"), text
+        return
+    held_out = set()
+    for text in read_documents(data.held_out, data.text_field):
+        held_out.add(_hash(text))
+        yield "held_out", text
+    if not held_out:
+        raise UserError("data.held_out holds no text; give sources that do.")
+    counts = {True: 0, False: 0}
+    for text in read_documents(data.text, data.text_field):
+        known = _hash(text) in held_out
+        counts[known] += 1
+        if not known:
+            yield "train", text
+    if not counts[False]:
+        why = "no text" if not counts[True] else "no text that is not in data.held_out too"
+        raise UserError(f"data.text holds {why}; give other sources.")
+
+
+def _held_out_limit(documents: Iterable[str], fraction: float) -> int:
+    """The hash below which a document is held out.
+
+    It holds out a share of `fraction`, but at least one document, and leaves at least one. Reading
+    stops as soon as both are known, mostly after a few hundred documents.
+
+    Raises:
+        UserError: there are not two different documents.
+    """
+    limit = int(fraction * _HASH_RANGE)
+    smallest, largest = _HASH_RANGE, -1
+    for text in documents:
+        smallest, largest = min(smallest, value := _hash(text)), max(largest, value)
+        if smallest < limit <= largest:
+            return limit
+    if largest < 0:
+        raise UserError("data.text holds no text; give sources that do.")
+    if smallest == largest:
+        raise UserError(
+            "data.text is a single document, which cannot be both learnt and held out; give more "
+            "text, or set data.held_out."
+        )
+    return smallest + 1 if smallest >= limit else largest
+
+
+def _hash(text: str) -> int:
+    """A number below 2^64 that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+
+
+def _check_length(part: PackedPart, data: DataSection, what: str, more: str) -> None:
+    """Refuse a part that does not fill a single sequence."""
+    if part.tokens < data.sequence_length:
+        raise UserError(
+            f"{what} has {part.tokens} tokens, fewer than one sequence of {data.sequence_length}; "
+            f"{more} or lower data.sequence_length to at most {part.tokens}."
+        )

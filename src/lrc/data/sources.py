@@ -1,0 +1,225 @@
+"""Where text comes from: files, folders, data sets on disk, or Python's own documentation.
+
+Everything is streamed: no source is held in memory, whatever its size, and a source that cannot be
+read in full is an error, never a shorter text.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from lrc.data import stdlib_docs
+from lrc.data.text_files import COMPRESSED_SUFFIXES, open_text
+from lrc.errors import UserError
+
+STDLIB_DOCS = "stdlib-docs"
+"""The source that reads Python's own documentation."""
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst")
+JSONL_SUFFIXES = (".jsonl", ".json")
+
+DOCUMENT_CHARACTERS = 4_000
+"""A text file is cut into documents at the first blank line after this many characters."""
+
+LONGEST_PIECE = 16_000
+"""Characters after which a text file without blank lines is cut at the end of a line."""
+
+_DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
+
+
+class SourceFile(NamedTuple):
+    """A file that text is read from, as it stands on the disk."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class _Source(NamedTuple):
+    kind: Literal["text", "jsonl", "dataset", "stdlib"]
+    path: Path
+
+
+def source_files(sources: Sequence[str]) -> list[SourceFile]:
+    """The files behind the sources, in reading order: absolute path, bytes, time of change [ns].
+
+    Raises:
+        UserError: a source does not exist, is of no known kind, or is an empty folder.
+    """
+    files: list[SourceFile] = []
+    for kind, path in _expand_all(sources):
+        if kind == "stdlib":
+            paths = stdlib_docs.source_files()
+        elif kind == "dataset":
+            # `cache-*` files come and go with other uses of the data set and hold none of its text.
+            found = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-"))
+            paths = sorted(found)
+        else:
+            paths = [path]
+        for file in paths:
+            try:
+                state = file.stat()
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror}); mend it.") from error
+            files.append(SourceFile(str(file.resolve()), state.st_size, state.st_mtime_ns))
+    return files
+
+
+def read_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
+    """Stream the documents of all sources, one after another; blank documents are left out.
+
+    - Text files (.txt, .md, .rst), plain or compressed (.gz, .zst), are cut at blank lines into
+      documents of roughly 4,000 characters, so that a single large file can be split into training
+      and held-out text. Text without blank lines is cut at the end of a line after 16,000
+      characters, and a single line longer than that is cut inside.
+    - JSONL files (.jsonl, .json with one object a line), plain or compressed: field `text_field`.
+    - Folders: all such files and data sets in them, sorted by name, folder by folder; hidden ones
+      and other kinds of files are left out.
+    - Data sets saved by `datasets` (`save_to_disk`): column `text_field`, split `train`.
+    - `stdlib-docs`: see `lrc.data.stdlib_docs`.
+
+    Raises:
+        UserError: at once, where a source does not exist or is of no known kind; while reading,
+            where a file is not UTF-8, damaged, or a row has no text.
+    """
+    return _read_all(_expand_all(sources), text_field)
+
+
+def _read_all(sources: Iterable[_Source], text_field: str) -> Iterator[str]:
+    for kind, path in sources:
+        if kind == "stdlib":
+            documents = stdlib_docs.documents()
+        elif kind == "dataset":
+            documents = _read_dataset(path, text_field)
+        elif kind == "jsonl":
+            documents = _read_jsonl(path, text_field)
+        else:
+            documents = _read_text(path)
+        yield from (document for document in documents if not document.isspace() and document)
+
+
+def _expand_all(sources: Sequence[str]) -> list[_Source]:
+    """The files and data sets of the sources; folders are searched."""
+    expanded: list[_Source] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if source == STDLIB_DOCS:
+            expanded.append(_Source("stdlib", path))
+        elif not path.exists():
+            raise UserError(
+                f"There is no file or folder '{source}'; give text or JSONL files, folders of "
+                f"these, data sets saved with `save_to_disk`, or {STDLIB_DOCS}."
+            )
+        else:
+            try:
+                found = list(_expand(path))
+            except OSError as error:
+                raise UserError(f"'{source}' cannot be read ({error}); mend it.") from error
+            if not found:
+                what = "The folder" if path.is_dir() else "The file"
+                raise UserError(f"{what} '{source}' holds no text that can be read; {_accepted()}.")
+            expanded.extend(found)
+    return expanded
+
+
+def _accepted() -> str:
+    plain = ", ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES))
+    return f"give files that end in {plain}, with or without {' or '.join(COMPRESSED_SUFFIXES)}"
+
+
+def _expand(path: Path, above: tuple[Path, ...] = ()) -> Iterator[_Source]:
+    """The sources in a file or folder; `above` holds the folders on the way, against loops."""
+    if path.is_dir():
+        if any((path / mark).is_file() for mark in _DATASET_MARKS):
+            yield _Source("dataset", path)
+        elif path.resolve() not in above:
+            for entry in sorted(path.iterdir()):
+                if not entry.name.startswith("."):
+                    yield from _expand(entry, (*above, path.resolve()))
+        return
+    name = path.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        name = name.removesuffix(suffix)
+    if name.endswith(TEXT_SUFFIXES):
+        yield _Source("text", path)
+    elif name.endswith(JSONL_SUFFIXES):
+        yield _Source("jsonl", path)
+
+
+def _read_text(path: Path) -> Iterator[str]:
+    """Documents of a text file, cut as `read_documents` says."""
+    with open_text(path) as file:
+        piece: list[str] = []
+        size = 0
+        # Bounded reads: a file may be one line of many gigabytes.
+        for line in iter(lambda: file.readline(LONGEST_PIECE), ""):
+            if size >= LONGEST_PIECE or (size >= DOCUMENT_CHARACTERS and line.isspace()):
+                yield "".join(piece).strip()
+                piece, size = [], 0
+            piece.append(line)
+            size += len(line)
+        yield "".join(piece).strip()
+
+
+def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
+    """The field `text_field` of every line."""
+    with open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if line.isspace():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise UserError(
+                    f"{path}:{number} is not valid JSON ({error}); give one JSON object a line."
+                ) from error
+            if not isinstance(row, dict):
+                raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")
+            if text_field not in row:
+                raise UserError(_no_field(f"{path}:{number}", text_field, row))
+            # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
+            text = _text(row[text_field], f"{path}:{number}", text_field)
+            yield text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _read_dataset(path: Path, text_field: str) -> Iterator[str]:
+    """The column `text_field` of a data set saved on disk."""
+    import datasets  # Slow to import, and most recipes do not need it.
+
+    try:
+        data = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The data set '{path}' cannot be read ({error}); save it again with `save_to_disk`."
+        ) from error
+    if isinstance(data, datasets.DatasetDict):
+        if "train" not in data:
+            raise UserError(
+                f"The data set '{path}' has no split 'train'; name one of its splits as a folder, "
+                f"such as {path / next(iter(data), 'train')}."
+            )
+        data = data["train"]
+    if text_field not in data.column_names:
+        raise UserError(_no_field(f"The data set '{path}'", text_field, data.column_names))
+    column = data.select_columns([text_field]).with_format(None)
+    for rows in column.iter(batch_size=100):
+        for value in rows[text_field]:
+            yield _text(value, f"The data set '{path}'", text_field)
+
+
+def _text(value: Any, where: str, text_field: str) -> str:
+    """The text of a field; an empty field (null) is an empty text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(
+            f"{where} holds no text in '{text_field}' but a {type(value).__name__}; set "
+            "data.text_field to a field of text."
+        )
+    return value
+
+
+def _no_field(where: str, text_field: str, fields: Iterable[str]) -> str:
+    names = ", ".join(fields) or "none"
+    return f"{where} has no field '{text_field}'; set data.text_field to one that it has ({names})."

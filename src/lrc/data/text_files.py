@@ -1,0 +1,84 @@
+"""Text files, plain or compressed, with every way of failing to read one told to the user."""
+
+import gzip
+import io
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+import zstandard
+
+from lrc.errors import UserError
+
+COMPRESSED_SUFFIXES = (".gz", ".zst")
+"""Endings of the compressed files that `open_text` decompresses."""
+
+
+@contextmanager
+def open_text(path: Path) -> Iterator[TextIO]:
+    """Open a file as UTF-8 text, decompressed where its name ends in .gz or .zst.
+
+    Raises:
+        UserError: the file cannot be opened, or turns out while it is read to be damaged, cut off
+            or not UTF-8.
+    """
+    try:
+        # "-sig": a byte order mark is no text.
+        with (
+            open(path, "rb") as raw,
+            io.TextIOWrapper(_decompressed(raw, path), encoding="utf-8-sig") as text,
+        ):
+            yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8 first.") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{path} is damaged or cut off ({error}); compress it anew.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); check the file.") from error
+
+
+def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader | gzip.GzipFile:
+    if path.name.lower().endswith(".gz"):
+        return gzip.GzipFile(fileobj=raw)
+    if path.name.lower().endswith(".zst"):
+        return io.BufferedReader(_ZstdFrames(raw), buffer_size=1 << 18)
+    return raw
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Decompresses all frames of a .zst file.
+
+    `zstandard.open` stops after the first frame and takes a file that is cut off for a whole one;
+    either would train on a part of the text without a word.
+    """
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._raw = raw
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._compressed = b""
+        self._ready = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready:
+            data = self._compressed or self._raw.read(1 << 16)
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            if self._frame is None:
+                # The largest window, which `zstd --long=31` needs.
+                decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+                self._frame = decompressor.decompressobj()
+            self._ready = memoryview(self._frame.decompress(data))
+            self._compressed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._ready))
+        buffer[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        return size

@@ -1,0 +1,1 @@
+"""Measuring models: held-out loss and agreement with the teacher."""

@@ -1,0 +1,106 @@
+"""The model card of a student."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from lrc.recipe import TeacherSection
+from lrc.run import Run
+from lrc.shapes import shape_of
+from lrc.teacher import PACKAGE_PREFIX, Teacher, teacher_license
+
+TEMPLATE = """---
+{front}
+---
+
+# Low-rank clone of {teacher}
+
+A smaller model of the teacher's own class, made by Low-Rank Clone
+([arXiv 2505.12781](https://arxiv.org/abs/2505.12781)): its weights are the teacher's, projected to
+a hidden size of {hidden_size}.
+
+| | teacher | student |
+|---|---|---|
+{shapes}
+
+## Results
+
+| | |
+|---|---|
+{results}
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+```
+
+## Licence
+
+{licence}
+
+## Recipe
+
+```yaml
+{recipe}
+```
+"""
+
+
+def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
+    """Text of the card: front matter that hubs read, then shapes, losses, use and recipe."""
+    section = run.recipe.teacher
+    license_name = teacher_license(section)
+    before, after = shape_of(teacher.model).row, shape_of(student).row
+    return TEMPLATE.format(
+        front=yaml.safe_dump(_front_matter(section, license_name), sort_keys=False).strip(),
+        teacher=section.model,
+        hidden_size=run.recipe.student.hidden_size,
+        shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
+        results="\n".join(f"| {name} | {value} |" for name, value in _results(run).items()),
+        licence=_licence(license_name),
+        recipe=run.recipe.to_yaml().strip(),
+    )
+
+
+def _front_matter(teacher: TeacherSection, license_name: str | None) -> dict[str, Any]:
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if license_name:
+        front["license"] = license_name
+    if not teacher.model.startswith(PACKAGE_PREFIX) and not Path(teacher.model).exists():
+        front["base_model"] = teacher.model
+    front["tags"] = ["low-rank-clone", "distillation"]
+    return front
+
+
+def _licence(name: str | None) -> str:
+    if name:
+        return f"The teacher's licence, {name}, applies to the student."
+    return "The teacher's licence applies to the student; it was not found beside the teacher."
+
+
+def _results(run: Run) -> dict[str, str]:
+    """What was measured: the closing table, or the newest metrics of a run that has not ended."""
+    if run.summary_file.is_file():
+        closing = run.summary()
+        return {
+            "training tokens": f"{closing['tokens']:,}",
+            "held-out LM loss of the teacher": f"{closing['teacher_held_out_lm']:.4f}",
+            "held-out LM loss of the student": f"{closing['student_held_out_lm']:.4f}",
+            "KL(teacher, student)": f"{closing['kl']:.4f}",
+            "same top-1 prediction": f"{closing['top1_agreement']:.1%}",
+            "held-out tokens": f"{closing['held_out_labels']:,}",
+        }
+    measured = [line for line in run.metrics() if "held_out_lm" in line]
+    if not measured:
+        return {"training tokens": "none measured"}
+    return {
+        "training tokens": f"{measured[-1]['tokens']:,}",
+        "held-out LM loss of the teacher": f"{measured[0]['teacher_held_out_lm']:.4f}",
+        "held-out LM loss of the student": f"{measured[-1]['held_out_lm']:.4f}",
+    }

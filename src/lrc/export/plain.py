@@ -1,0 +1,41 @@
+"""The plain export: safetensors, tokenizer, generation config and model card."""
+
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.files import new_folder
+
+
+def export_student(
+    student: PreTrainedModel,
+    tokenizer: Tokenizer,
+    card: str,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder that plain transformers opens.
+
+    Args:
+        student: the student with its weights written.
+        tokenizer: the teacher's tokenizer.
+        card: text of the model card.
+        folder: where to write; an older export there is replaced as a whole.
+        dtype: element type of the written weights; None: the student's own.
+
+    Raises:
+        UserError: the disk is full or the place cannot be written.
+    """
+    dtype = dtype or student.dtype
+    weights = {name: value.to(dtype) for name, value in student.state_dict().items()}
+    own_dtype = student.config.dtype
+    student.config.dtype = dtype
+    try:
+        with new_folder(folder) as temporary:
+            student.save_pretrained(temporary, state_dict=weights)
+            tokenizer.save_pretrained(temporary)
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+    finally:
+        student.config.dtype = own_dtype

@@ -1,0 +1,161 @@
+"""Low-Rank Clone (arXiv 2505.12781): low-rank projection and activation clone.
+
+The student's weights are the teacher's, projected (`lrc.projection`). It learns from the teacher's
+logits, from the next token, and from the teacher's activations (`lrc.objective`). The projections
+that write to the residual stream also carry the teacher's attention and FFN outputs to the
+student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
+"""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lrc.activations import Observer, Place, last_hidden, observe
+from lrc.clock import Clock
+from lrc.data.batch import Batch
+from lrc.families import WRITERS
+from lrc.methods.base import Counts, Method
+from lrc.objective import VocabularyWeights, clone_term, vocabulary_losses
+from lrc.projection import Projections, projection_key
+from lrc.recipe import ObjectiveSection, StudentSection
+from lrc.student import build_student
+from lrc.teacher import Teacher
+
+LAYERWISE = "clone_layers"
+"""Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
+
+
+class LowRankClone(Method):
+    """The paper's method.
+
+    Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S].
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: StudentSection,
+        objective: ObjectiveSection,
+        gradient_checkpointing: bool = False,
+    ) -> None:
+        self.teacher = teacher
+        self.objective = objective
+        self.clock = Clock()
+        self.projections = Projections(teacher, student)
+        self.model = build_student(teacher, student)
+        self.terms = objective.clone.enabled() if objective.alpha else ()
+        self.places: list[Place] = [
+            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
+        ]
+        self.recomputes = gradient_checkpointing
+        if gradient_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.train()  # transformers recomputes in training mode only
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = {f"projections.{key}": value for key, value in self.projections.values.items()}
+        for path in self.teacher.family.stream_norms(self.teacher.num_layers):
+            named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
+        return named
+
+    def begin_step(self) -> None:
+        with self.clock.part("projection"):
+            self.projections.write_into(self.model)
+
+    def end_step(self) -> None:
+        with self.clock.part("projection"):
+            self.projections.backward()
+
+    def student(self) -> PreTrainedModel:
+        with torch.no_grad():
+            self.projections.write_into(self.model)
+        return self.model
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        mask = batch.token_mask()
+        with self.clock.part("teacher"):
+            teacher_hidden, targets = self._teacher_pass(batch)
+        with self.clock.part("student"):
+            student_hidden, terms = self._student_pass(batch, targets, mask, counts)
+        with self.clock.part("loss"):
+            vocabulary = vocabulary_losses(
+                student_hidden.flatten(0, 1),
+                self.model.get_output_embeddings().weight,
+                teacher_hidden.flatten(0, 1),
+                self.teacher.model.get_output_embeddings().weight,
+                batch.labels().flatten(),
+                None if mask is None else mask.flatten(),
+                self._vocabulary_weights(counts),
+            )
+        losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
+        loss = vocabulary.weighted
+        if self.places:
+            by_place = torch.stack([terms[place] for place in self.places])
+            clone = by_place.sum()
+            loss = loss + self.objective.alpha * clone
+            losses["clone"] = clone.detach()
+            losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
+        return {"loss": loss, **losses}
+
+    def _vocabulary_weights(self, counts: Counts) -> VocabularyWeights:
+        loss = self.objective
+        return VocabularyWeights(
+            loss.kl_weight,
+            loss.lm_weight,
+            loss.temperature,
+            counts.tokens,
+            counts.labels,
+            self.teacher.vocab_size,
+            loss.chunk_tokens,
+        )
+
+    def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
+        """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
+        targets: dict[Place, Tensor] = {}
+
+        def keep(place: Place, _input: Tensor, output: Tensor) -> None:
+            targets[place] = output
+
+        with torch.no_grad(), self._observe(self.teacher.model, keep):
+            hidden = last_hidden(self.teacher.model, batch)
+        return hidden, targets
+
+    def _student_pass(
+        self, batch: Batch, targets: dict[Place, Tensor], mask: Tensor | None, counts: Counts
+    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        """The student's last hidden state [b, s, d_S] and its clone term at every place.
+
+        Each of the teacher's activations is let go as soon as it is compared, unless the layer is
+        to be recomputed in the backward pass.
+        """
+        terms: dict[Place, Tensor] = {}
+
+        def compare(place: Place, inputs: Tensor, output: Tensor) -> None:
+            with self.clock.part("loss"):
+                target = targets[place] if self.recomputes else targets.pop(place)
+                ours, target = self._comparable(place, inputs, output, target)
+                terms[place] = clone_term(ours, target, mask, counts.tokens)
+
+        with self._observe(self.model, compare):
+            hidden = last_hidden(self.model, batch)
+        return hidden, terms
+
+    def _comparable(
+        self, place: Place, inputs: Tensor, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's side of a clone term, in one space."""
+        layer, name = place
+        if name not in WRITERS:
+            return output, target
+        if name == "o" and self.objective.attn_out == "teacher":
+            o = self.teacher.model.get_submodule(self.teacher.family.linear(layer, name))
+            weight, bias = o.get_parameter("weight"), o.bias
+            return functional.linear(inputs, weight, bias), target
+        projection = self.projections.values[projection_key(layer, name)]
+        return output, target.to(projection.dtype) @ projection
+
+    def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
+        return observe(model, self.teacher.family, self.places, observer)

@@ -1,0 +1,53 @@
+"""The loss curves of a run as a picture."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from lrc.files import new_file
+
+PANELS = {
+    "held_out_lm": "held-out LM loss (nats)",
+    "lm": "LM loss (nats)",
+    "kl": "T² · KL (nats)",
+    "clone": "clone loss",
+}
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Draw held-out, LM, KL and clone losses against training tokens, as a PNG.
+
+    Args:
+        metrics: lines of metrics.jsonl; the one of step 0 may name `teacher_held_out_lm`.
+        path: the picture to write.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    panels = {key: title for key, title in PANELS.items() if any(key in line for line in metrics)}
+    grid = figure.subplots(2, 2, squeeze=False).ravel()
+    for axes in grid[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (key, title) in zip(grid, panels.items(), strict=False):
+        _draw(axes, metrics, key, title)
+    teacher = [line["teacher_held_out_lm"] for line in metrics if "teacher_held_out_lm" in line]
+    if teacher and "held_out_lm" in panels:
+        grid[0].axhline(teacher[0], color="black", linestyle="--", label="teacher")
+        grid[0].legend()
+    with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
+        figure.savefig(temporary, format="png")
+
+
+def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> None:
+    points = [(line["tokens"], line[key]) for line in metrics if key in line]
+    marker = "o" if key == "held_out_lm" else None
+    axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label="student")
+    axes.set_title(title)
+    axes.set_xlabel("training tokens")
+    axes.grid(alpha=0.3)
+    if key == "clone":
+        axes.set_yscale("log")

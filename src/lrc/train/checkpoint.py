@@ -1,0 +1,142 @@
+"""Checkpoints: the trainable parameters, the optimiser's state and the position of a run.
+
+A checkpoint is a folder `step-00000100` with `state.safetensors` and `checkpoint.json`, which
+names the step, the recipe and the checksum of the tensors. The teacher is never in it. Folders are
+written whole or not at all, and one that was damaged later is told by its checksum.
+"""
+
+import hashlib
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lrc.errors import UserError
+from lrc.files import new_folder, write_text
+
+FORMAT = "lrc-checkpoint-1"
+TENSORS = "state.safetensors"
+HEADER = "checkpoint.json"
+
+
+@dataclass
+class State:
+    """What a run needs to go on as if it had never stopped."""
+
+    step: int
+    """Optimiser steps done."""
+    parameters: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    """Holds `parameters` in its groups."""
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+
+
+def checkpoint_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> Path:
+    """Write a checkpoint and remove all but the newest `keep`.
+
+    Raises:
+        UserError: the disk is full; the checkpoints before it are untouched.
+    """
+    target = checkpoint_folder(folder, state.step)
+    with new_folder(target) as temporary:
+        save_file(_tensors(state), temporary / TENSORS)
+        header = {
+            "format": FORMAT,
+            "step": state.step,
+            "fingerprint": fingerprint,
+            "sha256": _checksum(temporary / TENSORS),
+            "scheduler": state.scheduler.state_dict(),
+        }
+        write_text(temporary / HEADER, json.dumps(header, indent=2))
+    for old in list_checkpoints(folder)[keep:]:
+        shutil.rmtree(old)
+    return target
+
+
+def load_checkpoint(path: Path, state: State, fingerprint: str) -> None:
+    """Read a checkpoint into `state`, in place.
+
+    Raises:
+        UserError: it is damaged, or belongs to another run; `state` is then unchanged.
+    """
+    header, tensors = read_checkpoint(path, fingerprint)
+    expected = {f"parameter.{name}": p.shape for name, p in state.parameters.items()}
+    found = {name: t.shape for name, t in tensors.items() if name.startswith("parameter.")}
+    if expected != found:
+        raise UserError(f"The checkpoint {path} holds other parameters than this recipe trains.")
+    with torch.no_grad():
+        for name, parameter in state.parameters.items():
+            parameter.copy_(tensors[f"parameter.{name}"])
+    state.optimizer.load_state_dict(_optimizer_state(state, tensors))
+    state.scheduler.load_state_dict(header["scheduler"])
+    torch.set_rng_state(tensors["rng"])
+    state.step = int(header["step"])
+
+
+def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The header and the tensors of a checkpoint that is whole and of this run.
+
+    Raises:
+        UserError: it is damaged, or belongs to another run.
+    """
+    damaged = UserError(
+        f"The checkpoint {path} is damaged; remove it to go on from the one before."
+    )
+    try:
+        header = json.loads((path / HEADER).read_text(encoding="utf-8"))
+        if header["format"] != FORMAT:
+            raise UserError(f"The checkpoint {path} was written by another version of lrc.")
+        if header["fingerprint"] != fingerprint:
+            raise UserError(f"The checkpoint {path} belongs to a run with another recipe.")
+        if header["sha256"] != _checksum(path / TENSORS):
+            raise damaged
+        return header, load_file(path / TENSORS)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+        raise damaged from error
+
+
+def _tensors(state: State) -> dict[str, Tensor]:
+    tensors = {"rng": torch.get_rng_state()}
+    for name, parameter in state.parameters.items():
+        tensors[f"parameter.{name}"] = parameter.detach()
+        for key, value in state.optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def _optimizer_state(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The saved state in the numbering of `Optimizer.state_dict`."""
+    names = {parameter: name for name, parameter in state.parameters.items()}
+    slots: dict[int, dict[str, Tensor]] = {}
+    current = state.optimizer.state_dict()
+    groups = zip(state.optimizer.param_groups, current["param_groups"], strict=True)
+    for group, numbered in groups:
+        for parameter, number in zip(group["params"], numbered["params"], strict=True):
+            prefix = f"optimizer.{names[parameter]}."
+            slots[number] = {
+                key.removeprefix(prefix): value
+                for key, value in tensors.items()
+                if key.startswith(prefix)
+            }
+    return {"state": slots, "param_groups": current["param_groups"]}
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

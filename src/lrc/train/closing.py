@@ -1,0 +1,106 @@
+"""What a run leaves when it has ended: the student, the closing table, samples and the picture."""
+
+import json
+import resource
+import sys
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedModel
+
+from lrc.evaluate.held_out import measure_agreement, perplexity
+from lrc.evaluate.sample import generate_text
+from lrc.export import export_student
+from lrc.export.card import model_card
+from lrc.files import write_text
+from lrc.report.curves import draw_curves
+from lrc.shapes import shape_of
+from lrc.train.loop import Loop
+
+PROMPT_TOKENS = 24
+SAMPLE_TOKENS = 48
+
+
+def close_run(loop: Loop, console: Console) -> dict[str, Any]:
+    """Export the student, measure it beside the teacher, and write and print the closing table.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    run, setup = loop.run, loop.setup
+    with console.status("Measuring the student beside its teacher"):
+        student = setup.method.student()
+        agreement = measure_agreement(setup.teacher, student, loop.held_out())
+    seconds = loop.seconds()
+    summary = {
+        "teacher_parameters": shape_of(setup.teacher.model).parameters,
+        "student_parameters": shape_of(student).parameters,
+        "tokens": setup.state.step * run.recipe.step_tokens(),
+        "seconds": round(seconds, 1),
+        "tokens_per_second": round(setup.state.step * run.recipe.step_tokens() / seconds, 1),
+        "teacher_held_out_lm": agreement.teacher_loss,
+        "student_held_out_lm": agreement.student_loss,
+        "teacher_perplexity": perplexity(agreement.teacher_loss),
+        "student_perplexity": perplexity(agreement.student_loss),
+        "kl": agreement.kl,
+        "top1_agreement": agreement.top1,
+        "held_out_labels": agreement.tokens,
+        "peak_memory_gib": peak_memory_gib(setup.device),
+        "time_shares": setup.method.clock.shares(),
+    }
+    summary["samples"] = samples(loop, student)
+    write_text(run.summary_file, json.dumps(summary, indent=2))
+    card = model_card(run, setup.teacher, student)
+    export_student(student, setup.teacher.tokenizer, card, run.student_folder)
+    draw_curves(run.metrics(), run.folder / "curves.png")
+    print_summary(summary, console)
+    console.print(f"Everything is in {run.folder}; the student is in {run.student_folder}.")
+    return summary
+
+
+def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
+    """Greedy continuations of the start of the held-out text by both models."""
+    tokenizer = loop.setup.teacher.tokenizer
+    start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
+    prompt = tokenizer.decode(start, skip_special_tokens=True)
+    return {
+        "prompt": prompt,
+        "teacher": generate_text(loop.setup.teacher.model, tokenizer, prompt, SAMPLE_TOKENS),
+        "student": generate_text(student, tokenizer, prompt, SAMPLE_TOKENS),
+    }
+
+
+def print_summary(summary: dict[str, Any], console: Console) -> None:
+    """Print samples and the closing table."""
+    texts = summary["samples"]
+    console.print(f"\n[bold]Prompt[/bold]   {texts['prompt']}", highlight=False)
+    for name in ("teacher", "student"):
+        console.print(f"[bold]{name.title():8}[/bold] {texts[name]}", highlight=False)
+    table = Table("", "teacher", "student")
+    table.add_row(
+        "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"
+    )
+    for label, key, form in (
+        ("held-out LM loss", "held_out_lm", ".4f"),
+        ("held-out perplexity", "perplexity", ",.2f"),
+    ):
+        row = [format(summary[f"{who}_{key}"], form) for who in ("teacher", "student")]
+        table.add_row(label, *row)
+    table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
+    table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
+    table.add_row("training tokens", "", f"{summary['tokens']:,}")
+    table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
+    table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
+    console.print(table)
+    shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
+    console.print("Time: " + ", ".join(shares), highlight=False)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Largest memory held so far in GiB: of the device on cuda, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

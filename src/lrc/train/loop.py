@@ -1,0 +1,205 @@
+"""The training loop: optimiser steps, metrics, held-out measurements and checkpoints.
+
+It knows nothing of a method but the interface in `lrc.methods.base`.
+"""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lrc.data import TrainingText
+from lrc.data.batch import Batch
+from lrc.errors import UserError
+from lrc.evaluate.held_out import held_out_loss
+from lrc.files import disk_errors
+from lrc.methods import Counts
+from lrc.methods.low_rank_clone import LAYERWISE
+from lrc.run import Run
+from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
+from lrc.train.progress import StepProgress, step_progress
+from lrc.train.setup import Setup, autocast
+from lrc.train.signals import StopRequest, stop_on_signals
+
+
+@dataclass
+class Loop:
+    """One process's stretch of a run."""
+
+    run: Run
+    setup: Setup
+    text: TrainingText
+    console: Console
+    seconds_before: float = 0.0
+    """Training seconds of earlier stretches."""
+    started: float = field(default_factory=time.perf_counter)
+
+    def go(self) -> StopRequest:
+        """Train to the end of the recipe, or until a signal asks to stop; then checkpoint.
+
+        Raises:
+            UserError: the loss is not finite, or the disk is full.
+        """
+        recipe, state = self.run.recipe, self.setup.state
+        steps = recipe.steps()
+        self._resume_metrics()
+        with (
+            stop_on_signals() as stop,
+            step_progress(self.console, steps, state.step) as progress,
+        ):
+            if state.step == 0:
+                self._log({**self._measure(progress), **self._measure_teacher()})
+            while state.step < steps and not stop:
+                line = self._step(progress)
+                if self._due(recipe.train.eval_every):
+                    line |= self._measure(progress)
+                else:
+                    line.pop(LAYERWISE, None)  # 7 numbers a layer: only beside measurements
+                if self._due(recipe.train.log_every) or "held_out_lm" in line:
+                    self._log(line)
+                if self._due(recipe.train.checkpoint_every):
+                    self._save()
+            if not checkpoint_folder(self.run.checkpoints, state.step).exists():
+                self._save()
+        return stop
+
+    def _due(self, every: int) -> bool:
+        """Whether something that is done every so many steps, and at the end, is to be done."""
+        step = self.setup.state.step
+        return step % every == 0 or step == self.run.recipe.steps()
+
+    def _step(self, progress: StepProgress) -> dict[str, Any]:
+        """One optimiser step; its line of metrics.
+
+        Raises:
+            UserError: the loss or its gradient is not finite; nothing was updated.
+        """
+        start = time.perf_counter()
+        train, setup = self.run.recipe.train, self.setup
+        method, state = setup.method, setup.state
+        with method.clock.part("data"):
+            batches = self._batches()
+            counts = count(batches)
+        method.begin_step()
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            with autocast(train, setup.device):
+                losses = method.losses(batch, counts)
+            with method.clock.part("student"):
+                losses["loss"].backward()  # type: ignore[no-untyped-call]
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.detach()
+        method.end_step()
+        with method.clock.part("optimiser"):
+            norm = self._clip()
+            self._refuse_nan(float(sums["loss"]), norm)
+            state.optimizer.step()
+            rate = state.scheduler.get_last_lr()[0]
+            state.scheduler.step()
+            state.optimizer.zero_grad()
+        state.step += 1
+        seconds = time.perf_counter() - start
+        tokens_per_second = counts.tokens / seconds
+        scalars = {name: value.item() for name, value in sums.items() if value.ndim == 0}
+        progress.step(scalars, tokens_per_second)
+        line: dict[str, Any] = {
+            "step": state.step,
+            "tokens": state.step * self.run.recipe.step_tokens(),
+            "seconds": round(self.seconds(), 3),
+            **scalars,
+            "grad_norm": norm,
+            "learning_rate": rate,
+            "tokens_per_second": round(tokens_per_second, 1),
+        }
+        if LAYERWISE in sums:
+            line[LAYERWISE] = sums[LAYERWISE].tolist()
+        return line
+
+    def _batches(self) -> list[Batch]:
+        """The micro-batches of the next step; data order depends on the step number alone."""
+        train = self.run.recipe.train
+        first = self.setup.state.step * train.step_sequences()
+        return [
+            self.text.training_batch(first + i * train.micro_batch, train.micro_batch).to(
+                self.setup.device
+            )
+            for i in range(train.accumulate)
+        ]
+
+    def _clip(self) -> float:
+        """Clip the gradients as the recipe says; their norm before."""
+        limit = self.run.recipe.train.grad_clip or math.inf
+        parameters = self.setup.state.parameters.values()
+        return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+
+    def _refuse_nan(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        kept = list_checkpoints(self.run.checkpoints)
+        where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
+        raise UserError(
+            f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "
+            f"({where}): start anew with a lower train.learning_rate."
+        )
+
+    def _measure(self, progress: StepProgress) -> dict[str, Any]:
+        """Held-out loss of the student of now."""
+        with self.setup.method.clock.part("evaluation"):
+            loss = held_out_loss(
+                self.setup.method.student(), self.held_out(), self.setup.teacher.vocab_size
+            )
+        step, tokens = self.setup.state.step, self.setup.state.step * self.run.recipe.step_tokens()
+        progress.note(f"step {step}, {tokens:,} tokens: held-out LM loss {loss:.4f}")
+        return {"step": step, "tokens": tokens, "held_out_lm": loss}
+
+    def _measure_teacher(self) -> dict[str, float]:
+        teacher = self.setup.teacher
+        loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size)
+        return {"teacher_held_out_lm": loss}
+
+    def held_out(self) -> list[Batch]:
+        """The held-out batches that are measured, the same all along the run."""
+        train = self.run.recipe.train
+        batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
+        return [batch.to(self.setup.device) for batch in batches]
+
+    def seconds(self) -> float:
+        """Seconds of training so far, all stretches together."""
+        return self.seconds_before + time.perf_counter() - self.started
+
+    def _resume_metrics(self) -> None:
+        """Cut the metrics to the step that the run goes on from, and its clock with them."""
+        if not self.run.metrics_file.exists():
+            return
+        self.run.keep_metrics_until(self.setup.state.step)
+        lines = self.run.metrics()
+        self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+
+    def _log(self, line: dict[str, Any]) -> None:
+        path = self.run.metrics_file
+        with disk_errors(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def _save(self) -> None:
+        train = self.run.recipe.train
+        with self.setup.method.clock.part("checkpoint"):
+            save_checkpoint(
+                self.run.checkpoints,
+                self.setup.state,
+                self.run.recipe.fingerprint(),
+                train.keep_checkpoints,
+            )
+
+
+def count(batches: Sequence[Batch]) -> Counts:
+    """Tokens and labels of all micro-batches of a step."""
+    tokens = sum(
+        int(b.input_ids.numel() if b.attention_mask is None else b.attention_mask.sum())
+        for b in batches
+    )
+    return Counts(tokens, sum(int((b.labels() >= 0).sum()) for b in batches))

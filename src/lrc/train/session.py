@@ -1,0 +1,55 @@
+"""A run from its recipe to its closing table."""
+
+from typing import Any
+
+from rich.console import Console
+
+from lrc.data import TrainingText, prepare
+from lrc.run import Run
+from lrc.teacher import Teacher
+from lrc.train.closing import close_run
+from lrc.train.loop import Loop
+from lrc.train.setup import set_up
+
+
+class Interrupted(Exception):
+    """The run was asked to end by a signal, and has written a checkpoint."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.signal = signal
+
+
+def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
+    """Train a run to its end, from its newest checkpoint or from the start.
+
+    Args:
+        run: a new run, or one to continue.
+        console: where progress and the closing table are shown.
+        teacher: a teacher that is loaded already; None: the one that the recipe names.
+
+    Returns:
+        The closing table, as in summary.json.
+
+    Raises:
+        UserError: the recipe, the data or the machine do not allow it, or the loss is not finite.
+        Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
+    """
+    with console.status("Loading the teacher"):
+        setup = set_up(run, console, teacher)
+    data = run.recipe.data
+    with console.status("Reading the text") as status:
+        packed = prepare(
+            data,
+            setup.teacher.tokenizer,
+            lambda part, tokens: status.update(f"Tokenising the {part} text: {tokens:,} tokens"),
+        )
+    text = TrainingText(packed, data, run.recipe.train.seed)
+    loop = Loop(run, setup, text, console)
+    stop = loop.go()
+    if stop.signal is not None and setup.state.step < run.recipe.steps():
+        raise Interrupted(
+            stop.signal,
+            f"Stopped after step {setup.state.step}; go on with `lrc resume {run.folder}`.",
+        )
+    return close_run(loop, console)

@@ -1,0 +1,45 @@
+"""Ending a run cleanly on Ctrl-C and SIGTERM."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether the run was asked to end after its present step."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Take the first SIGINT or SIGTERM as a request to stop; a second one acts at once.
+
+    Signals can be handled in the main thread only; elsewhere the request stays false.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        request.signal = signal.Signals(number)
+        restore()
+
+    for number in previous:
+        signal.signal(number, handle)
+    try:
+        yield request
+    finally:
+        restore()

@@ -1,0 +1,68 @@
+"""A tokenizer and packed text small enough to check by hand."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from lrc.data import PackedPart
+from lrc.data.cache import PartWriter
+from lrc.recipe import DataSection
+
+BOS, EOS = "<|bos|>", "<|eos|>"
+
+
+class ByteTokenizer(PreTrainedTokenizerFast):
+    """One token a byte, then bos and eos; counts its calls and can be told what to do at one."""
+
+    calls = 0
+    at_call: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.calls += 1
+        if self.at_call is not None:
+            self.at_call(self.calls)
+        return super().__call__(*args, **kwargs)
+
+
+def byte_tokenizer(
+    bos: str | None = BOS, eos: str | None = EOS, extra: Sequence[str] = ()
+) -> ByteTokenizer:
+    """A tokenizer with the special tokens that are given; `extra` enlarges its vocabulary."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    names = [*alphabet, BOS, EOS, *extra]
+    backend = Tokenizer(models.BPE(vocab={n: i for i, n in enumerate(names)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return ByteTokenizer(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+
+
+def data_section(folder: Path, *text: Path | str, **settings: Any) -> DataSection:
+    """A recipe's data section with its cache in `folder`."""
+    values = {"sequence_length": 8, "cache": str(folder / "cache"), **settings}
+    return DataSection(text=[str(source) for source in text], **values)
+
+
+def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
+    """A JSONL file of documents."""
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
+    return path
+
+
+def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:
+    """Documents, given as tokens, packed into a folder."""
+    writer = PartWriter(folder, "train", "uint16")
+    writer.write(documents)
+    return PackedPart(folder, "train", "uint16", writer.tokens, writer.documents)
+
+
+def unpack(part: PackedPart) -> list[list[int]]:
+    """The tokens of each document of a packed part."""
+    tokens = np.fromfile(part.tokens_path, part.dtype).tolist()
+    offsets = np.fromfile(part.offsets_path, np.int64).tolist()
+    ends = [*offsets[1:], len(tokens)]
+    return [tokens[start:end] for start, end in zip(offsets, ends, strict=True)]

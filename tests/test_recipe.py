@@ -1,0 +1,153 @@
+"""Reading recipes, and telling what is wrong with them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lrc.errors import UserError
+from lrc.recipe import (
+    Recipe,
+    find_recipe,
+    load_recipe,
+    make_recipe,
+    parse_override,
+    shipped_recipes,
+)
+
+
+def smallest(**sections: Any) -> dict[str, Any]:
+    """The settings that a recipe cannot do without, and `sections`."""
+    needed = {
+        "teacher": {"model": "some/model"},
+        "student": {"hidden_size": 64},
+        "data": {"text": ["a.txt"]},
+    }
+    return {**needed, **sections}
+
+
+def refusal(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -> str:
+    """The message that settings are refused with."""
+    with pytest.raises(UserError) as caught:
+        make_recipe(settings, overrides or {})
+    return str(caught.value)
+
+
+def test_defaults_are_the_published_settings() -> None:
+    recipe = make_recipe(smallest())
+    assert recipe.objective.alpha == 0.2
+    assert recipe.objective.temperature == 40.0
+    assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
+    assert recipe.initialise.method == "random"
+    assert recipe.initialise.std == 0.02
+    assert recipe.train.learning_rate == 1e-4
+
+
+def test_steps_are_rounded_up() -> None:
+    train = {"tokens": 1001, "micro_batch": 5, "accumulate": 2}
+    recipe = make_recipe(smallest(data={"text": ["a"], "sequence_length": 10}, train=train))
+    assert recipe.step_tokens() == 100
+    assert recipe.steps() == 11
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("student.hiden_size", "student.hidden_size"),
+        ("train.learning-rate", "train.learning_rate"),
+        ("objective.clone.upp", "objective.clone.up"),
+        ("techer", "teacher"),
+    ],
+)
+def test_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
+    assert f"unknown key '{override}' (nearest: '{nearest}')" in refusal(smallest(), {override: 1})
+
+
+def test_all_mistakes_are_told_together() -> None:
+    settings = smallest(student={"hidden_size": -2}, train={"tokns": 5, "schedule": "steps"})
+    del settings["data"]
+    message = refusal(settings)
+    assert "'student.hidden_size' is -2" in message
+    assert "unknown key 'train.tokns' (nearest: 'train.tokens')" in message
+    assert "'train.schedule' is 'steps'" in message
+    assert "'data' is missing" in message
+    assert message.count("\n") == 0
+
+
+def test_value_of_the_wrong_kind() -> None:
+    assert "'teacher' is 'name'" in refusal(smallest(teacher="name"))
+    assert "'student.hidden_size' is 'wide'" in refusal(smallest(student={"hidden_size": "wide"}))
+
+
+def test_every_loss_off_is_refused() -> None:
+    off = {"alpha": 0, "kl_weight": 0, "lm_weight": 0}
+    assert "every loss is off" in refusal(smallest(objective=off))
+    no_terms = {"kl_weight": 0, "lm_weight": 0, "clone": dict.fromkeys(["q", "k", "v", "o"], False)}
+    no_terms["clone"].update(gate=False, up=False, down=False)
+    assert "every loss is off" in refusal(smallest(objective=no_terms))
+
+
+def test_overrides_win() -> None:
+    settings = smallest(train={"tokens": 5})
+    texts = ["train.tokens=10", "train.learning_rate=1e-4", "data.text=[b.txt, c.txt]"]
+    texts += ["objective.clone.q=false", "data.cache=", "teacher.model=a=b", "train.eps=1E-6"]
+    recipe = make_recipe(settings, dict(parse_override(text) for text in texts))
+    assert recipe.train.tokens == 10
+    # YAML 1.1 reads 1e-4 as a word.
+    assert recipe.train.learning_rate == 1e-4
+    assert recipe.train.eps == 1e-6
+    assert recipe.data.text == ["b.txt", "c.txt"]
+    assert not recipe.objective.clone.q
+    assert recipe.data.cache is None
+    assert recipe.teacher.model == "a=b"
+
+
+@pytest.mark.parametrize("text", ["train.tokens", "=5", ""])
+def test_override_without_a_value(text: str) -> None:
+    with pytest.raises(UserError, match="is not a setting; write it as section.key=value"):
+        parse_override(text)
+
+
+def test_override_that_is_not_yaml() -> None:
+    with pytest.raises(UserError, match="not valid YAML"):
+        parse_override("data.text=[a")
+
+
+def test_override_below_a_value() -> None:
+    assert "'train' is a value, not a section" in refusal(smallest(train=3), {"train.tokens": 5})
+
+
+def test_initialise_by_name_alone() -> None:
+    assert make_recipe(smallest(initialise="random")) == make_recipe(
+        smallest(initialise={"method": "random"})
+    )
+    assert "'initialise.method' is 'zeros'" in refusal(smallest(initialise="zeros"))
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    recipe = make_recipe(smallest(train={"learning_rate": 3e-5}))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.to_yaml())
+    assert load_recipe(path) == recipe
+    assert load_recipe(str(path), {"train.seed": 4}).train.seed == 4
+    # Every default is written out.
+    assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no recipe 'none'"):
+        load_recipe("none")
+    path = tmp_path / "bad.yaml"
+    path.write_text("a: [")
+    with pytest.raises(UserError, match=r"bad\.yaml is not valid YAML"):
+        load_recipe(path)
+    path.write_text("just words")
+    with pytest.raises(UserError, match=r"bad\.yaml holds no settings"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes()])
+def test_shipped_recipe_is_valid(name: str) -> None:
+    assert find_recipe(name).is_file()
+    load_recipe(name)
