@@ -6,6 +6,7 @@ import os
 import random
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from tokenizers import normalizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_helpers import (
@@ -67,6 +69,14 @@ def test_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     assert packed.train.dtype == "uint32"
     batch = Sequences(packed.train, 8).batch(range(len(Sequences(packed.train, 8))))
     assert int(batch.input_ids.max()) == tokenizer.eos_token_id > 1 << 16
+
+
+def test_document_without_tokens_is_left_out(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("x", "")
+    source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, "xxx"])
+    train, held_out = both(prepare(data_section(tmp_path, source), tokenizer), tokenizer)
+    assert sorted(train + held_out) == sorted(TEXTS)
 
 
 def test_cache_is_used_again(tmp_path: Path) -> None:
@@ -261,7 +271,7 @@ def test_too_little_text(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             prepare(data_section(tmp_path, *text, **more), tokenizer)
 
-    refused("training text has 4 tokens.*sequence of 8; give data.text more.*at most 4", short)
+    refused(r"training text has 4 tokens.*sequence of 8; give data.text more text\.$", short)
     refused(
         "held-out text has 14 tokens.*sequence of 20; raise data.held_out_fraction.*at most 14",
         long,
@@ -393,7 +403,7 @@ def test_masked_documents_are_as_if_alone(tmp_path: Path, attention: str) -> Non
             zip(batch.input_ids, batch.position_ids, strict=True)
         ):
             starts = [*(positions == 0).nonzero().flatten().tolist(), len(ids)]
-            for start, end in zip(starts, starts[1:], strict=False):
+            for start, end in pairwise(starts):
                 alone = model(input_ids=ids[None, start:end], use_cache=False).logits[0]
                 torch.testing.assert_close(packed[row, start:end], alone)
                 pieces += 1

@@ -86,8 +86,9 @@ def test_data_set_on_disk(tmp_path: Path) -> None:
     datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
     assert read(tmp_path / "single", tmp_path / "splits") == ["one", "two"] * 2
     assert read(tmp_path / "splits" / "test") == ["no"]
+    (tmp_path / "single" / "cache-1f.arrow").touch()
     names = {Path(f.path).name for f in source_files([str(tmp_path / "single")])}
-    assert {"dataset_info.json", "state.json"} < names
+    assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
 
 
 def test_source_files_tell_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,7 @@ def test_overrides_win() -> None:
 
 @pytest.mark.parametrize("text", ["train.tokens", "=5", ""])
 def test_override_without_a_value(text: str) -> None:
-    with pytest.raises(UserError, match="is not a setting; write it as section.key=value"):
+    with pytest.raises(UserError, match=r"is not a setting; write it as section\.key=value"):
         parse_override(text)
 
 
@@ -147,7 +147,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-@pytest.mark.parametrize("name", [name for name in shipped_recipes()])
+@pytest.mark.parametrize("name", shipped_recipes())
 def test_shipped_recipe_is_valid(name: str) -> None:
     assert find_recipe(name).is_file()
     load_recipe(name)

@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
     from lrc.teacher import Teacher, as_teacher, load_teacher
-    from lrc.train import train
 
 _HOME = {
     "Recipe": "lrc.recipe",
@@ -20,7 +19,6 @@ _HOME = {
     "clone": "lrc.api",
     "load_recipe": "lrc.recipe",
     "load_teacher": "lrc.teacher",
-    "train": "lrc.train",
 }
 
 __all__ = [
@@ -32,7 +30,6 @@ __all__ = [
     "clone",
     "load_recipe",
     "load_teacher",
-    "train",
 ]
 
 

@@ -67,6 +67,8 @@ def new_folder(path: Path) -> Iterator[Path]:
             temporary.mkdir(parents=True)
             yield temporary
             for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    file.chmod(0o666 & ~_umask())  # safetensors leaves its files private
                 _flush(file)
             _flush(temporary)
             if path.exists():
@@ -94,3 +96,10 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _umask() -> int:
+    """The permissions that new files of this process do not get."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -4,6 +4,7 @@ Every field is documented beside itself. Unknown keys are refused with the neare
 all mistakes of a file are told together.
 """
 
+import copy
 import difflib
 import hashlib
 import os
@@ -285,6 +286,7 @@ def make_recipe(
     Raises:
         UserError: a setting is unknown, missing or out of range.
     """
+    settings = copy.deepcopy(settings)
     for key, value in overrides.items():
         _apply(settings, key, value)
     try:
@@ -352,7 +354,9 @@ def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key in nested settings."""
     *parents, last = key.split(".")
     for parent in parents:
-        below = settings.setdefault(parent, {})
+        below = settings.get(parent)
+        if below is None:
+            below = settings[parent] = {}
         if not isinstance(below, dict):
             raise UserError(f"'{key}' cannot be set: '{parent}' is a value, not a section.")
         settings = below

@@ -111,7 +111,7 @@ def cache_root(setting: str | None) -> Path:
     """The folder of all caches: the recipe's, else $LRC_CACHE, else `lrc` in the user's cache."""
     chosen = setting or os.environ.get("LRC_CACHE")
     if chosen:
-        return Path(chosen).expanduser()
+        return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrc"
 
 

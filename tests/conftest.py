@@ -1,0 +1,18 @@
+"""Fixtures that several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+from stories import save_stories, stories_source
+
+
+@pytest.fixture(scope="session")
+def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """stories260K as a transformers model folder."""
+    source = stories_source()
+    if not (source / "stories260K.bin").is_file():
+        pytest.skip(f"stories260K is not in {source}; set LRC_SHARED_DATA to the folder above")
+    folder = tmp_path_factory.mktemp("stories") / "stories260K"
+    save_stories(source, folder)
+    return folder

@@ -1,0 +1,251 @@
+"""The command line: the whole way on a tiny teacher, and what it says to bad input."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lrc
+from lrc.cli import main
+from lrc.errors import UserError
+from lrc.recipe import load_recipe, shipped_recipes
+from lrc.run import Run
+from lrc.train import loop as training_loop
+from lrc.train import train
+from tiny import tiny_teacher
+
+Refusal = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
+    return file
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, teacher_folder: Path, text_file: Path) -> Path:
+    settings = {
+        "teacher": {"model": str(teacher_folder), "license": "mit"},
+        "student": {"hidden_size": 8},
+        "data": {
+            "text": [str(text_file)],
+            "held_out_fraction": 0.2,
+            "sequence_length": 16,
+            "cache": str(tmp_path / "cache"),
+        },
+        "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+def run_lrc(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the real command line in another process, without the hub."""
+    code = "from lrc.cli import main; main()"
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    offline = {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "PYTHONWARNINGS": "ignore"}
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, env=os.environ | offline, timeout=300
+    )
+
+
+@pytest.fixture
+def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
+    """The one sentence with which the command line refuses its arguments, in this process."""
+
+    def refuse(*arguments: Any) -> str:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr().err
+        assert end.value.code == 2, printed
+        assert "Traceback" not in printed
+        (sentence,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
+        return sentence
+
+    return refuse
+
+
+def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = run_lrc("train", recipe_file, "--out", run)
+    assert trained.returncode == 0, trained.stderr
+    assert "same top-1 prediction" in trained.stdout
+    for name in ("recipe.yaml", "environment.json", "curves.png", "summary.json"):
+        assert (run / name).stat().st_size > 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(11))
+    assert "teacher_held_out_lm" in lines[0]
+    assert [line["step"] for line in lines if "held_out_lm" in line] == [0, 4, 8, 10]
+    kept = sorted(folder.name for folder in (run / "checkpoints").iterdir())
+    assert kept == ["step-00000009", "step-00000010"]
+
+    card = (run / "student" / "README.md").read_text()
+    assert "license: mit" in card
+    assert "hidden size | 16 | 8" in card
+
+    exported = run_lrc("export", run, tmp_path / "student", "--dtype", "bfloat16")
+    assert exported.returncode == 0, exported.stderr
+    ours = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    assert theirs.dtype == torch.bfloat16
+    for (name, weight), other in zip(
+        ours.state_dict().items(), theirs.state_dict().values(), strict=True
+    ):
+        assert torch.equal(weight.to(torch.bfloat16), other), name
+
+    shown = run_lrc("info", run)
+    assert shown.returncode == 0, shown.stderr
+    assert "smaller" in shown.stdout
+    said = run_lrc("generate", run, "w3 w4", "--max-new-tokens", "4")
+    assert said.returncode == 0, said.stderr
+    tokenizer = AutoTokenizer.from_pretrained(run / "student")
+    prompt = tokenizer("w3 w4", return_tensors="pt").input_ids
+    written = ours.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=1)[0, 2:]
+    assert said.stdout.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
+
+
+def test_a_run_folder_is_never_overwritten(
+    recipe_file: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "precious").write_text("data")
+    assert "already exists" in refusal("train", recipe_file, "--out", tmp_path / "taken")
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("train.learning_rat=1", "nearest: 'train.learning_rate'"),
+        ("student.hidden_size=16", "choose a smaller one"),
+        ("student.hidden_size=7", "even"),
+        ("teacher.model=/no/such/folder", "/no/such/folder"),
+        ("teacher.model=package:no-such-package", "pip install"),
+        ("teacher.model=/no/such/file.gguf", "existing .gguf file"),
+        ("data.text=[/no/such/text.txt]", "/no/such/text.txt"),
+        ("data.sequence_length=100000", "sequence"),
+        ("train.device=nonsense", "device"),
+        ("train", "section.key=value"),
+    ],
+)
+def test_bad_settings_are_refused_in_a_sentence(
+    recipe_file: Path, tmp_path: Path, refusal: Refusal, setting: str, words: str
+) -> None:
+    assert words in refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+
+
+def test_empty_text_is_refused(recipe_file: Path, tmp_path: Path, refusal: Refusal) -> None:
+    (tmp_path / "empty.txt").write_text("\n\n")
+    setting = f"data.text=[{tmp_path / 'empty.txt'}]"
+    refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+
+
+def test_an_unknown_family_is_refused_by_name(
+    recipe_file: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    folder = tmp_path / "gpt2"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    setting = f"teacher.model={folder}"
+    sentence = refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+    assert "gpt2" in sentence
+    assert "llama, mistral, qwen2, qwen3" in sentence
+
+
+def test_what_is_missing_is_said(tmp_path: Path, refusal: Refusal) -> None:
+    assert "--hidden-size" in refusal("train", "--teacher", "x")
+    assert "quickstart" in refusal("train", tmp_path / "no.yaml")
+    assert "not a run's folder" in refusal("resume", tmp_path)
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = run_lrc("--debug", "resume", tmp_path)
+    assert result.returncode != 0
+    assert "Traceback" in result.stderr
+
+
+def test_nan_stops_with_the_last_checkpoint_kept(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path / "run", load_recipe(recipe_file, {"train.checkpoint_every": 1}))
+    clip = training_loop.Loop._clip
+
+    def poisoned(self: training_loop.Loop) -> float:
+        norm = clip(self)
+        return float("nan") if self.setup.state.step == 3 else norm
+
+    monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
+    with pytest.raises(UserError, match=r"step 4 .*step-00000003.*learning_rate"):
+        train(run, Console(quiet=True))
+    kept = sorted(folder.name for folder in run.checkpoints.iterdir())
+    assert kept == ["step-00000002", "step-00000003"]
+
+
+def test_a_full_disk_keeps_the_checkpoint_before(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrc.train import checkpoint
+
+    save = checkpoint.save_file
+    calls = []
+
+    def full(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            path.write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        save(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = Run.create(tmp_path / "run", load_recipe(recipe_file))
+    with pytest.raises(UserError, match="disk is full"):
+        train(run, Console(quiet=True))
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000003"]
+
+
+def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+    run = lrc.clone(
+        str(teacher_folder),
+        hidden_size=8,
+        text=str(text_file),
+        out=tmp_path / "run",
+        settings={
+            "train.tokens": 64,
+            "train.micro_batch": 2,
+            "data.sequence_length": 16,
+            "data.held_out_fraction": 0.2,
+            "data.cache": str(tmp_path / "cache"),
+        },
+        quiet=True,
+    )
+    assert run.student().config.hidden_size == 8
+    assert run.summary()["tokens"] == 64
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_shipped_recipes_parse(name: str) -> None:
+    assert load_recipe(name).steps() > 0

@@ -1,0 +1,264 @@
+"""The exported student: plain transformers opens it and computes what training computed."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from lrc.errors import UserError
+from lrc.export import export_student
+from lrc.export.card import model_card
+from lrc.methods import LowRankClone
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from tiny import TINY_CASES, Case, tiny_batch, tiny_method, tiny_teacher
+
+READER = """
+import sys
+from pathlib import Path
+import torch
+from transformers import AutoModelForCausalLM
+
+root = Path(sys.argv[1])
+tokens = torch.load(root / "tokens.pt")
+logits = {}
+for folder in sorted(path.parent for path in root.glob("*/config.json")):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.eval()
+    with torch.no_grad():
+        logits[folder.name] = (type(model).__name__, model(tokens).logits)
+assert not [name for name in sys.modules if name.split(".")[0] == "lrc"]
+torch.save(logits, root / "logits.pt")
+"""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "folded": {"fold_gains": True},
+    "apart": {"tie_projections": False},
+    "shared": {"tie_projections": True},
+}
+"""The ways to parametrise a student, by name."""
+
+
+def case_method(case: Case, settings: str = "plain") -> LowRankClone:
+    family, tied, changes = case
+    return tiny_method(tiny_teacher(family, tied, **changes), SETTINGS[settings])
+
+
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Tensor, Tensor]]:
+    """Class and logits by another process, and the logits of training, for every case."""
+    root = tmp_path_factory.mktemp("exports")
+    tokens = tiny_batch(rows=3, length=12, seed=5).input_ids
+    torch.save(tokens, root / "tokens.pt")
+    training = {}
+    for case in TINY_CASES:
+        for settings in SETTINGS:
+            method = case_method(case.values[0], settings)
+            method.begin_step()
+            name = f"{case.id}-{settings}"
+            training[name] = method.model(tokens).logits.detach()
+            export_student(method.student(), method.teacher.tokenizer, "", root / name)
+    script = root / "read.py"
+    script.write_text(READER)
+    environment = {**os.environ, "PYTHONPATH": "", "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, script, root], check=True, env=environment, timeout=300)
+    found = torch.load(root / "logits.pt")
+    assert set(found) == set(training)
+    return {name: (*found[name], training[name]) for name in found}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_another_process_computes_the_same(
+    elsewhere: dict[str, tuple[str, Tensor, Tensor]],
+    case: Case,
+    settings: str,
+    request: pytest.FixtureRequest,
+) -> None:
+    name = request.node.callspec.id.removesuffix(f"-{settings}")
+    class_name, read, trained = elsewhere[f"{name}-{settings}"]
+    assert class_name == type(case_method(case).model).__name__
+    assert read.dtype == torch.float64
+    assert trained.std() > 0.1
+    torch.testing.assert_close(read, trained, rtol=0, atol=1e-10)
+
+
+@pytest.fixture(params=TINY_CASES)
+def exported(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[LowRankClone, Path]:
+    method = case_method(request.param)
+    export_student(method.student(), method.teacher.tokenizer, "a card", tmp_path / "student")
+    return method, tmp_path / "student"
+
+
+def test_files(exported: tuple[LowRankClone, Path]) -> None:
+    _, folder = exported
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_config_names_nothing_of_ours(exported: tuple[LowRankClone, Path], tmp_path: Path) -> None:
+    method, folder = exported
+    config = json.loads((folder / "config.json").read_text())
+    method.teacher.model.save_pretrained(tmp_path / "teacher")
+    original = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert {**config, "hidden_size": 16} == {**original, "head_dim": 6}
+    assert (config["hidden_size"], config["head_dim"], config["dtype"]) == (8, 6, "float64")
+    assert config["architectures"] == [type(method.teacher.model).__name__]
+    for path in folder.glob("*.json"):
+        assert "lrc" not in path.read_text()
+
+
+def test_weights_are_the_plain_models(exported: tuple[LowRankClone, Path]) -> None:
+    method, folder = exported
+    names = {name for name, _ in method.teacher.model.named_parameters()}
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert set(file.keys()) == names
+        assert file.metadata() == {"format": "pt"}
+        for name in names:
+            assert torch.equal(file.get_tensor(name), method.model.get_parameter(name))
+
+
+def test_tokenizer_and_generation_config(exported: tuple[LowRankClone, Path]) -> None:
+    method, folder = exported
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert tokenizer("w7 w32 nonsense w3")["input_ids"] == [7, 32, 2, 3]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    generation = GenerationConfig.from_pretrained(folder)
+    assert (generation.eos_token_id, generation.top_k, generation.do_sample) == ([1, 2], 7, True)
+    assert method.model.can_generate()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    method = case_method(("qwen3", True, {}))
+    student = method.student()
+    export_student(student, method.teacher.tokenizer, "", tmp_path / "out", dtype)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["dtype"] == str(dtype).removeprefix("torch.")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(weights) == len(list(student.named_parameters()))
+    for name, value in weights.items():
+        assert torch.equal(value, student.get_parameter(name).to(dtype))
+    assert student.dtype == student.config.dtype == torch.float64  # the student itself stays
+
+
+def run_for(method: LowRankClone, folder: Path, **teacher: Any) -> Run:
+    """A run whose recipe names the teacher's folder."""
+    method.teacher.model.save_pretrained(folder / "teacher")
+    method.teacher.tokenizer.save_pretrained(folder / "teacher")
+    recipe = make_recipe(
+        {
+            "teacher": {"model": str(folder / "teacher"), **teacher},
+            "student": {"hidden_size": 8},
+            "data": {"text": ["stdlib-docs"]},
+        }
+    )
+    return Run.create(folder / "run", recipe)
+
+
+def read_card(folder: Path) -> tuple[dict[str, Any], str]:
+    """Front matter and text of a model card."""
+    empty, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    assert empty == ""
+    return yaml.safe_load(front), text
+
+
+def test_card_has_front_matter(tmp_path: Path) -> None:
+    method = case_method(("llama", False, {}))
+    run = run_for(method, tmp_path, license="mit")
+    student = method.student()
+    card = model_card(run, method.teacher, student)
+    export_student(student, method.teacher.tokenizer, card, tmp_path / "student")
+    front, text = read_card(tmp_path / "student")
+    assert front["library_name"] == "transformers"
+    assert front["pipeline_tag"] == "text-generation"
+    assert front["license"] == "mit"
+    assert "low-rank-clone" in front["tags"]
+    assert "base_model" not in front  # a folder of this machine means nothing to a reader
+    assert "| hidden size | 16 | 8 |" in text
+    parameters = [sum(p.numel() for p in m.parameters()) for m in (method.teacher.model, student)]
+    assert f"| parameters | {parameters[0]:,} | {parameters[1]:,} |" in text
+    assert "hidden_size: 8" in text
+
+
+def test_card_takes_the_teachers_licence(tmp_path: Path) -> None:
+    method = case_method(("llama", False, {}))
+    run = run_for(method, tmp_path)
+    assert "not found beside the teacher" in model_card(run, method.teacher, method.student())
+    readme = "---\nlicense: apache-2.0\n---\n\n# A teacher\n"
+    (tmp_path / "teacher" / "README.md").write_text(readme)
+    assert "license: apache-2.0" in model_card(run, method.teacher, method.student())
+
+
+FULL = [
+    pytest.param(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), id="from-the-system"),
+    pytest.param(
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
+        id="from-safetensors",
+    ),
+]
+"""How a full disk shows itself."""
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", FULL)
+def test_full_disk_leaves_the_older_export(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = case_method(("llama", True, {}))
+    student, tokenizer, folder = method.student(), method.teacher.tokenizer, tmp_path / "student"
+    export_student(student, tokenizer, "the older card", folder)
+    before = contents(folder)
+    save = PreTrainedModel.save_pretrained
+
+    def fill_the_disk(self: PreTrainedModel, target: Path, **options: Any) -> None:
+        save(self, target, **options)
+        (Path(target) / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", fill_the_disk)
+    with pytest.raises(UserError, match=r"disk is full.*free some space"):
+        export_student(student, tokenizer, "the newer card", folder)
+    assert contents(folder) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+def test_newer_export_replaces_the_older(tmp_path: Path) -> None:
+    method = case_method(("llama", True, {}))
+    tokenizer, folder = method.teacher.tokenizer, tmp_path / "student"
+    export_student(method.student(), tokenizer, "the older card", folder)
+    (folder / "left-over.txt").write_text("old")
+    export_student(method.student(), tokenizer, "the newer card", folder)
+    assert (folder / "README.md").read_text() == "the newer card"
+    assert not (folder / "left-over.txt").exists()
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    method = case_method(("llama", True, {}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        export_student(method.student(), method.teacher.tokenizer, "", tmp_path / "file" / "out")

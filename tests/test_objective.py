@@ -1,0 +1,349 @@
+"""The losses against naive references that hold all logits and leave the gradients to autograd."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+
+from lrc.objective import VocabularyLosses, VocabularyWeights, clone_term, vocabulary_losses
+
+ROWS, TOKENS, D_S, D_T = 37, 33, 8, 16
+
+
+class Inputs(NamedTuple):
+    """What the vocabulary losses take before their weights."""
+
+    student_hidden: Tensor
+    student_head: Tensor
+    teacher_hidden: Tensor
+    teacher_head: Tensor
+    labels: Tensor
+    mask: Tensor | None
+
+
+def random_inputs(
+    n: int = 11, seed: int = 0, masked: bool = True, scale: float = 1.0, dtype: Any = torch.float64
+) -> Inputs:
+    """Random states; with a mask some labels are missing and some tokens do not count."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    labels = torch.randint(0, TOKENS, (n,), generator=generator)
+    mask = None
+    if masked:
+        mask = torch.rand(n, generator=generator) < 0.7
+        mask[:2] = torch.tensor([True, False])
+        labels[~mask] = -100
+        labels[-1] = -100
+    hidden = normal(n, D_S).requires_grad_()
+    head = normal(ROWS, D_S).mul_(scale).requires_grad_()
+    return Inputs(hidden, head, normal(n, D_T), normal(ROWS, D_T) * scale, labels, mask)
+
+
+def weights_for(inputs: Inputs, **changes: Any) -> VocabularyWeights:
+    """The paper's weights, with the counts of these inputs."""
+    mask = inputs.mask
+    defaults = {
+        "kl_weight": 1.28,
+        "lm_weight": 1.0,
+        "temperature": 40.0,
+        "tokens": len(inputs.labels) if mask is None else int(mask.sum()),
+        "labels": int((inputs.labels >= 0).sum()),
+        "vocab": TOKENS,
+        "chunk_tokens": 3,
+    }
+    return VocabularyWeights(**{**defaults, **changes})
+
+
+def naive(inputs: Inputs, weights: VocabularyWeights) -> VocabularyLosses:
+    """The same losses from full logits, by torch's own functions."""
+    t = weights.temperature
+    student = (inputs.student_hidden @ inputs.student_head.T)[:, : weights.vocab]
+    teacher = (inputs.teacher_hidden @ inputs.teacher_head.T)[:, : weights.vocab]
+    log_q, log_p = (student / t).log_softmax(-1), (teacher / t).log_softmax(-1)
+    by_token = (log_p.exp() * (log_p - log_q)).sum(-1)
+    if inputs.mask is not None:
+        by_token = by_token[inputs.mask]
+    kl = t**2 * by_token.sum() / weights.tokens
+    learned = inputs.labels >= 0
+    lm = functional.cross_entropy(student[learned], inputs.labels[learned], reduction="sum")
+    lm = lm / weights.labels
+    return VocabularyLosses(weights.kl_weight * kl + weights.lm_weight * lm, kl, lm)
+
+
+def with_gradients(
+    losses: VocabularyLosses, inputs: Inputs
+) -> tuple[VocabularyLosses, tuple[Tensor, ...]]:
+    """Losses, and the gradients of 3 times the weighted one by student states and head."""
+    leaves = (inputs.student_hidden, inputs.student_head)
+    return losses, torch.autograd.grad(3 * losses.weighted, leaves)
+
+
+def compare(inputs: Inputs, weights: VocabularyWeights, **tolerances: float) -> None:
+    """Ours against the naive losses, values and gradients."""
+    tolerances = tolerances or {"rtol": 1e-10, "atol": 1e-12}
+    ours, our_grads = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    theirs, their_grads = with_gradients(naive(inputs, weights), inputs)
+    torch.testing.assert_close(ours.weighted, theirs.weighted, **tolerances)
+    torch.testing.assert_close(ours.lm, theirs.lm.detach(), **tolerances)
+    if weights.kl_weight:
+        torch.testing.assert_close(ours.kl, theirs.kl.detach(), **tolerances)
+    for mine, reference in zip(our_grads, their_grads, strict=True):
+        assert reference.abs().max() > 1e-6
+        torch.testing.assert_close(mine, reference, **tolerances)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 40.0])
+@pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 11, 100])
+@pytest.mark.parametrize("masked", [False, True])
+def test_vocabulary_losses(chunk_tokens: int, temperature: float, masked: bool) -> None:
+    inputs = random_inputs(masked=masked)
+    weights = weights_for(inputs, chunk_tokens=chunk_tokens, temperature=temperature)
+    compare(inputs, weights)
+
+
+@pytest.mark.parametrize(("kl_weight", "lm_weight"), [(0, 1), (1, 0), (0.3, 2.5)])
+def test_loss_weights(kl_weight: float, lm_weight: float) -> None:
+    inputs = random_inputs()
+    compare(inputs, weights_for(inputs, kl_weight=kl_weight, lm_weight=lm_weight))
+
+
+def test_both_weights_off() -> None:
+    inputs = random_inputs()
+    weights = weights_for(inputs, kl_weight=0.0, lm_weight=0.0)
+    losses, grads = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    assert losses.weighted == 0
+    assert all((grad == 0).all() for grad in grads)
+
+
+def test_counts_are_the_callers() -> None:
+    """A micro-batch is averaged over the tokens of the whole step."""
+    inputs = random_inputs()
+    compare(inputs, weights_for(inputs, tokens=1000, labels=77))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    n=st.integers(1, 20),
+    chunk_tokens=st.integers(1, 25),
+    vocab=st.integers(TOKENS, ROWS),
+    temperature=st.floats(0.5, 50),
+    masked=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_any_shape(
+    n: int, chunk_tokens: int, vocab: int, temperature: float, masked: bool, seed: int
+) -> None:
+    inputs = random_inputs(max(n, 3) if masked else n, seed, masked)
+    labels = max(int((inputs.labels >= 0).sum()), 1)
+    weights = weights_for(
+        inputs, chunk_tokens=chunk_tokens, vocab=vocab, temperature=temperature, labels=labels
+    )
+    compare(inputs, weights, rtol=1e-8, atol=1e-11)
+
+
+def test_no_label_at_all() -> None:
+    inputs = random_inputs()
+    inputs.labels.fill_(-100)
+    losses = vocabulary_losses(*inputs, weights_for(inputs, labels=1))
+    assert losses.lm == 0
+    assert losses.kl > 0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_padded_rows_never_count(temperature: float) -> None:
+    inputs = random_inputs()
+    weights = weights_for(inputs, temperature=temperature)
+    losses, (by_hidden, by_head) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    assert (by_head[TOKENS:] == 0).all()
+    assert (by_head[:TOKENS] != 0).all()
+    with torch.no_grad():
+        inputs.student_head[TOKENS:] = 100.0
+        inputs.teacher_head[TOKENS:] = -50.0
+    changed, (by_hidden_2, by_head_2) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    assert torch.equal(torch.stack(losses), torch.stack(changed))
+    assert torch.equal(by_hidden, by_hidden_2)
+    assert torch.equal(by_head, by_head_2)
+
+
+def test_masked_tokens_never_count() -> None:
+    inputs = random_inputs()
+    weights = weights_for(inputs)
+    losses, (by_hidden, by_head) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    assert inputs.mask is not None
+    assert (by_hidden[~inputs.mask] == 0).all()
+    with torch.no_grad():
+        inputs.student_hidden[~inputs.mask] = 7.0
+        inputs.teacher_hidden[~inputs.mask] = -3.0
+    changed, (_, by_head_2) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    torch.testing.assert_close(torch.stack(changed), torch.stack(losses), rtol=1e-14, atol=0)
+    torch.testing.assert_close(by_head_2, by_head, rtol=1e-12, atol=1e-14)
+
+
+def test_only_the_student_gets_gradients() -> None:
+    inputs = random_inputs()
+    losses = vocabulary_losses(*inputs, weights_for(inputs))
+    assert losses.weighted.requires_grad
+    assert not losses.kl.requires_grad
+    assert not losses.lm.requires_grad
+
+
+def test_equal_models_have_no_divergence() -> None:
+    inputs = random_inputs()
+    hidden, head = inputs.student_hidden, inputs.student_head
+    same = inputs._replace(teacher_hidden=hidden.detach(), teacher_head=head.detach())
+    weights = weights_for(same, lm_weight=0.0)
+    losses, grads = with_gradients(vocabulary_losses(*same, weights), same)
+    assert abs(losses.kl.item()) < 1e-12
+    assert all(grad.abs().max() < 1e-12 for grad in grads)
+
+
+@pytest.mark.parametrize("scale", [0.05, 1.0, 5.0])
+def test_float32_is_accurate_at_temperature_40(scale: float) -> None:
+    """Flat, nearly equal distributions: the plain sum of p log(p / q) fails here at scale 0.05."""
+    exact = random_inputs(n=64, scale=scale)
+    rounded = [t.detach().float() if t.is_floating_point() else t for t in exact[:5]]
+    single = Inputs(*(t.requires_grad_(i < 2) for i, t in enumerate(rounded)), exact.mask)
+    widened = [t.detach().double() if t.is_floating_point() else t for t in rounded]
+    double = Inputs(*(t.requires_grad_(i < 2) for i, t in enumerate(widened)), exact.mask)
+    weights = weights_for(single, lm_weight=0.0)
+    ours, our_grads = with_gradients(vocabulary_losses(*single, weights), single)
+    theirs, their_grads = with_gradients(naive(double, weights), double)
+    assert ours.kl.dtype == torch.float32
+    assert abs(ours.kl.item() / theirs.kl.item() - 1) < 1e-4
+    for mine, reference in zip(our_grads, their_grads, strict=True):
+        assert ((mine - reference).norm() / reference.norm()).item() < 1e-4
+
+
+def test_weight_1_28_is_the_official_definition() -> None:
+    """Sequences of 2,048, T = 40: a sum over positions divided by the batch size, without T^2."""
+    batch, length = 3, 2048
+    inputs = random_inputs(batch * length, masked=False)
+    weights = weights_for(inputs, kl_weight=1.28, lm_weight=0.0, vocab=ROWS, chunk_tokens=128)
+    ours = vocabulary_losses(*inputs, weights).weighted
+    student = (inputs.student_hidden @ inputs.student_head.T).view(batch, length, ROWS)
+    teacher = (inputs.teacher_hidden @ inputs.teacher_head.T).view(batch, length, ROWS)
+    official = functional.kl_div(
+        (student / 40).log_softmax(-1), (teacher / 40).softmax(-1), reduction="batchmean"
+    )
+    torch.testing.assert_close(ours, official, rtol=1e-10, atol=0)
+    assert pytest.approx(1) == 1.28 * 40**2 / 2048
+
+
+def extreme_inputs(dtype: torch.dtype) -> Inputs:
+    """Logits of +-10,000; student and teacher agree on row 0, and not at all on the others."""
+    student = torch.zeros(4, 3, dtype=dtype)
+    teacher = torch.zeros(4, 3, dtype=dtype)
+    student[:, 0], teacher[0, 0] = 1.0, 1.0
+    teacher[1, 1] = teacher[2, 2] = 1.0
+    student[3], teacher[3] = torch.tensor([1, -1, 0]), torch.tensor([-1, 1, 0])
+    head = torch.zeros(ROWS, 3, dtype=dtype)
+    head[:3] = 1e4 * torch.eye(3, dtype=dtype)
+    labels = torch.tensor([0, 1, -100, 2])
+    return Inputs(
+        student.requires_grad_(), head.clone().requires_grad_(), teacher, head, labels, None
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_extreme_logits_stay_finite(temperature: float, dtype: torch.dtype) -> None:
+    inputs = extreme_inputs(dtype)
+    weights = weights_for(inputs, temperature=temperature)
+    losses, grads = with_gradients(vocabulary_losses(*inputs, weights), inputs)
+    assert torch.stack(losses).isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+    assert losses.kl >= 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_extreme_logits_are_right(temperature: float, dtype: torch.dtype) -> None:
+    """A student that is far off has a large loss and a gradient, not a vanished one."""
+    inputs = extreme_inputs(dtype)
+    compare(inputs, weights_for(inputs, temperature=temperature), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [10.0, 60.0, 100.0, 300.0])
+def test_confident_teacher_and_opposed_student(gap: float) -> None:
+    head = torch.eye(2).double()
+    teacher = torch.tensor([[gap, 0.0]]).double()
+    student = torch.tensor([[0.0, gap]]).double().requires_grad_()
+    weights = VocabularyWeights(1.0, 0.0, 1.0, tokens=1, labels=1, vocab=2, chunk_tokens=1)
+    label = torch.tensor([-100])
+    losses = vocabulary_losses(student, head, teacher, head, label, None, weights)
+    (grad,) = torch.autograd.grad(losses.weighted, student)
+    assert losses.kl.item() == pytest.approx(gap, rel=1e-3)
+    torch.testing.assert_close(grad, torch.tensor([[-1.0, 1.0]]).double(), rtol=1e-3, atol=0)
+
+
+def sides(seed: int = 0, dtype: Any = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    """Student's and teacher's activations [2, 5, 6], and a mask [2, 5]."""
+    generator = torch.Generator().manual_seed(seed)
+    ours, theirs = torch.randn(2, 2, 5, 6, generator=generator, dtype=torch.float64).to(dtype)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]]).bool()
+    return ours.requires_grad_(), theirs.requires_grad_(), mask
+
+
+def test_clone_term() -> None:
+    ours, theirs, _ = sides()
+    expected = functional.mse_loss(ours, theirs)
+    term = clone_term(ours, theirs, None, tokens=10)
+    torch.testing.assert_close(term, expected, rtol=1e-13, atol=0)
+    mine = torch.autograd.grad(3 * term, (ours, theirs))
+    reference = torch.autograd.grad(3 * expected, (ours, theirs))
+    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=0)
+
+
+def test_clone_term_with_a_mask() -> None:
+    ours, theirs, mask = sides()
+    expected = functional.mse_loss(ours[mask], theirs[mask])
+    term = clone_term(ours, theirs, mask, tokens=7)
+    torch.testing.assert_close(term, expected, rtol=1e-13, atol=0)
+    mine = torch.autograd.grad(term, (ours, theirs))
+    reference = torch.autograd.grad(expected, (ours, theirs))
+    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=0)
+    assert all((grad[~mask] == 0).all() for grad in mine)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_clone_term_gradcheck(masked: bool) -> None:
+    ours, theirs, mask = sides(1)
+    used = mask if masked else None
+    assert torch.autograd.gradcheck(lambda a, b: clone_term(a, b, used, 7), (ours, theirs))
+
+
+def test_vocabulary_gradcheck() -> None:
+    inputs = random_inputs(4)
+    weights = weights_for(inputs, temperature=2.0)
+
+    def loss(hidden: Tensor, head: Tensor) -> Tensor:
+        changed = inputs._replace(student_hidden=hidden, student_head=head)
+        return vocabulary_losses(*changed, weights).weighted
+
+    assert torch.autograd.gradcheck(loss, (inputs.student_hidden, inputs.student_head))
+
+
+def test_clone_term_leaves_its_inputs_alone() -> None:
+    ours, theirs, mask = sides()
+    copies = ours.detach().clone(), theirs.detach().clone()
+    clone_term(ours, theirs, mask, 7).backward()
+    assert torch.equal(ours, copies[0])
+    assert torch.equal(theirs, copies[1])
+
+
+def test_clone_term_of_bfloat16_sums_in_float32() -> None:
+    ours, theirs, _ = sides(dtype=torch.bfloat16)
+    term = clone_term(ours, theirs, None, tokens=10)
+    term.backward()
+    expected = (ours.detach() - theirs.detach()).float().square().mean()
+    assert term.dtype == torch.float32
+    torch.testing.assert_close(term.detach(), expected, rtol=1e-6, atol=0)
+    assert ours.grad is not None
+    assert ours.grad.dtype == torch.bfloat16

@@ -1,0 +1,255 @@
+"""Tiny random teachers of every family, batches for them, and the student's formulas written out.
+
+Everything is float64, so that tests can ask for equality to a dozen digits. No width equals
+another one by accident: head_dim is not hidden / heads, the tokenizer has fewer tokens than the
+embedding has rows, and keys and values have fewer heads than queries.
+"""
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from lrc.data.batch import Batch
+from lrc.families import FAMILIES
+from lrc.methods import LowRankClone
+from lrc.recipe import ObjectiveSection, StudentSection
+from lrc.teacher import Teacher, as_teacher
+from lrc.train.loop import count
+
+HIDDEN, STUDENT_HIDDEN = 16, 8
+LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 2, 1, 6, 20
+ROWS, TOKENS = 37, 33
+"""Rows of the embedding, and tokens in use."""
+
+SHAPE = {
+    "hidden_size": HIDDEN,
+    "intermediate_size": FFN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "num_key_value_heads": KV_HEADS,
+    "head_dim": HEAD_DIM,
+    "vocab_size": ROWS,
+    "max_position_embeddings": 64,
+}
+
+QUIRKS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 5}}
+"""What a family's configuration takes besides `SHAPE`."""
+
+READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
+READERS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
+WRITERS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
+NORM_BEFORE = dict.fromkeys("qkv", "input_layernorm")
+NORM_BEFORE |= dict.fromkeys(("gate", "up"), "post_attention_layernorm")
+
+TINY_CASES = [
+    pytest.param((family, tied, {}), id=f"{family}-{'tied' if tied else 'untied'}")
+    for family in FAMILIES
+    for tied in (False, True)
+]
+"""Every family tied and untied, and Llama with a bias on all linear maps."""
+TINY_CASES.append(
+    pytest.param(("llama", False, {"attention_bias": True, "mlp_bias": True}), id="llama-biases")
+)
+
+Case = tuple[str, bool, dict[str, Any]]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Words `w3` to `w32` and three special tokens."""
+    words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(3, TOKENS))]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_teacher(
+    model_type: str,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+    **changes: Any,
+) -> Teacher:
+    """A random teacher; `changes` go to its configuration (None leaves a setting out)."""
+    settings = {**SHAPE, **QUIRKS.get(model_type, {}), "tie_word_embeddings": tied, **changes}
+    settings = {name: value for name, value in settings.items() if value is not None}
+    config = CONFIG_MAPPING[model_type](
+        **settings, bos_token_id=0, eos_token_id=1, pad_token_id=None
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            mean = 1.0 if "norm" in name else 0.0
+            parameter.copy_(mean + 0.3 * noise)
+    model.generation_config.update(eos_token_id=[1, 2], top_k=7, do_sample=True)
+    return as_teacher(model, tiny_tokenizer(), "tiny")
+
+
+def tiny_method(
+    teacher: Teacher,
+    student: Mapping[str, Any] | None = None,
+    objective: Mapping[str, Any] | None = None,
+    seed: int = 1,
+    gradient_checkpointing: bool = False,
+) -> LowRankClone:
+    """A clone of the teacher whose projections and gains are random and far from zero."""
+    method = LowRankClone(
+        teacher,
+        StudentSection.model_validate({"hidden_size": STUDENT_HIDDEN, **(student or {})}),
+        ObjectiveSection.model_validate({"chunk_tokens": 7, **(objective or {})}),
+        gradient_checkpointing,
+    )
+    randomise(method.parameters(), seed)
+    return method
+
+
+def randomise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+    """Draw projections around 0 and gains around 1."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, value in parameters.items():
+            noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            value.copy_(0.3 * noise if value.ndim == 2 else 1 + 0.2 * noise)
+            assert ("norm" in name) == (value.ndim == 1)
+
+
+def tiny_batch(
+    rows: int = 2,
+    length: int = 9,
+    seed: int = 0,
+    lengths: list[int] | None = None,
+    documents: list[list[int]] | None = None,
+) -> Batch:
+    """Random tokens in use.
+
+    Args:
+        rows: number of sequences.
+        length: tokens of each.
+        seed: seed of the tokens.
+        lengths: tokens of each row that are not padding on the right; None: no padding.
+        documents: lengths of the documents of each row; None: one document over the whole row.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    input_ids = torch.randint(0, TOKENS, (rows, length), generator=generator)
+    mask = positions = None
+    if lengths is not None:
+        mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
+    if documents is not None:
+        restarts = [torch.cat([torch.arange(n) for n in row]) for row in documents]
+        positions = torch.stack(restarts)
+    return Batch(input_ids, positions, mask)
+
+
+def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Losses and gradients of one optimiser step over micro-batches, as the loop takes it."""
+    counts = count(batches)
+    for value in method.parameters().values():
+        value.grad = None
+    method.begin_step()
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        losses = method.losses(batch, counts)
+        losses["loss"].backward()
+        for name, value in losses.items():
+            sums[name] = sums.get(name, torch.zeros(())) + value.detach()
+    method.end_step()
+    return sums, {name: p.grad.clone() for name, p in method.parameters().items()}
+
+
+def linear_path(layer: int, name: str) -> str:
+    """Module path of a linear map in the layout that all families here share."""
+    return f"model.layers.{layer}.{ {**READERS, **WRITERS}[name] }"
+
+
+def stream_norms(layers: int = LAYERS) -> Iterator[str]:
+    """Paths of the norms whose gains the student trains."""
+    for layer in range(layers):
+        yield f"model.layers.{layer}.input_layernorm"
+        yield f"model.layers.{layer}.post_attention_layernorm"
+    yield "model.norm"
+
+
+def expected_weights(
+    teacher: Teacher,
+    values: Mapping[str, Tensor],
+    fold_gains: bool = False,
+    tie_projections: bool | None = None,
+) -> dict[str, Tensor]:
+    """The student's projected weights, straight from the paper's formulas.
+
+    `values` holds the projections by key. The LM head is left out where it is the embedding.
+    """
+    weights = dict(teacher.model.named_parameters())
+    layers = teacher.config.num_hidden_layers
+
+    def reads(path: str, key: str, norm: str | None) -> Tensor:
+        gain = weights[f"{norm}.weight"] if fold_gains and norm else torch.ones(())
+        return (weights[f"{path}.weight"] * gain) @ values[key]
+
+    student = {"model.embed_tokens.weight": reads("model.embed_tokens", "embedding", None)}
+    for i in range(layers):
+        for name in READERS:
+            path = linear_path(i, name)
+            norm = f"model.layers.{i}.{NORM_BEFORE[name]}"
+            student[f"{path}.weight"] = reads(path, f"layers.{i}.{name}", norm)
+        for name in WRITERS:
+            path, p = linear_path(i, name), values[f"layers.{i}.{name}"]
+            student[f"{path}.weight"] = p.T @ weights[f"{path}.weight"]
+            if f"{path}.bias" in weights:
+                student[f"{path}.bias"] = p.T @ weights[f"{path}.bias"]
+    tied = teacher.config.tie_word_embeddings
+    shared = tied if tie_projections is None else tie_projections
+    if tied and shared:
+        return student
+    head = weights["model.embed_tokens.weight" if tied else "lm_head.weight"]
+    if shared:
+        student["lm_head.weight"] = head @ values["embedding"]
+    else:
+        gain = weights["model.norm.weight"] if fold_gains else torch.ones(())
+        student["lm_head.weight"] = (head * gain) @ values["head"]
+    return student
+
+
+def use_exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every family's RMSNorm keep the precision of its input; transformers' own one computes
+    in float32 even in a float64 model, which finite differences cannot bear."""
+
+    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+    for family in FAMILIES:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in dir(module):
+            if name.endswith("RMSNorm"):
+                monkeypatch.setattr(getattr(module, name), "forward", forward)
+
+
+def watch(
+    model: nn.Module, paths: Mapping[Any, str]
+) -> tuple[dict[Any, Tensor], Callable[[], None]]:
+    """Outputs of modules during forward passes, by key, and a function that ends the watch."""
+    seen: dict[Any, Tensor] = {}
+
+    def hook(key: Any) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _module, _inputs, output: seen.__setitem__(key, output)
+
+    handles = [
+        model.get_submodule(path).register_forward_hook(hook(k)) for k, path in paths.items()
+    ]
+
+    def end() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return seen, end
