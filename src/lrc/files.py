@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from lrc.errors import UserError
 
 
@@ -22,6 +24,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    except SafetensorError as error:
+        if "(os error 28)" not in str(error) and "(os error 122)" not in str(error):
+            raise
+        raise UserError(
+            f"The disk is full while writing {path}: free some space and try again."
+        ) from error
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise UserError(

@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+FAR = 20.0
+"""Largest difference of scaled logits, less its mean, up to which the KL is summed by e^d - 1."""
+
 
 class VocabularyLosses(NamedTuple):
     """Losses over the vocabulary, all scalars."""
@@ -164,7 +167,7 @@ def _cross_entropy(
         return None, loss
     grad = torch.sub(logits, norm).exp_()
     grad.scatter_add_(1, safe, grad.new_full(safe.shape, -1.0))
-    grad.mul_(learned[:, None] * (weights.lm_weight / weights.labels))
+    grad.mul_(learned[:, None].to(grad.dtype) * (weights.lm_weight / weights.labels))
     return grad, loss
 
 
@@ -188,15 +191,26 @@ def _kl(
     """
     temperature = weights.temperature
     p = torch.softmax(scaled_teacher, dim=-1)
+    teacher_norm = scaled_teacher.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
     d = scaled_teacher.neg_().add_(logits, alpha=1 / temperature)
-    d.sub_(_row_dot(p, d)).clamp_(max=80).expm1_()
+    mean = _row_dot(p, d)
+    d.sub_(mean)
+    far = d.amax(dim=-1, keepdim=True) > FAR
+    d.clamp_(max=FAR).expm1_()
     r = _row_dot(p, d)
+    kl = torch.log1p(r)
+    grad = d.sub_(r).mul_(p).div_(1 + r)
+    if far.any():
+        rows = far[:, 0]
+        scaled = logits[rows] / temperature
+        norm = torch.logsumexp(scaled, dim=-1, keepdim=True)
+        kl[rows] = norm - teacher_norm[rows] - mean[rows]
+        grad[rows] = torch.exp(scaled - norm) - p[rows]
     scale = 1 / weights.tokens * torch.ones_like(r)
     if mask is not None:
         scale *= mask[:, None]
-    loss = temperature**2 * (torch.log1p(r) * scale).sum()
-    grad = d.sub_(r).mul_(p).mul_(weights.kl_weight * temperature * scale / (1 + r))
-    return grad, loss
+    loss = temperature**2 * (kl * scale).sum()
+    return grad.mul_(weights.kl_weight * temperature * scale), loss
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:

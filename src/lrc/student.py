@@ -89,7 +89,7 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
     """
     family, source = teacher.family, teacher.model
     model = type(source)(derive_config(teacher, student))
-    model = model.to(device=source.device, dtype=source.dtype)
+    model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
     model.set_attn_implementation(source.config._attn_implementation)
     model.generation_config = copy.deepcopy(source.generation_config)
 

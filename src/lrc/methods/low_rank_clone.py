@@ -6,7 +6,7 @@ that write to the residual stream also carry the teacher's attention and FFN out
 student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
 """
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,7 @@ class LowRankClone(Method):
             (layer, name) for layer in range(teacher.num_layers) for name in self.terms
         ]
         self.recomputes = gradient_checkpointing
+        self._observing = ExitStack()
         if gradient_checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers recomputes in training mode only
@@ -66,6 +67,7 @@ class LowRankClone(Method):
             self.projections.write_into(self.model)
 
     def end_step(self) -> None:
+        self._observing.close()
         with self.clock.part("projection"):
             self.projections.backward()
 
@@ -139,8 +141,12 @@ class LowRankClone(Method):
                 ours, target = self._comparable(place, inputs, output, target)
                 terms[place] = clone_term(ours, target, mask, counts.tokens)
 
-        with self._observe(self.model, compare):
-            hidden = last_hidden(self.model, batch)
+        # Recomputed layers call the observer again in the backward pass, so it stays until then.
+        self._observing.close()
+        self._observing.enter_context(self._observe(self.model, compare))
+        hidden = last_hidden(self.model, batch)
+        if not self.recomputes:
+            self._observing.close()
         return hidden, terms
 
     def _comparable(
@@ -153,7 +159,8 @@ class LowRankClone(Method):
         if name == "o" and self.objective.attn_out == "teacher":
             o = self.teacher.model.get_submodule(self.teacher.family.linear(layer, name))
             weight, bias = o.get_parameter("weight"), o.bias
-            return functional.linear(inputs, weight, bias), target
+            bias = None if bias is None else bias.to(inputs.dtype)
+            return functional.linear(inputs, weight.to(inputs.dtype), bias), target
         projection = self.projections.values[projection_key(layer, name)]
         return output, target.to(projection.dtype) @ projection
 

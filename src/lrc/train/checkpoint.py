@@ -85,6 +85,9 @@ def load_checkpoint(path: Path, state: State, fingerprint: str) -> None:
             parameter.copy_(tensors[f"parameter.{name}"])
     state.optimizer.load_state_dict(_optimizer_state(state, tensors))
     state.scheduler.load_state_dict(header["scheduler"])
+    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimiser's rates alone
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
     torch.set_rng_state(tensors["rng"])
     state.step = int(header["step"])
 

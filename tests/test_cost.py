@@ -1,0 +1,60 @@
+"""The cost formulas against what torch counts while a step runs."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from lrc.cost import matmul_peak, step_flops, widths_of
+from lrc.data.batch import Batch
+from lrc.initialise import initialise_random
+from lrc.methods import LowRankClone
+from lrc.recipe import CloneTerms, ObjectiveSection, StudentSection
+from lrc.train.loop import count
+from tiny import Case, tiny_teacher
+
+OBJECTIVES = [
+    ObjectiveSection(),
+    ObjectiveSection(attn_out="teacher"),
+    ObjectiveSection(alpha=0),
+    ObjectiveSection(kl_weight=0, clone=CloneTerms(o=False)),
+]
+
+
+@pytest.mark.parametrize(
+    "case", [("llama", True, {}), ("qwen2", False, {})], ids=["tied", "untied"]
+)
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["paper", "official", "no-clone", "no-kl"])
+@pytest.mark.parametrize("micro_batches", [1, 3])
+def test_matrix_products_of_a_step(
+    case: Case, objective: ObjectiveSection, micro_batches: int
+) -> None:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, dtype=torch.float32, **changes)
+    method = LowRankClone(teacher, StudentSection(hidden_size=8), objective)
+    initialise_random(method.projections, 0.02, seed=0)
+    batches = [Batch(torch.randint(3, 30, (2, 24))) for _ in range(micro_batches)]
+    counts = count(batches)
+    with FlopCounterMode(display=False) as counter:
+        method.begin_step()
+        for batch in batches:
+            method.losses(batch, counts)["loss"].backward()
+        method.end_step()
+    counted = sum(
+        flops
+        for operator, flops in counter.get_flop_counts()["Global"].items()
+        if str(operator) in ("aten.mm", "aten.addmm", "aten.addmm_")
+    )
+    expected = step_flops(
+        widths_of(teacher.model),
+        widths_of(method.model),
+        tied,
+        tokens=counts.tokens,
+        sequence=0,  # attention scores are not products of `mm`
+        objective=objective,
+        vocab=teacher.vocab_size,
+    )
+    assert counted == pytest.approx(sum(expected.values()), rel=1e-9)
+
+
+def test_matmul_peak_is_a_rate() -> None:
+    assert 1e8 < matmul_peak(torch.device("cpu")) < 1e15
