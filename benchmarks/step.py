@@ -20,7 +20,6 @@ process of its own for each.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -28,6 +27,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -313,13 +313,16 @@ def measure_times(size: Size, accumulate: int, repeats: int) -> dict[str, list[f
 
 
 def measure_memory(size: Size, accumulate: int, kind: str) -> float:
-    """Peak resident memory in GiB of two steps of one kind, in this process."""
+    """Peak resident memory in GiB of two steps of one kind, in this process (Linux)."""
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
     subject = KINDS[kind](teacher, hidden_size)
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
     for _ in range(2):
         subject.step(batches)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    status = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(peak) / 2**20
 
 
 def memory_in_own_process(arguments: list[str], accumulate: int, kind: str) -> float:

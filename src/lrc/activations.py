@@ -17,8 +17,9 @@ from lrc.families import Family
 Place = tuple[int, str]
 """Layer and name of a linear map (one of `lrc.families.LINEARS`)."""
 
-Observer = Callable[[Place, Tensor, Tensor], None]
-"""Called with the place, the linear map's input and its output, each [batch, sequence, width]."""
+Observer = Callable[[Place, Tensor, Tensor], Tensor]
+"""Called with the place, the linear map's input and its output, each [batch, sequence, width];
+returns the output that the model goes on with."""
 
 
 @contextmanager
@@ -37,9 +38,9 @@ def observe(
             handle.remove()
 
 
-def _hook(place: Place, observer: Observer) -> Callable[[nn.Module, tuple[Tensor], Tensor], None]:
-    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        observer(place, inputs[0], output)
+def _hook(place: Place, observer: Observer) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return observer(place, inputs[0], output)
 
     return hook
 

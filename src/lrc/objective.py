@@ -26,6 +26,9 @@ from torch.autograd.function import once_differentiable
 FAR = 20.0
 """Largest difference of scaled logits, less its mean, up to which the KL is summed by e^d - 1."""
 
+CACHED_ROWS = 32
+"""Rows of logits that a CPU works on at once: about 6 MB each of both models at 49,152 tokens."""
+
 
 class VocabularyLosses(NamedTuple):
     """Losses over the vocabulary, all scalars."""
@@ -111,23 +114,22 @@ class _Vocabulary(torch.autograd.Function):
                 rows = slice(start, start + weights.chunk_tokens)
                 hidden = student_hidden[rows].to(dtype)
                 logits = _wide(hidden @ head.T)
-                grad_lm, chunk_lm = _cross_entropy(logits, labels[rows], weights)
-                lm += chunk_lm
-                grad_logits = grad_lm
+                scaled = None
                 if weights.kl_weight:
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
-                    chunk_mask = None if mask is None else mask[rows]
-                    grad_kl, chunk_kl = _kl(
-                        logits, _wide(scaled @ frozen_head.T), chunk_mask, weights
-                    )
-                    kl += chunk_kl
-                    grad_logits = grad_kl if grad_lm is None else grad_kl.add_(grad_lm)
-                if grad_logits is None:
-                    grad_hidden[rows] = 0
-                    continue
-                grad_logits = grad_logits.to(dtype)
+                    scaled = _wide(scaled @ frozen_head.T)
+                chunk_mask = None if mask is None else mask[rows]
+                chunk_kl, chunk_lm = _differentiate(
+                    logits, scaled, labels[rows], chunk_mask, weights
+                )
+                kl += chunk_kl
+                lm += chunk_lm
+                grad_logits = logits.to(dtype)
                 grad_hidden[rows] = grad_logits @ head
-                grad_head[: weights.vocab] += (grad_logits.T @ hidden).to(grad_head.dtype)
+                if dtype == grad_head.dtype:
+                    grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
+                else:
+                    grad_head[: weights.vocab] += grad_logits.T @ hidden
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(kl, lm)
         weighted = weights.kl_weight * kl + weights.lm_weight * lm
@@ -145,27 +147,60 @@ def _wide(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _cross_entropy(
-    logits: Tensor, labels: Tensor, weights: VocabularyWeights
-) -> tuple[Tensor | None, Tensor]:
-    """Cross-entropy of a chunk divided by `weights.labels`, and its weighted gradient.
+def _differentiate(
+    logits: Tensor,
+    scaled_teacher: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    weights: VocabularyWeights,
+) -> tuple[Tensor, Tensor]:
+    """T^2 * KL_T and LM of a chunk; its logits become the gradient of the weighted losses.
+
+    On a CPU the many passes over the vocabulary are done on a few rows at a time, which stay in
+    the cache from one pass to the next.
 
     Args:
-        logits: [chunk, vocab].
+        logits: s, [chunk, vocab]; overwritten by the gradient.
+        scaled_teacher: t / T, [chunk, vocab]; overwritten; None where the KL has no weight.
         labels: int64 [chunk], negative where there is none.
+        mask: bool [chunk] or None.
 
     Returns:
-        The gradient of lm_weight * loss by the logits [chunk, vocab] (None where lm_weight is 0),
-        and the loss.
+        The chunk's shares of T^2 * KL_T and LM.
+    """
+    kl, lm = logits.new_zeros(()), logits.new_zeros(())
+    step = CACHED_ROWS if logits.device.type == "cpu" else len(logits)
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        s, grad = logits[rows], torch.zeros(())
+        if scaled_teacher is not None:
+            counted = None if mask is None else mask[rows]
+            grad, block_kl = _kl(s, scaled_teacher[rows], counted, weights)
+            kl += block_kl
+        grad_lm, block_lm = _cross_entropy(s, labels[rows], weights)
+        lm += block_lm
+        torch.add(grad_lm, grad, out=s)
+    return kl, lm
+
+
+def _cross_entropy(
+    logits: Tensor, labels: Tensor, weights: VocabularyWeights
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of some rows divided by `weights.labels`, and its weighted gradient.
+
+    Args:
+        logits: [n, vocab].
+        labels: int64 [n], negative where there is none.
+
+    Returns:
+        The gradient of lm_weight * loss by the logits [n, vocab], and the loss.
     """
     learned = labels >= 0
     safe = labels.clamp(min=0)[:, None]
-    norm = torch.logsumexp(logits, dim=-1, keepdim=True)
-    losses = (norm - logits.gather(1, safe)).squeeze(1)
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    losses = -log_probabilities.gather(1, safe).squeeze(1)
     loss = torch.where(learned, losses, 0).sum() / weights.labels
-    if not weights.lm_weight:
-        return None, loss
-    grad = torch.sub(logits, norm).exp_()
+    grad = log_probabilities.exp_()
     grad.scatter_add_(1, safe, grad.new_full(safe.shape, -1.0))
     grad.mul_(learned[:, None].to(grad.dtype) * (weights.lm_weight / weights.labels))
     return grad, loss
@@ -174,51 +209,55 @@ def _cross_entropy(
 def _kl(
     logits: Tensor, scaled_teacher: Tensor, mask: Tensor | None, weights: VocabularyWeights
 ) -> tuple[Tensor, Tensor]:
-    """T^2 * KL_T of a chunk divided by `weights.tokens`, and its weighted gradient.
+    """T^2 * KL_T of some rows divided by `weights.tokens`, and its weighted gradient.
 
     At T = 40 both distributions are almost flat and nearly equal, so the usual sum of p log(p / q)
     cancels to noise in float32. With d = (s - t) / T less its mean under p, the divergence is
     log(1 + sum p (e^d - 1)) and q - p = p (e^d - 1 - r) / (1 + r), r being that sum: nothing
-    large is subtracted. (Differences are cut at 80 so that a student far off cannot overflow e^d.)
+    large is subtracted. Rows where a d is large take the usual sum, which is exact there.
 
     Args:
-        logits: s, the student's logits, [chunk, vocab].
-        scaled_teacher: t / T, [chunk, vocab]; overwritten.
-        mask: bool [chunk] or None.
+        logits: s, the student's logits, [n, vocab].
+        scaled_teacher: t / T, [n, vocab]; overwritten.
+        mask: bool [n] or None.
 
     Returns:
-        The gradient of kl_weight * loss by the logits [chunk, vocab], and the loss.
+        The gradient of kl_weight * loss by the logits [n, vocab], and the loss.
     """
     temperature = weights.temperature
     p = torch.softmax(scaled_teacher, dim=-1)
-    teacher_norm = scaled_teacher.amax(-1, keepdim=True) - p.amax(-1, keepdim=True).log()
-    d = scaled_teacher.neg_().add_(logits, alpha=1 / temperature)
-    mean = _row_dot(p, d)
-    d.sub_(mean)
-    far = d.amax(dim=-1, keepdim=True) > FAR
-    d.clamp_(max=FAR).expm1_()
-    r = _row_dot(p, d)
+    minus_d = scaled_teacher.sub_(logits, alpha=1 / temperature)
+    mean = torch.linalg.vecdot(p, minus_d)[:, None]
+    far = (mean - minus_d.amin(-1, keepdim=True) > FAR)[:, 0]
+    usual = _usual_kl(logits[far] / temperature, minus_d[far]) if far.any() else None
+    d = torch.sub(mean, minus_d, out=minus_d)
+    if usual is not None:
+        d[far] = 0  # keeps e^d from overflowing
+    d.expm1_()
+    r = torch.linalg.vecdot(p, d)[:, None]
     kl = torch.log1p(r)
-    grad = d.sub_(r).mul_(p).div_(1 + r)
-    if far.any():
-        rows = far[:, 0]
-        scaled = logits[rows] / temperature
-        norm = torch.logsumexp(scaled, dim=-1, keepdim=True)
-        kl[rows] = norm - teacher_norm[rows] - mean[rows]
-        grad[rows] = torch.exp(scaled - norm) - p[rows]
-    scale = 1 / weights.tokens * torch.ones_like(r)
+    grad = d.sub_(r).mul_(p)
+    scale = torch.full_like(r, 1 / weights.tokens)
     if mask is not None:
         scale *= mask[:, None]
-    loss = temperature**2 * (kl * scale).sum()
-    return grad.mul_(weights.kl_weight * temperature * scale), loss
+    if usual is not None:
+        kl[far], grad[far] = usual
+        r[far] = 0
+    grad.mul_(weights.kl_weight * temperature * scale / (1 + r))
+    return grad, temperature**2 * (kl * scale).sum()
 
 
-def _row_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of every row, [n, v] and [n, v] to [n, 1], without a product of full size."""
-    return torch.bmm(a[:, None, :], b[:, :, None])[:, :, 0]
+def _usual_kl(scaled_student: Tensor, minus_d: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(p || q) [n, 1] and q - p [n, vocab] from s / T and (t - s) / T, both [n, vocab]."""
+    log_q = torch.log_softmax(scaled_student, dim=-1)
+    log_p = torch.log_softmax(scaled_student + minus_d, dim=-1)
+    p = log_p.exp()
+    return (p * (log_p - log_q)).sum(-1, keepdim=True), log_q.exp() - p
 
 
-def clone_term(student: Tensor, target: Tensor, mask: Tensor | None, tokens: int) -> Tensor:
+def clone_term(
+    student: Tensor, target: Tensor, mask: Tensor | None, tokens: int
+) -> tuple[Tensor, Tensor]:
     """Mean squared difference over the elements of unmasked tokens (paper section 3.2).
 
     Args:
@@ -227,6 +266,10 @@ def clone_term(student: Tensor, target: Tensor, mask: Tensor | None, tokens: int
             projected.
         mask: bool [batch, sequence], true for the tokens that count; None: all count.
         tokens: number of tokens to average over.
+
+    Returns:
+        The student's activation, for the model to go on with, and the loss, a scalar. Going on
+        with what is returned lets one pass add up the gradients of the loss and of the model.
     """
     scale = 1 / (tokens * student.shape[-1])
     return _SquaredDifference.apply(student, target, mask, scale)  # type: ignore[no-untyped-call]
@@ -238,7 +281,7 @@ class _SquaredDifference(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, target: Tensor, mask: Tensor | None, scale: float
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         difference = student - target
         difference = difference.to(torch.promote_types(difference.dtype, torch.float32))
         if mask is not None:
@@ -247,17 +290,17 @@ class _SquaredDifference(torch.autograd.Function):
         ctx.scale = scale
         ctx.dtypes = student.dtype, target.dtype
         flat = difference.flatten()
-        return scale * torch.dot(flat, flat)
+        return student.view_as(student), scale * torch.dot(flat, flat)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(
+        ctx: Any, grad_student: Tensor, grad_loss: Tensor
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
         (difference,) = ctx.saved_tensors
-        scaled = difference * (2 * ctx.scale * grad)
+        factor = 2 * ctx.scale * grad_loss
         student, target = ctx.dtypes
-        return (
-            scaled.to(student) if ctx.needs_input_grad[0] else None,
-            -scaled.to(target) if ctx.needs_input_grad[1] else None,
-            None,
-            None,
-        )
+        grad_target = (difference * -factor).to(target) if ctx.needs_input_grad[1] else None
+        if not ctx.needs_input_grad[0]:
+            return None, grad_target, None, None
+        return torch.addcmul(grad_student, difference, factor).to(student), grad_target, None, None

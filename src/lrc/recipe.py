@@ -127,7 +127,7 @@ class ObjectiveSection(Section):
     """Where attention outputs are compared: in the student's space (the paper's formula) or in the
     teacher's, its own o applied to the student's heads (the official code)."""
 
-    chunk_tokens: int = Field(128, gt=0)
+    chunk_tokens: int = Field(512, gt=0)
     """Tokens whose logits are held at once; changes memory and speed, not the loss."""
 
 

@@ -76,9 +76,11 @@ def resume(
 
 
 def _run(run: "Run") -> None:
+    from lrc.memory import keep_freed_memory
     from lrc.train.session import Interrupted, train
 
     quiet_libraries()
+    keep_freed_memory()
     try:
         train(run, console)
     except Interrupted as stop:

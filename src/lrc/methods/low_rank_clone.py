@@ -118,8 +118,9 @@ class LowRankClone(Method):
         """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
         targets: dict[Place, Tensor] = {}
 
-        def keep(place: Place, _input: Tensor, output: Tensor) -> None:
+        def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
             targets[place] = output
+            return output
 
         with torch.no_grad(), self._observe(self.teacher.model, keep):
             hidden = last_hidden(self.teacher.model, batch)
@@ -135,11 +136,16 @@ class LowRankClone(Method):
         """
         terms: dict[Place, Tensor] = {}
 
-        def compare(place: Place, inputs: Tensor, output: Tensor) -> None:
+        def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
             with self.clock.part("loss"):
                 target = targets[place] if self.recomputes else targets.pop(place)
-                ours, target = self._comparable(place, inputs, output, target)
-                terms[place] = clone_term(ours, target, mask, counts.tokens)
+                if place[1] == "o" and self.objective.attn_out == "teacher":
+                    full = self._teacher_output(place, inputs)
+                    _, terms[place] = clone_term(full, target, mask, counts.tokens)
+                    return output
+                target = self._in_student_space(place, target)
+                output, terms[place] = clone_term(output, target, mask, counts.tokens)
+                return output
 
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
         self._observing.close()
@@ -149,20 +155,19 @@ class LowRankClone(Method):
             self._observing.close()
         return hidden, terms
 
-    def _comparable(
-        self, place: Place, inputs: Tensor, output: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """The student's and the teacher's side of a clone term, in one space."""
+    def _in_student_space(self, place: Place, target: Tensor) -> Tensor:
+        """The teacher's activation, projected where it is written to the residual stream."""
         layer, name = place
         if name not in WRITERS:
-            return output, target
-        if name == "o" and self.objective.attn_out == "teacher":
-            o = self.teacher.model.get_submodule(self.teacher.family.linear(layer, name))
-            weight, bias = o.get_parameter("weight"), o.bias
-            bias = None if bias is None else bias.to(inputs.dtype)
-            return functional.linear(inputs, weight.to(inputs.dtype), bias), target
+            return target
         projection = self.projections.values[projection_key(layer, name)]
-        return output, target.to(projection.dtype) @ projection
+        return target.to(projection.dtype) @ projection
+
+    def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
+        """The teacher's own linear map at a place, applied to the student's input of it."""
+        module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
+        bias = None if module.bias is None else module.bias.to(inputs.dtype)
+        return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)
 
     def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
         return observe(model, self.teacher.family, self.places, observer)
