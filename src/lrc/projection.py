@@ -38,8 +38,11 @@ class Site:
     writes: bool = False
     """Whether it writes to the residual stream (projected on its output side)."""
 
-    folded_norm: str | None = None
-    """Module path of the norm whose gain is folded in, if any."""
+    norm: str | None = None
+    """Module path of the norm whose output it alone reads with its projection, if any."""
+
+    folded: bool = False
+    """Whether that norm's gain is multiplied into the weight before it is projected."""
 
 
 def sites(teacher: Teacher, student: StudentSection) -> list[Site]:
@@ -48,17 +51,19 @@ def sites(teacher: Teacher, student: StudentSection) -> list[Site]:
     The LM head is left out where the student ties it to the embedding.
     """
     family, fold = teacher.family, student.fold_gains
-    shared = ties_projections(teacher, student)
     found = [Site(family.embedding, "embedding")]
     for layer in range(teacher.num_layers):
         for name in LINEARS:
-            reads = name in READERS
-            norm = family.norm_read_by(layer, name) if reads and fold else None
-            path = family.linear(layer, name)
-            found.append(Site(path, projection_key(layer, name), not reads, norm))
-    if not (shared and teacher.config.tie_word_embeddings):
-        norm = family.final_norm if fold and not shared else None
-        found.append(Site(family.head, "embedding" if shared else "head", folded_norm=norm))
+            path, key = family.linear(layer, name), projection_key(layer, name)
+            if name in READERS:
+                norm = family.norm_read_by(layer, name)
+                found.append(Site(path, key, norm=norm, folded=fold))
+            else:
+                found.append(Site(path, key, writes=True))
+    if not ties_projections(teacher, student):
+        found.append(Site(family.head, "head", norm=family.final_norm, folded=fold))
+    elif not teacher.config.tie_word_embeddings:
+        found.append(Site(family.head, "embedding"))
     return found
 
 
@@ -91,6 +96,7 @@ class Projections:
 
     def __init__(self, teacher: Teacher, student: StudentSection) -> None:
         self.teacher = teacher
+        self.hidden_size = student.hidden_size
         self.sites = sites(teacher, student)
         model = teacher.model
         dtype = torch.promote_types(model.dtype, torch.float32)
@@ -103,21 +109,18 @@ class Projections:
                 self.values[site.projection] = nn.Parameter(zero)
         self._written: list[tuple[nn.Parameter, Tensor]] = []
 
-    def gain(self, site: Site) -> Tensor | None:
-        """The teacher's gain that is folded into a site's weight, [d_T], or None."""
-        if site.folded_norm is None:
-            return None
-        norm = self.teacher.model.get_submodule(site.folded_norm)
-        return norm.get_parameter("weight") + self.teacher.family.gain_offset
+    def gain(self, norm: str) -> Tensor:
+        """The teacher's gain [d_T] of the norm at a module path."""
+        weight = self.teacher.model.get_submodule(norm).get_parameter("weight")
+        return weight + self.teacher.family.gain_offset
 
     def student_parameters(self) -> dict[str, Tensor]:
         """Every projected parameter of the student by name, differentiable in the projections."""
         parameters = {}
         for site in self.sites:
             projection: Tensor = self.values[site.projection]
-            gain = self.gain(site)
-            if gain is not None:
-                projection = gain.to(projection.dtype)[:, None] * projection
+            if site.folded and site.norm:
+                projection = self.gain(site.norm).to(projection.dtype)[:, None] * projection
             module = self.teacher.model.get_submodule(site.path)
             for name, weight in module.named_parameters(recurse=False):
                 if name == "weight" or site.writes:

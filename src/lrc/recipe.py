@@ -72,14 +72,18 @@ class StudentSection(Section):
 class InitialiseSection(Section):
     """How the projections start."""
 
-    method: Literal["random"] = "random"
-    """`random`: normal(0, std), the paper's."""
+    method: Literal["closed-form", "random"] = "random"
+    """`random`: normal(0, std), the paper's. `closed-form`: solved from a short calibration pass
+    over training text, far ahead of it; use it with folded gains."""
 
     std: float = Field(0.02, gt=0)
     """Standard deviation of the random start."""
 
     seed: int = 0
     """Seed of the random start."""
+
+    calibration_tokens: int = Field(16_384, gt=0)
+    """Training tokens that the closed-form start is solved from."""
 
 
 class CloneTerms(Section):

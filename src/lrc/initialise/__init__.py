@@ -1,12 +1,55 @@
-"""How the projections start: one small file a way."""
+"""How the projections start: one small file a way.
 
+`random` is the paper's. `closed-form` solves them from a few thousand tokens of the training text
+and starts far ahead (see `lrc.initialise.closed_form`).
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrc.initialise.closed_form import solve_projections
 from lrc.initialise.random import initialise_random
-from lrc.projection import Projections
+from lrc.methods import LowRankClone
 from lrc.recipe import InitialiseSection
 
-__all__ = ["initialise", "initialise_random"]
+__all__ = ["initialise", "initialise_closed_form", "initialise_random", "solve_projections"]
 
 
-def initialise(projections: Projections, section: InitialiseSection) -> None:
-    """Fill the projections in place, in the way that the recipe names."""
-    initialise_random(projections, section.std, section.seed)
+def initialise(
+    method: LowRankClone,
+    section: InitialiseSection,
+    ids: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Start a method's projections in the way that the recipe names.
+
+    Args:
+        method: the method; its projections and gains are set in place.
+        section: the recipe's section.
+        ids: calibration tokens, int64 [sequences, length]; `random` takes none of them.
+        progress: called with the layers done and their number.
+    """
+    if section.method == "random":
+        initialise_random(method.projections, section.std, section.seed)
+    else:
+        initialise_closed_form(method, ids, progress)
+
+
+def initialise_closed_form(
+    method: LowRankClone, ids: Tensor, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Set a method's projections and final gain to the closed-form solution (in place)."""
+    projections, teacher = method.projections, method.teacher
+    solved, gains = solve_projections(
+        teacher, ids, projections.hidden_size, "head" not in projections.values, progress
+    )
+    with torch.no_grad():
+        for site in projections.sites:
+            value = solved[site.projection]
+            if site.norm and not site.folded:  # solved for folded gains
+                value = projections.gain(site.norm)[:, None] * value
+            projections.values[site.projection].copy_(value)
+        final = method.model.get_submodule(teacher.family.final_norm).get_parameter("weight")
+        final.copy_(gains - teacher.family.gain_offset)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lrc.cost import matmul_peak, step_flops, widths_of
 from lrc.evaluate.held_out import measure_agreement, perplexity
 from lrc.evaluate.sample import generate_text
 from lrc.export import export_student
@@ -18,6 +19,9 @@ from lrc.files import write_text
 from lrc.report.curves import draw_curves
 from lrc.shapes import shape_of
 from lrc.train.loop import Loop
+
+STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimiser")
+"""Parts of the clock that belong to an optimiser step."""
 
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 48
@@ -34,7 +38,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out())
     seconds = loop.seconds()
-    summary = {
+    summary: dict[str, Any] = {
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
         "tokens": setup.state.step * run.recipe.step_tokens(),
@@ -47,6 +51,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         "kl": agreement.kl,
         "top1_agreement": agreement.top1,
         "held_out_labels": agreement.tokens,
+        "flop_utilisation": flop_utilisation(loop),
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
     }
@@ -92,10 +97,34 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
     table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
+    if summary["flop_utilisation"] is not None:
+        table.add_row("share of peak FLOP/s", "", f"{summary['flop_utilisation']:.0%}")
     table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
     console.print(table)
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
     console.print("Time: " + ", ".join(shares), highlight=False)
+
+
+def flop_utilisation(loop: Loop) -> float | None:
+    """Operations of the steps' matrix products a second, as a share of this machine's measured
+    peak; None where this process made no step."""
+    recipe, setup = loop.run.recipe, loop.setup
+    spent = setup.method.clock.seconds
+    seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
+    steps = setup.state.step - loop.first_step
+    if not steps:
+        return None
+    flops = step_flops(
+        widths_of(setup.teacher.model),
+        widths_of(setup.method.model),
+        setup.method.model.config.tie_word_embeddings,
+        recipe.step_tokens(),
+        recipe.data.sequence_length,
+        recipe.objective,
+        setup.teacher.vocab_size,
+    )
+    dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+    return sum(flops.values()) * steps / seconds / matmul_peak(setup.device, dtype)
 
 
 def peak_memory_gib(device: torch.device) -> float:

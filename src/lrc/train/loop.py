@@ -38,6 +38,8 @@ class Loop:
     seconds_before: float = 0.0
     """Training seconds of earlier stretches."""
     started: float = field(default_factory=time.perf_counter)
+    first_step: int = 0
+    """Step that this stretch went on from."""
 
     def go(self) -> StopRequest:
         """Train to the end of the recipe, or until a signal asks to stop; then checkpoint.
@@ -46,7 +48,7 @@ class Loop:
             UserError: the loss is not finite, or the disk is full.
         """
         recipe, state = self.run.recipe, self.setup.state
-        steps = recipe.steps()
+        steps, self.first_step = recipe.steps(), state.step
         self._resume_metrics()
         with (
             stop_on_signals() as stop,

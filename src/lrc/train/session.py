@@ -5,11 +5,29 @@ from typing import Any
 from rich.console import Console
 
 from lrc.data import TrainingText, prepare
+from lrc.initialise import initialise
+from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
 from lrc.train.loop import Loop
-from lrc.train.setup import set_up
+from lrc.train.setup import Setup, set_up
+
+
+def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> None:
+    """Initialise the projections as the recipe says, from the head of the training stream."""
+    section = recipe.initialise
+    sequences = max(2, section.calibration_tokens // recipe.data.sequence_length)
+    ids = text.training_batch(0, sequences).input_ids.to(setup.device)
+    with console.status(f"Initialising the projections ({section.method})") as status:
+        initialise(
+            setup.method,
+            section,
+            ids,
+            lambda done, layers: status.update(
+                f"Solving the projections from {ids.numel():,} tokens: layer {done} of {layers}"
+            ),
+        )
 
 
 class Interrupted(Exception):
@@ -45,6 +63,8 @@ def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[st
             lambda part, tokens: status.update(f"Tokenising the {part} text: {tokens:,} tokens"),
         )
     text = TrainingText(packed, data, run.recipe.train.seed)
+    if setup.state.step == 0:
+        start(setup, run.recipe, text, console)
     loop = Loop(run, setup, text, console)
     stop = loop.go()
     if stop.signal is not None and setup.state.step < run.recipe.steps():

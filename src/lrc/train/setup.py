@@ -8,7 +8,6 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from lrc.errors import UserError
-from lrc.initialise import initialise
 from lrc.methods import LowRankClone, Method
 from lrc.recipe import Recipe, TrainSection
 from lrc.run import Run
@@ -25,7 +24,7 @@ class Setup:
     """A method on its device, with its optimiser, at some step of its run."""
 
     teacher: Teacher
-    method: Method
+    method: LowRankClone
     state: State
     device: torch.device
 
@@ -34,7 +33,7 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     """Load the teacher, build the method, and go to the last checkpoint that is whole.
 
     Args:
-        run: the run; without checkpoints the method starts from its initialisation.
+        run: the run; without checkpoints its projections are still to be initialised.
         console: where a damaged checkpoint is told.
         teacher: a teacher that is loaded already; None: the one that the recipe names.
 
@@ -50,7 +49,6 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     method = LowRankClone(
         teacher, recipe.student, recipe.objective, recipe.train.gradient_checkpointing
     )
-    initialise(method.projections, recipe.initialise)
     state = new_state(method, recipe)
     restore(run, state, console)
     return Setup(teacher, method, state, device)

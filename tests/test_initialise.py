@@ -1,0 +1,149 @@
+"""The closed-form start: exact where it can be, least squares where it cannot, and far ahead."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrc.data.batch import Batch
+from lrc.evaluate.held_out import held_out_loss
+from lrc.initialise import initialise_closed_form, initialise_random, solve_projections
+from lrc.initialise.least_squares import moments, regress
+from lrc.methods import LowRankClone
+from lrc.recipe import ObjectiveSection, StudentSection, TeacherSection
+from lrc.teacher import load_teacher
+from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+
+
+def tokens(sequences: int, length: int = 12) -> Tensor:
+    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def closed_form(case: Case, hidden_size: int, ids: Tensor, **student: bool) -> LowRankClone:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, **changes)
+    section = StudentSection(hidden_size=hidden_size, **student)
+    method = LowRankClone(teacher, section, ObjectiveSection())
+    initialise_closed_form(method, ids)
+    return method
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+@pytest.mark.parametrize("fold", [False, True], ids=["plain", "folded"])
+def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool) -> None:
+    method = closed_form(case, HIDDEN, tokens(24), fold_gains=fold)
+    ids = tokens(3)
+    with torch.no_grad():
+        theirs = method.teacher.model(ids).logits
+        ours = method.student()(ids).logits
+    # transformers computes RMSNorm in float32, whatever the model's dtype.
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_folding_changes_no_student(case: Case) -> None:
+    plain, folded = (
+        closed_form(case, STUDENT_HIDDEN, tokens(24), fold_gains=fold).student()
+        for fold in (False, True)
+    )
+    for (name, a), b in zip(plain.state_dict().items(), folded.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
+    method = closed_form(case, STUDENT_HIDDEN, tokens(48))
+    ids = tokens(4)
+
+    def error() -> float:
+        with torch.no_grad():
+            ours, theirs = method.student()(ids).logits, method.teacher.model(ids).logits
+        return float((ours - theirs).var(dim=-1).mean())  # a shift of all logits says nothing
+
+    solved = error()
+    initialise_random(method.projections, 0.02, seed=0)
+    assert solved < error()
+
+
+def test_readers_are_least_squares_of_the_students_own_stream() -> None:
+    teacher = tiny_teacher("llama")
+    solved, _ = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=False)
+    ids = tokens(24)
+    x = teacher.model.get_input_embeddings()(ids).flatten(0, 1)
+    h = x / (x.pow(2).mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
+    y = x @ solved["embedding"]
+    z = y / (y.pow(2).mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
+    best = torch.linalg.lstsq(z, h).solution
+    least = (z @ best - h).square().sum()
+    ours = (z @ solved["layers.0.q"].T - h).square().sum()
+    assert least < ours < 1.1 * least
+
+
+def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
+    teacher = tiny_teacher("llama", tied=True)
+    one = torch.eye(STUDENT_HIDDEN, dtype=torch.float64)
+    for shared in (False, True):
+        basis = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared)[0]["embedding"]
+        torch.testing.assert_close(basis.T @ basis, one)
+
+
+@settings(deadline=None, max_examples=25)
+@given(p=st.integers(1, 9), q=st.integers(1, 7), n=st.integers(1, 40), seed=st.integers(0, 99))
+def test_regress_is_weighted_ridge_regression(p: int, q: int, n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    u, v, prior = (
+        torch.randn(shape, dtype=torch.float64, generator=generator)
+        for shape in ((n, p), (n, q), (p, q))
+    )
+    w = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
+    rows = [(u[: n // 2], v[: n // 2], w[: n // 2]), (u[n // 2 :], v[n // 2 :], w[n // 2 :])]
+    found = regress(rows, rows, prior, [0.3])
+    ridge = 0.3 * (w * u * u).sum().item() / p
+    stacked = np.vstack([(w.sqrt() * u).numpy(), ridge**0.5 * np.eye(p)])
+    targets = np.vstack([(w.sqrt() * v).numpy(), ridge**0.5 * prior.numpy()])
+    expected = np.linalg.lstsq(stacked, targets, rcond=None)[0]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-9)
+
+
+def test_the_ridge_is_chosen_on_the_held_out_rows() -> None:
+    generator = torch.Generator().manual_seed(0)
+    u = torch.randn(12, 8, dtype=torch.float64, generator=generator)
+    noise = torch.randn(12, 1, dtype=torch.float64, generator=generator)
+    fresh = torch.randn(400, 8, dtype=torch.float64, generator=generator)
+    nothing = torch.zeros(8, 1, dtype=torch.float64)
+    fit, held_out = [(u, noise, None)], [(fresh, torch.zeros(400, 1).double(), None)]
+    ridges = [1e-6, 1e3]
+    assert regress(fit, held_out, nothing, ridges).norm() < 0.01
+    assert regress(fit, fit, nothing, ridges).norm() > 0.1
+
+
+def test_moments_do_not_depend_on_the_batches() -> None:
+    u, v = torch.randn(30, 4).double(), torch.randn(30, 3).double()
+    whole = moments([(u, v, None)])
+    parts = moments([(u[i : i + 7], v[i : i + 7], None) for i in range(0, 30, 7)])
+    torch.testing.assert_close(whole, parts)
+
+
+def test_a_trained_teacher_is_imitated_without_training(stories_folder: Path) -> None:
+    teacher = load_teacher(TeacherSection(model=str(stories_folder)))
+    section = StudentSection(hidden_size=48, fold_gains=True)
+    method = LowRankClone(teacher, section, ObjectiveSection())
+    start = torch.full((64, 1), teacher.tokenizer.bos_token_id)
+    torch.manual_seed(0)
+    text = teacher.model.generate(
+        start, max_new_tokens=127, do_sample=True, eos_token_id=None, pad_token_id=0
+    )
+    held_out = [Batch(text[48:])]
+
+    def loss() -> float:
+        return held_out_loss(method.student(), held_out, teacher.vocab_size)
+
+    initialise_random(method.projections, 0.02, seed=0)
+    random = loss()
+    initialise_closed_form(method, text[:48])
+    floor = held_out_loss(teacher.model, held_out, teacher.vocab_size)
+    assert loss() < floor + 0.5 * (random - floor)
