@@ -4,16 +4,13 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow check setup clean
+.PHONY: quickstart test check setup clean
 
 quickstart: .venv/ready
 	$(BIN)/lrc train quickstart
 
 test: check
 	$(BIN)/pytest
-
-test-slow: .venv/ready-dev
-	$(BIN)/pytest -m slow
 
 check: .venv/ready-dev
 	$(BIN)/ruff check

@@ -65,7 +65,9 @@ def test_lemma_1(case: Case) -> None:
         close(ours, theirs, rtol=1e-13, atol=1e-13)
 
 
-def direct_terms(method: LowRankClone, batch: Batch, space: str = "student") -> dict[str, Tensor]:
+def direct_terms(
+    method: LowRankClone, batch: Batch, space: str = "student", relative: bool = False
+) -> dict[str, Tensor]:
     """The clone terms [layers] by name, from activations that hooks of this test take."""
     paths = {(i, name): linear_path(i, name) for i in range(LAYERS) for name in TERMS}
     taken = []
@@ -89,7 +91,12 @@ def direct_terms(method: LowRankClone, batch: Batch, space: str = "student") -> 
                 student = o(our_heads[i])
             elif name in WRITERS:
                 target = target @ method.projections.values[f"layers.{i}.{name}"].detach()
-            terms[name].append(functional.mse_loss(student[kept], target[kept]))
+            student, target = student[kept], target[kept]
+            if relative:
+                squares = target.square().mean(-1, keepdim=True)
+                root = (squares + squares.median()).sqrt()
+                student, target = student / root, target / root
+            terms[name].append(functional.mse_loss(student, target))
     return {name: torch.stack(values) for name, values in terms.items()}
 
 
@@ -109,11 +116,13 @@ def watch_inputs(model: torch.nn.Module) -> tuple[dict[int, Tensor], Any]:
 
 @pytest.mark.parametrize("space", ["student", "teacher"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_clone_terms(case: Case, space: str, padded: bool) -> None:
-    method = clone_of(case, {"attn_out": space})
+@pytest.mark.parametrize("scale", ["none", "relative"])
+def test_clone_terms(case: Case, space: str, padded: bool, scale: str) -> None:
+    method = clone_of(case, {"attn_out": space, "clone_scale": scale})
     batch = tiny_batch(lengths=[9, 4] if padded else None)
     losses, _ = gradients(method, batch)
-    expected = torch.stack(list(direct_terms(method, batch, space).values()), dim=1)
+    terms = direct_terms(method, batch, space, scale == "relative")
+    expected = torch.stack(list(terms.values()), dim=1)
     assert expected.shape == (LAYERS, len(TERMS))
     assert expected.min() > 1e-3
     close(losses["clone_layers"], expected)

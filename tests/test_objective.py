@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.objective import VocabularyLosses, VocabularyWeights, clone_term, vocabulary_losses
+from lrc.objective import (
+    VocabularyLosses,
+    VocabularyWeights,
+    clone_term,
+    relative_weight,
+    vocabulary_losses,
+)
 
 ROWS, TOKENS, D_S, D_T = 37, 33, 8, 16
 
@@ -347,3 +353,28 @@ def test_clone_term_of_bfloat16_sums_in_float32() -> None:
     torch.testing.assert_close(term.detach(), expected, rtol=1e-6, atol=0)
     assert ours.grad is not None
     assert ours.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_relative_weights(masked: bool) -> None:
+    ours, theirs, mask = sides(2)
+    with torch.no_grad():
+        theirs[0, 0] *= 1000  # a massive activation
+    used = mask if masked else None
+    weight = relative_weight(theirs, used)
+    kept = mask if masked else torch.ones_like(mask)
+    squares = theirs.detach().square().mean(-1)
+    expected = kept / (squares + squares[kept].median())
+    torch.testing.assert_close(weight, expected, rtol=1e-13, atol=0)
+    assert weight.max() < 100 * weight[kept][1:].min()
+
+    _, term = clone_term(ours, theirs, weight, tokens=7)
+    naive = (expected[..., None] * (ours - theirs).square()).sum() / (7 * 6)
+    torch.testing.assert_close(term, naive, rtol=1e-13, atol=0)
+    mine = torch.autograd.grad(term, (ours, theirs))
+    reference = torch.autograd.grad(naive, (ours, theirs))
+    torch.testing.assert_close(mine, reference, rtol=1e-12, atol=0)
+
+
+def test_relative_weights_of_nothing_are_finite() -> None:
+    assert torch.isfinite(relative_weight(torch.zeros(2, 3, 4), None)).all()

@@ -69,6 +69,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         UserError: the disk is full or the place cannot be written.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    replaced = path.with_name(f".{path.name}.{os.getpid()}.old")
     with disk_errors(path):
         try:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -80,11 +81,12 @@ def new_folder(path: Path) -> Iterator[Path]:
                 _flush(file)
             _flush(temporary)
             if path.exists():
-                shutil.rmtree(path)
+                os.rename(path, replaced)
             os.rename(temporary, path)
             _flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(replaced, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:

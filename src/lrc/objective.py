@@ -256,15 +256,16 @@ def _usual_kl(scaled_student: Tensor, minus_d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clone_term(
-    student: Tensor, target: Tensor, mask: Tensor | None, tokens: int
+    student: Tensor, target: Tensor, weight: Tensor | None, tokens: int
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared difference over the elements of unmasked tokens (paper section 3.2).
+    """Mean squared difference over the elements of the tokens that count (paper section 3.2).
 
     Args:
         student: [batch, sequence, width].
         target: the teacher's side, [batch, sequence, width]; differentiable too where it is
             projected.
-        mask: bool [batch, sequence], true for the tokens that count; None: all count.
+        weight: what each token weighs, [batch, sequence], no gradient: a bool mask, or
+            `relative_weight`; None: all weigh 1.
         tokens: number of tokens to average over.
 
     Returns:
@@ -272,35 +273,57 @@ def clone_term(
         with what is returned lets one pass add up the gradients of the loss and of the model.
     """
     scale = 1 / (tokens * student.shape[-1])
-    return _SquaredDifference.apply(student, target, mask, scale)  # type: ignore[no-untyped-call]
+    return _SquaredDifference.apply(student, target, weight, scale)  # type: ignore[no-untyped-call]
+
+
+def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
+    """Token weights that make a clone term a relative error: 1 / (m + median of m), m being the
+    mean square of the teacher's side of a token.
+
+    A few tokens carry massive activations, hundreds of times the rest, which rule the plain mean
+    squared difference; here every token counts for about the same, and so does every layer. The
+    median is that of the micro-batch.
+
+    Args:
+        target: the teacher's side, [batch, sequence, width].
+        mask: bool [batch, sequence], false where a token does not count; None: all count.
+
+    Returns:
+        Weights [batch, sequence], zero where masked, in float32 at least.
+    """
+    wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
+    mean_square = torch.linalg.vecdot(wide, wide) / target.shape[-1]
+    counted = mean_square if mask is None else mean_square[mask]
+    weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(wide.dtype).tiny)
+    return weight if mask is None else weight * mask
 
 
 class _SquaredDifference(torch.autograd.Function):
-    """scale * sum of squared differences, keeping the difference alone for the backward pass."""
+    """scale * weighted sum of squared differences, keeping the difference alone for the backward
+    pass."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, mask: Tensor | None, scale: float
+        ctx: Any, student: Tensor, target: Tensor, weight: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
         difference = student - target
         difference = difference.to(torch.promote_types(difference.dtype, torch.float32))
-        if mask is not None:
-            difference *= mask[..., None]
-        ctx.save_for_backward(difference)
+        weighted = difference if weight is None else difference * weight[..., None]
+        ctx.save_for_backward(weighted)
         ctx.scale = scale
         ctx.dtypes = student.dtype, target.dtype
-        flat = difference.flatten()
-        return student.view_as(student), scale * torch.dot(flat, flat)
+        loss = scale * torch.dot(weighted.flatten(), difference.flatten())
+        return student.view_as(student), loss
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, grad_student: Tensor, grad_loss: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (difference,) = ctx.saved_tensors
+        (weighted,) = ctx.saved_tensors
         factor = 2 * ctx.scale * grad_loss
         student, target = ctx.dtypes
-        grad_target = (difference * -factor).to(target) if ctx.needs_input_grad[1] else None
+        grad_target = (weighted * -factor).to(target) if ctx.needs_input_grad[1] else None
         if not ctx.needs_input_grad[0]:
             return None, grad_target, None, None
-        return torch.addcmul(grad_student, difference, factor).to(student), grad_target, None, None
+        return torch.addcmul(grad_student, weighted, factor).to(student), grad_target, None, None

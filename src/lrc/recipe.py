@@ -127,6 +127,11 @@ class ObjectiveSection(Section):
     clone: CloneTerms = CloneTerms()
     """Which clone terms are on."""
 
+    clone_scale: Literal["none", "relative"] = "none"
+    """`none`: plain mean squared differences (the paper), which a few tokens with massive
+    activations rule. `relative`: each token's divided by the mean square of the teacher's side
+    plus its median over tokens."""
+
     attn_out: Literal["student", "teacher"] = "student"
     """Where attention outputs are compared: in the student's space (the paper's formula) or in the
     teacher's, its own o applied to the student's heads (the official code)."""

@@ -18,7 +18,7 @@ from lrc.clock import Clock
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
 from lrc.methods.base import Counts, Method
-from lrc.objective import VocabularyWeights, clone_term, vocabulary_losses
+from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
 from lrc.projection import Projections, projection_key
 from lrc.recipe import ObjectiveSection, StudentSection
 from lrc.student import build_student
@@ -53,7 +53,7 @@ class LowRankClone(Method):
         self.recomputes = gradient_checkpointing
         self._observing = ExitStack()
         if gradient_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers recomputes in training mode only
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -141,10 +141,12 @@ class LowRankClone(Method):
                 target = targets[place] if self.recomputes else targets.pop(place)
                 if place[1] == "o" and self.objective.attn_out == "teacher":
                     full = self._teacher_output(place, inputs)
-                    _, terms[place] = clone_term(full, target, mask, counts.tokens)
+                    weight = self._token_weight(target, mask)
+                    _, terms[place] = clone_term(full, target, weight, counts.tokens)
                     return output
                 target = self._in_student_space(place, target)
-                output, terms[place] = clone_term(output, target, mask, counts.tokens)
+                weight = self._token_weight(target, mask)
+                output, terms[place] = clone_term(output, target, weight, counts.tokens)
                 return output
 
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
@@ -154,6 +156,10 @@ class LowRankClone(Method):
         if not self.recomputes:
             self._observing.close()
         return hidden, terms
+
+    def _token_weight(self, target: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
+        return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
 
     def _in_student_space(self, place: Place, target: Tensor) -> Tensor:
         """The teacher's activation, projected where it is written to the residual stream."""

@@ -19,6 +19,7 @@ from lrc.files import write_text
 from lrc.report.curves import draw_curves
 from lrc.shapes import shape_of
 from lrc.train.loop import Loop
+from lrc.train.progress import phase
 
 STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimiser")
 """Parts of the clock that belong to an optimiser step."""
@@ -34,7 +35,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         UserError: the disk is full.
     """
     run, setup = loop.run, loop.setup
-    with console.status("Measuring the student beside its teacher"):
+    with phase(console, "Measuring the student beside its teacher"):
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out())
     seconds = loop.seconds()

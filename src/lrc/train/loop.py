@@ -156,7 +156,8 @@ class Loop:
                 self.setup.method.student(), self.held_out(), self.setup.teacher.vocab_size
             )
         step, tokens = self.setup.state.step, self.setup.state.step * self.run.recipe.step_tokens()
-        progress.note(f"step {step}, {tokens:,} tokens: held-out LM loss {loss:.4f}")
+        of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
+        progress.note(f"{of}: held-out LM loss {loss:.4f}")
         return {"step": step, "tokens": tokens, "held_out_lm": loss}
 
     def _measure_teacher(self) -> dict[str, float]:

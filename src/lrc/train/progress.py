@@ -1,7 +1,8 @@
 """What a person sees of a run while it goes: losses, rate and time left."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from rich.console import Console
 from rich.progress import (
@@ -25,13 +26,28 @@ class StepProgress:
     def step(self, losses: dict[str, float], tokens_per_second: float) -> None:
         """One step is done."""
         text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        self._bar.update(
-            self._task, advance=1, description=f"{text}  {tokens_per_second:,.0f} tokens/s"
-        )
+        text = f"{text}  {tokens_per_second:,.0f} tokens/s"
+        self._bar.update(self._task, advance=1, description=text)
 
     def note(self, text: str) -> None:
-        """Print a line that stays."""
+        """Print a line that stays, with the time left."""
+        left = self._bar.tasks[0].time_remaining
+        if left is not None:
+            text = f"{text}; {timedelta(seconds=round(left))} left"
         self._console.print(text, highlight=False)
+
+
+@contextmanager
+def phase(console: Console, text: str) -> Iterator[Callable[[str], None]]:
+    """Show what is being done, on a terminal by a line that goes when it is done.
+
+    Yields:
+        A function that says how far it is, shown on a terminal only.
+    """
+    if not console.is_terminal:
+        console.print(text, highlight=False)
+    with console.status(text) as status:
+        yield lambda detail: status.update(f"{text}: {detail}")
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
 from lrc.train.loop import Loop
+from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
 
 
@@ -19,14 +20,13 @@ def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) ->
     section = recipe.initialise
     sequences = max(2, section.calibration_tokens // recipe.data.sequence_length)
     ids = text.training_batch(0, sequences).input_ids.to(setup.device)
-    with console.status(f"Initialising the projections ({section.method})") as status:
+    name = f"Initialising the projections ({section.method})"
+    with phase(console, name) as detail:
         initialise(
             setup.method,
             section,
             ids,
-            lambda done, layers: status.update(
-                f"Solving the projections from {ids.numel():,} tokens: layer {done} of {layers}"
-            ),
+            lambda done, layers: detail(f"layer {done} of {layers}, {ids.numel():,} tokens"),
         )
 
 
@@ -53,14 +53,12 @@ def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[st
         UserError: the recipe, the data or the machine do not allow it, or the loss is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
-    with console.status("Loading the teacher"):
+    with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
     data = run.recipe.data
-    with console.status("Reading the text") as status:
+    with phase(console, f"Reading the text {', '.join(data.text)}") as detail:
         packed = prepare(
-            data,
-            setup.teacher.tokenizer,
-            lambda part, tokens: status.update(f"Tokenising the {part} text: {tokens:,} tokens"),
+            data, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
     text = TrainingText(packed, data, run.recipe.train.seed)
     if setup.state.step == 0:
