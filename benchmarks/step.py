@@ -25,7 +25,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 
@@ -34,13 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.environment import describe_environment
 from lrc.initialise import initialise_random
 from lrc.memory import keep_freed_memory
 from lrc.methods import LowRankClone
 from lrc.recipe import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import Teacher, load_teacher
+from lrc.teacher import Teacher, as_teacher, load_teacher
 from lrc.train.loop import count
 
 KL_WEIGHT, TEMPERATURE, ALPHA = 1.28, 40.0, 0.2
@@ -75,8 +76,6 @@ def make_teacher(shape: str) -> tuple[Teacher, int]:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).requires_grad_(False).eval()
-    from lrc.teacher import as_teacher
-
     return as_teacher(model, tokenizer, "llama-3.2-3b scaled to a quarter"), 384
 
 
@@ -331,6 +330,19 @@ def memory_in_own_process(arguments: list[str], accumulate: int, kind: str) -> f
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
+def predict(size: Size, accumulate: int) -> float:
+    """ours / floor by the operations of docs/cost.md alone."""
+    teacher, hidden_size = make_teacher(size.shape)
+    widths = widths_of(teacher.model)
+    tokens = accumulate * size.micro_batch * size.sequence
+    student = replace(widths, hidden=hidden_size)
+    ours, floor = (
+        step_flops(widths, student, True, tokens, size.sequence, objective)
+        for objective in (ObjectiveSection(attn_out="teacher"), ObjectiveSection(alpha=0))
+    )
+    return sum(ours.values()) / (sum(floor.values()) - floor["projection"])
+
+
 def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict[str, object]:
     """Ratios round by round, so that a machine that slows down slows all three alike."""
     tokens = accumulate * size.micro_batch * size.sequence
@@ -343,6 +355,7 @@ def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict
             k: round(tokens / statistics.median(v), 1) for k, v in seconds.items()
         },
         "ours_over_floor": round(statistics.median(b / a for a, b, _ in rounds), 3),
+        "ours_over_floor_by_operations": round(predict(size, accumulate), 3),
         "official_over_ours": round(statistics.median(c / b for _, b, c in rounds), 3),
     }
 

@@ -52,9 +52,9 @@ def new_file(path: Path) -> Iterator[Path]:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -78,12 +78,12 @@ def new_folder(path: Path) -> Iterator[Path]:
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
                     file.chmod(0o666 & ~_umask())  # safetensors leaves its files private
-                _flush(file)
-            _flush(temporary)
+                flush(file)
+            flush(temporary)
             if path.exists():
                 os.rename(path, replaced)
             os.rename(temporary, path)
-            _flush(path.parent)
+            flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -99,7 +99,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Force a file's content, or a folder's list of names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

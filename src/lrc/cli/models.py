@@ -40,8 +40,8 @@ def export(
     """
     import torch
 
-    from lrc.export.from_run import export_run
     from lrc.run import Run
+    from lrc.train.export_run import export_run
 
     quiet_libraries()
     element = getattr(torch, dtype) if dtype else None

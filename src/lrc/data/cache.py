@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lrc.files import disk_errors
+from lrc.files import disk_errors, flush
 
 FORMAT = 1
 """Raise it whenever the same inputs would give other files: caches of old formats are ignored."""
@@ -153,7 +153,7 @@ def new_cache(folder: Path) -> Iterator[Path]:
             building.mkdir()
             yield building
             for path in (*building.iterdir(), building):
-                _sync(path)
+                flush(path)
             _put_in_place(building, folder)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -176,7 +176,7 @@ def _put_in_place(building: Path, folder: Path) -> None:
             return
         shutil.rmtree(folder)
         building.rename(folder)
-    _sync(folder.parent)
+    flush(folder.parent)
 
 
 def _remove_abandoned(folder: Path) -> None:
@@ -188,12 +188,3 @@ def _remove_abandoned(folder: Path) -> None:
             continue  # Its own process has just removed it.
         if changed < time.time() - _ABANDONED_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    """Put a file's content, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
