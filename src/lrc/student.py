@@ -69,7 +69,7 @@ def derive_config(teacher: Teacher, student: StudentSection) -> Any:
     config.head_dim = head_dim(teacher)
     config.hidden_size = student.hidden_size
     config.tie_word_embeddings = source.tie_word_embeddings and ties_projections(teacher, student)
-    for left_over in ("quantization_config", "_name_or_path"):
+    for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         if hasattr(config, left_over):
             delattr(config, left_over)
     return config

@@ -46,7 +46,7 @@ def export(
     quiet_libraries()
     element = getattr(torch, dtype) if dtype else None
     step = export_run(Run.open(run), out, console, element)
-    console.print(f"The student of step {step} is in {out}.", highlight=False)
+    console.print(f"The student of step {step} is in {out}.", highlight=False, soft_wrap=True)
 
 
 def info(
@@ -114,4 +114,4 @@ def generate(
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
-    console.print(text, highlight=False, markup=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)

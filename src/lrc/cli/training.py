@@ -84,5 +84,5 @@ def _run(run: "Run") -> None:
     try:
         train(run, console)
     except Interrupted as stop:
-        console.print(str(stop), highlight=False)
+        console.print(str(stop), highlight=False, soft_wrap=True)
         raise typer.Exit(128 + stop.signal) from None

@@ -62,7 +62,8 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     draw_curves(run.metrics(), run.folder / "curves.png")
     print_summary(summary, console)
-    console.print(f"Everything is in {run.folder}; the student is in {run.student_folder}.")
+    where = f"Everything is in {run.folder}; the student is in {run.student_folder}."
+    console.print(where, highlight=False, soft_wrap=True)
     return summary
 
 
@@ -81,9 +82,9 @@ def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Print samples and the closing table."""
     texts = summary["samples"]
-    console.print(f"\n[bold]Prompt[/bold]   {texts['prompt']}", highlight=False)
-    for name in ("teacher", "student"):
-        console.print(f"[bold]{name.title():8}[/bold] {texts[name]}", highlight=False)
+    console.print()
+    for name in ("prompt", "teacher", "student"):
+        console.print(f"{name.title():8} {texts[name]}", highlight=False, markup=False)
     table = Table("", "teacher", "student")
     table.add_row(
         "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"

@@ -92,7 +92,7 @@ def restore(run: Run, state: State, console: Console) -> None:
             load_checkpoint(path, state, run.recipe.fingerprint())
             return
         except UserError as error:
-            console.print(f"[yellow]{error}[/yellow]")
+            console.print(str(error), style="yellow", markup=False, soft_wrap=True)
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")
