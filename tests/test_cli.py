@@ -129,6 +129,25 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> No
     assert said.stdout.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
+def test_init_then_resume(
+    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    start = ["--set", "initialise=closed-form", "--set", "initialise.calibration_tokens=256"]
+    monkeypatch.setattr(sys, "argv", ["lrc", "init", str(recipe_file), *start, "--out", str(run)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    opened = Run.open(run)
+    assert opened.summary()["tokens"] == 0
+    untrained = opened.student().state_dict()
+    train(opened, Console(quiet=True))
+    assert [line["step"] for line in opened.metrics()] == list(range(11))
+    assert opened.summary()["tokens"] == 320
+    trained = opened.student().state_dict()
+    assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
+
+
 def test_a_run_folder_is_never_overwritten(
     recipe_file: Path, tmp_path: Path, refusal: Refusal
 ) -> None:

@@ -125,6 +125,14 @@ def test_initialise_by_name_alone() -> None:
     assert "'initialise.method' is 'zeros'" in refusal(smallest(initialise="zeros"))
 
 
+def test_a_section_by_name_alone_takes_overrides() -> None:
+    settings = smallest(initialise="closed-form")
+    recipe = make_recipe(settings, {"initialise.calibration_tokens": 99})
+    assert recipe.initialise.method == "closed-form"
+    assert recipe.initialise.calibration_tokens == 99
+    assert settings["initialise"] == "closed-form"
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     recipe = make_recipe(smallest(train={"learning_rate": 3e-5}))
     path = tmp_path / "recipe.yaml"

@@ -27,6 +27,10 @@ from pydantic import (
 from lrc.errors import UserError
 
 
+SHORT_FORMS = {"initialise": "method"}
+"""Sections that may be written as one of their values: `initialise: random`."""
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, field docs taken from docstrings."""
 
@@ -244,8 +248,7 @@ class Recipe(Section):
     @field_validator("initialise", mode="before")
     @classmethod
     def _name_alone(cls, value: Any) -> Any:
-        """`initialise: random` is short for `initialise: {method: random}`."""
-        return {"method": value} if isinstance(value, str) else value
+        return {SHORT_FORMS["initialise"]: value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
@@ -366,6 +369,8 @@ def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
         below = settings.get(parent)
         if below is None:
             below = settings[parent] = {}
+        elif isinstance(below, str) and parent in SHORT_FORMS:
+            below = settings[parent] = {SHORT_FORMS[parent]: below}
         if not isinstance(below, dict):
             raise UserError(f"'{key}' cannot be set: '{parent}' is a value, not a section.")
         settings = below

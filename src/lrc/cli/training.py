@@ -1,4 +1,4 @@
-"""`lrc train` and `lrc resume`."""
+"""`lrc train`, `lrc init` and `lrc resume`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,27 +9,37 @@ from lrc.cli.console import console, quiet_libraries
 from lrc.errors import UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+
     from lrc.run import Run
 
 
+RecipeArgument = Annotated[
+    str | None, typer.Argument(help="A recipe's YAML file, or a shipped one by its name.")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over the recipe."),
+]
+TeacherOption = Annotated[
+    str | None, typer.Option(help="Hub id, folder, .gguf file or package:NAME.")
+]
+HiddenSize = Annotated[int | None, typer.Option(help="The student's hidden size.")]
+Text = Annotated[
+    list[str] | None, typer.Option(help="Text to learn from: file, folder or stdlib-docs.")
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one below runs/.")]
+
+
 def train(
-    recipe: Annotated[
-        str | None, typer.Argument(help="A recipe's YAML file, or a shipped one by its name.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over the recipe."),
-    ] = None,
-    teacher: Annotated[
-        str | None, typer.Option(help="Hub id, folder, .gguf file or package:NAME.")
-    ] = None,
-    hidden_size: Annotated[int | None, typer.Option(help="The student's hidden size.")] = None,
-    text: Annotated[
-        list[str] | None, typer.Option(help="Text to learn from: file, folder or stdlib-docs.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The run's folder; default: a new one below runs/.")
-    ] = None,
+    recipe: RecipeArgument = None,
+    settings: Settings = None,
+    teacher: TeacherOption = None,
+    hidden_size: HiddenSize = None,
+    text: Text = None,
+    out: Out = None,
 ) -> None:
     """Clone a teacher: train a student, export it, and measure it beside its teacher.
 
@@ -41,6 +51,55 @@ def train(
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
+    from lrc.train.session import train
+
+    _run(_new_run(recipe, settings, teacher, hidden_size, text, out), train)
+
+
+def init(
+    recipe: RecipeArgument = None,
+    settings: Settings = None,
+    teacher: TeacherOption = None,
+    hidden_size: HiddenSize = None,
+    text: Text = None,
+    out: Out = None,
+) -> None:
+    """Compress without training: initialise a student, export it and measure it.
+
+    Examples:
+
+    * `lrc init quickstart`
+    * `lrc init my.yaml --set initialise.calibration_tokens=65536 --out runs/start`
+
+    `lrc resume` trains on from there.
+    """
+    from lrc.train.session import initialise_only
+
+    _run(_new_run(recipe, settings, teacher, hidden_size, text, out), initialise_only)
+
+
+def resume(
+    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+) -> None:
+    """Continue a run from its newest checkpoint that is whole, exactly where it stopped.
+
+    Example: `lrc resume runs/quickstart-288-20260101-120000`
+    """
+    from lrc.run import Run
+    from lrc.train.session import train
+
+    _run(Run.open(run), train)
+
+
+def _new_run(
+    recipe: str | None,
+    settings: list[str] | None,
+    teacher: str | None,
+    hidden_size: int | None,
+    text: list[str] | None,
+    out: Path | None,
+) -> "Run":
+    """The run that the options of a command ask for, in its new folder."""
     from lrc.api import default_folder
     from lrc.recipe import find_recipe, make_recipe, parse_override, read_yaml
     from lrc.run import Run
@@ -60,29 +119,17 @@ def train(
     base = read_yaml(find_recipe(recipe)) if recipe else {}
     resolved = make_recipe(base, overrides)
     folder = out or default_folder(resolved, Path(recipe).stem if recipe else None)
-    _run(Run.create(folder, resolved))
+    return Run.create(folder, resolved)
 
 
-def resume(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
-) -> None:
-    """Continue a run from its newest checkpoint that is whole, exactly where it stopped.
-
-    Example: `lrc resume runs/quickstart-288-20260101-120000`
-    """
-    from lrc.run import Run
-
-    _run(Run.open(run))
-
-
-def _run(run: "Run") -> None:
+def _run(run: "Run", action: "Callable[[Run, Console], object]") -> None:
     from lrc.memory import keep_freed_memory
-    from lrc.train.session import Interrupted, train
+    from lrc.train.session import Interrupted
 
     quiet_libraries()
     keep_freed_memory()
     try:
-        train(run, console)
+        action(run, console)
     except Interrupted as stop:
         console.print(str(stop), highlight=False, soft_wrap=True)
         raise typer.Exit(128 + stop.signal) from None

@@ -41,20 +41,20 @@ class Loop:
     first_step: int = 0
     """Step that this stretch went on from."""
 
-    def go(self) -> StopRequest:
-        """Train to the end of the recipe, or until a signal asks to stop; then checkpoint.
+    def go(self, steps: int) -> StopRequest:
+        """Train up to a step, or until a signal asks to stop; then checkpoint.
 
         Raises:
             UserError: the loss is not finite, or the disk is full.
         """
         recipe, state = self.run.recipe, self.setup.state
-        steps, self.first_step = recipe.steps(), state.step
+        self.first_step = state.step
         self._resume_metrics()
         with (
             stop_on_signals() as stop,
             step_progress(self.console, steps, state.step) as progress,
         ):
-            if state.step == 0:
+            if not self.run.metrics():
                 self._log({**self._measure(progress), **self._measure_teacher()})
             while state.step < steps and not stop:
                 line = self._step(progress)

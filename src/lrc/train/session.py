@@ -53,6 +53,28 @@ def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[st
         UserError: the recipe, the data or the machine do not allow it, or the loss is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
+    loop = open_loop(run, console, teacher)
+    stop = loop.go(run.recipe.steps())
+    if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
+        raise Interrupted(
+            stop.signal,
+            f"Stopped after step {loop.setup.state.step}; go on with `lrc resume {run.folder}`.",
+        )
+    return close_run(loop, console)
+
+
+def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
+    """Initialise a new run's student and export it, without any training.
+
+    The run can be continued by `train`. Arguments, return value and errors are those of `train`.
+    """
+    loop = open_loop(run, console, teacher)
+    loop.go(0)
+    return close_run(loop, console)
+
+
+def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
+    """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
     data = run.recipe.data
@@ -61,13 +83,6 @@ def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[st
             data, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
     text = TrainingText(packed, data, run.recipe.train.seed)
-    if setup.state.step == 0:
+    if not setup.restored:
         start(setup, run.recipe, text, console)
-    loop = Loop(run, setup, text, console)
-    stop = loop.go()
-    if stop.signal is not None and setup.state.step < run.recipe.steps():
-        raise Interrupted(
-            stop.signal,
-            f"Stopped after step {setup.state.step}; go on with `lrc resume {run.folder}`.",
-        )
-    return close_run(loop, console)
+    return Loop(run, setup, text, console)

@@ -27,6 +27,8 @@ class Setup:
     method: LowRankClone
     state: State
     device: torch.device
+    restored: bool
+    """Whether the state is a checkpoint's; else the projections are still to be initialised."""
 
 
 def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
@@ -50,8 +52,8 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
         teacher, recipe.student, recipe.objective, recipe.train.gradient_checkpointing
     )
     state = new_state(method, recipe)
-    restore(run, state, console)
-    return Setup(teacher, method, state, device)
+    restored = restore(run, state, console)
+    return Setup(teacher, method, state, device, restored)
 
 
 def new_state(method: Method, recipe: Recipe) -> State:
@@ -80,8 +82,8 @@ def new_state(method: Method, recipe: Recipe) -> State:
     return State(0, parameters, optimizer, scheduler)
 
 
-def restore(run: Run, state: State, console: Console) -> None:
-    """Go to the newest checkpoint that is whole; stay at step 0 where there is none.
+def restore(run: Run, state: State, console: Console) -> bool:
+    """Go to the newest checkpoint that is whole; false where there is none.
 
     Raises:
         UserError: there are checkpoints, but none can be used.
@@ -90,12 +92,13 @@ def restore(run: Run, state: State, console: Console) -> None:
     for path in list_checkpoints(run.checkpoints):
         try:
             load_checkpoint(path, state, run.recipe.fingerprint())
-            return
+            return True
         except UserError as error:
             console.print(str(error), style="yellow", markup=False, soft_wrap=True)
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")
+    return False
 
 
 def find_device(name: str) -> torch.device:
