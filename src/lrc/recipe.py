@@ -26,7 +26,6 @@ from pydantic import (
 
 from lrc.errors import UserError
 
-
 SHORT_FORMS = {"initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
 
