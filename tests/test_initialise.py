@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrc.data.batch import Batch
+from lrc.errors import UserError
 from lrc.evaluate.held_out import held_out_loss
 from lrc.initialise import initialise_closed_form, initialise_random, solve_projections
 from lrc.initialise.least_squares import moments, regress
@@ -67,6 +68,13 @@ def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
     solved = error()
     initialise_random(method.projections, 0.02, seed=0)
     assert solved < error()
+
+
+def test_a_teacher_of_low_precision_is_refused() -> None:
+    teacher = tiny_teacher("llama", dtype=torch.bfloat16)
+    method = LowRankClone(teacher, StudentSection(hidden_size=STUDENT_HIDDEN), ObjectiveSection())
+    with pytest.raises(UserError, match=r"teacher\.dtype"):
+        initialise_closed_form(method, tokens(8))
 
 
 def test_readers_are_least_squares_of_the_students_own_stream() -> None:

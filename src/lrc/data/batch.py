@@ -22,12 +22,19 @@ class Batch:
     """1 for tokens and 0 for padding, int64 [batch, sequence]; None where nothing is padded."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device."""
-        moved = (
-            None if t is None else t.to(device, non_blocking=True)
-            for t in (self.input_ids, self.position_ids, self.attention_mask)
+        """The same batch on another device; to cuda by way of pinned memory, so that the copy runs
+        beside the computation."""
+
+        def move(tensor: Tensor) -> Tensor:
+            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+            return pinned.to(device, non_blocking=True)
+
+        positions, mask = self.position_ids, self.attention_mask
+        return Batch(
+            move(self.input_ids),
+            None if positions is None else move(positions),
+            None if mask is None else move(mask),
         )
-        return Batch(*moved)  # type: ignore[arg-type]
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None where nothing is."""

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lrc.errors import UserError
 from lrc.initialise.closed_form import solve_projections
 from lrc.initialise.random import initialise_random
 from lrc.methods import LowRankClone
@@ -40,8 +41,19 @@ def initialise(
 def initialise_closed_form(
     method: LowRankClone, ids: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> None:
-    """Set a method's projections and final gain to the closed-form solution (in place)."""
+    """Set a method's projections and final gain to the closed-form solution, in place.
+
+    Arguments are those of `initialise`.
+
+    Raises:
+        UserError: the teacher's weights are of lower precision than float32.
+    """
     projections, teacher = method.projections, method.teacher
+    if torch.finfo(teacher.model.dtype).bits < 32:
+        raise UserError(
+            f"initialise: closed-form solves in float32 at least, but the teacher is in "
+            f"{str(teacher.model.dtype).removeprefix('torch.')}: set teacher.dtype to float32."
+        )
     solved, gains = solve_projections(
         teacher, ids, projections.hidden_size, "head" not in projections.values, progress
     )

@@ -97,7 +97,7 @@ class Calibration:
         teacher = self.layers.get_submodule(str(index))
         layer = type(teacher)(self._config, index)
         theirs = dict(teacher.named_parameters())
-        layer = layer.to(next(iter(theirs.values())).dtype).eval()
+        layer = layer.to(next(iter(theirs.values()))).eval()
         for name, own in layer.named_parameters():
             if name.removesuffix(".weight") in self.family.norms:
                 own.fill_(1 - self.family.gain_offset)

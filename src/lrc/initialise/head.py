@@ -67,7 +67,7 @@ def tied_head(
     wide = basis.double()
     ridge = RIDGE * second.diagonal().mean()
     cross = cross.T + ridge * wide * ((wide * cross.T).sum() / second.trace())
-    second = second + ridge * torch.eye(len(second), dtype=torch.float64)
+    second = second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
     gain = calibration.gain(calibration.family.final_norm).double()
     q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide
     a, g = q.T @ metric @ q, q.T @ metric @ cross
