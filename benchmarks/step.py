@@ -307,7 +307,8 @@ def measure_times(size: Size, accumulate: int, repeats: int) -> dict[str, list[f
             subject.step(batches)
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
-        print(f"  round {repeat} of {repeats}", file=sys.stderr)
+        rows = {name: [round(value, 2) for value in values] for name, values in seconds.items()}
+        print(f"  round {repeat} of {repeats}: {rows}", file=sys.stderr)
     return seconds
 
 
@@ -374,25 +375,26 @@ def main() -> None:
     if arguments.memory_of:
         print(measure_memory(size, arguments.accumulate[0], arguments.memory_of))
         return
+    same = ["--shape", size.shape, "--sequence", str(size.sequence)]
+    same += ["--micro-batch", str(size.micro_batch)]
+    # Memory first, while this process is small: both together may not fit.
+    peaks = {
+        accumulate: {k: round(memory_in_own_process(same, accumulate, k), 2) for k in KINDS}
+        for accumulate in arguments.accumulate
+    }
     machine = describe_environment()
     result: dict[str, object] = {
         "date": date.today().isoformat(),
         "machine": f"{machine['cpu']}, {machine['cores']} cores, {platform.machine()}",
         "torch": torch.__version__,
         "shape": size.shape,
+        "peak_gib": peaks,
         "relative_difference": compare(size),
     }
-    steps = []
+    print(json.dumps(result, indent=2), flush=True)
     for accumulate in arguments.accumulate:
         row = report(size, accumulate, measure_times(size, accumulate, arguments.repeats))
-        same = ["--shape", size.shape, "--sequence", str(size.sequence)]
-        same += ["--micro-batch", str(size.micro_batch)]
-        row["peak_gib"] = {
-            kind: round(memory_in_own_process(same, accumulate, kind), 2) for kind in KINDS
-        }
-        steps.append(row)
-    result["steps"] = steps
-    print(json.dumps(result, indent=2))
+        print(json.dumps(row, indent=2), flush=True)
 
 
 if __name__ == "__main__":
