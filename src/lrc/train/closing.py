@@ -98,7 +98,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
-    table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
+    if summary["tokens"]:
+        table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
     if summary["flop_utilisation"] is not None:
         table.add_row("share of peak FLOP/s", "", f"{summary['flop_utilisation']:.0%}")
     table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
