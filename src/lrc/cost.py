@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrc.recipe import ObjectiveSection
+from lrc.shapes import head_dim_of
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,11 @@ class Widths:
 def widths_of(model: PreTrainedModel) -> Widths:
     """Read the widths of a decoder from its configuration."""
     config = model.config
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     return Widths(
         config.hidden_size,
         config.num_hidden_layers,
-        heads * head_dim,
+        config.num_attention_heads * head_dim,
         config.num_key_value_heads * head_dim,
         config.intermediate_size,
         config.vocab_size,

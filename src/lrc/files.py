@@ -89,6 +89,11 @@ def new_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
+def is_taken(folder: Path) -> bool:
+    """Whether something stands where a new folder is to go; an empty folder does not count."""
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a whole text file at once.
 

@@ -142,9 +142,9 @@ class _Vocabulary(torch.autograd.Function):
         return grad * grad_hidden, grad * grad_head, None, None, None, None, None
 
 
-def _wide(logits: Tensor) -> Tensor:
-    """Logits in float32 at least: softmax over a large vocabulary needs it."""
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least: softmax over a large vocabulary and long sums need it."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _differentiate(
@@ -291,7 +291,7 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         Weights [batch, sequence], zero where masked, in float32 at least.
     """
-    wide = target.detach().to(torch.promote_types(target.dtype, torch.float32))
+    wide = _wide(target.detach())
     mean_square = torch.linalg.vecdot(wide, wide) / target.shape[-1]
     counted = mean_square if mask is None else mean_square[mask]
     weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(wide.dtype).tiny)
@@ -306,8 +306,7 @@ class _SquaredDifference(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, target: Tensor, weight: Tensor | None, scale: float
     ) -> tuple[Tensor, Tensor]:
-        difference = student - target
-        difference = difference.to(torch.promote_types(difference.dtype, torch.float32))
+        difference = _wide(student - target)
         weighted = difference if weight is None else difference * weight[..., None]
         ctx.save_for_backward(weighted)
         ctx.scale = scale

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.environment import describe_environment
 from lrc.errors import UserError
-from lrc.files import new_file, write_text
+from lrc.files import is_taken, new_file, write_text
 from lrc.recipe import Recipe, load_recipe
 
 
@@ -40,7 +40,7 @@ class Run:
         Raises:
             UserError: the folder already holds something.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise UserError(
                 f"{folder} already exists: choose another folder for the new run, or continue an "
                 f"old one with `lrc resume {folder}`."

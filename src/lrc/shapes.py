@@ -1,6 +1,7 @@
 """The shape of a model and its number of parameters."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -20,19 +21,24 @@ def shape_of(model: PreTrainedModel) -> Shape:
     """Read the shape of a causal language model."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
-    heads = int(config.num_attention_heads)
     return Shape(
         {
             "class": type(model).__name__,
             "parameters": f"{parameters:,}",
             "hidden size": config.hidden_size,
             "layers": config.num_hidden_layers,
-            "heads": heads,
+            "heads": config.num_attention_heads,
             "key/value heads": config.num_key_value_heads,
-            "head dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+            "head dim": head_dim_of(config),
             "FFN width": config.intermediate_size,
             "vocabulary": config.vocab_size,
             "tied embedding": "yes" if config.tie_word_embeddings else "no",
         },
         parameters,
     )
+
+
+def head_dim_of(config: Any) -> int:
+    """Width of an attention head by a model's configuration, explicit or not."""
+    explicit = getattr(config, "head_dim", None)
+    return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -42,9 +42,9 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
-        "tokens": setup.state.step * run.recipe.step_tokens(),
+        "tokens": loop.tokens(),
         "seconds": round(seconds, 1),
-        "tokens_per_second": round(setup.state.step * run.recipe.step_tokens() / seconds, 1),
+        "tokens_per_second": round(loop.tokens() / seconds, 1),
         "teacher_held_out_lm": agreement.teacher_loss,
         "student_held_out_lm": agreement.student_loss,
         "teacher_perplexity": perplexity(agreement.teacher_loss),

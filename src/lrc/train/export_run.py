@@ -8,6 +8,7 @@ from rich.console import Console
 from lrc.errors import UserError
 from lrc.export.card import model_card
 from lrc.export.plain import export_student
+from lrc.files import is_taken
 from lrc.run import Run
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.setup import set_up
@@ -28,7 +29,7 @@ def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | No
     Raises:
         UserError: the run has no checkpoint, the folder is taken, or the disk is full.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_taken(folder):
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
     if not list_checkpoints(run.checkpoints):
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")

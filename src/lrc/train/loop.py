@@ -111,7 +111,7 @@ class Loop:
         progress.step(scalars, tokens_per_second)
         line: dict[str, Any] = {
             "step": state.step,
-            "tokens": state.step * self.run.recipe.step_tokens(),
+            "tokens": self.tokens(),
             "seconds": round(self.seconds(), 3),
             **scalars,
             "grad_norm": norm,
@@ -155,7 +155,7 @@ class Loop:
             loss = held_out_loss(
                 self.setup.method.student(), self.held_out(), self.setup.teacher.vocab_size
             )
-        step, tokens = self.setup.state.step, self.setup.state.step * self.run.recipe.step_tokens()
+        step, tokens = self.setup.state.step, self.tokens()
         of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
         progress.note(f"{of}: held-out LM loss {loss:.4f}")
         return {"step": step, "tokens": tokens, "held_out_lm": loss}
@@ -170,6 +170,10 @@ class Loop:
         train = self.run.recipe.train
         batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
         return [batch.to(self.setup.device) for batch in batches]
+
+    def tokens(self) -> int:
+        """Training tokens so far, all stretches together."""
+        return self.setup.state.step * self.run.recipe.step_tokens()
 
     def seconds(self) -> float:
         """Seconds of training so far, all stretches together."""
