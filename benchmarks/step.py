@@ -40,7 +40,7 @@ from lrc.environment import describe_environment
 from lrc.initialise import initialise_random
 from lrc.memory import keep_freed_memory
 from lrc.methods import LowRankClone
-from lrc.recipe import ObjectiveSection, StudentSection, TeacherSection
+from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import Teacher, as_teacher, load_teacher
 from lrc.train.loop import count
 

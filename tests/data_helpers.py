@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from lrc.data import PackedPart
 from lrc.data.cache import PartWriter
-from lrc.recipe import DataSection
+from lrc.sections import DataSection
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 

@@ -8,7 +8,7 @@ from lrc.cost import matmul_peak, step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.initialise import initialise_random
 from lrc.methods import LowRankClone
-from lrc.recipe import CloneTerms, ObjectiveSection, StudentSection
+from lrc.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.loop import count
 from tiny import Case, tiny_teacher
 

@@ -6,7 +6,7 @@ import torch
 from lrc.errors import UserError
 from lrc.families import FAMILIES, family_of
 from lrc.methods import LowRankClone
-from lrc.recipe import ObjectiveSection, StudentSection
+from lrc.sections import ObjectiveSection, StudentSection
 from lrc.student import student_config
 from lrc.teacher import Teacher
 from tiny import (

@@ -15,7 +15,7 @@ from lrc.evaluate.held_out import held_out_loss
 from lrc.initialise import initialise_closed_form, initialise_random, solve_projections
 from lrc.initialise.least_squares import moments, regress
 from lrc.methods import LowRankClone
-from lrc.recipe import ObjectiveSection, StudentSection, TeacherSection
+from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 

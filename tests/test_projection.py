@@ -13,7 +13,7 @@ from lrc.data.batch import Batch
 from lrc.initialise import initialise_random
 from lrc.methods import LowRankClone
 from lrc.projection import Projections, project
-from lrc.recipe import StudentSection
+from lrc.sections import StudentSection
 from tiny import (
     NORM_BEFORE,
     READERS,

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from lrc.data.batch import Batch
 from lrc.families import FAMILIES
 from lrc.methods import LowRankClone
-from lrc.recipe import ObjectiveSection, StudentSection
+from lrc.sections import ObjectiveSection, StudentSection
 from lrc.teacher import Teacher, as_teacher
 from lrc.train.loop import count
 

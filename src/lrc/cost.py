@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from lrc.recipe import ObjectiveSection
+from lrc.sections import ObjectiveSection
 from lrc.shapes import head_dim_of
 
 

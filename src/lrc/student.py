@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.families import LINEARS
-from lrc.recipe import StudentSection
+from lrc.sections import StudentSection
 from lrc.teacher import Teacher
 
 

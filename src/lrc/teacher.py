@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.errors import UserError
 from lrc.families import Family, family_of
-from lrc.recipe import TeacherSection
+from lrc.sections import TeacherSection
 
 PACKAGE_PREFIX = "package:"
 

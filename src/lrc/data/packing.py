@@ -26,7 +26,7 @@ from lrc.data.cache import (
 )
 from lrc.data.sources import read_documents, source_files
 from lrc.errors import UserError
-from lrc.recipe import DataSection
+from lrc.sections import DataSection
 
 BATCH_CHARACTERS = 1 << 20
 """Characters that are tokenised at once: enough for all cores, and it bounds the memory."""

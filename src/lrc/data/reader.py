@@ -11,7 +11,7 @@ import torch
 
 from lrc.data.batch import Batch
 from lrc.data.cache import OFFSET_DTYPE, PackedPart, PackedText
-from lrc.recipe import DataSection
+from lrc.sections import DataSection
 
 
 class Sequences:

@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
-from lrc.recipe import TeacherSection
 from lrc.run import Run
+from lrc.sections import TeacherSection
 from lrc.shapes import shape_of
 from lrc.teacher import PACKAGE_PREFIX, Teacher, teacher_license
 

@@ -13,7 +13,7 @@ from lrc.errors import UserError
 from lrc.initialise.closed_form import solve_projections
 from lrc.initialise.random import initialise_random
 from lrc.methods import LowRankClone
-from lrc.recipe import InitialiseSection
+from lrc.sections import InitialiseSection
 
 __all__ = ["initialise", "initialise_closed_form", "initialise_random", "solve_projections"]
 

@@ -20,7 +20,7 @@ from lrc.families import WRITERS
 from lrc.methods.base import Counts, Method
 from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
 from lrc.projection import Projections, projection_key
-from lrc.recipe import ObjectiveSection, StudentSection
+from lrc.sections import ObjectiveSection, StudentSection
 from lrc.student import build_student
 from lrc.teacher import Teacher
 

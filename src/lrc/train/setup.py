@@ -9,8 +9,9 @@ from transformers import get_scheduler
 
 from lrc.errors import UserError
 from lrc.methods import LowRankClone, Method
-from lrc.recipe import Recipe, TrainSection
+from lrc.recipe import Recipe
 from lrc.run import Run
+from lrc.sections import TrainSection
 from lrc.student import student_config
 from lrc.teacher import Teacher, load_teacher
 from lrc.train.checkpoint import State, list_checkpoints, load_checkpoint
