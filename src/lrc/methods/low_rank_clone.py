@@ -7,6 +7,7 @@ student's space, so nothing has to be aligned by extra matrices (paper section 3
 """
 
 from contextlib import AbstractContextManager, ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,10 @@ from lrc.clock import Clock
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
 from lrc.methods.base import Counts, Method
+from lrc.methods.recomputing import keep_products
 from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
 from lrc.projection import Projections, projection_key
-from lrc.sections import ObjectiveSection, StudentSection
+from lrc.sections import Checkpointing, ObjectiveSection, StudentSection
 from lrc.student import build_student
 from lrc.teacher import Teacher
 
@@ -39,7 +41,7 @@ class LowRankClone(Method):
         teacher: Teacher,
         student: StudentSection,
         objective: ObjectiveSection,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
     ) -> None:
         self.teacher = teacher
         self.objective = objective
@@ -50,10 +52,13 @@ class LowRankClone(Method):
         self.places: list[Place] = [
             (layer, name) for layer in range(teacher.num_layers) for name in self.terms
         ]
-        self.recomputes = gradient_checkpointing
+        self.recomputes = bool(gradient_checkpointing)
         self._observing = ExitStack()
         if gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
+            options: dict[str, Any] = {"use_reentrant": False}
+            if gradient_checkpointing == "elementwise":
+                options["context_fn"] = keep_products
+            self.model.activation_checkpointing_enable(options)
             self.model.train()  # transformers recomputes in training mode only
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -144,9 +149,12 @@ class LowRankClone(Method):
                     weight = self._token_weight(target, mask)
                     _, terms[place] = clone_term(full, target, weight, counts.tokens)
                     return output
-                target = self._in_student_space(place, target)
+                factors = self._factors(place, target)
+                if factors:
+                    with torch.no_grad():
+                        target = factors[0] @ factors[1]
                 weight = self._token_weight(target, mask)
-                output, terms[place] = clone_term(output, target, weight, counts.tokens)
+                output, terms[place] = clone_term(output, target, weight, counts.tokens, factors)
                 return output
 
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
@@ -161,13 +169,14 @@ class LowRankClone(Method):
         """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
         return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
 
-    def _in_student_space(self, place: Place, target: Tensor) -> Tensor:
-        """The teacher's activation, projected where it is written to the residual stream."""
+    def _factors(self, place: Place, target: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The teacher's activation [b, s, d_T] and what brings it to the student's space
+        [d_T, d_S], where it is written to the residual stream."""
         layer, name = place
         if name not in WRITERS:
-            return target
+            return None
         projection = self.projections.values[projection_key(layer, name)]
-        return target.to(projection.dtype) @ projection
+        return target.to(projection.dtype), projection
 
     def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""
