@@ -2,5 +2,12 @@
 
 from lrc.methods.base import Counts, Method
 from lrc.methods.low_rank_clone import LowRankClone
+from lrc.methods.scratch import Scratch
 
-__all__ = ["Counts", "LowRankClone", "Method"]
+METHODS: dict[str, type[Method]] = {
+    "lrc": LowRankClone,
+    "scratch": Scratch,
+}
+"""Every method by its name in a recipe."""
+
+__all__ = ["METHODS", "Counts", "LowRankClone", "Method"]

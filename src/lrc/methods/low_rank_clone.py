@@ -15,13 +15,17 @@ from transformers import PreTrainedModel
 
 from lrc.activations import Observer, Place, last_hidden, observe
 from lrc.clock import Clock
+from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
-from lrc.methods.base import Counts, Method
-from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
+from lrc.initialise import initialise
+from lrc.methods.base import Counts, Method, Progress
+from lrc.methods.vocabulary import learn_vocabulary
+from lrc.objective import clone_term, relative_weight
 from lrc.projection import Projections, projection_key
-from lrc.sections import ObjectiveSection, StudentSection
-from lrc.student import build_student
+from lrc.recipe import Recipe
+from lrc.sections import InitialiseSection, ObjectiveSection, StudentSection
+from lrc.student import build_student, student_config
 from lrc.teacher import Teacher
 
 LAYERWISE = "clone_layers"
@@ -34,15 +38,19 @@ class LowRankClone(Method):
     Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S].
     """
 
+    title = "Low-Rank Clone (arXiv 2505.12781)"
+
     def __init__(
         self,
         teacher: Teacher,
         student: StudentSection,
         objective: ObjectiveSection,
         gradient_checkpointing: bool = False,
+        start: InitialiseSection = InitialiseSection(),  # noqa: B008 - immutable
     ) -> None:
         self.teacher = teacher
         self.objective = objective
+        self.start = start
         self.clock = Clock()
         self.projections = Projections(teacher, student)
         self.model = build_student(teacher, student)
@@ -55,6 +63,23 @@ class LowRankClone(Method):
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers recomputes in training mode only
+
+    @classmethod
+    def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
+        student_config(teacher, recipe.student)  # refuses an unfit hidden size
+        return cls(
+            teacher,
+            recipe.student,
+            recipe.objective,
+            recipe.train.gradient_checkpointing,
+            recipe.initialise,
+        )
+
+    def calibration_tokens(self) -> int:
+        return 0 if self.start.method == "random" else self.start.calibration_tokens
+
+    def initialise(self, calibration: Batch, progress: Progress) -> None:
+        initialise(self, self.start, calibration.input_ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}
@@ -83,14 +108,14 @@ class LowRankClone(Method):
         with self.clock.part("student"):
             student_hidden, terms = self._student_pass(batch, targets, mask, counts)
         with self.clock.part("loss"):
-            vocabulary = vocabulary_losses(
-                student_hidden.flatten(0, 1),
-                self.model.get_output_embeddings().weight,
-                teacher_hidden.flatten(0, 1),
-                self.teacher.model.get_output_embeddings().weight,
-                batch.labels().flatten(),
-                None if mask is None else mask.flatten(),
-                self._vocabulary_weights(counts),
+            vocabulary = learn_vocabulary(
+                self.teacher,
+                self.model,
+                teacher_hidden,
+                student_hidden,
+                batch,
+                counts,
+                self.objective,
             )
         losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
         loss = vocabulary.weighted
@@ -102,17 +127,17 @@ class LowRankClone(Method):
             losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
         return {"loss": loss, **losses}
 
-    def _vocabulary_weights(self, counts: Counts) -> VocabularyWeights:
-        loss = self.objective
-        return VocabularyWeights(
-            loss.kl_weight,
-            loss.lm_weight,
-            loss.temperature,
-            counts.tokens,
-            counts.labels,
+    def step_flops(self, tokens: int, sequence: int) -> float:
+        parts = step_flops(
+            widths_of(self.teacher.model),
+            widths_of(self.model),
+            self.model.config.tie_word_embeddings,
+            tokens,
+            sequence,
+            self.objective,
             self.teacher.vocab_size,
-            loss.chunk_tokens,
         )
+        return sum(parts.values())
 
     def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
         """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
