@@ -23,6 +23,42 @@ class ScratchSection(Section):
     name: Literal["scratch"]
 
 
-MethodSection = Annotated[LrcSection | ScratchSection, Field(discriminator="name")]
+class TinyBertSection(Section):
+    """Hidden states by learned alignment and attention maps, with LM + KL."""
 
-METHOD_SECTIONS: dict[str, type[Section]] = {"lrc": LrcSection, "scratch": ScratchSection}
+    name: Literal["tinybert"]
+
+    hidden_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared differences of hidden states."""
+
+    attention_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared differences of attention scores."""
+
+
+class MiniLmSection(Section):
+    """Relations between tokens in the last layer's attention, with LM."""
+
+    name: Literal["minilm"]
+
+    relation_weight: float = Field(1.0, ge=0)
+    """Weight of the divergences of attention distributions and value relations."""
+
+
+class ActivationCloneSection(Section):
+    """LRC without its projections: a random student that clones activations."""
+
+    name: Literal["activation-clone"]
+
+
+MethodSection = Annotated[
+    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    Field(discriminator="name"),
+]
+
+METHOD_SECTIONS: dict[str, type[Section]] = {
+    "lrc": LrcSection,
+    "scratch": ScratchSection,
+    "tinybert": TinyBertSection,
+    "minilm": MiniLmSection,
+    "activation-clone": ActivationCloneSection,
+}

@@ -52,8 +52,14 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective
-        if not loss.kl_weight and not loss.lm_weight and not (loss.alpha and loss.clone.enabled()):
+        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha
+        if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError("every loss is off; give kl_weight, lm_weight or alpha a weight")
+        if loss.alignment == "explicit" and loss.attn_out == "teacher":
+            raise ValueError(
+                "objective.alignment: explicit aligns attention outputs itself; set "
+                "objective.attn_out to student"
+            )
         return self
 
     def step_tokens(self) -> int:

@@ -6,36 +6,33 @@ that write to the residual stream also carry the teacher's attention and FFN out
 student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
 """
 
-from contextlib import AbstractContextManager, ExitStack
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lrc.activations import Observer, Place, last_hidden, observe
+from lrc.activations import Place
 from lrc.clock import Clock
 from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
 from lrc.initialise import initialise
+from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts, Method, Progress
-from lrc.methods.vocabulary import learn_vocabulary
-from lrc.objective import clone_term, relative_weight
+from lrc.methods.clone_pass import ClonePass
 from lrc.projection import Projections, projection_key
 from lrc.recipe import Recipe
 from lrc.sections import InitialiseSection, ObjectiveSection, StudentSection
 from lrc.student import build_student, student_config
 from lrc.teacher import Teacher
 
-LAYERWISE = "clone_layers"
-"""Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
-
 
 class LowRankClone(Method):
     """The paper's method.
 
     Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S].
+    The ablation `objective.alignment: explicit` adds a matrix [d_S, d_T] for every cloned output of
+    attention and FFN, which carries it to the teacher's width in place of the projections.
     """
 
     title = "Low-Rank Clone (arXiv 2505.12781)"
@@ -54,12 +51,12 @@ class LowRankClone(Method):
         self.clock = Clock()
         self.projections = Projections(teacher, student)
         self.model = build_student(teacher, student)
-        self.terms = objective.clone.enabled() if objective.alpha else ()
-        self.places: list[Place] = [
-            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
-        ]
-        self.recomputes = gradient_checkpointing
-        self._observing = ExitStack()
+        self.clone = ClonePass(
+            teacher, self.model, objective, self.clock, self._sides, gradient_checkpointing
+        )
+        self.alignment: dict[str, nn.Parameter] = {}
+        if objective.alignment == "explicit":
+            self.alignment = writer_alignment(teacher, self.model, self.clone.places, start.seed)
         if gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers recomputes in training mode only
@@ -85,14 +82,14 @@ class LowRankClone(Method):
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}
         for path in self.teacher.family.stream_norms(self.teacher.num_layers):
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
-        return named
+        return named | self.alignment
 
     def begin_step(self) -> None:
         with self.clock.part("projection"):
             self.projections.write_into(self.model)
 
     def end_step(self) -> None:
-        self._observing.close()
+        self.clone.end_step()
         with self.clock.part("projection"):
             self.projections.backward()
 
@@ -102,32 +99,11 @@ class LowRankClone(Method):
         return self.model
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        mask = batch.token_mask()
-        with self.clock.part("teacher"):
-            teacher_hidden, targets = self._teacher_pass(batch)
-        with self.clock.part("student"):
-            student_hidden, terms = self._student_pass(batch, targets, mask, counts)
-        with self.clock.part("loss"):
-            vocabulary = learn_vocabulary(
-                self.teacher,
-                self.model,
-                teacher_hidden,
-                student_hidden,
-                batch,
-                counts,
-                self.objective,
-            )
-        losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
-        loss = vocabulary.weighted
-        if self.places:
-            by_place = torch.stack([terms[place] for place in self.places])
-            clone = by_place.sum()
-            loss = loss + self.objective.alpha * clone
-            losses["clone"] = clone.detach()
-            losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
-        return {"loss": loss, **losses}
+        return self.clone.losses(batch, counts)
 
-    def step_flops(self, tokens: int, sequence: int) -> float:
+    def step_flops(self, tokens: int, sequence: int) -> float | None:
+        if self.alignment:
+            return None  # not in the formula
         parts = step_flops(
             widths_of(self.teacher.model),
             widths_of(self.model),
@@ -139,66 +115,23 @@ class LowRankClone(Method):
         )
         return sum(parts.values())
 
-    def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
-        """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
-        targets: dict[Place, Tensor] = {}
-
-        def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
-            targets[place] = output
-            return output
-
-        with torch.no_grad(), self._observe(self.teacher.model, keep):
-            hidden = last_hidden(self.teacher.model, batch)
-        return hidden, targets
-
-    def _student_pass(
-        self, batch: Batch, targets: dict[Place, Tensor], mask: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, dict[Place, Tensor]]:
-        """The student's last hidden state [b, s, d_S] and its clone term at every place.
-
-        Each of the teacher's activations is let go as soon as it is compared, unless the layer is
-        to be recomputed in the backward pass.
-        """
-        terms: dict[Place, Tensor] = {}
-
-        def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
-            with self.clock.part("loss"):
-                target = targets[place] if self.recomputes else targets.pop(place)
-                if place[1] == "o" and self.objective.attn_out == "teacher":
-                    full = self._teacher_output(place, inputs)
-                    weight = self._token_weight(target, mask)
-                    _, terms[place] = clone_term(full, target, weight, counts.tokens)
-                    return output
-                target = self._in_student_space(place, target)
-                weight = self._token_weight(target, mask)
-                output, terms[place] = clone_term(output, target, weight, counts.tokens)
-                return output
-
-        # Recomputed layers call the observer again in the backward pass, so it stays until then.
-        self._observing.close()
-        self._observing.enter_context(self._observe(self.model, compare))
-        hidden = last_hidden(self.model, batch)
-        if not self.recomputes:
-            self._observing.close()
-        return hidden, terms
-
-    def _token_weight(self, target: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
-        return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
-
-    def _in_student_space(self, place: Place, target: Tensor) -> Tensor:
-        """The teacher's activation, projected where it is written to the residual stream."""
+    def _sides(
+        self, place: Place, inputs: Tensor, output: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What is compared at a place: the teacher's writers are projected as the student's are,
+        or the student's are aligned to the teacher's width."""
         layer, name = place
         if name not in WRITERS:
-            return target
+            return output, target
+        if name == "o" and self.objective.attn_out == "teacher":
+            return self._teacher_output(place, inputs), target
+        if self.alignment:
+            return align(output, self.alignment, place), target
         projection = self.projections.values[projection_key(layer, name)]
-        return target.to(projection.dtype) @ projection
+        return output, target.to(projection.dtype) @ projection
 
     def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""
         module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
         bias = None if module.bias is None else module.bias.to(inputs.dtype)
         return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)
-
-    def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-        return observe(model, self.teacher.family, self.places, observer)

@@ -11,6 +11,7 @@ from lrc.activations import last_hidden
 from lrc.clock import Clock
 from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
+from lrc.errors import UserError
 from lrc.methods.base import Counts, Method
 from lrc.methods.vocabulary import learn_vocabulary
 from lrc.recipe import Recipe
@@ -40,8 +41,11 @@ class PlainStudent(Method):
     honours = PLAIN_SETTINGS
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
+        """Arguments and errors are those of `build`."""
         self.teacher, self.recipe = teacher, recipe
         self.objective = recipe.objective
+        if not any(self.loss_weights()):
+            raise UserError(f"Every loss of method {recipe.method.name} is off; weigh one.")
         self.clock = Clock()
         self.model = self.make_student()
         if recipe.train.gradient_checkpointing:
@@ -51,6 +55,10 @@ class PlainStudent(Method):
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "PlainStudent":
         return cls(teacher, recipe)
+
+    def loss_weights(self) -> list[float]:
+        """Weights of all losses, one of which has to be positive."""
+        return [self.objective.kl_weight, self.objective.lm_weight]
 
     @abstractmethod
     def make_student(self) -> PreTrainedModel:
