@@ -65,7 +65,7 @@ SHORT = {
 }
 """A run to stop and to resume."""
 
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
 
 
 def test_tokens_of_the_story(stories_folder: Path) -> None:

@@ -15,9 +15,10 @@ from types import MappingProxyType
 from typing import Any
 
 import yaml
-from pydantic import ValidationError, field_validator, model_validator
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
 
 from lrc.errors import UserError
+from lrc.method_sections import METHOD_SECTIONS, LrcSection, MethodSection
 from lrc.sections import (
     DataSection,
     InitialiseSection,
@@ -28,13 +29,14 @@ from lrc.sections import (
     TrainSection,
 )
 
-SHORT_FORMS = {"initialise": "method"}
+SHORT_FORMS = {"method": "name", "initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
 
 
 class Recipe(Section):
     """All that decides what a run does."""
 
+    method: MethodSection = LrcSection(name="lrc")
     teacher: TeacherSection
     student: StudentSection
     initialise: InitialiseSection = InitialiseSection()
@@ -42,16 +44,22 @@ class Recipe(Section):
     data: DataSection
     train: TrainSection = TrainSection()
 
-    @field_validator("initialise", mode="before")
+    @field_validator(*SHORT_FORMS, mode="before")
     @classmethod
-    def _name_alone(cls, value: Any) -> Any:
-        return {SHORT_FORMS["initialise"]: value} if isinstance(value, str) else value
+    def _name_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        return {SHORT_FORMS[str(info.field_name)]: value} if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective
-        if not loss.kl_weight and not loss.lm_weight and not (loss.alpha and loss.clone.enabled()):
+        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha
+        if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError("every loss is off; give kl_weight, lm_weight or alpha a weight")
+        if loss.alignment == "explicit" and loss.attn_out == "teacher":
+            raise ValueError(
+                "objective.alignment: explicit aligns attention outputs itself; set "
+                "objective.attn_out to student"
+            )
         return self
 
     def step_tokens(self) -> int:
@@ -63,8 +71,9 @@ class Recipe(Section):
         return -(-self.train.tokens // self.step_tokens())
 
     def fingerprint(self) -> str:
-        """A checksum of the whole recipe, which ties checkpoints to it."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """A checksum of the recipe, which ties checkpoints to it; settings at their defaults are
+        left out, so that a setting added later leaves older checkpoints valid."""
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML text, with every default written out."""
@@ -95,14 +104,23 @@ def make_recipe(
     Raises:
         UserError: a setting is unknown, missing or out of range.
     """
-    settings = copy.deepcopy(settings)
-    for key, value in overrides.items():
-        _apply(settings, key, value)
     try:
-        return Recipe.model_validate(settings)
+        return Recipe.model_validate(apply_overrides(settings, overrides))
     except ValidationError as error:
         problems = [_explain(problem) for problem in error.errors()]
         raise UserError("The recipe has mistakes: " + "; ".join(problems) + ".") from error
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings with some set by dotted key.
+
+    Raises:
+        UserError: a key leads through a value.
+    """
+    settings = copy.deepcopy(settings)
+    for key, value in overrides.items():
+        _apply(settings, key, value)
+    return settings
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -177,13 +195,20 @@ def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
 def _explain(problem: Any) -> str:
     """One pydantic problem as a clause that says what to do."""
     location = [str(part) for part in problem["loc"]]
+    method = None
+    if location[0:1] == ["method"] and len(location) > 1:
+        method = location.pop(1)  # pydantic puts the name of the method's class between
     name = ".".join(location) or "the recipe"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = list(METHOD_SECTIONS[method].model_fields) if method else _known_keys(location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"unknown key '{name}' (nearest: '{'.'.join([*location[:-1], *near])}')"
     if problem["type"] == "missing":
         return f"'{name}' is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"'{name}.name' is missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"'{name}' is '{problem['ctx']['tag']}': choose one of {', '.join(METHOD_SECTIONS)}"
     message = problem["msg"].removeprefix("Value error, ")
     if not location:
         return message

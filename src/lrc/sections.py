@@ -120,6 +120,11 @@ class ObjectiveSection(Section):
     """Where attention outputs are compared: in the student's space (the paper's formula) or in the
     teacher's, its own o applied to the student's heads (the official code)."""
 
+    alignment: Literal["reuse", "explicit"] = "reuse"
+    """How outputs of attention and FFN are brought to one width. `reuse`: the projections that the
+    student has anyway carry the teacher's (the paper). `explicit`: extra trained matrices carry the
+    student's, an ablation."""
+
     chunk_tokens: int = Field(512, gt=0)
     """Tokens whose logits are held at once; changes memory and speed, not the loss."""
 

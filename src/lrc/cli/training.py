@@ -30,6 +30,9 @@ HiddenSize = Annotated[int | None, typer.Option(help="The student's hidden size.
 Text = Annotated[
     list[str] | None, typer.Option(help="Text to learn from: file, folder or stdlib-docs.")
 ]
+MethodOption = Annotated[
+    str | None, typer.Option("--method", help="How the student is made and trained; default: lrc.")
+]
 Out = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one below runs/.")]
 
 
@@ -39,6 +42,7 @@ def train(
     teacher: TeacherOption = None,
     hidden_size: HiddenSize = None,
     text: Text = None,
+    method: MethodOption = None,
     out: Out = None,
 ) -> None:
     """Clone a teacher: train a student, export it, and measure it beside its teacher.
@@ -48,12 +52,13 @@ def train(
     * `lrc train quickstart`
     * `lrc train my.yaml --set train.tokens=2000000 --set objective.alpha=0.1`
     * `lrc train --teacher ./Qwen3-1.7B --hidden-size 1024 --text corpus.jsonl.gz`
+    * `lrc train my.yaml --method scratch`
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
     from lrc.train.session import train
 
-    _run(_new_run(recipe, settings, teacher, hidden_size, text, out), train)
+    _run(_new_run(recipe, settings, teacher, hidden_size, text, method, out), train)
 
 
 def init(
@@ -62,6 +67,7 @@ def init(
     teacher: TeacherOption = None,
     hidden_size: HiddenSize = None,
     text: Text = None,
+    method: MethodOption = None,
     out: Out = None,
 ) -> None:
     """Compress without training: initialise a student, export it and measure it.
@@ -75,7 +81,7 @@ def init(
     """
     from lrc.train.session import initialise_only
 
-    _run(_new_run(recipe, settings, teacher, hidden_size, text, out), initialise_only)
+    _run(_new_run(recipe, settings, teacher, hidden_size, text, method, out), initialise_only)
 
 
 def resume(
@@ -97,6 +103,7 @@ def _new_run(
     teacher: str | None,
     hidden_size: int | None,
     text: list[str] | None,
+    method: str | None,
     out: Path | None,
 ) -> "Run":
     """The run that the options of a command ask for, in its new folder."""
@@ -104,7 +111,8 @@ def _new_run(
     from lrc.recipe import find_recipe, make_recipe, parse_override, read_yaml
     from lrc.run import Run
 
-    overrides = dict(parse_override(setting) for setting in settings or [])
+    overrides: dict[str, Any] = {"method": method} if method else {}
+    overrides |= dict(parse_override(setting) for setting in settings or [])
     shorthands: dict[str, Any] = {
         "teacher.model": teacher,
         "student.hidden_size": hidden_size,

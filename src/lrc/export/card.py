@@ -6,8 +6,8 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from lrc.methods import METHODS
 from lrc.run import Run
-from lrc.sections import TeacherSection
 from lrc.shapes import shape_of
 from lrc.teacher import PACKAGE_PREFIX, Teacher, teacher_license
 
@@ -15,11 +15,9 @@ TEMPLATE = """---
 {front}
 ---
 
-# Low-rank clone of {teacher}
+# A smaller {teacher}
 
-A smaller model of the teacher's own class, made by Low-Rank Clone
-([arXiv 2505.12781](https://arxiv.org/abs/2505.12781)): its weights are the teacher's, projected to
-a hidden size of {hidden_size}.
+A model of the teacher's own class with a hidden size of {hidden_size}, made by {method}.
 
 | | teacher | student |
 |---|---|---|
@@ -58,9 +56,10 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     license_name = teacher_license(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
     return TEMPLATE.format(
-        front=yaml.safe_dump(_front_matter(section, license_name), sort_keys=False).strip(),
+        front=yaml.safe_dump(_front_matter(run, license_name), sort_keys=False).strip(),
         teacher=section.model,
-        hidden_size=run.recipe.student.hidden_size,
+        hidden_size=student.config.hidden_size,
+        method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in _results(run).items()),
         licence=_licence(license_name),
@@ -68,13 +67,14 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     )
 
 
-def _front_matter(teacher: TeacherSection, license_name: str | None) -> dict[str, Any]:
+def _front_matter(run: Run, license_name: str | None) -> dict[str, Any]:
+    teacher, method = run.recipe.teacher, run.recipe.method.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license_name:
         front["license"] = license_name
     if not teacher.model.startswith(PACKAGE_PREFIX) and not Path(teacher.model).exists():
         front["base_model"] = teacher.model
-    front["tags"] = ["low-rank-clone", "distillation"]
+    front["tags"] = ["low-rank-clone" if method == "lrc" else method, "distillation"]
     return front
 
 

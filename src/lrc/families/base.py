@@ -66,6 +66,10 @@ class Family:
         """Module path of linear map `name` (one of `LINEARS`) in layer `layer`."""
         return f"{self.layers}.{layer}.{self.linears[name]}"
 
+    def attention(self, layer: int) -> str:
+        """Module path of the attention block of layer `layer`."""
+        return self.linear(layer, "o").rpartition(".")[0]
+
     def norm_read_by(self, layer: int, name: str) -> str:
         """Module path of the norm whose output the reader `name` takes in layer `layer`."""
         norm = self.attention_norm if name in ("q", "k", "v") else self.ffn_norm

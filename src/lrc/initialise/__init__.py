@@ -5,21 +5,32 @@ and starts far ahead (see `lrc.initialise.closed_form`).
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.initialise.closed_form import solve_projections
 from lrc.initialise.random import initialise_random
-from lrc.methods import LowRankClone
+from lrc.projection import Projections
 from lrc.sections import InitialiseSection
+from lrc.teacher import Teacher
 
 __all__ = ["initialise", "initialise_closed_form", "initialise_random", "solve_projections"]
 
 
+class Projected(Protocol):
+    """What is initialised: a method whose student comes out of projections."""
+
+    teacher: Teacher
+    projections: Projections
+    model: PreTrainedModel
+
+
 def initialise(
-    method: LowRankClone,
+    method: Projected,
     section: InitialiseSection,
     ids: Tensor,
     progress: Callable[[int, int], None] | None = None,
@@ -39,7 +50,7 @@ def initialise(
 
 
 def initialise_closed_form(
-    method: LowRankClone, ids: Tensor, progress: Callable[[int, int], None] | None = None
+    method: Projected, ids: Tensor, progress: Callable[[int, int], None] | None = None
 ) -> None:
     """Set a method's projections and final gain to the closed-form solution, in place.
 

@@ -1,6 +1,19 @@
 """One file a method, all behind the interface in `base.py`."""
 
+from lrc.methods.activation_clone import ActivationClone
 from lrc.methods.base import Counts, Method
 from lrc.methods.low_rank_clone import LowRankClone
+from lrc.methods.minilm import MiniLm
+from lrc.methods.scratch import Scratch
+from lrc.methods.tinybert import TinyBert
 
-__all__ = ["Counts", "LowRankClone", "Method"]
+METHODS: dict[str, type[Method]] = {
+    "lrc": LowRankClone,
+    "scratch": Scratch,
+    "tinybert": TinyBert,
+    "minilm": MiniLm,
+    "activation-clone": ActivationClone,
+}
+"""Every method by its name in a recipe."""
+
+__all__ = ["METHODS", "Counts", "LowRankClone", "Method"]

@@ -1,13 +1,24 @@
-"""What the training loop knows of a method."""
+"""What the training loop knows of a method.
+
+A new method is a file here with a subclass, its settings in `lrc.method_sections`, and its line in
+`METHODS` (`lrc.methods`).
+"""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.clock import Clock
 from lrc.data.batch import Batch
+from lrc.recipe import Recipe
+from lrc.teacher import Teacher
+
+Progress = Callable[[int, int], None]
+"""Called with the parts of a long computation that are done and their number."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +35,43 @@ class Counts:
 class Method(ABC):
     """A way to get a small model out of a teacher.
 
-    Per optimiser step the loop calls `begin_step`, then `losses` and `backward` on the entry
-    "loss" for every micro-batch, then `end_step`; after that the gradients of `parameters` are
-    complete.
+    A new run calls `initialise` once. Per optimiser step the loop calls `begin_step`, then
+    `losses` and `backward` on the entry "loss" for every micro-batch, then `end_step`; after that
+    the gradients of `parameters` are complete.
     """
+
+    title: ClassVar[str]
+    """What the method is, with its source, as a noun phrase for model cards."""
+
+    honours: ClassVar[frozenset[str] | None] = None
+    """Settings of `student`, `initialise` and `objective` that the method uses, by dotted key
+    (`objective.clone` stands for all below it); None: all. Others are warned of where they are
+    set."""
 
     clock: Clock
     """Methods count the time of their parts here."""
+
+    @classmethod
+    @abstractmethod
+    def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":
+        """The method that a recipe asks for, before `initialise`.
+
+        Raises:
+            UserError: the recipe does not fit the teacher.
+        """
+
+    def calibration_tokens(self) -> int:
+        """Training tokens that `initialise` asks for; it gets whole sequences, at least two."""
+        return 0
+
+    def initialise(self, calibration: Batch, progress: Progress) -> None:  # noqa: B027 - optional
+        """Set the start of a new run, in place.
+
+        Args:
+            calibration: the first training sequences of the run; none where
+                `calibration_tokens` is 0.
+            progress: to be told how far it is.
+        """
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -45,9 +86,10 @@ class Method(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        """Losses of a micro-batch, all scalars; "loss" is the one to differentiate.
+        """Losses of a micro-batch; "loss" is the one to differentiate.
 
-        The losses of a step's micro-batches add up to those of the step.
+        The losses of a step's micro-batches add up to those of the step. What is not a scalar is
+        logged beside held-out measurements only.
         """
 
     def end_step(self) -> None:  # noqa: B027 - optional
@@ -56,3 +98,13 @@ class Method(ABC):
     @abstractmethod
     def student(self) -> PreTrainedModel:
         """The student with the parameters of now: a plain model of the teacher's class."""
+
+    def step_flops(self, tokens: int, sequence: int) -> float | None:
+        """Floating-point operations of the matrix products of an optimiser step; None where they
+        are not known.
+
+        Args:
+            tokens: tokens of the step, all micro-batches together.
+            sequence: tokens of a sequence.
+        """
+        return None

@@ -6,35 +6,37 @@ that write to the residual stream also carry the teacher's attention and FFN out
 student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
 """
 
-from contextlib import AbstractContextManager, ExitStack
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lrc.activations import Observer, Place, last_hidden, observe
+from lrc.activations import Place
 from lrc.clock import Clock
+from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
-from lrc.methods.base import Counts, Method
-from lrc.methods.recomputing import keep_products
-from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
+from lrc.initialise import initialise
+from lrc.methods.alignment import align, writer_alignment
+from lrc.methods.base import Counts, Method, Progress
+from lrc.methods.clone_pass import ClonePass, Pair
+from lrc.methods.recomputing import checkpoint
 from lrc.projection import Projections, projection_key
-from lrc.sections import Checkpointing, ObjectiveSection, StudentSection
-from lrc.student import build_student
+from lrc.recipe import Recipe
+from lrc.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
+from lrc.student import build_student, student_config
 from lrc.teacher import Teacher
-
-LAYERWISE = "clone_layers"
-"""Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
 
 
 class LowRankClone(Method):
     """The paper's method.
 
     Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S].
+    The ablation `objective.alignment: explicit` adds a matrix [d_S, d_T] for every cloned output of
+    attention and FFN, which carries it to the teacher's width in place of the projections.
     """
+
+    title = "Low-Rank Clone (arXiv 2505.12781)"
 
     def __init__(
         self,
@@ -42,37 +44,51 @@ class LowRankClone(Method):
         student: StudentSection,
         objective: ObjectiveSection,
         gradient_checkpointing: Checkpointing = False,
+        start: InitialiseSection = InitialiseSection(),  # noqa: B008 - immutable
     ) -> None:
         self.teacher = teacher
         self.objective = objective
+        self.start = start
         self.clock = Clock()
         self.projections = Projections(teacher, student)
         self.model = build_student(teacher, student)
-        self.terms = objective.clone.enabled() if objective.alpha else ()
-        self.places: list[Place] = [
-            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
-        ]
-        self.recomputes = bool(gradient_checkpointing)
-        self._observing = ExitStack()
-        if gradient_checkpointing:
-            options: dict[str, Any] = {"use_reentrant": False}
-            if gradient_checkpointing == "elementwise":
-                options["context_fn"] = keep_products
-            self.model.activation_checkpointing_enable(options)
-            self.model.train()  # transformers recomputes in training mode only
+        self.clone = ClonePass(
+            teacher, self.model, objective, self.clock, self._pair, bool(gradient_checkpointing)
+        )
+        self.alignment: dict[str, nn.Parameter] = {}
+        if objective.alignment == "explicit":
+            self.alignment = writer_alignment(teacher, self.model, self.clone.places, start.seed)
+        checkpoint(self.model, gradient_checkpointing)
+
+    @classmethod
+    def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
+        student_config(teacher, recipe.student)  # refuses an unfit hidden size
+        return cls(
+            teacher,
+            recipe.student,
+            recipe.objective,
+            recipe.train.gradient_checkpointing,
+            recipe.initialise,
+        )
+
+    def calibration_tokens(self) -> int:
+        return 0 if self.start.method == "random" else self.start.calibration_tokens
+
+    def initialise(self, calibration: Batch, progress: Progress) -> None:
+        initialise(self, self.start, calibration.input_ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}
         for path in self.teacher.family.stream_norms(self.teacher.num_layers):
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
-        return named
+        return named | self.alignment
 
     def begin_step(self) -> None:
         with self.clock.part("projection"):
             self.projections.write_into(self.model)
 
     def end_step(self) -> None:
-        self._observing.close()
+        self.clone.end_step()
         with self.clock.part("projection"):
             self.projections.backward()
 
@@ -82,107 +98,40 @@ class LowRankClone(Method):
         return self.model
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        mask = batch.token_mask()
-        with self.clock.part("teacher"):
-            teacher_hidden, targets = self._teacher_pass(batch)
-        with self.clock.part("student"):
-            student_hidden, terms = self._student_pass(batch, targets, mask, counts)
-        with self.clock.part("loss"):
-            vocabulary = vocabulary_losses(
-                student_hidden.flatten(0, 1),
-                self.model.get_output_embeddings().weight,
-                teacher_hidden.flatten(0, 1),
-                self.teacher.model.get_output_embeddings().weight,
-                batch.labels().flatten(),
-                None if mask is None else mask.flatten(),
-                self._vocabulary_weights(counts),
-            )
-        losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
-        loss = vocabulary.weighted
-        if self.places:
-            by_place = torch.stack([terms[place] for place in self.places])
-            clone = by_place.sum()
-            loss = loss + self.objective.alpha * clone
-            losses["clone"] = clone.detach()
-            losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
-        return {"loss": loss, **losses}
+        return self.clone.losses(batch, counts)
 
-    def _vocabulary_weights(self, counts: Counts) -> VocabularyWeights:
-        loss = self.objective
-        return VocabularyWeights(
-            loss.kl_weight,
-            loss.lm_weight,
-            loss.temperature,
-            counts.tokens,
-            counts.labels,
+    def step_flops(self, tokens: int, sequence: int) -> float | None:
+        if self.alignment:
+            return None  # not in the formula
+        parts = step_flops(
+            widths_of(self.teacher.model),
+            widths_of(self.model),
+            self.model.config.tie_word_embeddings,
+            tokens,
+            sequence,
+            self.objective,
             self.teacher.vocab_size,
-            loss.chunk_tokens,
         )
+        return sum(parts.values())
 
-    def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
-        """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
-        targets: dict[Place, Tensor] = {}
-
-        def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
-            targets[place] = output
-            return output
-
-        with torch.no_grad(), self._observe(self.teacher.model, keep):
-            hidden = last_hidden(self.teacher.model, batch)
-        return hidden, targets
-
-    def _student_pass(
-        self, batch: Batch, targets: dict[Place, Tensor], mask: Tensor | None, counts: Counts
-    ) -> tuple[Tensor, dict[Place, Tensor]]:
-        """The student's last hidden state [b, s, d_S] and its clone term at every place.
-
-        Each of the teacher's activations is let go as soon as it is compared, unless the layer is
-        to be recomputed in the backward pass.
-        """
-        terms: dict[Place, Tensor] = {}
-
-        def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
-            with self.clock.part("loss"):
-                target = targets[place] if self.recomputes else targets.pop(place)
-                if place[1] == "o" and self.objective.attn_out == "teacher":
-                    full = self._teacher_output(place, inputs)
-                    weight = self._token_weight(target, mask)
-                    _, terms[place] = clone_term(full, target, weight, counts.tokens)
-                    return output
-                factors = self._factors(place, target)
-                if factors:
-                    with torch.no_grad():
-                        target = factors[0] @ factors[1]
-                weight = self._token_weight(target, mask)
-                output, terms[place] = clone_term(output, target, weight, counts.tokens, factors)
-                return output
-
-        # Recomputed layers call the observer again in the backward pass, so it stays until then.
-        self._observing.close()
-        self._observing.enter_context(self._observe(self.model, compare))
-        hidden = last_hidden(self.model, batch)
-        if not self.recomputes:
-            self._observing.close()
-        return hidden, terms
-
-    def _token_weight(self, target: Tensor, mask: Tensor | None) -> Tensor | None:
-        """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
-        return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
-
-    def _factors(self, place: Place, target: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The teacher's activation [b, s, d_T] and what brings it to the student's space
-        [d_T, d_S], where it is written to the residual stream."""
+    def _pair(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Pair:
+        """What is compared at a place: the teacher's writers are projected as the student's are,
+        or the student's are aligned to the teacher's width."""
         layer, name = place
         if name not in WRITERS:
-            return None
+            return Pair(output, target)
+        if name == "o" and self.objective.attn_out == "teacher":
+            return Pair(self._teacher_output(place, inputs), target)
+        if self.alignment:
+            return Pair(align(output, self.alignment, place), target)
         projection = self.projections.values[projection_key(layer, name)]
-        return target.to(projection.dtype), projection
+        target = target.to(projection.dtype)
+        with torch.no_grad():
+            projected = target @ projection
+        return Pair(output, projected, (target, projection))
 
     def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""
         module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
         bias = None if module.bias is None else module.bias.to(inputs.dtype)
         return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)
-
-    def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-        return observe(model, self.teacher.family, self.places, observer)

@@ -1,10 +1,13 @@
-"""What gradient checkpointing keeps when only the cheap operations are to be done again."""
+"""Gradient checkpointing of a student, whole or of the cheap operations alone."""
 
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from lrc.sections import Checkpointing
 
 _aten = torch.ops.aten
 _PRODUCTS = {
@@ -18,7 +21,18 @@ _PRODUCTS = {
 }
 
 
-def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def checkpoint(model: PreTrainedModel, kind: Checkpointing) -> None:
+    """Turn checkpointing on as a recipe asks for it."""
+    if not kind:
+        return
+    options: dict[str, Any] = {"use_reentrant": False}
+    if kind == "elementwise":
+        options["context_fn"] = _keep_products
+    model.activation_checkpointing_enable(options)
+    model.train()  # transformers recomputes in training mode only
+
+
+def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of torch's checkpointing that keep what matrix products and attention gave.
 
     Norms, activation functions, rotary embeddings and the differences of the clone terms are

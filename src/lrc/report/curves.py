@@ -1,5 +1,6 @@
 """The loss curves of a run as a picture."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,15 @@ PANELS = {
     "lm": "LM loss (nats)",
     "kl": "T² · KL (nats)",
     "clone": "clone loss",
+    "hidden": "hidden states (mean squares)",
+    "attention": "attention scores (mean squares)",
+    "attention_relation": "attention relation (nats)",
+    "value_relation": "value relation (nats)",
 }
 
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw held-out, LM, KL and clone losses against training tokens, as a PNG.
+    """Draw the held-out loss and the method's own losses against training tokens, as a PNG.
 
     Args:
         metrics: lines of metrics.jsonl; the one of step 0 may name `teacher_held_out_lm`.
@@ -27,9 +32,10 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     Raises:
         UserError: the disk is full.
     """
-    figure = Figure(figsize=(10, 7), layout="constrained")
     panels = {key: title for key, title in PANELS.items() if any(key in line for line in metrics)}
-    grid = figure.subplots(2, 2, squeeze=False).ravel()
+    rows = max(2, math.ceil(len(panels) / 2))
+    figure = Figure(figsize=(10, 3.5 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False).ravel()
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
     for axes, (key, title) in zip(grid, panels.items(), strict=False):
@@ -49,5 +55,5 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
     axes.set_title(title)
     axes.set_xlabel("training tokens")
     axes.grid(alpha=0.3)
-    if key == "clone":
+    if key in ("clone", "hidden", "attention"):
         axes.set_yscale("log")

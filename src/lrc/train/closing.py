@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lrc.cost import matmul_peak, step_flops, widths_of
+from lrc.cost import matmul_peak
 from lrc.evaluate.held_out import measure_agreement, perplexity
 from lrc.evaluate.sample import generate_text
 from lrc.export import export_student
@@ -40,9 +40,12 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         agreement = measure_agreement(setup.teacher, student, loop.held_out())
     seconds = loop.seconds()
     summary: dict[str, Any] = {
+        "method": run.recipe.method.name,
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
         "tokens": loop.tokens(),
+        **loop.calibration(),
+        "step_seconds": round(loop.step_seconds, 3),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(loop.tokens() / seconds, 1),
         "teacher_held_out_lm": agreement.teacher_loss,
@@ -110,24 +113,16 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 def flop_utilisation(loop: Loop) -> float | None:
     """Operations of the steps' matrix products a second, as a share of this machine's measured
-    peak; None where this process made no step."""
+    peak; None where this process made no step, or where the method's operations are not known."""
     recipe, setup = loop.run.recipe, loop.setup
+    flops = setup.method.step_flops(recipe.step_tokens(), recipe.data.sequence_length)
+    steps = setup.state.step - loop.first_step
+    if not steps or flops is None:
+        return None
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
-    steps = setup.state.step - loop.first_step
-    if not steps:
-        return None
-    flops = step_flops(
-        widths_of(setup.teacher.model),
-        widths_of(setup.method.model),
-        setup.method.model.config.tie_word_embeddings,
-        recipe.step_tokens(),
-        recipe.data.sequence_length,
-        recipe.objective,
-        setup.teacher.vocab_size,
-    )
     dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
-    return sum(flops.values()) * steps / seconds / matmul_peak(setup.device, dtype)
+    return flops * steps / seconds / matmul_peak(setup.device, dtype)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -15,15 +15,14 @@ from rich.console import Console
 
 from lrc.data import TrainingText
 from lrc.data.batch import Batch
-from lrc.errors import UserError
+from lrc.errors import DivergedError
 from lrc.evaluate.held_out import held_out_loss
 from lrc.files import disk_errors
 from lrc.methods import Counts
-from lrc.methods.low_rank_clone import LAYERWISE
 from lrc.run import Run
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
-from lrc.train.setup import Setup, autocast
+from lrc.train.setup import Setup, autocast, calibration_sequences
 from lrc.train.signals import StopRequest, stop_on_signals
 
 
@@ -35,8 +34,12 @@ class Loop:
     setup: Setup
     text: TrainingText
     console: Console
+    calibration_seconds: float = 0.0
+    """Seconds that initialising the method took, where this process did it."""
     seconds_before: float = 0.0
     """Training seconds of earlier stretches."""
+    step_seconds: float = 0.0
+    """Seconds of optimiser steps alone, all stretches together."""
     started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
     """Step that this stretch went on from."""
@@ -45,7 +48,8 @@ class Loop:
         """Train up to a step, or until a signal asks to stop; then checkpoint.
 
         Raises:
-            UserError: the loss is not finite, or the disk is full.
+            DivergedError: the loss or its gradient is not finite.
+            UserError: the disk is full.
         """
         recipe, state = self.run.recipe, self.setup.state
         self.first_step = state.step
@@ -55,13 +59,14 @@ class Loop:
             step_progress(self.console, steps, state.step) as progress,
         ):
             if not self.run.metrics():
-                self._log({**self._measure(progress), **self._measure_teacher()})
+                start = {**self._measure(progress), **self._measure_teacher()}
+                self._log({**start, **self.calibration()})
             while state.step < steps and not stop:
                 line = self._step(progress)
                 if self._due(recipe.train.eval_every):
                     line |= self._measure(progress)
-                else:
-                    line.pop(LAYERWISE, None)  # 7 numbers a layer: only beside measurements
+                else:  # many numbers by layer: only beside measurements
+                    line = {k: value for k, value in line.items() if not isinstance(value, list)}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line:
                     self._log(line)
                 if self._due(recipe.train.checkpoint_every):
@@ -79,7 +84,7 @@ class Loop:
         """One optimiser step; its line of metrics.
 
         Raises:
-            UserError: the loss or its gradient is not finite; nothing was updated.
+            DivergedError: the loss or its gradient is not finite; nothing was updated.
         """
         start = time.perf_counter()
         train, setup = self.run.recipe.train, self.setup
@@ -107,20 +112,20 @@ class Loop:
         state.step += 1
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
-        scalars = {name: value.item() for name, value in sums.items() if value.ndim == 0}
+        self.step_seconds += seconds
+        values: dict[str, Any] = {name: value.tolist() for name, value in sums.items()}
+        scalars = {name: values[name] for name, value in sums.items() if value.ndim == 0}
         progress.step(scalars, tokens_per_second)
-        line: dict[str, Any] = {
+        return {
             "step": state.step,
             "tokens": self.tokens(),
             "seconds": round(self.seconds(), 3),
-            **scalars,
+            "step_seconds": round(self.step_seconds, 3),
+            **values,
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": round(tokens_per_second, 1),
         }
-        if LAYERWISE in sums:
-            line[LAYERWISE] = sums[LAYERWISE].tolist()
-        return line
 
     def _batches(self) -> list[Batch]:
         """The micro-batches of the next step; data order depends on the step number alone."""
@@ -144,7 +149,7 @@ class Loop:
             return
         kept = list_checkpoints(self.run.checkpoints)
         where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
-        raise UserError(
+        raise DivergedError(
             f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "
             f"({where}): start anew with a lower train.learning_rate."
         )
@@ -164,6 +169,14 @@ class Loop:
         teacher = self.setup.teacher
         loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size)
         return {"teacher_held_out_lm": loss}
+
+    def calibration(self) -> dict[str, Any]:
+        """Tokens and seconds that the method was initialised with."""
+        sequences = calibration_sequences(self.setup.method, self.run.recipe)
+        return {
+            "calibration_tokens": sequences * self.run.recipe.data.sequence_length,
+            "calibration_seconds": round(self.calibration_seconds, 3),
+        }
 
     def held_out(self) -> list[Batch]:
         """The held-out batches that are measured, the same all along the run."""
@@ -186,6 +199,9 @@ class Loop:
         self.run.keep_metrics_until(self.setup.state.step)
         lines = self.run.metrics()
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
+        self.step_seconds = max((line.get("step_seconds", 0.0) for line in lines), default=0.0)
+        if lines:
+            self.calibration_seconds = lines[0].get("calibration_seconds", 0.0)
 
     def _log(self, line: dict[str, Any]) -> None:
         path = self.run.metrics_file

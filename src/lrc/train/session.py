@@ -1,33 +1,36 @@
 """A run from its recipe to its closing table."""
 
+import time
 from typing import Any
 
+import torch
 from rich.console import Console
 
-from lrc.data import TrainingText, prepare
-from lrc.initialise import initialise
+from lrc.data import Batch, TrainingText, prepare
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
-from lrc.train.setup import Setup, set_up
+from lrc.train.setup import Setup, calibration_sequences, set_up
+
+NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
+"""No calibration."""
 
 
-def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> None:
-    """Initialise the projections as the recipe says, from the head of the training stream."""
-    section = recipe.initialise
-    sequences = max(2, section.calibration_tokens // recipe.data.sequence_length)
-    ids = text.training_batch(0, sequences).input_ids.to(setup.device)
-    name = f"Initialising the projections ({section.method})"
-    with phase(console, name) as detail:
-        initialise(
-            setup.method,
-            section,
-            ids,
-            lambda done, layers: detail(f"layer {done} of {layers}, {ids.numel():,} tokens"),
+def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> float:
+    """Initialise the method from the head of the training stream; the seconds that it took."""
+    sequences = calibration_sequences(setup.method, recipe)
+    calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
+    tokens = calibration.input_ids.numel()
+    started = time.perf_counter()
+    with phase(console, "Initialising the student") as detail:
+        setup.method.initialise(
+            calibration,
+            lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
         )
+    return time.perf_counter() - started
 
 
 class Interrupted(Exception):
@@ -38,19 +41,23 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
+def train(
+    run: Run, console: Console, teacher: Teacher | None = None, report: bool = True
+) -> dict[str, Any]:
     """Train a run to its end, from its newest checkpoint or from the start.
 
     Args:
         run: a new run, or one to continue.
         console: where progress and the closing table are shown.
         teacher: a teacher that is loaded already; None: the one that the recipe names.
+        report: print the closing table and samples.
 
     Returns:
         The closing table, as in summary.json.
 
     Raises:
-        UserError: the recipe, the data or the machine do not allow it, or the loss is not finite.
+        UserError: the recipe, the data or the machine do not allow it.
+        DivergedError: the loss or its gradient is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
     loop = open_loop(run, console, teacher)
@@ -60,7 +67,7 @@ def train(run: Run, console: Console, teacher: Teacher | None = None) -> dict[st
             stop.signal,
             f"Stopped after step {loop.setup.state.step}; go on with `lrc resume {run.folder}`.",
         )
-    return close_run(loop, console)
+    return close_run(loop, console if report else Console(quiet=True))
 
 
 def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -83,6 +90,5 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
             data, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
     text = TrainingText(packed, data, run.recipe.train.seed)
-    if not setup.restored:
-        start(setup, run.recipe, text, console)
-    return Loop(run, setup, text, console)
+    seconds = 0.0 if setup.restored else start(setup, run.recipe, text, console)
+    return Loop(run, setup, text, console, seconds)

@@ -8,11 +8,11 @@ from rich.console import Console
 from transformers import get_scheduler
 
 from lrc.errors import UserError
-from lrc.methods import LowRankClone, Method
+from lrc.methods import METHODS, Method
+from lrc.methods.unused import unused_settings
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.sections import TrainSection
-from lrc.student import student_config
 from lrc.teacher import Teacher, load_teacher
 from lrc.train.checkpoint import State, list_checkpoints, load_checkpoint
 
@@ -25,18 +25,18 @@ class Setup:
     """A method on its device, with its optimiser, at some step of its run."""
 
     teacher: Teacher
-    method: LowRankClone
+    method: Method
     state: State
     device: torch.device
     restored: bool
-    """Whether the state is a checkpoint's; else the projections are still to be initialised."""
+    """Whether the state is a checkpoint's; else the method is still to be initialised."""
 
 
 def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     """Load the teacher, build the method, and go to the last checkpoint that is whole.
 
     Args:
-        run: the run; without checkpoints its projections are still to be initialised.
+        run: the run; without checkpoints its method is still to be initialised.
         console: where a damaged checkpoint is told.
         teacher: a teacher that is loaded already; None: the one that the recipe names.
 
@@ -48,13 +48,20 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     device = find_device(recipe.train.device)
     torch.manual_seed(recipe.train.seed)
     teacher = teacher or load_teacher(recipe.teacher, device)
-    student_config(teacher, recipe.student)  # refuses an unfit hidden size
-    method = LowRankClone(
-        teacher, recipe.student, recipe.objective, recipe.train.gradient_checkpointing
-    )
+    kind = METHODS[recipe.method.name]
+    if unused := unused_settings(kind, recipe):
+        text = f"No effect with method {recipe.method.name}: {', '.join(unused)}."
+        console.print(text, style="yellow", markup=False, soft_wrap=True)
+    method = kind.build(teacher, recipe)
     state = new_state(method, recipe)
     restored = restore(run, state, console)
     return Setup(teacher, method, state, device, restored)
+
+
+def calibration_sequences(method: Method, recipe: Recipe) -> int:
+    """Training sequences that a new run of the method is initialised from."""
+    tokens = method.calibration_tokens()
+    return max(2, tokens // recipe.data.sequence_length) if tokens else 0
 
 
 def new_state(method: Method, recipe: Recipe) -> State:

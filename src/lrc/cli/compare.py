@@ -1,0 +1,47 @@
+"""`lrc compare`."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lrc.cli.console import console, quiet_libraries
+from lrc.cli.training import Settings, TeacherOption, Text
+
+
+def compare(
+    comparison: Annotated[
+        str, typer.Argument(help="A comparison's YAML file, or a shipped one by its name.")
+    ],
+    settings: Settings = None,
+    teacher: TeacherOption = None,
+    text: Text = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The comparison's folder; default: below comparisons/.")
+    ] = None,
+) -> None:
+    """Train several systems on the same budget, each at its best learning rate, and tabulate them.
+
+    Examples:
+
+    * `lrc compare initialisation --text corpus/ --out comparisons/starts`
+    * `lrc compare mine.yaml --set train.micro_batch=4`
+
+    The same command goes on where it was stopped, and only tabulates where nothing is left to run.
+    """
+    from lrc.compare import compare, load_comparison
+    from lrc.memory import keep_freed_memory
+    from lrc.recipe import parse_override
+    from lrc.train.session import Interrupted
+
+    quiet_libraries()
+    keep_freed_memory()
+    overrides: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
+    shorthands = {"teacher.model": teacher, "data.text": text}
+    overrides |= {key: value for key, value in shorthands.items() if value}
+    folder = out or Path("comparisons") / Path(comparison).stem
+    try:
+        compare(load_comparison(comparison, overrides), folder, console)
+    except Interrupted as stop:
+        console.print(str(stop), highlight=False, soft_wrap=True)
+        raise typer.Exit(128 + stop.signal) from None

@@ -1,0 +1,215 @@
+"""What a comparison runs: its YAML file, typed, and the recipes that come out of it.
+
+Every entry is the base recipe with some settings changed. Its learning rate is the one of the grid
+with the lowest held-out loss after a short budget; then it trains on the whole budget once a seed.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from lrc.errors import UserError
+from lrc.recipe import Recipe, apply_overrides, find_recipe, make_recipe, read_yaml
+from lrc.sections import Section
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+Rate = Annotated[float, Field(gt=0)]
+
+RESERVED = MappingProxyType(
+    {
+        "train.tokens": "the comparison's `tokens`",
+        "train.seed": "the comparison's `seeds`",
+        "initialise.seed": "the comparison's `seeds`",
+        "train.learning_rate": "the entry's `learning_rates`",
+    }
+)
+"""Settings of a run that the comparison decides, and where it does."""
+
+
+class Grid(Section):
+    """How learning rates are chosen: each is tried on a short budget of its own."""
+
+    learning_rates: list[Rate] = Field(min_length=1)
+    """The rates that every entry tries, unless it names its own."""
+
+    tokens: int = Field(gt=0)
+    """Training tokens of a try."""
+
+    seed: int = 0
+    """Seed of the tries."""
+
+
+class Entry(Section):
+    """One system of the comparison."""
+
+    name: Name
+    """How it is called in tables, pictures and folders."""
+
+    settings: dict[str, Any] = Field({}, alias="set")
+    """Settings that differ from the base recipe, by dotted key."""
+
+    learning_rates: list[Rate] | None = Field(None, min_length=1)
+    """Its own grid; a single rate is taken as it is."""
+
+    rate_of: Name | None = None
+    """Entry whose chosen rate it takes instead of searching for one: for ablations."""
+
+
+class Comparison(Section):
+    """A whole comparison."""
+
+    recipe: str | dict[str, Any]
+    """The base: a recipe's YAML file, a shipped one by its name, or the sections themselves."""
+
+    tokens: int = Field(gt=0)
+    """Training tokens of every run."""
+
+    seeds: list[int] = Field([0], min_length=1)
+    """Each seeds the order of the data and what is random in the start."""
+
+    grid: Grid
+    """How learning rates are chosen."""
+
+    thresholds: list[float] = Field(default_factory=list)
+    """Held-out losses: how many tokens each entry needs to reach them is reported."""
+
+    reference: Name | None = None
+    """Entry that the others' parameters are compared with. Empty: the first."""
+
+    entries: list[Entry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Comparison":
+        names = [entry.name for entry in self.entries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two entries are called '{name}'; give each a name of its own")
+        searching = [entry.name for entry in self.entries if entry.rate_of is None]
+        for entry in self.entries:
+            if entry.rate_of is not None and entry.rate_of not in searching:
+                raise ValueError(
+                    f"entry '{entry.name}' takes the rate of '{entry.rate_of}', which is no entry "
+                    "with a rate of its own"
+                )
+            if entry.rate_of is not None and entry.learning_rates is not None:
+                raise ValueError(f"entry '{entry.name}' has both rate_of and learning_rates")
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"the reference '{self.reference}' is no entry")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is named twice")
+        return self
+
+    def rates(self, entry: Entry) -> list[float]:
+        """Learning rates that an entry tries."""
+        return sorted(set(entry.learning_rates or self.grid.learning_rates))
+
+    def reference_name(self) -> str:
+        """Entry that the others' parameters are compared with."""
+        return self.reference or self.entries[0].name
+
+    def searches(self) -> Iterator[tuple[Entry, float]]:
+        """Every entry and rate that has to be tried."""
+        for entry in self.entries:
+            rates = self.rates(entry)
+            if entry.rate_of is None and len(rates) > 1:
+                yield from ((entry, rate) for rate in rates)
+
+    def grid_recipe(self, entry: Entry, rate: float) -> Recipe:
+        """The recipe of a try."""
+        return self._recipe(entry, rate, self.grid.tokens, self.grid.seed)
+
+    def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
+        """The recipe of a run on the whole budget."""
+        return self._recipe(entry, rate, self.tokens, seed)
+
+    def _recipe(self, entry: Entry, rate: float, tokens: int, seed: int) -> Recipe:
+        assert isinstance(self.recipe, dict)  # resolved by `load_comparison`
+        decided = {
+            "train.tokens": tokens,
+            "train.learning_rate": rate,
+            "train.seed": seed,
+            "initialise.seed": seed,
+        }
+        return make_recipe(self.recipe, {**entry.settings, **decided})
+
+
+def load_comparison(
+    source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Comparison:
+    """Read a comparison from a YAML file, or a shipped one by name (`fast`).
+
+    Args:
+        source: path of a YAML file, or the name of a shipped comparison.
+        overrides: settings of the base recipe by dotted key: `{"data.text": ["corpus/"]}`.
+
+    Returns:
+        The comparison, with its base recipe read and every entry's recipe checked.
+
+    Raises:
+        UserError: the file is missing, or it or a recipe has mistakes; all are in one message.
+    """
+    path = _find(source)
+    try:
+        comparison = Comparison.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise UserError(f"{path} has mistakes: {'; '.join(problems)}.") from error
+    base = comparison.recipe
+    if isinstance(base, str):
+        beside = path.parent / base
+        base = read_yaml(beside if beside.is_file() else find_recipe(base))
+    for key in overrides:
+        if key in RESERVED:
+            raise UserError(f"'{key}' is decided by {RESERVED[key]}; change it in {path}.")
+    base = apply_overrides(base, overrides)
+    comparison = comparison.model_copy(update={"recipe": base})
+    _check_entries(comparison)
+    return comparison
+
+
+def shipped_comparisons() -> list[str]:
+    """Names of the comparisons that ship with the package."""
+    folder = resources.files("lrc") / "comparisons"
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
+
+
+def _find(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.is_file():
+        return path
+    if str(source) in shipped_comparisons():
+        return Path(str(resources.files("lrc") / "comparisons" / f"{source}.yaml"))
+    raise UserError(
+        f"There is no comparison '{source}': give a YAML file or one of the shipped comparisons "
+        f"({', '.join(shipped_comparisons())})."
+    )
+
+
+def _check_entries(comparison: Comparison) -> None:
+    """Refuse entries whose recipes are not valid.
+
+    Raises:
+        UserError: an entry sets what the comparison decides, or its recipe has mistakes.
+    """
+    problems = []
+    for entry in comparison.entries:
+        problems += [
+            f"entry '{entry.name}' sets '{key}', which is decided by {RESERVED[key]}"
+            for key in entry.settings
+            if key in RESERVED
+        ]
+        try:
+            comparison.grid_recipe(entry, 1e-4)
+        except UserError as error:
+            problems.append(f"entry '{entry.name}': {error}".rstrip("."))
+    if problems:
+        raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")

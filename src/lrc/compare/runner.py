@@ -1,0 +1,171 @@
+"""Running a comparison: one run after the other, each in a run folder of its own.
+
+    OUT/comparison.yaml        the comparison as it was resolved
+    OUT/grid/NAME-lrRATE/      a try of a learning rate
+    OUT/runs/NAME-seedN/       a run on the whole budget
+    OUT/comparison.json, .md   the table, written anew after every run
+    OUT/curves.png             the held-out curves
+
+Runs that have ended are not run again, and one that was interrupted goes on from its checkpoint, so
+that the same command continues a comparison. A run whose loss is no longer finite counts as failed.
+"""
+
+import json
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from lrc.compare.figure import draw_comparison
+from lrc.compare.folders import Folders, is_over
+from lrc.compare.plan import Comparison
+from lrc.compare.results import Results, collect
+from lrc.compare.table import comparison_table, markdown
+from lrc.errors import DivergedError, UserError
+from lrc.files import is_taken, write_text
+from lrc.recipe import Recipe
+from lrc.run import Run, is_run
+from lrc.teacher import Teacher, load_teacher
+from lrc.train.session import Interrupted, train
+from lrc.train.setup import find_device
+
+
+def compare(comparison: Comparison, out: Path, console: Console) -> Results:
+    """Run what is left of a comparison, and write and print its table.
+
+    Args:
+        comparison: what is compared.
+        out: folder of the comparison, new or of an earlier start of it.
+        console: where progress and the table are shown.
+
+    Raises:
+        UserError: an entry cannot be run, or `out` holds something else.
+        Interrupted: SIGINT or SIGTERM asked to stop.
+    """
+    marker = out / "comparison.yaml"
+    if is_taken(out) and not marker.is_file():
+        raise UserError(f"{out} holds something else; choose another folder with --out.")
+    plan = comparison.model_dump(mode="json", by_alias=True)
+    write_text(marker, yaml.safe_dump(plan, sort_keys=False))
+    results = Runner(Folders(comparison, out), console).go()
+    console.print(comparison_table(results))
+    console.print(f"Everything is in {out}.", highlight=False, soft_wrap=True)
+    return results
+
+
+@dataclass
+class Runner:
+    """One process's stretch of a comparison."""
+
+    folders: Folders
+    console: Console
+    _teachers: dict[str, Teacher] = field(default_factory=dict)
+    _tokens: int = 0
+    """Tokens trained by this process."""
+    _seconds: float = 0.0
+    """Seconds that they took, with all that belongs to their runs."""
+
+    def go(self) -> Results:
+        """Search the rates, then run every seed of every entry."""
+        folders, comparison = self.folders, self.folders.comparison
+        for entry, rate in comparison.searches():
+            recipe = comparison.grid_recipe(entry, rate)
+            self._finish(folders.of_try(entry, rate), recipe, f"{entry.name}, rate {rate:g}")
+        for seed in comparison.seeds:
+            for entry in comparison.entries:
+                chosen = folders.chosen(entry)
+                if chosen is None:
+                    self.console.print(f"{entry.name}: no rate of the grid stayed finite.")
+                    continue
+                recipe = comparison.run_recipe(entry, chosen, seed)
+                what = f"{entry.name}, rate {chosen:g}, seed {seed}"
+                if self._finish(folders.of_run(entry, seed), recipe, what):
+                    self._write()
+        return self._write()
+
+    def _write(self) -> Results:
+        """Write the table and the picture of what is there."""
+        results, out = collect(self.folders), self.folders.out
+        write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
+        write_text(out / "comparison.md", markdown(results))
+        draw_comparison(results, out / "curves.png")
+        return results
+
+    def _finish(self, folder: Path, recipe: Recipe, what: str) -> bool:
+        """Bring one run to its end; false where it is there already."""
+        run = open_run(folder, recipe)
+        if is_over(folder):
+            return False
+        self.console.rule(f"{what}: {self._position()}", style="dim")
+        started = time.perf_counter()
+        try:
+            train(run, self.console, self._teacher(recipe), report=False)
+        except DivergedError as error:
+            write_text(folder / "diverged.json", json.dumps({"message": str(error)}))
+            self.console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+        except Interrupted as stop:
+            raise Interrupted(
+                stop.signal, f"Stopped in {folder}; the same command goes on from there."
+            ) from None
+        except UserError as error:
+            raise UserError(f"{what}: {error}") from error
+        self._tokens += recipe.train.tokens
+        self._seconds += time.perf_counter() - started
+        return True
+
+    def _position(self) -> str:
+        """Number of the next run, and the time left at the pace so far."""
+        plan = list(self.folders.all())
+        left = [tokens for folder, tokens in plan if not is_over(folder)]
+        text = f"run {len(plan) - len(left) + 1} of {len(plan)}"
+        if not self._tokens:
+            return text
+        seconds = sum(left) * self._seconds / self._tokens
+        return f"{text}, about {timedelta(seconds=round(seconds))} left"
+
+    def _teacher(self, recipe: Recipe) -> Teacher:
+        """The teacher of a run; the last one is kept."""
+        key = recipe.teacher.model_dump_json() + recipe.train.device
+        if key not in self._teachers:
+            self._teachers.clear()
+            self._teachers[key] = load_teacher(recipe.teacher, find_device(recipe.train.device))
+        return self._teachers[key]
+
+
+def open_run(folder: Path, recipe: Recipe) -> Run:
+    """The run of a recipe in a folder of the comparison, new or begun earlier.
+
+    Raises:
+        UserError: the folder holds a run of another recipe.
+    """
+    if not is_run(folder):
+        for left_over in folder.glob(".*.tmp"):  # killed while the folder was made
+            left_over.unlink()
+        return Run.create(folder, recipe)
+    run = Run.open(folder)
+    if run.recipe != recipe:
+        changed = ", ".join(differences(run.recipe, recipe))
+        raise UserError(
+            f"{folder} was run with other settings ({changed}): choose another --out, or remove "
+            "that folder to run it again."
+        )
+    return run
+
+
+def differences(a: Recipe, b: Recipe) -> list[str]:
+    """Dotted keys in which two recipes differ."""
+    ours, theirs = _flat(a.model_dump()), _flat(b.model_dump())
+    return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return found

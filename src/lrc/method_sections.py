@@ -1,0 +1,64 @@
+"""The `method` section of a recipe: one class a method, with that method's own settings.
+
+`method: scratch` is short for `method: {name: scratch}`. The methods themselves are in
+`lrc.methods`.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from lrc.sections import Section
+
+
+class LrcSection(Section):
+    """Low-Rank Clone; its settings are in `student`, `initialise` and `objective`."""
+
+    name: Literal["lrc"]
+
+
+class ScratchSection(Section):
+    """A random student of the same shape, trained on LM + KL."""
+
+    name: Literal["scratch"]
+
+
+class TinyBertSection(Section):
+    """Hidden states by learned alignment and attention maps, with LM + KL."""
+
+    name: Literal["tinybert"]
+
+    hidden_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared differences of hidden states."""
+
+    attention_weight: float = Field(1.0, ge=0)
+    """Weight of the mean squared differences of attention scores."""
+
+
+class MiniLmSection(Section):
+    """Relations between tokens in the last layer's attention, with LM."""
+
+    name: Literal["minilm"]
+
+    relation_weight: float = Field(1.0, ge=0)
+    """Weight of the divergences of attention distributions and value relations."""
+
+
+class ActivationCloneSection(Section):
+    """LRC without its projections: a random student that clones activations."""
+
+    name: Literal["activation-clone"]
+
+
+MethodSection = Annotated[
+    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    Field(discriminator="name"),
+]
+
+METHOD_SECTIONS: dict[str, type[Section]] = {
+    "lrc": LrcSection,
+    "scratch": ScratchSection,
+    "tinybert": TinyBertSection,
+    "minilm": MiniLmSection,
+    "activation-clone": ActivationCloneSection,
+}

@@ -1,0 +1,56 @@
+"""LRC without its projections: a random student that clones the teacher's activations.
+
+Source: the ablation of Low-Rank Clone (arXiv 2505.12781) that keeps the clone loss and gives up
+the low-rank projection. All linear maps of the student are free and start as transformers starts
+them. Pre-activations of q, k, v, gate and up have the teacher's width already; outputs of attention
+and FFN are carried to it by learned alignment matrices [d_S, d_T], one for each, since there is no
+projection to reuse. Losses and weights are LRC's.
+"""
+
+from torch import Tensor, nn
+
+from lrc.activations import Place
+from lrc.data.batch import Batch
+from lrc.families import WRITERS
+from lrc.methods.alignment import align, writer_alignment
+from lrc.methods.base import Counts
+from lrc.methods.clone_pass import ClonePass, Pair
+from lrc.methods.plain import PLAIN_SETTINGS, RandomStudent
+from lrc.recipe import Recipe
+from lrc.teacher import Teacher
+
+
+class ActivationClone(RandomStudent):
+    """Activation clone, KL and LM, from random weights."""
+
+    title = "activation clone without projection, an ablation of LRC (arXiv 2505.12781)"
+    honours = PLAIN_SETTINGS | {"objective.alpha", "objective.clone", "objective.clone_scale"}
+
+    def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
+        super().__init__(teacher, recipe)
+        recomputes = bool(recipe.train.gradient_checkpointing)
+        self.clone = ClonePass(
+            teacher, self.model, self.objective, self.clock, self._pair, recomputes
+        )
+        seed = recipe.initialise.seed
+        self.alignment = writer_alignment(teacher, self.model, self.clone.places, seed)
+
+    def loss_weights(self) -> list[float]:
+        clones = self.objective.alpha if self.objective.clone.enabled() else 0.0
+        return [*super().loss_weights(), clones]
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return {**super().parameters(), **self.alignment}
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        return self.clone.losses(batch, counts)
+
+    def end_step(self) -> None:
+        self.clone.end_step()
+
+    def step_flops(self, tokens: int, sequence: int) -> None:
+        """Not counted: the alignment is not in the formula."""
+
+    def _pair(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Pair:
+        """The student's outputs of attention and FFN aligned to the teacher's width."""
+        return Pair(align(output, self.alignment, place) if place[1] in WRITERS else output, target)

@@ -1,0 +1,148 @@
+"""Forward passes of teacher and student that clone activations, with KL and LM.
+
+What is compared at a place is the method's to say: LRC carries the teacher's side to the student's
+space by its projections; methods without projections align the student's side.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.activations import Observer, Place, last_hidden, observe
+from lrc.clock import Clock
+from lrc.data.batch import Batch
+from lrc.methods.base import Counts
+from lrc.methods.vocabulary import learn_vocabulary
+from lrc.objective import clone_term, relative_weight
+from lrc.sections import ObjectiveSection
+from lrc.teacher import Teacher
+
+LAYERWISE = "clone_layers"
+"""Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
+
+
+class Pair(NamedTuple):
+    """What a clone term compares."""
+
+    student: Tensor
+    """The student's side, [batch, sequence, width]."""
+    target: Tensor
+    """The teacher's side, [batch, sequence, width]."""
+    factors: tuple[Tensor, Tensor] | None = None
+    """What the target is the product of, where a projection is to learn (`clone_term`)."""
+
+
+MakePair = Callable[[Place, Tensor, Tensor, Tensor], Pair]
+"""Given a place, the student's input and output of its linear map, and the teacher's output."""
+
+
+class ClonePass:
+    """One pass of both models over a micro-batch, with every loss of LRC's objective.
+
+    Args:
+        teacher: the teacher.
+        model: the student.
+        objective: the losses and their weights.
+        clock: counts the time of teacher, student and losses.
+        pair: what is compared at a place.
+        recomputes: whether the student's layers run again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        model: PreTrainedModel,
+        objective: ObjectiveSection,
+        clock: Clock,
+        pair: MakePair,
+        recomputes: bool,
+    ) -> None:
+        self.teacher, self.model, self.objective = teacher, model, objective
+        self.clock, self.pair, self.recomputes = clock, pair, recomputes
+        self.terms = objective.clone.enabled() if objective.alpha else ()
+        self.places: list[Place] = [
+            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
+        ]
+        self._observing = ExitStack()
+
+    def end_step(self) -> None:
+        """Nothing of the last micro-batch is to be recomputed any more."""
+        self._observing.close()
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        """Losses of a micro-batch, as `Method.losses` gives them."""
+        self.end_step()  # lets go of the activations of the micro-batch before
+        mask = batch.token_mask()
+        with self.clock.part("teacher"):
+            teacher_hidden, targets = self._teacher_pass(batch)
+        with self.clock.part("student"):
+            student_hidden, terms = self._student_pass(batch, targets, mask, counts)
+        with self.clock.part("loss"):
+            vocabulary = learn_vocabulary(
+                self.teacher,
+                self.model,
+                teacher_hidden,
+                student_hidden,
+                batch,
+                counts,
+                self.objective,
+            )
+        losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
+        loss = vocabulary.weighted
+        if self.places:
+            by_place = torch.stack([terms[place] for place in self.places])
+            clone = by_place.sum()
+            loss = loss + self.objective.alpha * clone
+            losses["clone"] = clone.detach()
+            losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
+        return {"loss": loss, **losses}
+
+    def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
+        """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
+        targets: dict[Place, Tensor] = {}
+
+        def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
+            targets[place] = output
+            return output
+
+        with torch.no_grad(), self._observe(self.teacher.model, keep):
+            hidden = last_hidden(self.teacher.model, batch)
+        return hidden, targets
+
+    def _student_pass(
+        self, batch: Batch, targets: dict[Place, Tensor], mask: Tensor | None, counts: Counts
+    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        """The student's last hidden state [b, s, d_S] and its clone term at every place.
+
+        Each of the teacher's activations is let go as soon as it is compared, unless the layer is
+        to be recomputed in the backward pass.
+        """
+        terms: dict[Place, Tensor] = {}
+
+        def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
+            with self.clock.part("loss"):
+                target = targets[place] if self.recomputes else targets.pop(place)
+                pair = self.pair(place, inputs, output, target)
+                weight = self._token_weight(pair.target, mask)
+                compared, terms[place] = clone_term(
+                    pair.student, pair.target, weight, counts.tokens, pair.factors
+                )
+            return compared if pair.student is output else output
+
+        # Recomputed layers call the observer again in the backward pass, so it stays until then.
+        self._observing.enter_context(self._observe(self.model, compare))
+        hidden = last_hidden(self.model, batch)
+        if not self.recomputes:
+            self._observing.close()
+        return hidden, terms
+
+    def _token_weight(self, target: Tensor, mask: Tensor | None) -> Tensor | None:
+        """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
+        return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
+
+    def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
+        return observe(model, self.teacher.family, self.places, observer)

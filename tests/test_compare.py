@@ -1,0 +1,216 @@
+"""Comparisons: what they run, what they skip, and what they make of it."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+
+from lrc.cli import main
+from lrc.compare import compare, load_comparison
+from lrc.compare import runner as runner_module
+from lrc.compare.plan import shipped_comparisons
+from lrc.compare.results import Point, tokens_to_reach
+from lrc.errors import UserError
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from tiny import tiny_teacher
+
+Settings = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    teacher = tiny_teacher("llama", tied=True, dtype=torch.float32)
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def plan(tmp_path: Path, teacher_folder: Path) -> Settings:
+    """A comparison of a clone with a student from scratch; a rate of 1e30 cannot stay finite."""
+    text = tmp_path / "text.jsonl"
+    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(30)]
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    return {
+        "recipe": {
+            "teacher": {"model": str(teacher_folder)},
+            "student": {"hidden_size": 8},
+            "data": {
+                "text": [str(text)],
+                "held_out_fraction": 0.2,
+                "sequence_length": 16,
+                "cache": str(tmp_path / "cache"),
+            },
+            "train": {"micro_batch": 2, "eval_every": 2, "eval_sequences": 8},
+        },
+        "tokens": 192,
+        "seeds": [0, 3],
+        "grid": {"learning_rates": [1e-3, 1e-2, 1e30], "tokens": 96},
+        "thresholds": [100.0, 0.0],
+        "entries": [
+            {
+                "name": "lrc",
+                "set": {
+                    "initialise": {"method": "closed-form", "calibration_tokens": 64},
+                    "student.fold_gains": True,
+                },
+            },
+            {"name": "scratch", "set": {"method": "scratch"}},
+            {
+                "name": "no-kl",
+                "set": {"method": "scratch", "objective.kl_weight": 0},
+                "rate_of": "scratch",
+            },
+        ],
+    }
+
+
+def write(plan: Settings, folder: Path) -> Path:
+    path = folder / "comparison.yaml"
+    path.write_text(yaml.safe_dump(plan))
+    return path
+
+
+def test_whole_comparison_and_its_second_start(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    comparison = load_comparison(write(plan, tmp_path))
+    results = compare(comparison, out, Console(quiet=True))
+    names = [entry.name for entry in results.entries]
+    assert names == ["lrc", "scratch", "no-kl"]
+    tried = sorted(folder.name for folder in (out / "grid").iterdir())
+    assert tried == sorted(
+        f"{name}-lr{rate}" for name in ("lrc", "scratch") for rate in ("0.001", "0.01", "1e+30")
+    )
+    for entry in results.entries[:2]:
+        assert entry.tries[1e30] is None
+        finite = {rate: loss for rate, loss in entry.tries.items() if loss is not None}
+        assert set(finite) == {1e-3, 1e-2}
+        assert finite[entry.learning_rate] == min(finite.values())
+    assert results.entries[2].learning_rate == results.entries[1].learning_rate
+    assert results.entries[2].tries == {}
+    for entry in results.entries:
+        assert [run.seed for run in entry.runs] == [0, 3]
+        for run in entry.runs:
+            summary = Run.open(out / run.folder).summary()
+            assert run.held_out_lm == summary["student_held_out_lm"]
+            assert summary["tokens"] == entry.tokens == 192
+            assert len(run.curve) == 4  # at 0, 2, 4 and 6 steps
+            assert run.curve[0].tokens == (entry.calibration_tokens or 0)
+            assert run.curve[-1].loss == pytest.approx(run.held_out_lm, rel=1e-5)
+            assert run.tokens_to_reach == [run.curve[0].tokens, None]
+        first, second = (run.held_out_lm for run in entry.runs)
+        assert first != second, "the seeds changed nothing"
+        assert entry.mean("held_out_lm") == pytest.approx((first + second) / 2)
+        assert entry.spread("held_out_lm") == pytest.approx(abs(first - second) / 2**0.5)
+    assert results.entries[0].calibration_tokens == 64
+    assert results.entries[1].calibration_tokens == 0
+
+    written = (out / "comparison.md").read_text()
+    assert "not finite at the rate 1e+30" in written
+    assert "192 + 64" in written
+    data = json.loads((out / "comparison.json").read_text())
+    assert data["entries"][1]["tries"]["1e+30"] is None
+    assert (out / "curves.png").stat().st_size > 10_000
+
+    monkeypatch.setattr(runner_module, "train", lambda *_: pytest.fail("it ran again"))
+    again = compare(comparison, out, Console(quiet=True))
+    assert again == results
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"entries": []}, "at least 1"),
+        ({"tokns": 1}, "tokns"),
+        ({"reference": "none"}, "the reference 'none' is no entry"),
+        ({"seeds": [1, 1]}, "a seed is named twice"),
+        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries are called 'a'"),
+        ({"entries": [{"name": "a/b"}]}, "pattern"),
+        ({"entries": [{"name": "a", "rate_of": "b"}]}, "takes the rate of 'b'"),
+        ({"entries": [{"name": "a", "set": {"train.seed": 1}}]}, "the comparison's `seeds`"),
+        ({"entries": [{"name": "a", "set": {"train.learning_rate": 1}}]}, "`learning_rates`"),
+        (
+            {"entries": [{"name": "a", "set": {"studnt.x": 1}}, {"name": "b", "set": {"x": 1}}]},
+            "'studnt'.*entry 'b'",
+        ),
+    ],
+)
+def test_bad_comparisons_are_refused(
+    plan: Settings, tmp_path: Path, change: Settings, words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        load_comparison(write({**plan, **change}, tmp_path))
+
+
+def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None:
+    plan = {
+        **plan,
+        "entries": plan["entries"][1:2],
+        "grid": {"learning_rates": [1e-2], "tokens": 1},
+    }
+    path = write({**plan, "seeds": [0]}, tmp_path)
+    compare(load_comparison(path), tmp_path / "out", Console(quiet=True))
+    other = load_comparison(path, {"train.weight_decay": 0.1})
+    with pytest.raises(UserError, match=r"other settings \(train.weight_decay\)"):
+        compare(other, tmp_path / "out", Console(quiet=True))
+    more = load_comparison(write(plan, tmp_path))  # another seed may be added
+    results = compare(more, tmp_path / "out", Console(quiet=True))
+    assert len(results.entries[0].runs) == 2
+
+
+def test_a_folder_with_something_else_is_left_alone(plan: Settings, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("data")
+    with pytest.raises(UserError, match="something else"):
+        compare(load_comparison(write(plan, tmp_path)), tmp_path / "out", Console(quiet=True))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_command_line_overrides(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    one = {**plan, "seeds": [0], "entries": [plan["entries"][1]]}
+    path = write({**one, "grid": {"learning_rates": [1e-2], "tokens": 1}}, tmp_path)
+    arguments = ["compare", str(path), "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["lrc", *arguments, "--set", "train.eval_every=3"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 0
+    run = Run.open(tmp_path / "out" / "runs" / "scratch-seed0")
+    assert run.recipe.train.eval_every == 3
+    monkeypatch.setattr(sys, "argv", ["lrc", *arguments, "--set", "train.tokens=3"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "decided by the comparison's `tokens`" in capsys.readouterr().err
+
+
+def curve(*points: tuple[int, float]) -> list[Point]:
+    return [Point(tokens, 0.0, loss) for tokens, loss in points]
+
+
+def test_tokens_to_reach() -> None:
+    falling = curve((100, 6.0), (200, 5.0), (300, 5.5), (400, 3.0))
+    assert tokens_to_reach(falling, 7.0) == 100
+    assert tokens_to_reach(falling, 6.0) == 100
+    assert tokens_to_reach(falling, 5.25) == 175
+    assert tokens_to_reach(falling, 5.0) == 200
+    assert tokens_to_reach(falling, 4.25) == 350
+    assert tokens_to_reach(falling, 2.9) is None
+    assert tokens_to_reach([], 2.9) is None
+
+
+@pytest.mark.parametrize("name", shipped_comparisons())
+def test_shipped_comparisons_parse(name: str) -> None:
+    comparison = load_comparison(name)
+    for entry in comparison.entries:
+        assert make_recipe(comparison.run_recipe(entry, 1e-4, 0).model_dump()).steps() > 0
