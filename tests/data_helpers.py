@@ -9,8 +9,9 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lrc.data import PackedPart
+from lrc.data import PackedPart, Tokens
 from lrc.data.cache import PartWriter
+from lrc.data.shards import Shard
 from lrc.sections import DataSection
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -58,6 +59,12 @@ def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:
     writer = PartWriter(folder, "train", "uint16")
     writer.write(documents)
     return PackedPart(folder, "train", "uint16", writer.tokens, writer.documents)
+
+
+def one_text(part: PackedPart) -> Tokens:
+    """A packed part as the reader takes it."""
+    place = (part.folder, part.name, part.dtype, part.tokens, part.documents)
+    return Tokens([Shard(*place, split="train", tokens_by_source={}, sha256={})])
 
 
 def unpack(part: PackedPart) -> list[list[int]]:

@@ -61,6 +61,21 @@ def prepare(
     return packed
 
 
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of documents, each between bos and eos; empty where a text has no tokens."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    # A tokenizer may take a text for nothing at all.
+    return [[*before, *ids, *after] if ids else [] for ids in encoded]
+
+
 def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides what the cache holds, as JSON values."""
     identity = asdict(tokenizer_identity(tokenizer))
@@ -82,22 +97,12 @@ def _build(
 ) -> None:
     """Write all files of the cache."""
     dtype = token_dtype(tokenizer)
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     writers = {name: PartWriter(folder, name, dtype) for name in ("train", "held_out")}
     for batch in _batches(_split(data)):
-        encoded = tokenizer(
-            [text for _, text in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        encoded = encode(tokenizer, [text for _, text in batch])
         sides = [side for side, _ in batch]
         for name, writer in writers.items():
-            # A tokenizer may take a text for nothing at all.
-            own = [ids for side, ids in zip(sides, encoded, strict=True) if ids and side == name]
-            writer.write([[*before, *ids, *after] for ids in own])
+            writer.write([d for side, d in zip(sides, encoded, strict=True) if d and side == name])
         if progress is not None:
             progress("tokenising", sum(writer.tokens for writer in writers.values()))
     parts = {name: writer.entry() for name, writer in writers.items()}

@@ -9,6 +9,9 @@ from transformers import PreTrainedModel
 from lrc.clock import Clock
 from lrc.data.batch import Batch
 
+TOKEN_LM = "token_lm"
+"""Key of the LM loss by token in what `losses` may give: [batch, sequence], 0 without a label."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -47,7 +50,8 @@ class Method(ABC):
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         """Losses of a micro-batch, all scalars; "loss" is the one to differentiate.
 
-        The losses of a step's micro-batches add up to those of the step.
+        The losses of a step's micro-batches add up to those of the step. An entry TOKEN_LM lets the
+        loop report the LM loss by source.
         """
 
     def end_step(self) -> None:  # noqa: B027 - optional

@@ -17,7 +17,7 @@ from lrc.activations import Observer, Place, last_hidden, observe
 from lrc.clock import Clock
 from lrc.data.batch import Batch
 from lrc.families import WRITERS
-from lrc.methods.base import Counts, Method
+from lrc.methods.base import TOKEN_LM, Counts, Method
 from lrc.objective import VocabularyWeights, clone_term, relative_weight, vocabulary_losses
 from lrc.projection import Projections, projection_key
 from lrc.sections import ObjectiveSection, StudentSection
@@ -82,6 +82,9 @@ class LowRankClone(Method):
             teacher_hidden, targets = self._teacher_pass(batch)
         with self.clock.part("student"):
             student_hidden, terms = self._student_pass(batch, targets, mask, counts)
+        token_lm = None
+        if batch.source_ids is not None:
+            token_lm = torch.empty_like(batch.input_ids, dtype=torch.float32).flatten()
         with self.clock.part("loss"):
             vocabulary = vocabulary_losses(
                 student_hidden.flatten(0, 1),
@@ -91,8 +94,11 @@ class LowRankClone(Method):
                 batch.labels().flatten(),
                 None if mask is None else mask.flatten(),
                 self._vocabulary_weights(counts),
+                token_lm,
             )
         losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
+        if token_lm is not None:
+            losses[TOKEN_LM] = token_lm.view_as(batch.input_ids)
         loss = vocabulary.weighted
         if self.places:
             by_place = torch.stack([terms[place] for place in self.places])

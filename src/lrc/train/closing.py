@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
     run, setup = loop.run, loop.setup
     with phase(console, "Measuring the student beside its teacher"):
         student = setup.method.student()
-        agreement = measure_agreement(setup.teacher, student, loop.held_out())
+        agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
     seconds = loop.seconds()
     summary: dict[str, Any] = {
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
@@ -52,6 +53,10 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         "kl": agreement.kl,
         "top1_agreement": agreement.top1,
         "held_out_labels": agreement.tokens,
+        "held_out_by_source": {
+            name: {"teacher_lm": theirs, "student_lm": ours, "labels": labels}
+            for name, (theirs, ours, labels) in agreement.by_source.items()
+        },
         "flop_utilisation": flop_utilisation(loop),
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
@@ -95,6 +100,9 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     ):
         row = [format(summary[f"{who}_{key}"], form) for who in ("teacher", "student")]
         table.add_row(label, *row)
+    for name, losses in summary["held_out_by_source"].items():
+        row = [format(losses[f"{who}_lm"], ".4f") for who in ("teacher", "student")]
+        table.add_row(f"  LM loss on {escape(name)}", *row)
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from lrc.data import TrainingText, prepare
+from lrc.data import Reader, open_text
 from lrc.initialise import initialise
 from lrc.recipe import Recipe
 from lrc.run import Run
@@ -15,7 +15,7 @@ from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
 
 
-def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> None:
+def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> None:
     """Initialise the projections as the recipe says, from the head of the training stream."""
     section = recipe.initialise
     sequences = max(2, section.calibration_tokens // recipe.data.sequence_length)
@@ -77,12 +77,12 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
-    data = run.recipe.data
-    with phase(console, f"Reading the text {', '.join(data.text)}") as detail:
-        packed = prepare(
-            data, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
+    with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:
+        text = open_text(
+            run.recipe, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
-    text = TrainingText(packed, data, run.recipe.train.seed)
-    if not setup.restored:
+    if setup.restored:
+        text.load_state(setup.state.text)
+    else:
         start(setup, run.recipe, text, console)
     return Loop(run, setup, text, console)
