@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lrc.data.identity import tokenizer_identity
 from lrc.data.packing import SHORTEST_SEQUENCE, Progress, prepare
 from lrc.data.reader import Reader, Sequences, TrainingText
-from lrc.data.shards import Shards, Split, open_shards
+from lrc.data.shards import SPLITS, Shards, Split, open_shards
 from lrc.data.stream import StreamedText
 from lrc.data.tokens import Tokens
 from lrc.errors import UserError
@@ -41,9 +41,9 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
         packed = prepare(data, tokenizer, progress)
         folders = [Shards.of_cache(packed, tokenizer_identity(tokenizer), data.origin())]
         identity = None  # The cache's key already holds all that it was made from.
-    sequences = {
+    sequences: dict[Split, Sequences] = {
         split: Sequences(_tokens(folders, split), data.sequence_length, data.document_mask)
-        for split in ("train", "held_out")
+        for split in SPLITS
     }
     for split, text in sequences.items():
         _check_length(text, split, data.origin())
@@ -67,11 +67,11 @@ def _identity(folders: Sequence[Shards]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_length(text: Sequences, split: str, origin: str) -> None:
+def _check_length(text: Sequences, split: Split, origin: str) -> None:
     """Refuse a side of the shards that does not fill a single sequence."""
     if len(text):
         return
-    what, tokens = split.replace("_", "-"), len(text.tokens)
+    what, tokens = {"train": "training", "held_out": "held-out"}[split], len(text.tokens)
     if not tokens:
         raise UserError(
             f"The shards in {origin} hold no {what} text: build them again with a {what} part."

@@ -7,7 +7,6 @@ of `datasets` itself loses what it holds when a run resumes.) A document is held
 wording, as in packed text, so it is never trained on wherever it comes again.
 """
 
-from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, NamedTuple
@@ -46,34 +45,33 @@ Tokenised = tuple[Mark, NDArray[np.int64]]
 
 
 class Packer:
-    """Puts documents end to end and cuts them into sequences of one length."""
+    """Puts documents end to end and gives them as sequences of one length.
+
+    Args:
+        documents: the documents, none of them empty.
+        length: tokens of a sequence.
+        used: tokens of the first document that are left out.
+    """
 
     def __init__(self, documents: Iterator[Tokenised], length: int, used: int = 0) -> None:
         self._documents = documents
         self._length = length
-        self._waiting: deque[Tokenised] = deque()
+        self._document: Tokenised | None = None
         self._used = used
-        """Tokens of the first waiting document that were given out."""
 
     def place(self) -> tuple[Mark, int]:
         """The document that the next sequence begins in, and the token of it."""
-        if not self._waiting:
-            self._waiting.append(next(self._documents))
-        return self._waiting[0][0], self._used
+        return self._current()[0], self._used
 
-    def take(self) -> Span:
-        """The next sequence.
+    def __iter__(self) -> Iterator[Span]:
+        return self
 
-        Raises:
-            StopIteration: the documents are at an end, and fill no further one.
-        """
+    def __next__(self) -> Span:
         pieces: list[NDArray[np.int64]] = []
         begins: list[int] = []
         filled = 0
         while filled < self._length:
-            if not self._waiting:
-                self._waiting.append(next(self._documents))
-            ids = self._waiting[0][1]
+            _, ids = self._current()
             if not self._used:
                 begins.append(filled)
             piece = ids[self._used : self._used + self._length - filled]
@@ -81,9 +79,14 @@ class Packer:
             filled += len(piece)
             self._used += len(piece)
             if self._used == len(ids):
-                self._waiting.popleft()
-                self._used = 0
+                self._document, self._used = None, 0
         return Span(np.concatenate(pieces), np.array(begins, np.int64), None)
+
+    def _current(self) -> Tokenised:
+        """The document that is being given out."""
+        if self._document is None:
+            self._document = next(self._documents)
+        return self._document
 
 
 class StreamedText:
@@ -132,8 +135,8 @@ class StreamedText:
         if position < self._position:
             raise ValueError("a stream is read forwards only")
         for _ in range(self._position, position):
-            self._packer.take()
-        spans = [self._packer.take() for _ in range(count)]
+            next(self._packer)
+        spans = [next(self._packer) for _ in range(count)]
         self._position = position + count
         return make_batch(spans, self._data.document_mask)
 
@@ -233,11 +236,8 @@ class StreamedText:
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
         packer = Packer(self._tokenised((START, text) for text in texts), self._length)
         spans: list[Span] = []
-        while len(spans) < sequences:
-            try:
-                spans.append(packer.take())
-            except StopIteration:
-                break
+        for span in islice(packer, sequences):
+            spans.append(span)
             if progress is not None:
                 progress("held out", len(spans) * self._length)
         if not spans:
