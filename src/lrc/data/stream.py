@@ -195,9 +195,11 @@ class StreamedText:
                 )
             epoch, block, before, document = epoch + 1, 0, None, 0
 
-    def _tokenised(self, documents: Iterator[tuple[Mark, str]]) -> Iterator[Tokenised]:
+    def _tokenised(
+        self, documents: Iterator[tuple[Mark, str]], together: int = TOGETHER
+    ) -> Iterator[Tokenised]:
         """Documents as tokens, in the same order; those without any are left out."""
-        while some := list(islice(documents, TOGETHER)):
+        while some := list(islice(documents, together)):
             encoded = encode(self._tokenizer, [text for _, text in some])
             for (mark, _), ids in zip(some, encoded, strict=True):
                 if ids:
@@ -234,7 +236,9 @@ class StreamedText:
         """The first held-out sequences, as many as are wanted and there are."""
         rows = self._builder.as_streaming_dataset(split=self._stream.split)
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
-        packer = Packer(self._tokenised((START, text) for text in texts), self._length)
+        # One by one: each of them stands for many that are read and left.
+        documents = self._tokenised(((START, text) for text in texts), together=1)
+        packer = Packer(documents, self._length)
         spans: list[Span] = []
         for span in islice(packer, sequences):
             spans.append(span)
@@ -264,7 +268,7 @@ def _open(stream: StreamSection) -> Any:
             revision=stream.revision,
         )
         builder.as_streaming_dataset(split=stream.split)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise UserError(
             f"The data set '{stream.dataset}' cannot be opened ({_line(error)}); check data.stream "
             "and the connection."

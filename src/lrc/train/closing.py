@@ -94,15 +94,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row(
         "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"
     )
-    for label, key, form in (
-        ("held-out LM loss", "held_out_lm", ".4f"),
-        ("held-out perplexity", "perplexity", ",.2f"),
-    ):
-        row = [format(summary[f"{who}_{key}"], form) for who in ("teacher", "student")]
-        table.add_row(label, *row)
+    _add_row(table, "held-out LM loss", summary, "held_out_lm", ".4f")
     for name, losses in summary["held_out_by_source"].items():
-        row = [format(losses[f"{who}_lm"], ".4f") for who in ("teacher", "student")]
-        table.add_row(f"  LM loss on {escape(name)}", *row)
+        _add_row(table, f"  of {escape(name)}", losses, "lm", ".4f")
+    _add_row(table, "held-out perplexity", summary, "perplexity", ",.2f")
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
@@ -114,6 +109,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
     console.print("Time: " + ", ".join(shares), highlight=False)
+
+
+def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:
+    """A row of a figure that both models have."""
+    table.add_row(label, *(format(values[f"{who}_{key}"], form) for who in ("teacher", "student")))
 
 
 def flop_utilisation(loop: Loop) -> float | None:
