@@ -168,7 +168,7 @@ class StreamedText:
 
     def _packed_from(self, mark: Mark, used: int) -> Packer:
         """The sequences from a token of a document on."""
-        return Packer(self._tokenised(self._documents(mark)), self._length, used)
+        return Packer(self._tokenised(self._documents(mark), TOGETHER), self._length, used)
 
     @property
     def _length(self) -> int:
@@ -196,7 +196,7 @@ class StreamedText:
             epoch, block, before, document = epoch + 1, 0, None, 0
 
     def _tokenised(
-        self, documents: Iterator[tuple[Mark, str]], together: int = TOGETHER
+        self, documents: Iterator[tuple[Mark, str]], together: int
     ) -> Iterator[Tokenised]:
         """Documents as tokens, in the same order; those without any are left out."""
         while some := list(islice(documents, together)):
@@ -237,7 +237,7 @@ class StreamedText:
         rows = self._builder.as_streaming_dataset(split=self._stream.split)
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
         # One by one: each of them stands for many that are read and left.
-        documents = self._tokenised(((START, text) for text in texts), together=1)
+        documents = self._tokenised(((START, text) for text in texts), 1)
         packer = Packer(documents, self._length)
         spans: list[Span] = []
         for span in islice(packer, sequences):
