@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from data_helpers import Document, write_shards
 from lrc.cli import main
-from lrc.data import Batch
+from lrc.data import Batch, StreamedText
 from lrc.data.by_source import SourceLosses
 from lrc.data.identity import tokenizer_identity
 from lrc.evaluate.held_out import held_out_loss, measure_agreement
@@ -248,7 +248,11 @@ def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
     lines = run.metrics()
     assert len({line["loss"] for line in lines if "loss" in line}) == streamed.steps()
     assert not any("lm_by_source" in line for line in lines)
-    resumed = go_on(run, tmp_path / "resumed")
+    # It goes to its place, rather than reading all documents again until it is there.
+    load = StreamedText.load_state
+    with mock.patch.object(StreamedText, "load_state", autospec=True, side_effect=load) as loaded:
+        resumed = go_on(run, tmp_path / "resumed")
+    assert loaded.call_args.args[1]["position"] == 7 * streamed.train.step_sequences()
     assert without_times(resumed.metrics()) == without_times(lines)
     files = [r.student_folder / "model.safetensors" for r in (run, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()

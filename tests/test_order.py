@@ -16,12 +16,14 @@ def keys(seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 1 << 64, order.ROUNDS, np.uint64)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3000), st.integers(0, 2**32))
 def test_permutation_reaches_every_number_once(size: int, seed: int) -> None:
     result = permuted(np.arange(size), size, keys(seed))
     assert np.array_equal(np.sort(result), np.arange(size))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 2**61), st.lists(st.floats(0, 1, exclude_max=True), min_size=1, max_size=5))
 def test_permutation_of_any_size_needs_no_others(size: int, places: list[float]) -> None:
     numbers = np.array([min(int(place * size), size - 1) for place in places])

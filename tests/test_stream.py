@@ -83,8 +83,12 @@ def test_every_document_once_an_epoch(opened: Callable[..., StreamedText]) -> No
     assert first[: len(second)] != second
     read = [int(re.match(r"Document (\d+)", text).group(1)) for text in first]
     assert read != TRAINING
-    files = list(dict.fromkeys(n // DOCUMENTS for n in read))
-    assert sorted(files) == list(range(FILES))
+
+
+def test_files_are_shuffled(opened: Callable[..., StreamedText]) -> None:
+    """Not only the documents of a block: runs of other seeds begin with other files."""
+    first = [documents([opened(seed).training_batch(0, 12).input_ids])[0] for seed in range(6)]
+    assert len({int(text.split()[1]) // DOCUMENTS for text in first}) > 1
 
 
 def test_order_is_that_of_the_seed(opened: Callable[..., StreamedText]) -> None:

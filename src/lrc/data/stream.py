@@ -180,7 +180,7 @@ class StreamedText:
         while True:
             rows = self._builder.as_streaming_dataset(split=self._stream.split)
             # Any number but 0 makes it shuffle its files.
-            rows.set_epoch(1 + _random(1, self._seed, epoch)[0] % (1 << 31))
+            rows.set_epoch(1 + int(_random(1, self._seed, epoch)[0]) % (1 << 31))
             rows.load_state_dict(before)
             texts = (text for text in self._texts(rows) if not self._is_held_out(text))
             while found := list(islice(texts, self._stream.shuffle_documents)):
