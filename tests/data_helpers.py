@@ -1,16 +1,20 @@
 """A tokenizer and packed text small enough to check by hand."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lrc.data import PackedPart
+from lrc.data import PackedPart, Tokens
 from lrc.data.cache import PartWriter
+from lrc.data.identity import TokenizerIdentity
+from lrc.data.shards import Shard, Shards, ShardWriter, Split, write_shards_index
 from lrc.sections import DataSection
 
 BOS, EOS = "<|bos|>", "<|eos|>"
@@ -60,9 +64,44 @@ def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:
     return PackedPart(folder, "train", "uint16", writer.tokens, writer.documents)
 
 
+def one_text(part: PackedPart) -> Tokens:
+    """A packed part as the reader takes it."""
+    place = (part.folder, part.name, part.dtype, part.tokens, part.documents)
+    return Tokens([Shard(*place, split="train", tokens_by_source={}, sha256={})])
+
+
 def unpack(part: PackedPart) -> list[list[int]]:
     """The tokens of each document of a packed part."""
     tokens = np.fromfile(part.tokens_path, part.dtype).tolist()
     offsets = np.fromfile(part.offsets_path, np.int64).tolist()
     ends = [*offsets[1:], len(tokens)]
     return [tokens[start:end] for start, end in zip(offsets, ends, strict=True)]
+
+
+Document = tuple[str, Sequence[int]]
+"""The source of a document, and its tokens."""
+
+
+def write_shards(
+    folder: Path,
+    shards: Sequence[tuple[Split, Sequence[Document]]],
+    tokenizer: TokenizerIdentity,
+    sources: Sequence[str] = ("a", "b"),
+) -> Shards:
+    """A new folder of token shards, each given as its side and its documents."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    written = []
+    for number, (split, documents) in enumerate(shards):
+        writer = ShardWriter(folder, f"{split}-{number:05d}", "uint16", split, sources)
+        ids = [np.array(tokens, np.uint16) for _, tokens in documents]
+        writer.write(
+            np.concatenate([np.empty(0, np.uint16), *ids]),
+            np.array([len(tokens) for tokens in ids], np.int64),
+            np.array([sources.index(source) for source, _ in documents], np.int64),
+        )
+        with mock.patch("lrc.data.shards.flush"):  # slow, and no test outlives the machine
+            written.append(writer.close())
+    whole = Shards(folder, "uint16", "a teacher", tokenizer, tuple(sources), tuple(written), {})
+    write_shards_index(whole)
+    return whole

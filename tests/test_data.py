@@ -23,6 +23,7 @@ from data_helpers import (
     ByteTokenizer,
     byte_tokenizer,
     data_section,
+    one_text,
     packed_part,
     unpack,
     write_jsonl,
@@ -67,7 +68,9 @@ def test_large_vocabulary_takes_uint32(tmp_path: Path) -> None:
     tokenizer.add_special_tokens({"eos_token": f"<{(1 << 16) - 1}>"})
     packed = prepare(data_section(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS)), tokenizer)
     assert packed.train.dtype == "uint32"
-    batch = Sequences(packed.train, 8).batch(range(len(Sequences(packed.train, 8))))
+    batch = Sequences(one_text(packed.train), 8).batch(
+        range(len(Sequences(one_text(packed.train), 8)))
+    )
     assert int(batch.input_ids.max()) == tokenizer.eos_token_id > 1 << 16
 
 
@@ -300,7 +303,7 @@ def test_tokenizers_that_do_not_fit(tmp_path: Path) -> None:
 
 def test_sequences_are_the_packed_tokens(tmp_path: Path) -> None:
     part = packed_part(tmp_path, [list(range(5)), list(range(100, 130)), [7] * 11])
-    sequences = Sequences(part, 8)
+    sequences = Sequences(one_text(part), 8)
     tokens = [t for document in unpack(part) for t in document]
     assert len(sequences) == 5
     batch = sequences.batch([3, 0])
@@ -321,7 +324,7 @@ def test_sequences_are_the_packed_tokens(tmp_path: Path) -> None:
 def test_positions_restart_with_documents(lengths: list[int], sequence_length: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         part = packed_part(Path(name), [[1] * length for length in lengths])
-        sequences = Sequences(part, sequence_length, document_mask=True)
+        sequences = Sequences(one_text(part), sequence_length, document_mask=True)
         positions = [b.position_ids for b in sequences.first(len(sequences), batch_size=4)]
     expected, owner = [], [i for i, length in enumerate(lengths) for _ in range(length)]
     for token in range(len(sequences) * sequence_length):
@@ -336,7 +339,7 @@ def test_special_token_in_the_text_is_no_boundary(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     held = write_jsonl(tmp_path / "b.jsonl", ["Held out."])
     packed = prepare(data_section(tmp_path, source, held_out=[str(held)]), tokenizer)
-    batch = Sequences(packed.train, 15, document_mask=True).batch([0])
+    batch = Sequences(one_text(packed.train), 15, document_mask=True).batch([0])
     assert (batch.input_ids == tokenizer.bos_token_id).sum() == 3
     assert batch.position_ids.tolist() == [[*range(10), *range(5)]]
 
@@ -368,7 +371,8 @@ def test_order_depends_on_seed_and_epoch() -> None:
 def test_training_text(tmp_path: Path) -> None:
     section = data_section(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS), document_mask=True)
     packed = prepare(section, byte_tokenizer())
-    text = TrainingText(packed, section, seed=3)
+    sides = [Sequences(one_text(p), 8, True) for p in (packed.train, packed.held_out)]
+    text = TrainingText(*sides, seed=3)
     order = ShuffledOrder(len(text.train), 3)
     batch = text.training_batch(5, 3)
     assert torch.equal(batch.input_ids, text.train.batch(order.take(5, 3)).input_ids)
@@ -381,7 +385,7 @@ def test_training_text(tmp_path: Path) -> None:
 def test_masked_documents_are_as_if_alone(tmp_path: Path, attention: str) -> None:
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, 50, length).tolist() for length in (5, 1, 9, 7, 4, 11, 20)]
-    sequences = Sequences(packed_part(tmp_path, documents), 16, document_mask=True)
+    sequences = Sequences(one_text(packed_part(tmp_path, documents)), 16, document_mask=True)
     batch = sequences.batch(range(len(sequences)))
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -17,7 +17,7 @@ def clone(
     teacher: str | Teacher,
     *,
     hidden_size: int,
-    text: str | Sequence[str],
+    text: str | Sequence[str] | None = None,
     out: str | Path | None = None,
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
@@ -27,7 +27,8 @@ def clone(
     Args:
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, or a loaded `lrc.Teacher`.
         hidden_size: d_S, even and smaller than the teacher's.
-        text: sources of the training text: files, folders, or `stdlib-docs`.
+        text: sources of the training text: files, folders, or `stdlib-docs`; None: `settings` name
+            shards or a stream instead.
         out: the run's folder; default: a new one below `runs/`.
         settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
         quiet: print nothing.
@@ -43,7 +44,7 @@ def clone(
         {
             "teacher": {"model": loaded.name if loaded else teacher},
             "student": {"hidden_size": hidden_size},
-            "data": {"text": [text] if isinstance(text, str) else list(text)},
+            "data": {"text": text or []},
         },
         settings or {},
     )

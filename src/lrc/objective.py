@@ -67,6 +67,7 @@ def vocabulary_losses(
     labels: Tensor,
     mask: Tensor | None,
     weights: VocabularyWeights,
+    token_lm: Tensor | None = None,
 ) -> VocabularyLosses:
     """KL and LM losses from the last hidden states of both models.
 
@@ -78,9 +79,11 @@ def vocabulary_losses(
         labels: next tokens, int64 [n]; negative where there is none.
         mask: bool [n], false where the KL does not count; None: all count.
         weights: loss weights, counts and chunk size.
+        token_lm: [n], overwritten by the cross-entropy of each token in nats, 0 where it has no
+            label; None: that is not wanted.
     """
     losses = _Vocabulary.apply(  # type: ignore[no-untyped-call]
-        student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, weights
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, weights, token_lm
     )
     return VocabularyLosses(*losses)
 
@@ -98,6 +101,7 @@ class _Vocabulary(torch.autograd.Function):
         labels: Tensor,
         mask: Tensor | None,
         weights: VocabularyWeights,
+        token_lm: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         device = student_hidden.device.type
         dtype = student_hidden.dtype
@@ -119,8 +123,9 @@ class _Vocabulary(torch.autograd.Function):
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
                     scaled = _wide(scaled @ frozen_head.T)
                 chunk_mask = None if mask is None else mask[rows]
+                chunk_token_lm = None if token_lm is None else token_lm[rows]
                 chunk_kl, chunk_lm = _differentiate(
-                    logits, scaled, labels[rows], chunk_mask, weights
+                    logits, scaled, labels[rows], chunk_mask, weights, chunk_token_lm
                 )
                 kl += chunk_kl
                 lm += chunk_lm
@@ -139,7 +144,7 @@ class _Vocabulary(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
-        return grad * grad_hidden, grad * grad_head, None, None, None, None, None
+        return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -153,6 +158,7 @@ def _differentiate(
     labels: Tensor,
     mask: Tensor | None,
     weights: VocabularyWeights,
+    token_lm: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """T^2 * KL_T and LM of a chunk; its logits become the gradient of the weighted losses.
 
@@ -164,6 +170,7 @@ def _differentiate(
         scaled_teacher: t / T, [chunk, vocab]; overwritten; None where the KL has no weight.
         labels: int64 [chunk], negative where there is none.
         mask: bool [chunk] or None.
+        token_lm: [chunk] or None; overwritten by the cross-entropy of each token.
 
     Returns:
         The chunk's shares of T^2 * KL_T and LM.
@@ -177,7 +184,9 @@ def _differentiate(
             counted = None if mask is None else mask[rows]
             grad, block_kl = _kl(s, scaled_teacher[rows], counted, weights)
             kl += block_kl
-        grad_lm, block_lm = _cross_entropy(s, labels[rows], weights)
+        grad_lm, block_lm, losses = _cross_entropy(s, labels[rows], weights)
+        if token_lm is not None:
+            token_lm[rows] = losses
         lm += block_lm
         torch.add(grad_lm, grad, out=s)
     return kl, lm
@@ -185,7 +194,7 @@ def _differentiate(
 
 def _cross_entropy(
     logits: Tensor, labels: Tensor, weights: VocabularyWeights
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy of some rows divided by `weights.labels`, and its weighted gradient.
 
     Args:
@@ -193,17 +202,18 @@ def _cross_entropy(
         labels: int64 [n], negative where there is none.
 
     Returns:
-        The gradient of lm_weight * loss by the logits [n, vocab], and the loss.
+        The gradient of lm_weight * loss by the logits [n, vocab], the loss, and the cross-entropy
+        of each row [n], undivided and 0 where there is no label.
     """
     learned = labels >= 0
     safe = labels.clamp(min=0)[:, None]
     log_probabilities = torch.log_softmax(logits, dim=-1)
     losses = -log_probabilities.gather(1, safe).squeeze(1)
-    loss = torch.where(learned, losses, 0).sum() / weights.labels
+    losses = torch.where(learned, losses, 0)
     grad = log_probabilities.exp_()
     grad.scatter_add_(1, safe, grad.new_full(safe.shape, -1.0))
     grad.mul_(learned[:, None].to(grad.dtype) * (weights.lm_weight / weights.labels))
-    return grad, loss
+    return grad, losses.sum() / weights.labels, losses
 
 
 def _kl(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
@@ -31,6 +31,9 @@ from lrc.sections import (
 
 SHORT_FORMS = {"method": "name", "initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
+
+ORIGINS = ("text", "shards", "stream")
+"""Settings of the data section of which exactly one is given."""
 
 
 class Recipe(Section):
@@ -60,6 +63,16 @@ class Recipe(Section):
                 "objective.alignment: explicit aligns attention outputs itself; set "
                 "objective.attn_out to student"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Recipe":
+        given = [name for name in ORIGINS if getattr(self.data, name)]
+        if len(given) != 1:
+            names = " and ".join(f"data.{name}" for name in given) or "none"
+            raise ValueError(f"give one of data.text, data.shards and data.stream, not {names}")
+        if self.data.held_out and given != ["text"]:
+            raise ValueError(f"data.held_out goes with data.text, not with data.{given[0]}")
         return self
 
     def step_tokens(self) -> int:
@@ -118,6 +131,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> d
         UserError: a key leads through a value.
     """
     settings = copy.deepcopy(settings)
+    _drop_origins(settings, overrides)
     for key, value in overrides.items():
         _apply(settings, key, value)
     return settings
@@ -192,6 +206,16 @@ def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
     settings[last] = value
 
 
+def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Where overrides name another origin of the text, that of the settings is not wanted."""
+    data = settings.get("data")
+    chosen = {key.split(".")[1] for key in overrides if key.startswith("data.")} & set(ORIGINS)
+    if isinstance(data, dict) and chosen:
+        others = {*ORIGINS, *([] if "text" in chosen else ["held_out"])} - chosen
+        for name in others:
+            data.pop(name, None)
+
+
 def _explain(problem: Any) -> str:
     """One pydantic problem as a clause that says what to do."""
     location = [str(part) for part in problem["loc"]]
@@ -220,4 +244,6 @@ def _known_keys(location: list[str]) -> list[str]:
     section: Any = Recipe
     for part in location:
         section = section.model_fields[part].annotation
+        # A section that may be left out is annotated `Section | None`.
+        section = next((kind for kind in get_args(section) if kind is not type(None)), section)
     return list(section.model_fields)

@@ -3,9 +3,9 @@
 `lrc.recipe` puts them together, reads them from YAML and tells what is wrong with them.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Checkpointing = bool | Literal["elementwise"]
 """Whether and how a student's activations are computed again in the backward pass."""
@@ -129,18 +129,48 @@ class ObjectiveSection(Section):
     """Tokens whose logits are held at once; changes memory and speed, not the loss."""
 
 
-class DataSection(Section):
-    """The text that the student learns from."""
+class StreamSection(Section):
+    """A data set that is read as it is downloaded: for a first try, without any build."""
 
-    text: list[str]
+    dataset: str
+    """Hub id, folder, or builder of `datasets` (`json`, `parquet`, `text`) with `data_files`."""
+
+    config: str | None = None
+    """Configuration (subset) of the data set."""
+
+    split: str = "train"
+    """Split of the data set."""
+
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+
+    data_files: list[str] = []
+    """Files of the data set that are read. Empty: all of the split."""
+
+    shuffle_documents: int = Field(1000, gt=0)
+    """Documents that are held in memory and shuffled; the order of the data set's files is shuffled
+    too. Resuming reads at most so many again."""
+
+
+class DataSection(Section):
+    """The text that the student learns from: one of `text`, `shards` and `stream`."""
+
+    text: list[str] = []
     """Text files, JSONL files (.jsonl, .gz, .zst), folders of these, data sets saved on disk by
     `datasets`, or `stdlib-docs` (the documentation that ships with Python)."""
+
+    shards: list[str] = []
+    """Folders of token shards that `lrc data build` made; they have their own held-out part."""
+
+    stream: StreamSection | None = None
+    """A data set that is read as it is downloaded."""
 
     held_out: list[str] = []
     """Sources of the held-out text. Empty: a part of the documents of `text`."""
 
     held_out_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents of `text` that is held out, where `held_out` is empty."""
+    """Share of the documents of `text` (where `held_out` is empty) or of `stream` that is held
+    out."""
 
     text_field: str = "text"
     """Field of JSONL rows and data sets that holds the text."""
@@ -153,6 +183,15 @@ class DataSection(Section):
 
     cache: str | None = None
     """Folder of the tokenised cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
+
+    @field_validator("text", "shards", "held_out", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def origin(self) -> str:
+        """Where the text comes from, for people."""
+        return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
 
 
 class TrainSection(Section):

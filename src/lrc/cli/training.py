@@ -53,6 +53,8 @@ def train(
     * `lrc train my.yaml --set train.tokens=2000000 --set objective.alpha=0.1`
     * `lrc train --teacher ./Qwen3-1.7B --hidden-size 1024 --text corpus.jsonl.gz`
     * `lrc train my.yaml --method scratch`
+    * `lrc train my.yaml --set data.shards=tokens/mixed` (made by `lrc data build`)
+    * `lrc train my.yaml --set data.stream.dataset=HuggingFaceFW/fineweb-edu` (no build)
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
@@ -119,7 +121,8 @@ def _new_run(
         "data.text": text,
     }
     overrides |= {key: value for key, value in shorthands.items() if value}
-    if recipe is None and not all(shorthands.values()):
+    origin = text or any(key.startswith(("data.shards", "data.stream")) for key in overrides)
+    if recipe is None and not (teacher and hidden_size and origin):
         raise UserError(
             "Give a recipe, or all three of --teacher, --hidden-size and --text "
             "(`lrc train quickstart` runs the shipped one)."

@@ -21,6 +21,10 @@ class Batch:
     attention_mask: Tensor | None = None
     """1 for tokens and 0 for padding, int64 [batch, sequence]; None where nothing is padded."""
 
+    source_ids: Tensor | None = None
+    """Number of the source that each token comes from, int64 [batch, sequence]; None where the
+    text names none."""
+
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device; to cuda by way of pinned memory, so that the copy runs
         beside the computation."""
@@ -29,12 +33,9 @@ class Batch:
             pinned = tensor.pin_memory() if device.type == "cuda" else tensor
             return pinned.to(device, non_blocking=True)
 
-        positions, mask = self.position_ids, self.attention_mask
-        return Batch(
-            move(self.input_ids),
-            None if positions is None else move(positions),
-            None if mask is None else move(mask),
-        )
+        optional = (self.position_ids, self.attention_mask, self.source_ids)
+        moved = [None if tensor is None else move(tensor) for tensor in optional]
+        return Batch(move(self.input_ids), *moved)
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None where nothing is."""
@@ -53,3 +54,12 @@ class Batch:
         if self.position_ids is not None:
             labels[:, :-1][self.position_ids[:, 1:] == 0] = -100
         return labels
+
+    def label_sources(self) -> Tensor | None:
+        """Source of the token that each label is, int64 [batch, sequence]; -1 where there is no
+        label; None where the text names no sources."""
+        if self.source_ids is None:
+            return None
+        following = torch.full_like(self.source_ids, -1)
+        following[:, :-1] = self.source_ids[:, 1:]
+        return following.masked_fill_(self.labels() < 0, -1)

@@ -17,11 +17,12 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lrc.files import disk_errors, flush
 
@@ -90,16 +91,26 @@ class PartWriter:
 
     def write(self, documents: Sequence[Sequence[int]]) -> None:
         """Append the token ids of some documents."""
-        *starts, end = accumulate(map(len, documents), initial=self.tokens)
-        ids = np.fromiter(chain.from_iterable(documents), self._dtype, count=end - self.tokens)
-        arrays = (ids, np.array(starts, OFFSET_DTYPE))
+        lengths = np.fromiter(map(len, documents), np.int64, count=len(documents))
+        ids = np.fromiter(chain.from_iterable(documents), self._dtype, count=int(lengths.sum()))
+        self.write_array(ids, lengths)
+
+    def write_array(self, ids: NDArray[Any], lengths: NDArray[np.integer[Any]]) -> None:
+        """Append documents that stand end to end.
+
+        Args:
+            ids: token ids of all of them, [tokens].
+            lengths: tokens of each, [documents].
+        """
+        starts = self.tokens + np.cumsum(lengths, dtype=OFFSET_DTYPE) - lengths
+        arrays = (ids.astype(self._dtype, copy=False), starts.astype(OFFSET_DTYPE, copy=False))
         for (path, checksum), array in zip(self._hashes.items(), arrays, strict=True):
             data = array.tobytes()
             checksum.update(data)
             with path.open("ab") as file:
                 file.write(data)
-        self.tokens = end
-        self.documents += len(documents)
+        self.tokens += len(ids)
+        self.documents += len(lengths)
 
     def entry(self) -> dict[str, Any]:
         """What the index says of the part."""

@@ -6,9 +6,8 @@ stands on both sides, wherever and however often it occurs. The cache depends ne
 sequence length nor on the document mask: runs that differ in these share it.
 """
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from lrc.data.cache import (
     open_cache,
     write_index,
 )
+from lrc.data.identity import HASH_RANGE, text_hash, token_dtype, tokenizer_identity
 from lrc.data.sources import read_documents, source_files
 from lrc.errors import UserError
 from lrc.sections import DataSection
@@ -33,8 +33,6 @@ BATCH_CHARACTERS = 1 << 20
 
 SHORTEST_SEQUENCE = 8
 """The recipe allows no shorter sequences, so none is advised."""
-
-_HASH_RANGE = 1 << 64
 
 Progress = Callable[[str, int], None]
 """Called with what is done (`tokenising`) and the tokens so far."""
@@ -63,30 +61,30 @@ def prepare(
     return packed
 
 
+def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """Token ids of documents, each between bos and eos; empty where a text has no tokens."""
+    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    encoded = tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    # A tokenizer may take a text for nothing at all.
+    return [[*before, *ids, *after] if ids else [] for ids in encoded]
+
+
 def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
     """All that decides what the cache holds, as JSON values."""
-    if not getattr(tokenizer, "is_fast", False):
-        raise UserError(
-            "The teacher's tokenizer has no fast form (tokenizer.json); use a teacher that has one."
-        )
-    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
-        raise UserError(
-            "The teacher's tokenizer has neither a bos nor an eos token to part documents with; "
-            "set one in its tokenizer_config.json."
-        )
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    for transient in ("truncation", "padding"):
-        backend.pop(transient, None)  # Left behind by the last call, and set anew by the next.
-    identity = hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
+    identity = asdict(tokenizer_identity(tokenizer))
     return {
         "text": source_files(data.text),
         "held_out": source_files(data.held_out),
         "held_out_fraction": None if data.held_out else data.held_out_fraction,
         "text_field": data.text_field,
-        "tokenizer": identity,
-        "split_special_tokens": bool(tokenizer.split_special_tokens),
-        "bos": tokenizer.bos_token_id,
-        "eos": tokenizer.eos_token_id,
+        **identity,
     }
 
 
@@ -98,24 +96,13 @@ def _build(
     progress: Progress | None,
 ) -> None:
     """Write all files of the cache."""
-    largest = max(tokenizer.get_vocab().values())
-    dtype = "uint16" if largest < 1 << 16 else "uint32"
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    dtype = token_dtype(tokenizer)
     writers = {name: PartWriter(folder, name, dtype) for name in ("train", "held_out")}
     for batch in _batches(_split(data)):
-        encoded = tokenizer(
-            [text for _, text in batch],
-            add_special_tokens=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )["input_ids"]
+        encoded = encode(tokenizer, [text for _, text in batch])
         sides = [side for side, _ in batch]
         for name, writer in writers.items():
-            # A tokenizer may take a text for nothing at all.
-            own = [ids for side, ids in zip(sides, encoded, strict=True) if ids and side == name]
-            writer.write([[*before, *ids, *after] for ids in own])
+            writer.write([d for side, d in zip(sides, encoded, strict=True) if d and side == name])
         if progress is not None:
             progress("tokenising", sum(writer.tokens for writer in writers.values()))
     parts = {name: writer.entry() for name, writer in writers.items()}
@@ -141,17 +128,17 @@ def _split(data: DataSection) -> Iterator[tuple[str, str]]:
     if not data.held_out:
         limit = _held_out_limit(read_documents(data.text, data.text_field), data.held_out_fraction)
         for text in read_documents(data.text, data.text_field):
-            yield ("held_out" if _hash(text) < limit else "train"), text
+            yield ("held_out" if text_hash(text) < limit else "train"), text
         return
     held_out = set()
     for text in read_documents(data.held_out, data.text_field):
-        held_out.add(_hash(text))
+        held_out.add(text_hash(text))
         yield "held_out", text
     if not held_out:
         raise UserError("data.held_out holds no text; give sources that do.")
     counts = {True: 0, False: 0}
     for text in read_documents(data.text, data.text_field):
-        known = _hash(text) in held_out
+        known = text_hash(text) in held_out
         counts[known] += 1
         if not known:
             yield "train", text
@@ -169,10 +156,10 @@ def _held_out_limit(documents: Iterable[str], fraction: float) -> int:
     Raises:
         UserError: there are not two different documents.
     """
-    limit = int(fraction * _HASH_RANGE)
-    smallest, largest = _HASH_RANGE, -1
+    limit = int(fraction * HASH_RANGE)
+    smallest, largest = HASH_RANGE, -1
     for text in documents:
-        smallest, largest = min(smallest, value := _hash(text)), max(largest, value)
+        smallest, largest = min(smallest, value := text_hash(text)), max(largest, value)
         if smallest < limit <= largest:
             return limit
     if largest < 0:
@@ -183,11 +170,6 @@ def _held_out_limit(documents: Iterable[str], fraction: float) -> int:
             "text, or set data.held_out."
         )
     return smallest + 1 if smallest >= limit else largest
-
-
-def _hash(text: str) -> int:
-    """A number below 2^64 that depends on the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
 def _check_length(part: PackedPart, data: DataSection, what: str, more: str) -> None:

@@ -1,42 +1,72 @@
-"""Sequences out of packed text, and the order in which training takes them.
+"""Sequences out of packed text, and what the training loop asks of a text.
 
-Both are stateless: what comes next depends on the number of sequences taken so far and nothing
-else, so that a run resumes without reading what it has seen.
+Packed text is read by number: what comes next depends on the number of sequences taken so far and
+nothing else, so that a run resumes without reading what it has seen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from lrc.data.batch import Batch
-from lrc.data.cache import OFFSET_DTYPE, PackedPart, PackedText
-from lrc.sections import DataSection
+from lrc.data.order import ShuffledOrder
+from lrc.data.tokens import Span, Tokens
+from lrc.errors import UserError
+
+
+class Reader(Protocol):
+    """The text of a run as the training loop takes it."""
+
+    @property
+    def sources(self) -> Sequence[str]:
+        """Names of the sources that batches give numbers of; empty where they give none."""
+
+    def training_batch(self, position: int, count: int) -> Batch:
+        """The `count` training sequences that follow the first `position` ones of the run.
+
+        The loop asks for ever later positions, but may begin again at 0.
+        """
+
+    def held_out_batches(self, count: int, batch_size: int) -> Iterable[Batch]:
+        """The first `count` held-out sequences in batches, the same at every call."""
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` needs to go on from here, as JSON values."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from where `state` was taken, without reading what was read before.
+
+        Raises:
+            UserError: the text is no longer what it was.
+        """
 
 
 class Sequences:
     """Packed text cut into sequences of one length; the last tokens that fill none are left out.
 
+    The cut takes no notice of files: a sequence may begin at the end of one and go on in the next.
+
     Args:
-        part: the packed text.
+        tokens: the packed text.
         sequence_length: tokens of a sequence.
         document_mask: give batches the positions that keep documents from attending to each other.
     """
 
-    def __init__(self, part: PackedPart, sequence_length: int, document_mask: bool = False) -> None:
+    def __init__(self, tokens: Tokens, sequence_length: int, document_mask: bool = False) -> None:
+        self.tokens = tokens
         self.sequence_length = sequence_length
         self.document_mask = document_mask
-        dtype = np.dtype(part.dtype).newbyteorder("<")
-        self._tokens = np.memmap(part.tokens_path, dtype, mode="r")
-        self._offsets = np.memmap(part.offsets_path, OFFSET_DTYPE, mode="r")
 
     def __len__(self) -> int:
         """Number of whole sequences."""
-        return len(self._tokens) // self.sequence_length
+        return len(self.tokens) // self.sequence_length
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The sequences of these numbers: input_ids, and with a document mask position_ids, both
-        int64 [len(indices), sequence_length].
+        """The sequences of these numbers: input_ids, with a document mask position_ids, and where
+        the text has sources source_ids, all int64 [len(indices), sequence_length].
 
         Raises:
             IndexError: a number is not in [0, len(self)).
@@ -44,12 +74,8 @@ class Sequences:
         if not all(0 <= index < len(self) for index in indices):
             raise IndexError(f"sequence numbers {list(indices)} are not all below {len(self)}")
         starts = [index * self.sequence_length for index in indices]
-        rows = [self._tokens[start : start + self.sequence_length] for start in starts]
-        input_ids = torch.from_numpy(np.stack(rows).astype(np.int64))
-        if not self.document_mask:
-            return Batch(input_ids)
-        positions = np.stack([self._positions(start) for start in starts])
-        return Batch(input_ids, position_ids=torch.from_numpy(positions))
+        spans = [self.tokens.read(start, start + self.sequence_length) for start in starts]
+        return make_batch(spans, self.document_mask)
 
     def first(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
         """The first `count` sequences (all where there are fewer) in their order, in batches."""
@@ -57,64 +83,26 @@ class Sequences:
         for start in range(0, count, batch_size):
             yield self.batch(range(start, min(start + batch_size, count)))
 
-    def _positions(self, start: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """Position of each token in its document, or in the sequence where the document began
-        before it: int64 [sequence_length]."""
-        first, last = np.searchsorted(self._offsets, [start, start + self.sequence_length])
-        begins = self._offsets[first:last] - start
-        # The latest beginning at or before each token; the first token always counts as one.
-        latest = np.zeros(self.sequence_length, np.int64)
-        latest[begins] = begins
-        return np.arange(self.sequence_length) - np.maximum.accumulate(latest)
-
-
-class ShuffledOrder:
-    """An endless stream of sequence numbers: epoch after epoch, each in an order of its own.
-
-    Args:
-        sequences: number of sequences; each comes exactly once an epoch.
-        seed: decides the order, with the number of the epoch.
-    """
-
-    def __init__(self, sequences: int, seed: int) -> None:
-        self._sequences = sequences
-        self._seed = seed % (1 << 64)  # numpy refuses negative seeds.
-        self._epoch = -1
-        self._permutation = np.empty(0, np.int64)
-
-    def take(self, position: int, count: int) -> list[int]:
-        """Sequence numbers at `position` to `position + count - 1` of the stream."""
-        taken: list[int] = []
-        while len(taken) < count:
-            epoch, offset = divmod(position + len(taken), self._sequences)
-            missing = count - len(taken)
-            taken.extend(self._order_of(epoch)[offset : offset + missing].tolist())
-        return taken
-
-    def _order_of(self, epoch: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The permutation of an epoch; the last one is kept."""
-        if epoch != self._epoch:
-            # Raw Philox numbers are the same in every version of numpy; `permutation` may change,
-            # and a run resumed after an upgrade would then see some text twice.
-            generator = np.random.Philox(np.random.SeedSequence([self._seed, epoch]))
-            self._permutation = np.argsort(generator.random_raw(self._sequences), kind="stable")
-            self._epoch = epoch
-        return self._permutation
-
 
 class TrainingText:
-    """The text of a run as the training loop takes it.
+    """Packed text, read in a shuffled order.
 
     Args:
-        packed: the packed text of `data`.
-        data: the recipe's section.
+        train: the training sequences.
+        held_out: the held-out sequences.
         seed: decides the order of the training sequences.
+        identity: checksum of the text, by which a run that resumes finds that it has changed;
+            None: that is not asked.
     """
 
-    def __init__(self, packed: PackedText, data: DataSection, seed: int) -> None:
-        self.train = Sequences(packed.train, data.sequence_length, data.document_mask)
-        self.held_out = Sequences(packed.held_out, data.sequence_length, data.document_mask)
-        self._order = ShuffledOrder(len(self.train), seed)
+    def __init__(
+        self, train: Sequences, held_out: Sequences, seed: int, identity: str | None = None
+    ) -> None:
+        self.train = train
+        self.held_out = held_out
+        self.sources = train.tokens.sources
+        self._order = ShuffledOrder(len(train), seed)
+        self._identity = identity
 
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences that follow the first `position` ones of the run."""
@@ -123,3 +111,39 @@ class TrainingText:
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
         """The first `count` held-out sequences in batches, the same at every call."""
         return self.held_out.first(count, batch_size)
+
+    def state(self) -> dict[str, Any]:
+        """The text's identity; its position follows from the step."""
+        return {} if self._identity is None else {"identity": self._identity}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Make sure that it is the text of before.
+
+        Raises:
+            UserError: it is another.
+        """
+        if state.get("identity") != self._identity:
+            raise UserError(
+                "The training text is no longer the one that this run began with, so it cannot be "
+                "continued exactly; put the old text back, or start a new run."
+            )
+
+
+def make_batch(spans: Sequence[Span], document_mask: bool) -> Batch:
+    """A batch out of stretches of one length."""
+    ids = np.stack([span.ids for span in spans])
+    positions = sources = None
+    if document_mask:
+        positions = torch.from_numpy(np.stack([_positions(span) for span in spans]))
+    if of_tokens := [span.sources for span in spans if span.sources is not None]:
+        sources = torch.from_numpy(np.stack(of_tokens))
+    return Batch(torch.from_numpy(ids), position_ids=positions, source_ids=sources)
+
+
+def _positions(span: Span) -> NDArray[np.int64]:
+    """Position of each token in its document, or in the stretch where the document began before
+    it: int64 [n]."""
+    # The latest beginning at or before each token; the first token always counts as one.
+    latest = np.zeros(len(span.ids), np.int64)
+    latest[span.begins] = span.begins
+    return np.arange(len(span.ids)) - np.maximum.accumulate(latest)

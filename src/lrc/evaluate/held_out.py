@@ -1,8 +1,8 @@
 """Held-out loss of a model, and how far a student agrees with its teacher."""
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from lrc.activations import last_hidden
 from lrc.data.batch import Batch
+from lrc.data.by_source import SourceLosses
 from lrc.teacher import Teacher
 
 CHUNK = 128
@@ -31,6 +32,9 @@ class Agreement:
     """Share of tokens where both predict the same next token."""
     tokens: int
     """Labels measured."""
+    by_source: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    """For each source of the text, where it has several: the teacher's loss, the student's, and the
+    labels that they are means over."""
 
 
 def perplexity(loss: float) -> float:
@@ -39,25 +43,49 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model: PreTrainedModel, batches: Iterable[Batch], vocab: int) -> float:
-    """Mean next-token cross-entropy in nats over the first `vocab` token ids."""
+def held_out_loss(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    vocab: int,
+    by_source: SourceLosses | None = None,
+) -> float:
+    """Mean next-token cross-entropy in nats over the first `vocab` token ids.
+
+    The losses of tokens whose source is known are also added to `by_source`.
+    """
     total, count = 0.0, 0
     for batch in batches:
         hidden, labels = _labelled(last_hidden(model, batch), batch)
-        for logits, target in _chunks(model, hidden, labels, vocab):
-            total += functional.cross_entropy(logits, target, reduction="sum").item()
+        losses = [
+            functional.cross_entropy(logits, target, reduction="none")
+            for logits, target in _chunks(model, hidden, labels, vocab)
+        ]
+        total += sum(chunk.sum().item() for chunk in losses)
         count += len(labels)
+        _add(by_source, losses, batch)
     return total / count
 
 
 @torch.no_grad()
 def measure_agreement(
-    teacher: Teacher, student: PreTrainedModel, batches: Iterable[Batch]
+    teacher: Teacher,
+    student: PreTrainedModel,
+    batches: Iterable[Batch],
+    sources: Sequence[str] = (),
 ) -> Agreement:
-    """Losses of both models, their KL divergence and top-1 agreement on the same tokens."""
+    """Losses of both models, their KL divergence and top-1 agreement on the same tokens.
+
+    Args:
+        teacher: the teacher.
+        student: the student.
+        batches: the text.
+        sources: names of the sources that the batches give numbers of.
+    """
     teacher_loss = student_loss = kl = same = 0.0
     count = 0
+    by_source = [SourceLosses(sources) for _ in range(2)]
     for batch in batches:
+        losses: list[list[Tensor]] = [[], []]
         theirs, labels = _labelled(last_hidden(teacher.model, batch), batch)
         ours, _ = _labelled(last_hidden(student, batch), batch)
         pairs = zip(
@@ -67,12 +95,31 @@ def measure_agreement(
         )
         for (teacher_logits, target), (student_logits, _) in pairs:
             t, s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
-            teacher_loss += functional.nll_loss(t, target, reduction="sum").item()
-            student_loss += functional.nll_loss(s, target, reduction="sum").item()
+            for log_probabilities, of_model in zip((t, s), losses, strict=True):
+                of_model.append(functional.nll_loss(log_probabilities, target, reduction="none"))
+            teacher_loss += losses[0][-1].sum().item()
+            student_loss += losses[1][-1].sum().item()
             kl += functional.kl_div(s, t, reduction="sum", log_target=True).item()
             same += (t.argmax(-1) == s.argmax(-1)).sum().item()
         count += len(labels)
-    return Agreement(teacher_loss / count, student_loss / count, kl / count, same / count, count)
+        for sums, of_model in zip(by_source, losses, strict=True):
+            _add(sums, of_model, batch)
+    means, labels_of = [sums.means() for sums in by_source], by_source[0].labels()
+    return Agreement(
+        teacher_loss / count,
+        student_loss / count,
+        kl / count,
+        same / count,
+        count,
+        {name: (means[0][name], means[1][name], n) for name, n in labels_of.items()},
+    )
+
+
+def _add(by_source: SourceLosses | None, losses: Sequence[Tensor], batch: Batch) -> None:
+    """Add the losses of a batch's labelled tokens, chunk by chunk, to those of their sources."""
+    sources = batch.label_sources()
+    if by_source is not None and sources is not None:
+        by_source.add(torch.cat(list(losses)), sources[sources >= 0])
 
 
 def _labelled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

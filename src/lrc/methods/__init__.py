@@ -1,7 +1,7 @@
 """One file a method, all behind the interface in `base.py`."""
 
 from lrc.methods.activation_clone import ActivationClone
-from lrc.methods.base import Counts, Method
+from lrc.methods.base import TOKEN_LM, Counts, Method
 from lrc.methods.low_rank_clone import LowRankClone
 from lrc.methods.minilm import MiniLm
 from lrc.methods.scratch import Scratch
@@ -16,4 +16,4 @@ METHODS: dict[str, type[Method]] = {
 }
 """Every method by its name in a recipe."""
 
-__all__ = ["METHODS", "Counts", "LowRankClone", "Method"]
+__all__ = ["METHODS", "TOKEN_LM", "Counts", "LowRankClone", "Method"]

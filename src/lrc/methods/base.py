@@ -20,6 +20,9 @@ from lrc.teacher import Teacher
 Progress = Callable[[int, int], None]
 """Called with the parts of a long computation that are done and their number."""
 
+TOKEN_LM = "token_lm"
+"""Key of the LM loss by token in what `losses` may give: [batch, sequence], 0 without a label."""
+
 
 @dataclass(frozen=True)
 class Counts:
@@ -89,7 +92,8 @@ class Method(ABC):
         """Losses of a micro-batch; "loss" is the one to differentiate.
 
         The losses of a step's micro-batches add up to those of the step. What is not a scalar is
-        logged beside held-out measurements only.
+        logged beside held-out measurements only, but for TOKEN_LM, from which the loop tells the LM
+        loss by source.
         """
 
     def end_step(self) -> None:  # noqa: B027 - optional

@@ -82,7 +82,7 @@ class ClonePass:
         with self.clock.part("student"):
             student_hidden, terms = self._student_pass(batch, targets, mask, counts)
         with self.clock.part("loss"):
-            vocabulary = learn_vocabulary(
+            losses = learn_vocabulary(
                 self.teacher,
                 self.model,
                 teacher_hidden,
@@ -91,15 +91,13 @@ class ClonePass:
                 counts,
                 self.objective,
             )
-        losses = {"kl": vocabulary.kl, "lm": vocabulary.lm}
-        loss = vocabulary.weighted
         if self.places:
             by_place = torch.stack([terms[place] for place in self.places])
             clone = by_place.sum()
-            loss = loss + self.objective.alpha * clone
+            losses["loss"] = losses["loss"] + self.objective.alpha * clone
             losses["clone"] = clone.detach()
             losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
-        return {"loss": loss, **losses}
+        return losses
 
     def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
         """The teacher's last hidden state [b, s, d_T] and its activations at all places."""

@@ -84,7 +84,7 @@ class PlainStudent(Method):
     ) -> dict[str, Tensor]:
         """The losses "loss", "kl" (where it has a weight) and "lm" from the last hidden states."""
         with self.clock.part("loss"):
-            losses = learn_vocabulary(
+            return learn_vocabulary(
                 self.teacher,
                 self.model,
                 teacher_hidden,
@@ -93,8 +93,6 @@ class PlainStudent(Method):
                 counts,
                 self.objective,
             )
-        kl = {} if teacher_hidden is None else {"kl": losses.kl}
-        return {"loss": losses.weighted, **kl, "lm": losses.lm}
 
 
 class RandomStudent(PlainStudent):

@@ -1,11 +1,12 @@
 """The losses over the vocabulary, KL + LM, as the methods share them."""
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.data.batch import Batch
-from lrc.methods.base import Counts
-from lrc.objective import VocabularyLosses, VocabularyWeights, vocabulary_losses
+from lrc.methods.base import TOKEN_LM, Counts
+from lrc.objective import VocabularyWeights, vocabulary_losses
 from lrc.sections import ObjectiveSection
 from lrc.teacher import Teacher
 
@@ -18,8 +19,11 @@ def learn_vocabulary(
     batch: Batch,
     counts: Counts,
     objective: ObjectiveSection,
-) -> VocabularyLosses:
-    """KL and LM losses of a micro-batch, weighted as the recipe says.
+) -> dict[str, Tensor]:
+    """KL and LM losses of a micro-batch as `Method.losses` gives them.
+
+    "loss" is their weighted sum; "kl" is left out where the teacher is, and TOKEN_LM is there where
+    the batch knows its sources.
 
     Args:
         teacher: the teacher.
@@ -33,10 +37,14 @@ def learn_vocabulary(
     """
     mask = batch.token_mask()
     student_rows = student_hidden.flatten(0, 1)
+    without_teacher = teacher_hidden is None
     if teacher_hidden is None:
         teacher_hidden = student_hidden.new_empty(0, 0, teacher.hidden_size)
         objective = objective.model_copy(update={"kl_weight": 0.0})
-    return vocabulary_losses(
+    token_lm = None
+    if batch.source_ids is not None:
+        token_lm = torch.empty_like(batch.input_ids, dtype=torch.float32)
+    losses = vocabulary_losses(
         student_rows,
         student.get_output_embeddings().weight,
         teacher_hidden.flatten(0, 1),
@@ -52,4 +60,11 @@ def learn_vocabulary(
             teacher.vocab_size,
             objective.chunk_tokens,
         ),
+        None if token_lm is None else token_lm.view(-1),
     )
+    found = {"loss": losses.weighted, "kl": losses.kl, "lm": losses.lm}
+    if without_teacher:
+        del found["kl"]
+    if token_lm is not None:
+        found[TOKEN_LM] = token_lm
+    return found

@@ -43,7 +43,7 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     teacher = [line["teacher_held_out_lm"] for line in metrics if "teacher_held_out_lm" in line]
     if teacher and "held_out_lm" in panels:
         grid[0].axhline(teacher[0], color="black", linestyle="--", label="teacher")
-        grid[0].legend()
+        grid[0].legend(fontsize="small")
     with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
         figure.savefig(temporary, format="png")
 
@@ -52,8 +52,14 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
     points = [(line["tokens"], line[key]) for line in metrics if key in line]
     marker = "o" if key == "held_out_lm" else None
     axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label="student")
+    by_source = [(line["tokens"], line.get(f"{key}_by_source", {})) for line in metrics]
+    for name in sorted({name for _, losses in by_source for name in losses}):
+        points = [(tokens, losses[name]) for tokens, losses in by_source if name in losses]
+        axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
     axes.set_title(title)
     axes.set_xlabel("training tokens")
     axes.grid(alpha=0.3)
     if key in ("clone", "hidden", "attention"):
         axes.set_yscale("log")
+    if len(axes.lines) > 1:
+        axes.legend(fontsize="small")

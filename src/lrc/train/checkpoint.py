@@ -8,7 +8,7 @@ written whole or not at all, and one that was damaged later is told by its check
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class State:
     optimizer: torch.optim.Optimizer
     """Holds `parameters` in its groups."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
+    text: dict[str, Any] = field(default_factory=dict)
+    """The state of the text's reader (`lrc.data.Reader.state`)."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -62,6 +64,7 @@ def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> 
             "fingerprint": fingerprint,
             "sha256": _checksum(temporary / TENSORS),
             "scheduler": state.scheduler.state_dict(),
+            "text": state.text,
         }
         write_text(temporary / HEADER, json.dumps(header, indent=2))
     for old in list_checkpoints(folder)[keep:]:
@@ -90,6 +93,7 @@ def load_checkpoint(path: Path, state: State, fingerprint: str) -> None:
         group["lr"] = rate
     torch.set_rng_state(tensors["rng"])
     state.step = int(header["step"])
+    state.text = header.get("text", {})
 
 
 def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
@@ -37,7 +38,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
     run, setup = loop.run, loop.setup
     with phase(console, "Measuring the student beside its teacher"):
         student = setup.method.student()
-        agreement = measure_agreement(setup.teacher, student, loop.held_out())
+        agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
     seconds = loop.seconds()
     summary: dict[str, Any] = {
         "method": run.recipe.method.name,
@@ -55,6 +56,10 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         "kl": agreement.kl,
         "top1_agreement": agreement.top1,
         "held_out_labels": agreement.tokens,
+        "held_out_by_source": {
+            name: {"teacher_lm": theirs, "student_lm": ours, "labels": labels}
+            for name, (theirs, ours, labels) in agreement.by_source.items()
+        },
         "flop_utilisation": flop_utilisation(loop),
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
@@ -92,12 +97,10 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row(
         "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"
     )
-    for label, key, form in (
-        ("held-out LM loss", "held_out_lm", ".4f"),
-        ("held-out perplexity", "perplexity", ",.2f"),
-    ):
-        row = [format(summary[f"{who}_{key}"], form) for who in ("teacher", "student")]
-        table.add_row(label, *row)
+    _add_row(table, "held-out LM loss", summary, "held_out_lm", ".4f")
+    for name, losses in summary["held_out_by_source"].items():
+        _add_row(table, f"  of {escape(name)}", losses, "lm", ".4f")
+    _add_row(table, "held-out perplexity", summary, "perplexity", ",.2f")
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
@@ -109,6 +112,11 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     console.print(table)
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
     console.print("Time: " + ", ".join(shares), highlight=False)
+
+
+def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:
+    """A row of a figure that both models have."""
+    table.add_row(label, *(format(values[f"{who}_{key}"], form) for who in ("teacher", "student")))
 
 
 def flop_utilisation(loop: Loop) -> float | None:

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.data import TrainingText
+from lrc.data import Reader, Share
 from lrc.data.batch import Batch
+from lrc.data.by_source import SourceLosses
 from lrc.errors import DivergedError
 from lrc.evaluate.held_out import held_out_loss
 from lrc.files import disk_errors
-from lrc.methods import Counts
+from lrc.methods import TOKEN_LM, Counts
 from lrc.run import Run
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
@@ -32,10 +33,12 @@ class Loop:
 
     run: Run
     setup: Setup
-    text: TrainingText
+    text: Reader
     console: Console
     calibration_seconds: float = 0.0
     """Seconds that initialising the method took, where this process did it."""
+    share: Share = field(default_factory=Share)
+    """The part of every step's sequences that this process takes."""
     seconds_before: float = 0.0
     """Training seconds of earlier stretches."""
     step_seconds: float = 0.0
@@ -94,11 +97,13 @@ class Loop:
             counts = count(batches)
         method.begin_step()
         sums: dict[str, torch.Tensor] = {}
+        by_source = SourceLosses(self.text.sources)
         for batch in batches:
             with autocast(train, setup.device):
                 losses = method.losses(batch, counts)
             with method.clock.part("student"):
                 losses["loss"].backward()  # type: ignore[no-untyped-call]
+            by_source.add_batch(losses.pop(TOKEN_LM, None), batch)
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         method.end_step()
@@ -125,17 +130,18 @@ class Loop:
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": round(tokens_per_second, 1),
+            **by_source.report(),
         }
 
     def _batches(self) -> list[Batch]:
         """The micro-batches of the next step; data order depends on the step number alone."""
         train = self.run.recipe.train
-        first = self.setup.state.step * train.step_sequences()
+        own = self.share.positions(self.setup.state.step, train.step_sequences())
         return [
-            self.text.training_batch(first + i * train.micro_batch, train.micro_batch).to(
+            self.text.training_batch(first, min(train.micro_batch, own.stop - first)).to(
                 self.setup.device
             )
-            for i in range(train.accumulate)
+            for first in range(own.start, own.stop, train.micro_batch)
         ]
 
     def _clip(self) -> float:
@@ -156,14 +162,23 @@ class Loop:
 
     def _measure(self, progress: StepProgress) -> dict[str, Any]:
         """Held-out loss of the student of now."""
+        by_source = SourceLosses(self.text.sources)
         with self.setup.method.clock.part("evaluation"):
             loss = held_out_loss(
-                self.setup.method.student(), self.held_out(), self.setup.teacher.vocab_size
+                self.setup.method.student(),
+                self.held_out(),
+                self.setup.teacher.vocab_size,
+                by_source,
             )
         step, tokens = self.setup.state.step, self.tokens()
         of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
         progress.note(f"{of}: held-out LM loss {loss:.4f}")
-        return {"step": step, "tokens": tokens, "held_out_lm": loss}
+        return {
+            "step": step,
+            "tokens": tokens,
+            "held_out_lm": loss,
+            **by_source.report("held_out_"),
+        }
 
     def _measure_teacher(self) -> dict[str, float]:
         teacher = self.setup.teacher
@@ -210,6 +225,7 @@ class Loop:
 
     def _save(self) -> None:
         train = self.run.recipe.train
+        self.setup.state.text = self.text.state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
                 self.run.checkpoints,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.data import Batch, TrainingText, prepare
+from lrc.data import Batch, Reader, open_text
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
@@ -19,7 +19,7 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """No calibration."""
 
 
-def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> float:
+def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> float:
     """Initialise the method from the head of the training stream; the seconds that it took."""
     sequences = calibration_sequences(setup.method, recipe)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
@@ -84,11 +84,13 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
-    data = run.recipe.data
-    with phase(console, f"Reading the text {', '.join(data.text)}") as detail:
-        packed = prepare(
-            data, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
+    with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:
+        text = open_text(
+            run.recipe, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
-    text = TrainingText(packed, data, run.recipe.train.seed)
-    seconds = 0.0 if setup.restored else start(setup, run.recipe, text, console)
+    seconds = 0.0
+    if setup.restored:
+        text.load_state(setup.state.text)
+    else:
+        seconds = start(setup, run.recipe, text, console)
     return Loop(run, setup, text, console, seconds)

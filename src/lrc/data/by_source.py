@@ -1,0 +1,68 @@
+"""The LM loss of each source of the text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lrc.data.batch import Batch
+
+
+class SourceLosses:
+    """Adds up the losses of tokens by the source that they come from.
+
+    Args:
+        names: the sources, in the order of their numbers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._sums: Tensor | None = None
+        self._counts: Tensor | None = None
+
+    def add(self, losses: Tensor, sources: Tensor) -> None:
+        """Add tokens.
+
+        Args:
+            losses: in nats, any shape.
+            sources: number of each token's source, int64 of the same shape; negative: not counted.
+        """
+        numbers = torch.arange(len(self.names), device=losses.device)
+        # One row a source: sums by index are not reproducible on a GPU.
+        of_source = sources.flatten() == numbers[:, None]
+        sums = torch.where(of_source, losses.detach().flatten(), 0).sum(1)
+        counts = of_source.sum(1)
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._counts = counts if self._counts is None else self._counts + counts
+
+    def add_batch(self, losses: Tensor | None, batch: Batch) -> None:
+        """Add the labels of a batch, by the source of the token that each label is.
+
+        Args:
+            losses: LM loss of every position, [batch, sequence]; None: unknown, nothing is added.
+            batch: the batch; nothing is added where it does not tell its sources.
+        """
+        sources = batch.label_sources()
+        if losses is not None and sources is not None:
+            self.add(losses, sources)
+
+    def report(self, prefix: str = "") -> dict[str, Any]:
+        """Entries for a line of metrics: `lm_by_source`, in nats, and `labels_by_source`, the
+        number of tokens that it is the mean over; none where nothing was added."""
+        means = self.means()
+        if not means:
+            return {}
+        return {f"{prefix}lm_by_source": means, f"{prefix}labels_by_source": self.labels()}
+
+    def means(self) -> dict[str, float]:
+        """Mean loss of the tokens of each source that has any."""
+        sums = [] if self._sums is None else self._sums.tolist()
+        counts = self.labels()
+        by_name = zip(self.names, sums, strict=False)
+        return {name: total / counts[name] for name, total in by_name if name in counts}
+
+    def labels(self) -> dict[str, int]:
+        """Number of tokens that were added, of each source that has any."""
+        counts = [] if self._counts is None else self._counts.tolist()
+        return {name: n for name, n in zip(self.names, counts, strict=False) if n}

@@ -1,0 +1,84 @@
+"""The text that a recipe names, ready for the training loop."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.data.identity import tokenizer_identity
+from lrc.data.packing import SHORTEST_SEQUENCE, Progress, prepare
+from lrc.data.reader import Reader, Sequences, TrainingText
+from lrc.data.shards import SPLITS, Shards, Split, open_shards
+from lrc.data.stream import StreamedText
+from lrc.data.tokens import Tokens
+from lrc.errors import UserError
+from lrc.recipe import Recipe
+
+
+def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = None) -> Reader:
+    """Open the text of a recipe: shards, a stream, or files that are tokenised first.
+
+    Args:
+        recipe: the recipe.
+        tokenizer: the teacher's.
+        progress: called with the tokens that were prepared so far.
+
+    Raises:
+        UserError: the text cannot be read, is too little for one sequence of training or of
+            held-out text, or does not fit the tokenizer.
+    """
+    data, train = recipe.data, recipe.train
+    if data.stream is not None:
+        return StreamedText(data, tokenizer, train.seed, train.eval_sequences, progress)
+    if data.shards:
+        folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]
+        for folder in folders:
+            folder.require_tokenizer(tokenizer, recipe.teacher.model)
+        identity = _identity(folders)
+    else:
+        packed = prepare(data, tokenizer, progress)
+        folders = [Shards.of_cache(packed, tokenizer_identity(tokenizer), data.origin())]
+        identity = None  # The cache's key already holds all that it was made from.
+    sequences: dict[Split, Sequences] = {
+        split: Sequences(_tokens(folders, split), data.sequence_length, data.document_mask)
+        for split in SPLITS
+    }
+    for split, text in sequences.items():
+        _check_length(text, split, data.origin())
+    return TrainingText(sequences["train"], sequences["held_out"], train.seed, identity)
+
+
+def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
+    """One side of all folders; sources of the same name are one."""
+    names = list(dict.fromkeys(name for folder in folders for name in folder.sources))
+    own = [[names.index(name) for name in folder.sources] for folder in folders]
+    pairs = zip(folders, own, strict=True)
+    shards = [(shard, n) for folder, n in pairs for shard in folder.of_split(split)]
+    # A single source has the losses of the whole text: there is nothing to tell apart.
+    sources = names if len(names) > 1 else ()
+    return Tokens([shard for shard, _ in shards], sources, [numbers for _, numbers in shards])
+
+
+def _identity(folders: Sequence[Shards]) -> str:
+    """A checksum of all that decides which token stands where."""
+    content = [[s.split, s.tokens, s.sha256] for folder in folders for s in folder.shards]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _check_length(text: Sequences, split: Split, origin: str) -> None:
+    """Refuse a side of the shards that does not fill a single sequence."""
+    if len(text):
+        return
+    what, tokens = {"train": "training", "held_out": "held-out"}[split], len(text.tokens)
+    if not tokens:
+        raise UserError(
+            f"The shards in {origin} hold no {what} text: build them again with a {what} part."
+        )
+    lower = f" or lower data.sequence_length to at most {tokens}"
+    raise UserError(
+        f"The shards in {origin} hold {tokens} tokens of {what} text, fewer than one sequence of "
+        f"{text.sequence_length}; build them of more text"
+        f"{lower if tokens >= SHORTEST_SEQUENCE else ''}."
+    )

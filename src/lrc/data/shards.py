@@ -1,0 +1,339 @@
+"""Shards: tokenised text in many files, with an index. Written by `lrc data build`.
+
+A folder of shards holds
+
+    index.json          what is there; written last, so that a folder without it is not whole
+    STEM.bin            token ids end to end, little endian uint16 or uint32 [tokens]; every
+                        document stands between the tokenizer's bos and eos, whichever it has
+    STEM.offsets.bin    position of each document's first token in STEM.bin, int64 [documents]
+    STEM.source.bin     each document's source, an index into `sources`, uint16 [documents]
+    tokenizer/          the tokenizer, so that the shards can be read without the teacher
+
+with one STEM a shard, `train-00000` or `held_out-00000`. Documents of all sources stand mixed in
+every shard, in an order drawn by the build's seed: reading shard after shard is already a shuffled
+reading, and a reader's own shuffle of sequences comes on top of it.
+
+The small cache of a recipe (`lrc.data.cache`) is read through the same classes: `Shards.of_cache`
+gives it as one shard a split with a single source.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrc.data.cache import OFFSET_DTYPE, PackedPart, PackedText, PartWriter
+from lrc.data.identity import TokenizerIdentity, tokenizer_identity
+from lrc.errors import UserError
+from lrc.files import flush, write_text
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase as Tokenizer
+
+FORMAT = 1
+"""Raise it whenever the files change their meaning."""
+
+INDEX = "index.json"
+TOKENIZER_FOLDER = "tokenizer"
+SOURCE_DTYPE = np.dtype("<u2")
+
+Split = Literal["train", "held_out"]
+SPLITS: tuple[Split, ...] = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Shard(PackedPart):
+    """One shard: a part (tokens and offsets; `name` is the file stem) with its sources."""
+
+    split: Split
+    tokens_by_source: dict[str, int]
+    """Tokens of every source that has documents here, by the source's name."""
+
+    sha256: dict[str, str]
+    """Checksum of every file, by the file's name; empty for a recipe's cache."""
+
+    @property
+    def source_path(self) -> Path:
+        """File of the documents' sources, uint16 [documents]."""
+        return self.folder / f"{self.name}.source.bin"
+
+    def token_ids(self) -> NDArray[np.unsignedinteger[Any]]:
+        """Token ids, mapped from the file, [tokens]."""
+        return _map(self.tokens_path, np.dtype(self.dtype).newbyteorder("<"), self.tokens)
+
+    def offsets(self) -> NDArray[np.int64]:
+        """Position of each document's first token, mapped from the file, int64 [documents]."""
+        return _map(self.offsets_path, OFFSET_DTYPE, self.documents)
+
+    def source_ids(self) -> NDArray[np.uint16]:
+        """Each document's source, mapped from the file, uint16 [documents]; zeros where there is
+        no such file (a recipe's cache)."""
+        if not self.sha256:
+            return np.zeros(self.documents, SOURCE_DTYPE)
+        return _map(self.source_path, SOURCE_DTYPE, self.documents)
+
+    def check_sizes(self) -> None:
+        """Check that every file has the size that the counts ask for.
+
+        Raises:
+            UserError: a file is missing, or longer or shorter.
+        """
+        sizes = {
+            self.tokens_path: self.tokens * np.dtype(self.dtype).itemsize,
+            self.offsets_path: self.documents * OFFSET_DTYPE.itemsize,
+        }
+        if self.sha256:
+            sizes[self.source_path] = self.documents * SOURCE_DTYPE.itemsize
+        for path, size in sizes.items():
+            found = path.stat().st_size if path.is_file() else None
+            if found != size:
+                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
+                raise UserError(f"{path} {what}: build the shards again, or copy the file anew.")
+
+    def damaged_files(self) -> list[Path]:
+        """Files whose content is not what was written, by their checksums (reads all of them)."""
+        paths = {name: self.folder / name for name in self.sha256}
+        return [
+            path
+            for name, path in paths.items()
+            if not path.is_file() or file_sha256(path) != self.sha256[name]
+        ]
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A folder of shards, opened by `open_shards`."""
+
+    folder: Path
+    dtype: str
+    """Element type of the tokens: uint16, or uint32 for vocabularies beyond 65,536."""
+
+    teacher: str
+    """How the model whose tokenizer was used is called; empty where unknown."""
+
+    tokenizer: TokenizerIdentity
+    sources: tuple[str, ...]
+    """Names of the sources; documents give an index into them."""
+
+    shards: tuple[Shard, ...]
+    build: dict[str, Any]
+    """What decided the content, as JSON values (the mix, the input files, versions)."""
+
+    @classmethod
+    def of_cache(cls, packed: PackedText, tokenizer: TokenizerIdentity, source: str) -> "Shards":
+        """A recipe's cache as shards: one a split, all documents of one source."""
+        shards = tuple(
+            Shard(
+                *(part.folder, part.name, part.dtype, part.tokens, part.documents),
+                split=split,
+                tokens_by_source={source: part.tokens},
+                sha256={},
+            )
+            for split, part in zip(SPLITS, (packed.train, packed.held_out), strict=True)
+        )
+        return cls(packed.folder, packed.train.dtype, "", tokenizer, (source,), shards, {})
+
+    def of_split(self, split: Split) -> list[Shard]:
+        """The shards of one side, in their order."""
+        return [shard for shard in self.shards if shard.split == split]
+
+    def tokens(self, split: Split) -> int:
+        """Tokens of one side."""
+        return sum(shard.tokens for shard in self.of_split(split))
+
+    def documents(self, split: Split) -> int:
+        """Documents of one side."""
+        return sum(shard.documents for shard in self.of_split(split))
+
+    def tokens_by_source(self, split: Split) -> dict[str, int]:
+        """Tokens of every source on one side, in the order of `sources`."""
+        shards = self.of_split(split)
+        return {
+            name: sum(shard.tokens_by_source.get(name, 0) for shard in shards)
+            for name in self.sources
+        }
+
+    def require_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
+        """Check that a tokenizer is the one that made the tokens.
+
+        Args:
+            tokenizer: the tokenizer to compare.
+            name: how its model is called, for the message.
+
+        Raises:
+            UserError: it is another one.
+        """
+        if tokenizer_identity(tokenizer) != self.tokenizer:
+            of_whom = f"of '{self.teacher}'" if self.teacher else "of another model"
+            raise UserError(
+                f"The shards in {self.folder} were made with the tokenizer {of_whom}, which is not "
+                f"that of '{name}': build them again with `lrc data build --teacher {name}`."
+            )
+
+
+def is_shards(folder: Path) -> bool:
+    """Whether a folder claims to be one of shards (it has an index that names some)."""
+    try:
+        return "shards" in json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+def open_shards(folder: Path) -> Shards:
+    """Open a folder of shards and check that every file is there in full (by its size).
+
+    Raises:
+        UserError: it is none, is not finished, has another format, or a file is missing or has
+            another size.
+    """
+    if not (folder / INDEX).is_file():
+        raise UserError(
+            f"{folder} holds no finished shards (no {INDEX}): build them, or finish a build that "
+            f"was stopped, with `lrc data build MIX.yaml {folder}`."
+        )
+    try:
+        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+        version = index["format"]
+        shards = _from_index(folder, index) if version == FORMAT else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / INDEX} is damaged or not an index of shards ({error}); build them again."
+        ) from error
+    if shards is None:
+        raise UserError(
+            f"The shards in {folder} have format {version}, but this version reads {FORMAT}: build "
+            "them again."
+        )
+    for shard in shards.shards:
+        shard.check_sizes()
+    return shards
+
+
+def write_shards_index(shards: Shards) -> None:
+    """Write `index.json`, after which the folder counts as whole.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    index = {
+        "format": FORMAT,
+        "dtype": shards.dtype,
+        "teacher": shards.teacher,
+        "tokenizer": asdict(shards.tokenizer),
+        "sources": shards.sources,
+        "shards": [shard_entry(shard) for shard in shards.shards],
+        "build": shards.build,
+    }
+    write_text(shards.folder / INDEX, json.dumps(index, indent=1) + "\n")
+
+
+def shard_entry(shard: Shard) -> dict[str, Any]:
+    """What the index says of a shard, as JSON values."""
+    entry = asdict(shard)
+    for constant in ("folder", "dtype"):
+        del entry[constant]
+    return entry
+
+
+def shard_of_entry(folder: Path, dtype: str, entry: dict[str, Any]) -> Shard:
+    """The shard that an entry of the index stands for."""
+    return Shard(folder=folder, dtype=dtype, **entry)
+
+
+class ShardWriter:
+    """Writes one shard, some documents at a time, into a folder that is renamed or moved later.
+
+    Args:
+        folder: where the files are written.
+        stem: their name before the endings.
+        dtype: element type of the tokens.
+        split: the side that the documents belong to.
+        sources: names of all sources of the index.
+    """
+
+    def __init__(
+        self, folder: Path, stem: str, dtype: str, split: Split, sources: Sequence[str]
+    ) -> None:
+        self._part = PartWriter(folder, stem, dtype)
+        self._place = (folder, stem, dtype)
+        self._split = split
+        self._sources = sources
+        self._tokens_by_source = np.zeros(len(sources), np.int64)
+        self._source_hash = hashlib.sha256()
+        self._source_path = folder / f"{stem}.source.bin"
+        self._source_path.touch()
+
+    def write(
+        self,
+        tokens: NDArray[Any],
+        lengths: NDArray[np.integer[Any]],
+        source_ids: NDArray[np.integer[Any]],
+    ) -> None:
+        """Append documents.
+
+        Args:
+            tokens: ids of all documents end to end, bos and eos included, [tokens].
+            lengths: tokens of each document, [documents].
+            source_ids: each document's index into the sources, [documents].
+        """
+        self._part.write_array(tokens, lengths)
+        data = source_ids.astype(SOURCE_DTYPE).tobytes()
+        self._source_hash.update(data)
+        with self._source_path.open("ab") as file:
+            file.write(data)
+        counts = np.bincount(source_ids, weights=lengths, minlength=len(self._sources))
+        self._tokens_by_source += counts.astype(np.int64)
+
+    def close(self) -> Shard:
+        """Force the files to the disk; gives the shard for the index."""
+        entry = self._part.entry()
+        folder, stem, dtype = self._place
+        checksums = entry["sha256"] | {self._source_path.name: self._source_hash.hexdigest()}
+        for name in checksums:
+            flush(folder / name)
+        pairs = zip(self._sources, self._tokens_by_source.tolist(), strict=True)
+        return Shard(
+            *(folder, stem, dtype, entry["tokens"], entry["documents"]),
+            split=self._split,
+            tokens_by_source={name: count for name, count in pairs if count},
+            sha256=checksums,
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def documents_of(shard: Shard) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
+    """Every document of a shard as its source's index and its token ids, in order."""
+    tokens, offsets, sources = shard.token_ids(), shard.offsets(), shard.source_ids()
+    ends = np.append(offsets[1:], shard.tokens)
+    for source, start, end in zip(sources, offsets, ends, strict=True):
+        yield int(source), tokens[start:end]
+
+
+def _from_index(folder: Path, index: dict[str, Any]) -> Shards:
+    dtype = index["dtype"]
+    if dtype not in ("uint16", "uint32"):
+        raise ValueError(f"unknown dtype {dtype!r}")
+    return Shards(
+        folder=folder,
+        dtype=dtype,
+        teacher=index["teacher"],
+        tokenizer=TokenizerIdentity(**index["tokenizer"]),
+        sources=tuple(index["sources"]),
+        shards=tuple(shard_of_entry(folder, dtype, entry) for entry in index["shards"]),
+        build=index["build"],
+    )
+
+
+def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
+    """A file mapped into memory; an empty one cannot be mapped."""
+    return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

@@ -1,0 +1,84 @@
+"""The tokens of many shards, read as one long text."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lrc.data.shards import Shard
+
+OPEN_SHARDS = 64
+"""Shards that are mapped at once, three files each; systems allow a process about a thousand."""
+
+
+class Span(NamedTuple):
+    """A stretch of text."""
+
+    ids: NDArray[np.int64]
+    """Token ids, [n]."""
+    begins: NDArray[np.int64]
+    """Where in the stretch documents begin, ascending."""
+    sources: NDArray[np.int64] | None
+    """Number of the source of each token, [n]."""
+
+
+class Tokens:
+    """The documents of some shards, one shard after another.
+
+    Args:
+        shards: the shards; a document never goes on from one to the next.
+        sources: names of the sources; none: the sources of the documents are not read.
+        numbers: for each of the shards, the number in `sources` of each source of its own index;
+            None: they are the same.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[Shard],
+        sources: Sequence[str] = (),
+        numbers: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        self.shards = list(shards)
+        self.sources = tuple(sources)
+        same = range(len(self.sources))
+        self._numbers = [np.array(n, np.int64) for n in numbers or [same] * len(self.shards)]
+        self._starts = np.array([*accumulate((s.tokens for s in shards), initial=0)], np.int64)
+        self._open = lru_cache(maxsize=OPEN_SHARDS)(self._map)
+
+    def __len__(self) -> int:
+        """Tokens of all shards."""
+        return int(self._starts[-1])
+
+    def read(self, start: int, stop: int) -> Span:
+        """The text from token `start` to token `stop - 1`."""
+        first, last = np.searchsorted(self._starts, [start, stop])
+        first -= self._starts[first] > start
+        parts = [self._read_shard(number, start, stop) for number in range(first, last)]
+        ids, begins, sources = zip(*parts, strict=True)
+        return Span(
+            np.concatenate(ids),
+            np.concatenate(begins),
+            np.concatenate(sources) if self.sources else None,
+        )
+
+    def _read_shard(self, number: int, start: int, stop: int) -> Span:
+        """The part of `read` that lies in one of the shards."""
+        before = int(self._starts[number])
+        begin, end = max(start - before, 0), min(stop - before, self.shards[number].tokens)
+        ids, offsets, of_documents = self._open(number)
+        first, last = np.searchsorted(offsets, [begin, end])
+        begins = np.asarray(offsets[first:last]) - begin
+        sources = None
+        if self.sources:
+            # The document that was begun before the stretch counts too.
+            owners = first - 1 + np.searchsorted(begins, np.arange(end - begin), side="right")
+            sources = self._numbers[number][of_documents[owners]]
+        return Span(ids[begin:end].astype(np.int64), begins + before + begin - start, sources)
+
+    def _map(self, number: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """Token ids, offsets and sources of a shard, read where they are touched."""
+        shard = self.shards[number]
+        return shard.token_ids(), shard.offsets(), shard.source_ids()
