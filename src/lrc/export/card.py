@@ -58,7 +58,7 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     license_name = teacher_license(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
     return TEMPLATE.format(
-        front=yaml.safe_dump(_front_matter(section, license_name), sort_keys=False).strip(),
+        front=yaml.safe_dump(front_matter(section, license_name), sort_keys=False).strip(),
         teacher=section.model,
         hidden_size=run.recipe.student.hidden_size,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
@@ -68,7 +68,8 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     )
 
 
-def _front_matter(teacher: TeacherSection, license_name: str | None) -> dict[str, Any]:
+def front_matter(teacher: TeacherSection, license_name: str | None) -> dict[str, Any]:
+    """What hubs read of a card. A teacher that is a folder or a package here is not named."""
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license_name:
         front["license"] = license_name
