@@ -149,7 +149,8 @@ def _tensors(
             heads[family.linear(layer, "k")] = config.num_key_value_heads
     for path, parameter in model.named_parameters():
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
-        if name is None:
+        no_bias = family.gguf != "llama" and path.endswith(".bias")  # llama has all of them
+        if name is None or no_bias:
             raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
         module = path.rpartition(".")[0]
         value = neighbours_from_halves(parameter, heads[module]) if module in heads else parameter

@@ -107,7 +107,8 @@ def _tokens(
     """Every row's token and its type, by id."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in settings["added_tokens"]}
-    unknown = settings["model"].get("unk_token")
+    fallback = settings["model"].get("byte_fallback")
+    unknown = tokenizer.unk_token if fallback else None
     for number in range(rows):
         token = by_id.get(number)
         if token is None:
@@ -117,7 +118,7 @@ def _tokens(
         elif number in added:
             special = added[number]["special"]
             yield token, TokenType.CONTROL if special else TokenType.USER_DEFINED
-        elif settings["model"].get("byte_fallback") and BYTE.fullmatch(token):
+        elif fallback and BYTE.fullmatch(token):
             yield token, TokenType.BYTE
         else:
             yield token, TokenType.NORMAL
