@@ -25,6 +25,10 @@ from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_check
 from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast
 from lrc.train.signals import StopRequest, stop_on_signals
+from lrc.train.trackers import Tracker, open_trackers, tracked_values
+
+LAYERWISE_LINES = 100
+"""Lines of a run that carry the clone terms by layer, about; more would be most of the file."""
 
 
 @dataclass
@@ -40,6 +44,7 @@ class Loop:
     started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
     """Step that this stretch went on from."""
+    trackers: list[Tracker] = field(default_factory=list)
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop; then checkpoint.
@@ -52,6 +57,7 @@ class Loop:
         self._resume_metrics()
         with (
             stop_on_signals() as stop,
+            open_trackers(self.run, state.step) as self.trackers,
             step_progress(self.console, steps, state.step) as progress,
         ):
             if not self.run.metrics():
@@ -60,8 +66,8 @@ class Loop:
                 line = self._step(progress)
                 if self._due(recipe.train.eval_every):
                     line |= self._measure(progress)
-                else:
-                    line.pop(LAYERWISE, None)  # 7 numbers a layer: only beside measurements
+                elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
+                    line.pop(LAYERWISE, None)
                 if self._due(recipe.train.log_every) or "held_out_lm" in line:
                     self._log(line)
                 if self._due(recipe.train.checkpoint_every):
@@ -119,7 +125,8 @@ class Loop:
             "tokens_per_second": round(tokens_per_second, 1),
         }
         if LAYERWISE in sums:
-            line[LAYERWISE] = sums[LAYERWISE].tolist()
+            rows = sums[LAYERWISE].tolist()
+            line[LAYERWISE] = [[float(f"{value:.5g}") for value in row] for row in rows]
         return line
 
     def _batches(self) -> list[Batch]:
@@ -191,6 +198,9 @@ class Loop:
         path = self.run.metrics_file
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        values = tracked_values(line, self.run.recipe.objective.clone.enabled())
+        for tracker in self.trackers:
+            tracker.log(values, line["step"])
 
     def _save(self) -> None:
         train = self.run.recipe.train

@@ -13,6 +13,7 @@ from lrc.train.closing import close_run
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
+from lrc.train.trackers import check_installed
 
 
 def start(setup: Setup, recipe: Recipe, text: TrainingText, console: Console) -> None:
@@ -75,6 +76,7 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 
 def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
+    check_installed(run.recipe.train.report_to)
     with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
     data = run.recipe.data
