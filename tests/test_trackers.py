@@ -17,31 +17,8 @@ from lrc.run import Run
 from lrc.train import loop as training_loop
 from lrc.train import train
 from lrc.train.trackers import tracked_values
-from tiny import LAYERS, tiny_teacher
-
-SETTINGS = {
-    "student": {"hidden_size": 8},
-    "data": {"held_out_fraction": 0.2, "sequence_length": 16},
-    "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},
-}
-
-
-def new_run(folder: Path, *trackers: str) -> Run:
-    """A run of ten steps on a tiny teacher."""
-    text = folder / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
-    overrides = {
-        "teacher.model": "tiny",
-        "data.text": [str(text)],
-        "data.cache": str(folder / "cache"),
-        "train.report_to": list(trackers),
-    }
-    return Run.create(folder / "run", make_recipe(SETTINGS, overrides))
-
-
-def go(run: Run) -> None:
-    train(run, Console(quiet=True), tiny_teacher("llama"))
+from tiny import LAYERS
+from tiny_runs import SETTINGS, go, new_run
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from lrc.cli.models import export, generate, info
+from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
 from lrc.errors import UserError
 
@@ -16,7 +17,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, init, resume, export, info, generate):
+for command in (train, init, resume, export, report, info, generate):
     app.command(no_args_is_help=True)(command)
 
 

@@ -28,7 +28,7 @@ from lrc.families import Family, family_of
 from lrc.files import new_file
 from lrc.sections import TeacherSection
 from lrc.shapes import head_dim_of
-from lrc.teacher import PACKAGE_PREFIX, load_model, teacher_license
+from lrc.teacher import load_model, short_name, teacher_license
 
 FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,
@@ -119,11 +119,6 @@ def convert_to_gguf(
     model, tokenizer = load_model(name)
     about = About(short_name(name), teacher_license(TeacherSection(model=name)))
     return write_gguf(model, tokenizer, path, kind or kind_of(model.dtype), about, progress)
-
-
-def short_name(name: str) -> str:
-    """The last part of a model's name, as a title."""
-    return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
 def kind_of(dtype: torch.dtype) -> Kind:

@@ -42,6 +42,10 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
+        "shapes": {
+            "teacher": shape_of(setup.teacher.model).row,
+            "student": shape_of(student).row,
+        },
         "tokens": loop.tokens(),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(loop.tokens() / seconds, 1),

@@ -8,11 +8,11 @@ from rich.console import Console
 
 from lrc.errors import UserError
 from lrc.export.card import front_matter, model_card
-from lrc.export.gguf_file import About, kind_of, short_name, write_gguf
+from lrc.export.gguf_file import About, kind_of, write_gguf
 from lrc.export.plain import export_student
 from lrc.files import is_taken
 from lrc.run import Run
-from lrc.teacher import teacher_license
+from lrc.teacher import short_name, teacher_license
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
