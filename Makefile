@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test check setup clean
+.PHONY: quickstart test test-gguf check setup clean
 
 quickstart: .venv/ready
 	$(BIN)/lrc train quickstart
@@ -16,6 +16,11 @@ check: .venv/ready-dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# Builds llama.cpp (minutes; needs a C++ compiler and cmake) and opens our GGUF files in it.
+test-gguf: .venv/ready-dev
+	$(BIN)/python -c "import llama_cpp" 2>/dev/null || scripts/setup.sh .venv dev,gguf-test
+	$(BIN)/pytest -m slow tests/test_llama_cpp.py
 
 setup: .venv/ready
 

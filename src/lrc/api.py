@@ -9,7 +9,7 @@ from rich.console import Console
 
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
-from lrc.teacher import Teacher
+from lrc.teacher import Teacher, short_name
 from lrc.train import train
 
 
@@ -55,6 +55,6 @@ def clone(
 
 def default_folder(recipe: Recipe, name: str | None = None) -> Path:
     """A new folder below `runs/`, named after the recipe or the teacher, and the time."""
-    name = name or recipe.teacher.model.removeprefix("package:").rstrip("/").rpartition("/")[2]
+    name = name or short_name(recipe.teacher.model)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return Path("runs") / f"{name}-{recipe.student.hidden_size}-{stamp}"

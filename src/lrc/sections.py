@@ -256,6 +256,17 @@ class TrainSection(Section):
     keep_checkpoints: int = Field(2, gt=0)
     """Checkpoints that are kept."""
 
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics are sent besides metrics.jsonl; each needs its extra of the same name."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """transformers takes one name too, and `none`."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
+
     def step_sequences(self) -> int:
         """Sequences of one optimiser step."""
         return self.micro_batch * self.accumulate

@@ -170,6 +170,11 @@ def _locate_in_package(distribution: str) -> tuple[str, dict[str, Any]]:
     return str(files[0].parent), {"gguf_file": files[0].name}
 
 
+def short_name(name: str) -> str:
+    """The last part of a model's name, as a title."""
+    return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
 def teacher_license(section: TeacherSection) -> str | None:
     """The teacher's licence identifier, from the recipe or from its files; None if unknown."""
     if section.license:

@@ -7,6 +7,7 @@ import typer
 
 from lrc.cli.compare import compare
 from lrc.cli.models import export, generate, info
+from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
 from lrc.errors import UserError
 
@@ -17,7 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, init, resume, compare, export, info, generate):
+for command in (train, init, resume, compare, export, report, info, generate):
     app.command(no_args_is_help=True)(command)
 
 

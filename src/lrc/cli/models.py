@@ -12,11 +12,26 @@ from lrc.errors import UserError
 
 
 class Dtype(StrEnum):
-    """Element types of exported weights."""
+    """Element types of exported weights, by their names in torch and in llama.cpp."""
 
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
+    f32 = "f32"
+    bf16 = "bf16"
+    f16 = "f16"
+    q8_0 = "q8_0"
+
+
+TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+LLAMA_NAMES = {torch: llama for llama, torch in TORCH_NAMES.items()}
+
+
+class Format(StrEnum):
+    """What an export is for."""
+
+    safetensors = "safetensors"
+    gguf = "gguf"
 
 
 ModelArgument = Annotated[
@@ -25,18 +40,26 @@ ModelArgument = Annotated[
 
 
 def export(
-    run: Annotated[Path, typer.Argument(help="The folder of a run, ended or not.")],
-    out: Annotated[Path, typer.Argument(help="A new folder for the student.")],
+    model: Annotated[
+        str, typer.Argument(help="A run's folder, ended or not; for GGUF any model, too.")
+    ],
+    out: Annotated[Path, typer.Argument(help="A new folder, or a new .gguf file.")],
+    format: Annotated[
+        Format, typer.Option(help="safetensors: a transformers folder; gguf: for llama.cpp.")
+    ] = Format.safetensors,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Element type of the weights; default: as trained.")
+        Dtype | None,
+        typer.Option(help="Element type of the weights; q8_0 in GGUF only. Default: as trained."),
     ] = None,
 ) -> None:
-    """Write the student of a run as a plain transformers model.
+    """Write the student of a run as a plain transformers model, or as a GGUF file for llama.cpp.
 
     Examples:
 
     * `lrc export runs/mine my-student`
     * `lrc export runs/mine my-student-bf16 --dtype bfloat16`
+    * `lrc export runs/mine my-student-q8_0.gguf --format gguf --dtype q8_0`
+    * `lrc export my-student my-student.gguf --format gguf` (any model folder, hub id or .gguf file)
     """
     import torch
 
@@ -44,9 +67,39 @@ def export(
     from lrc.train.export_run import export_run
 
     quiet_libraries()
-    element = getattr(torch, dtype) if dtype else None
-    step = export_run(Run.open(run), out, console, element)
+    if format is Format.gguf:
+        _export_gguf(model, out, dtype)
+        return
+    if out.suffix == ".gguf" or dtype is Dtype.q8_0:
+        raise UserError("A .gguf file and q8_0 need --format gguf.")
+    element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
+    step = export_run(Run.open(Path(model)), out, console, element)
     console.print(f"The student of step {step} is in {out}.", highlight=False, soft_wrap=True)
+
+
+def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
+    from gguf import GGMLQuantizationType
+
+    from lrc.export.gguf_file import convert_to_gguf
+    from lrc.run import Run, is_run
+    from lrc.train.export_run import export_run_gguf
+    from lrc.train.progress import phase
+
+    if out.suffix != ".gguf":
+        raise UserError(f"{out} is to be a GGUF file: give it a name that ends in .gguf.")
+    if out.exists():
+        raise UserError(f"{out} already exists: choose a new name for the file.")
+    kind = GGMLQuantizationType[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
+    if is_run(Path(model)):
+        step, notes = export_run_gguf(Run.open(Path(model)), out, console, kind)
+        told = f"The student of step {step} is in {out}."
+    else:
+        with phase(console, f"Writing {out}") as detail:
+            notes = convert_to_gguf(model, out, kind, detail)
+        told = f"{model} is in {out}."
+    for note in notes:
+        console.print(f"Note: {note}", style="yellow", highlight=False, soft_wrap=True)
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 def info(

@@ -56,7 +56,7 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     license_name = teacher_license(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
     return TEMPLATE.format(
-        front=yaml.safe_dump(_front_matter(run, license_name), sort_keys=False).strip(),
+        front=yaml.safe_dump(front_matter(run, license_name), sort_keys=False).strip(),
         teacher=section.model,
         hidden_size=student.config.hidden_size,
         method=METHODS[run.recipe.method.name].title,
@@ -67,7 +67,8 @@ def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
     )
 
 
-def _front_matter(run: Run, license_name: str | None) -> dict[str, Any]:
+def front_matter(run: Run, license_name: str | None) -> dict[str, Any]:
+    """What hubs read of a card. A teacher that is a folder or a package here is not named."""
     teacher, method = run.recipe.teacher, run.recipe.method.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if license_name:

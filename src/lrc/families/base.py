@@ -62,6 +62,13 @@ class Family:
     """Whether the family's config refuses a hidden size that is not a multiple of the number of
     attention heads, even where head_dim is explicit."""
 
+    gguf: str | None = None
+    """llama.cpp's name of the architecture, for GGUF files; None where it has none that fits."""
+
+    gguf_neighbours: bool = False
+    """Whether llama.cpp rotates neighbouring rows of q and k together in this architecture, where
+    transformers rotates row i of a head with row i + head_dim / 2."""
+
     def linear(self, layer: int, name: str) -> str:
         """Module path of linear map `name` (one of `LINEARS`) in layer `layer`."""
         return f"{self.layers}.{layer}.{self.linears[name]}"

@@ -2,4 +2,4 @@
 
 from lrc.families.base import Family
 
-MISTRAL = Family("mistral")
+MISTRAL = Family("mistral", gguf="llama", gguf_neighbours=True)

@@ -5,4 +5,4 @@ Those norms are as wide as a head, and head_dim does not change, so the teacher'
 
 from lrc.families.base import Family
 
-QWEN3 = Family("qwen3")
+QWEN3 = Family("qwen3", gguf="qwen3")

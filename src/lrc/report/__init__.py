@@ -1,1 +1,1 @@
-"""Pictures and tables of a run."""
+"""Pictures, tables and the page of one or several runs."""

@@ -44,6 +44,10 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         "method": run.recipe.method.name,
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
+        "shapes": {
+            "teacher": shape_of(setup.teacher.model).row,
+            "student": shape_of(student).row,
+        },
         "tokens": loop.tokens(),
         **loop.calibration(),
         "step_seconds": round(loop.step_seconds, 3),

@@ -1,17 +1,21 @@
-"""Exporting the student of a run from its newest checkpoint."""
+"""Exporting the student of a run from its newest checkpoint, in either format."""
 
 from pathlib import Path
 
 import torch
+from gguf import GGMLQuantizationType as Kind
 from rich.console import Console
 
 from lrc.errors import UserError
-from lrc.export.card import model_card
+from lrc.export.card import front_matter, model_card
+from lrc.export.gguf_file import About, kind_of, write_gguf
 from lrc.export.plain import export_student
 from lrc.files import is_taken
 from lrc.run import Run
+from lrc.teacher import short_name, teacher_license
 from lrc.train.checkpoint import list_checkpoints
-from lrc.train.setup import set_up
+from lrc.train.progress import phase
+from lrc.train.setup import Setup, set_up
 
 
 def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | None = None) -> int:
@@ -31,10 +35,51 @@ def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | No
     """
     if is_taken(folder):
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
-    if not list_checkpoints(run.checkpoints):
-        raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
-    setup = set_up(run, console)
+    setup = _at_checkpoint(run, console)
     student = setup.method.student()
     card = model_card(run, setup.teacher, student)
     export_student(student, setup.teacher.tokenizer, card, folder, dtype)
     return setup.state.step
+
+
+def export_run_gguf(
+    run: Run, path: Path, console: Console, kind: Kind | None = None
+) -> tuple[int, list[str]]:
+    """Write the student of a run as a GGUF file, whether the run has ended or not.
+
+    Args:
+        run: the run.
+        path: a file that does not exist yet.
+        console: where progress and a damaged checkpoint are told.
+        kind: element type of the matrices; None: as trained.
+
+    Returns:
+        The step of the checkpoint that was used, and what the user should know about the file.
+
+    Raises:
+        UserError: as `write_gguf`, or the run has no checkpoint.
+    """
+    setup = _at_checkpoint(run, console)
+    student, section = setup.method.student(), run.recipe.teacher
+    front = front_matter(run, teacher_license(section))
+    about = About(
+        f"{short_name(section.model)}-lrc-{student.config.hidden_size}",
+        front.get("license"),
+        front.get("base_model"),
+        tuple(front["tags"]),
+    )
+    kind = kind or kind_of(student.dtype)
+    with phase(console, f"Writing {path}") as detail:
+        notes = write_gguf(student, setup.teacher.tokenizer, path, kind, about, detail)
+    return setup.state.step, notes
+
+
+def _at_checkpoint(run: Run, console: Console) -> Setup:
+    """A run brought to its newest checkpoint.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not list_checkpoints(run.checkpoints):
+        raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
+    return set_up(run, console)

@@ -25,6 +25,10 @@ from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_check
 from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast, calibration_sequences
 from lrc.train.signals import StopRequest, stop_on_signals
+from lrc.train.trackers import Tracker, open_trackers, tracked_values
+
+LAYERWISE_LINES = 100
+"""Lines of a run that carry the clone terms by layer, about; more would be most of the file."""
 
 
 @dataclass
@@ -46,6 +50,7 @@ class Loop:
     started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
     """Step that this stretch went on from."""
+    trackers: list[Tracker] = field(default_factory=list)
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop; then checkpoint.
@@ -59,6 +64,7 @@ class Loop:
         self._resume_metrics()
         with (
             stop_on_signals() as stop,
+            open_trackers(self.run, state.step) as self.trackers,
             step_progress(self.console, steps, state.step) as progress,
         ):
             if not self.run.metrics():
@@ -68,7 +74,8 @@ class Loop:
                 line = self._step(progress)
                 if self._due(recipe.train.eval_every):
                     line |= self._measure(progress)
-                else:  # many numbers by layer: only beside measurements
+                elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
+                    # Many numbers by layer: beside measurements and on some lines more.
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line:
                     self._log(line)
@@ -118,7 +125,7 @@ class Loop:
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
         self.step_seconds += seconds
-        values: dict[str, Any] = {name: value.tolist() for name, value in sums.items()}
+        values = {name: _rounded(value.tolist()) for name, value in sums.items()}
         scalars = {name: values[name] for name, value in sums.items() if value.ndim == 0}
         progress.step(scalars, tokens_per_second)
         return {
@@ -222,6 +229,9 @@ class Loop:
         path = self.run.metrics_file
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        values = tracked_values(line, self.run.recipe.objective.clone.enabled())
+        for tracker in self.trackers:
+            tracker.log(values, line["step"])
 
     def _save(self) -> None:
         train = self.run.recipe.train
@@ -242,3 +252,10 @@ def count(batches: Sequence[Batch]) -> Counts:
         for b in batches
     )
     return Counts(tokens, sum(int((b.labels() >= 0).sum()) for b in batches))
+
+
+def _rounded(value: Any) -> Any:
+    """A loss as it is; the numbers of a list in five digits, more than a picture shows."""
+    if isinstance(value, list):
+        return [float(f"{v:.5g}") if isinstance(v, float) else _rounded(v) for v in value]
+    return value

@@ -14,6 +14,7 @@ from lrc.train.closing import close_run
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, set_up
+from lrc.train.trackers import check_installed
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """No calibration."""
@@ -82,6 +83,7 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 
 def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
+    check_installed(run.recipe.train.report_to)
     with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
         setup = set_up(run, console, teacher)
     with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:

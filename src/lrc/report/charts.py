@@ -1,0 +1,187 @@
+"""Charts as SVG text to stand inside a page, drawn by matplotlib.
+
+Colours are the page's own: matplotlib draws in stand-ins, which are then replaced by the page's
+CSS variables, so that one picture serves a light and a dark screen. Text stays text, in the page's
+font. A chart is small, so that it is still legible where it fills the width of a telephone.
+"""
+
+import io
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+INK, MUTED, GRID = "#000001", "#000002", "#000003"
+RUN_COLOURS = tuple(f"#0000{16 + i:02x}" for i in range(8))
+"""Stand-ins of the page's colours; runs beyond the last take the first again."""
+
+VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
+VARIABLES |= {stand_in: f"--run-{i}" for i, stand_in in enumerate(RUN_COLOURS)}
+
+POINTS = 300
+"""Points of a drawn line; more would make the page large and the line no clearer."""
+
+WIDE, SMALL = (4.6, 2.9), (3.0, 2.1)
+"""Inches; the page scales them."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One run's values in a chart."""
+
+    name: str
+    colour: str
+    x: Sequence[float]
+    y: Sequence[float]
+    baseline: float | None = None
+    """A level to compare with, drawn dashed."""
+    marked: bool = False
+    """Whether each value is a mark: few values, each measured by itself."""
+
+
+def run_colour(index: int) -> str:
+    """The stand-in of a run's colour."""
+    return RUN_COLOURS[index % len(RUN_COLOURS)]
+
+
+def line_chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: bool = False) -> str:
+    """Values of several runs over tokens or time.
+
+    Noisy lines are averaged over spans, with the spread of a span behind them in a lighter shade.
+    """
+    with _style(title):
+        figure, axes = _figure(WIDE)
+        for line in lines:
+            if line.marked:
+                axes.plot(line.x, line.y, color=line.colour, marker="o", markersize=2.5)
+            else:
+                x, y, low, high = spans(line.x, line.y)
+                axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
+                axes.plot(x, y, color=line.colour)
+            if line.baseline is not None:
+                axes.axhline(line.baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+        ys = [line.y for line in lines]
+        if logarithmic and min(map(min, ys)) > 0:
+            axes.set_yscale("log")
+            _plain_decades(axes.yaxis, min(map(min, ys)), max(map(max, ys)))
+        axes.set_xlabel(x_label)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y", color=GRID)
+        return _svg(figure, title)
+
+
+def heat_map(
+    title: str, values: np.ndarray[Any, Any], tokens: float, norm: LogNorm, x_label: str
+) -> str:
+    """A quantity of every layer over the run.
+
+    Args:
+        title: the chart's name.
+        values: [layers, columns], the columns evenly spaced in training tokens.
+        tokens: training tokens at the right edge.
+        norm: the colours' scale, shared by the charts of a run.
+        x_label: name of the horizontal axis.
+    """
+    with _style(title):
+        figure, axes = _figure(SMALL)
+        extent = (0.0, tokens, len(values) - 0.5, -0.5)
+        axes.imshow(values, aspect="auto", norm=norm, extent=extent, interpolation="none")
+        axes.set_title(title, loc="left", color=INK)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel("layer")
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        return _svg(figure, title)
+
+
+def colour_scale(title: str, norm: LogNorm) -> str:
+    """The legend of heat maps."""
+    with _style(title):
+        figure = Figure(figsize=(4.6, 0.55), layout="constrained")
+        axes = figure.subplots()
+        scalar = matplotlib.cm.ScalarMappable(norm)
+        figure.colorbar(scalar, cax=axes, orientation="horizontal")
+        _plain_decades(axes.xaxis, *norm.inverse(np.array([0.0, 1.0])))
+        axes.tick_params(color=MUTED, labelcolor=MUTED)
+        return _svg(figure, title)
+
+
+def spans(
+    x: Sequence[float], y: Sequence[float], points: int = POINTS
+) -> tuple[np.ndarray[Any, Any], ...]:
+    """Mean place, mean, lowest and highest value of evenly filled spans, each [spans].
+
+    There are at most `points` spans, and fewer where the noise of a line of few values would
+    otherwise hide where it goes.
+    """
+    count = min(points, max(len(x) // 5, min(len(x), 40)))
+    places = [part.mean() for part in np.array_split(np.asarray(x, float), count)]
+    parts = np.array_split(np.asarray(y, float), count)
+    means, lows, highs = zip(*((p.mean(), p.min(), p.max()) for p in parts), strict=True)
+    return np.array(places), np.array(means), np.array(lows), np.array(highs)
+
+
+def _plain_decades(axis: Axis, low: float, high: float) -> None:
+    """Few ticks with plain numbers on a logarithmic axis; matplotlib's collide in small charts."""
+    decades = math.log10(high / low)
+    steps = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _style(salt: str) -> Any:
+    """matplotlib's settings: text as text, colours of the page, the same file every time."""
+    return matplotlib.rc_context(
+        {
+            "svg.fonttype": "none",
+            "svg.hashsalt": salt,
+            "font.size": 9,
+            "axes.titlesize": 9,
+            "axes.edgecolor": MUTED,
+            "axes.labelcolor": MUTED,
+            "axes.linewidth": 0.6,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "text.color": INK,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "grid.linewidth": 0.6,
+            "lines.linewidth": 1.4,
+            "image.cmap": "viridis",
+        }
+    )
+
+
+def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.subplots()
+
+
+def _svg(figure: Figure, title: str) -> str:
+    """The picture as an element, in the page's colours and as wide as its place."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" role="img">', text)
+    text = text.replace('role="img">', f'role="img"><title>{_escaped(title)}</title>', 1)
+    for stand_in, variable in VARIABLES.items():
+        text = text.replace(stand_in, f"var({variable})")
+    return text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

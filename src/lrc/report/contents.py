@@ -1,0 +1,266 @@
+"""What a page says of runs, read from their folders alone."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import LogNorm
+
+from lrc.report.charts import Line, colour_scale, heat_map, line_chart, run_colour
+from lrc.report.curves import PANELS
+from lrc.run import Run
+from lrc.teacher import short_name
+
+CHARTS = {
+    **PANELS,
+    "loss": "weighted loss",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
+}
+"""Title of each chart by its key in metrics.jsonl."""
+
+LOGARITHMIC = ("clone", "loss", "grad_norm")
+
+CLONE_LAYERS = "clone_layers"
+
+COLUMNS = 80
+"""Columns of a heat map, at most."""
+
+HOUR = 3600
+
+NONE = "\N{EN DASH}"
+"""Stands where a run has no value."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """A run as a page tells it."""
+
+    name: str
+    colour: str
+    run: Run
+    metrics: list[dict[str, Any]]
+    summary: dict[str, Any]
+    """The closing table; empty where the run has not ended."""
+
+    @property
+    def teacher(self) -> str:
+        """The teacher's name, without where it lies."""
+        return short_name(self.run.recipe.teacher.model)
+
+
+def read_stories(runs: Sequence[Run]) -> list[Story]:
+    """The runs with names that tell them apart."""
+    names = [run.folder.resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = [str(run.folder) for run in runs]
+    return [
+        Story(
+            name,
+            run_colour(i),
+            run,
+            run.metrics(),
+            run.summary() if run.summary_file.is_file() else {},
+        )
+        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+    ]
+
+
+def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, str]]:
+    """Title and chart of every quantity in the metrics, over training tokens or over time."""
+    unit, label = _time_unit(stories) if over_time else (1.0, "training tokens")
+    charts = []
+    for key, title in CHARTS.items():
+        lines = []
+        for story in stories:
+            points = _points(story.metrics, key, over_time)
+            if points:
+                x, y = zip(*points, strict=True)
+                measured = key == "held_out_lm"
+                lines.append(
+                    Line(
+                        story.name,
+                        story.colour,
+                        [value / unit for value in x],
+                        y,
+                        _teacher_level(story) if measured else None,
+                        marked=measured,
+                    )
+                )
+        if lines:
+            charts.append((title, line_chart(title, lines, label, key in LOGARITHMIC)))
+    return charts
+
+
+def throughput_chart(stories: Sequence[Story]) -> str | None:
+    """Tokens per second over training tokens."""
+    lines = []
+    for story in stories:
+        points = _points(story.metrics, "tokens_per_second", over_time=False)
+        if points:
+            x, y = zip(*points, strict=True)
+            lines.append(Line(story.name, story.colour, x, y))
+    return line_chart("tokens per second", lines, "training tokens") if lines else None
+
+
+def clone_maps(story: Story) -> tuple[str, list[str]] | None:
+    """The clone terms by layer over the run: the legend of the colours and a chart a term."""
+    lines = [line for line in story.metrics if CLONE_LAYERS in line]
+    if not lines:
+        return None
+    tokens = np.array([line["tokens"] for line in lines], float)
+    values = np.array([line[CLONE_LAYERS] for line in lines])  # [lines, layers, terms]
+    positive = values[np.isfinite(values) & (values > 0)]
+    if not len(positive):
+        return None
+    low, high = np.quantile(positive, [0.01, 1.0])
+    norm = LogNorm(low, max(high, 1.01 * low), clip=True)
+    # Lines need not be evenly spaced: each column shows the first one at or after its place.
+    places = np.linspace(0, tokens[-1], min(COLUMNS, len(lines)) + 1)[1:]
+    values = values[np.searchsorted(tokens, places - 1e-9).clip(max=len(lines) - 1)]
+    terms = story.run.recipe.objective.clone.enabled()
+    charts = [
+        heat_map(term, np.maximum(values[:, :, i].T, low), tokens[-1], norm, "training tokens")
+        for i, term in enumerate(terms)
+    ]
+    scale = "relative " if story.run.recipe.objective.clone_scale == "relative" else ""
+    return colour_scale(f"{scale}squared difference", norm), charts
+
+
+def results(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
+    """The closing tables side by side: each row's name and its value for every run."""
+    rows = [
+        ("status", _status),
+        ("teacher", lambda s: s.teacher),
+        ("student parameters", lambda s: f"{s.summary['student_parameters']:,}"),
+        ("compression", _compression),
+        ("training tokens", lambda s: f"{s.metrics[-1]['tokens']:,}"),
+        ("training time", lambda s: duration(_seconds(s))),
+        ("teacher's held-out LM loss", lambda s: f"{_teacher_level(s):.4f}"),
+        ("held-out LM loss at the start", lambda s: f"{_held_out(s)[0]:.4f}"),
+        ("held-out LM loss", lambda s: f"{_held_out(s)[-1]:.4f}"),
+        ("held-out perplexity", lambda s: f"{math.exp(min(_held_out(s)[-1], 700)):,.2f}"),
+        ("KL(teacher, student)", lambda s: f"{s.summary['kl']:.4f}"),
+        ("same top-1 prediction", lambda s: f"{s.summary['top1_agreement']:.1%}"),
+        ("tokens per second", lambda s: f"{s.summary['tokens_per_second']:,.0f}"),
+        ("share of peak FLOP/s", lambda s: f"{s.summary['flop_utilisation']:.0%}"),
+        ("peak memory", lambda s: f"{s.summary['peak_memory_gib']:.1f} GiB"),
+    ]
+    return [(name, [_or_dash(value, story) for story in stories]) for name, value in rows]
+
+
+def _or_dash(value: Any, story: Story) -> str:
+    """A value as text; a dash where the run has not come to it."""
+    try:
+        return str(value(story))
+    except (KeyError, IndexError, TypeError):
+        return NONE
+
+
+def shapes(stories: Sequence[Story]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+    """Columns and rows of the shapes of teachers and students, teachers that are shared once."""
+    columns: dict[str, dict[str, Any]] = {}
+    for story in stories:
+        found = story.summary.get("shapes")
+        if found:
+            columns[story.teacher] = found["teacher"]
+            columns[story.name] = found["student"]
+    names = dict.fromkeys(row for column in columns.values() for row in column)
+    rows = [(row, [str(c.get(row, NONE)) for c in columns.values()]) for row in names]
+    return list(columns), rows
+
+
+def settings(stories: Sequence[Story]) -> list[tuple[str, list[str], bool]]:
+    """Every setting's name, its value for each run, and whether the runs differ in it."""
+    flat = [_flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
+    names = dict.fromkeys(name for recipe in flat for name in recipe)
+    rows = [(name, [_written(recipe.get(name)) for recipe in flat]) for name in names]
+    return [(name, values, len(set(values)) > 1) for name, values in rows]
+
+
+def time_shares(story: Story) -> list[tuple[str, float]]:
+    """Where the time of the run's last stretch went, largest first."""
+    return list(story.summary.get("time_shares", {}).items())
+
+
+def duration(seconds: float) -> str:
+    """A time for people: 45 s, 12 min, 3.4 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
+
+
+def _points(
+    metrics: Sequence[dict[str, Any]], key: str, over_time: bool
+) -> list[tuple[float, float]]:
+    """Tokens or seconds, and a finite value, of every line that has both."""
+    place = "seconds" if over_time else "tokens"
+    return [
+        (line.get(place, 0), line[key])  # the line before the first step has no seconds yet
+        for line in metrics
+        if key in line and math.isfinite(line[key])
+    ]
+
+
+def _time_unit(stories: Sequence[Story]) -> tuple[float, str]:
+    longest = max((_seconds(story) for story in stories), default=0.0)
+    if longest < 300:
+        return 1.0, "seconds"
+    return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")
+
+
+def _seconds(story: Story) -> float:
+    return max((line.get("seconds", 0.0) for line in story.metrics), default=0.0)
+
+
+def _held_out(story: Story) -> list[float]:
+    return [line["held_out_lm"] for line in story.metrics if "held_out_lm" in line]
+
+
+def _teacher_level(story: Story) -> float | None:
+    levels = (line.get("teacher_held_out_lm") for line in story.metrics)
+    return next((level for level in levels if level is not None), None)
+
+
+def _status(story: Story) -> str:
+    done = story.metrics[-1]["step"] if story.metrics else 0
+    steps = story.run.recipe.steps()
+    if story.summary:
+        return f"ended, {done:,} steps"
+    return f"at step {done:,} of {steps:,}"
+
+
+def _compression(story: Story) -> str:
+    ratio = story.summary["teacher_parameters"] / story.summary["student_parameters"]
+    return f"{ratio:.2f}x smaller"
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def _written(value: Any) -> str:
+    """A setting as in YAML, for one line."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return NONE
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def environment(run: Run) -> list[tuple[str, str]]:
+    """Where a run was made: versions, commit, machine."""
+    path = run.folder / "environment.json"
+    if not path.is_file():
+        return []
+    flat = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    return [(name.removeprefix("packages."), _written(value)) for name, value in flat.items()]

@@ -1,0 +1,148 @@
+"""Benchmark results of runs as one table, beside the published ones.
+
+`lrc eval` leaves `evaluation/results.json` in a run's folder; the published results ship with the
+package as `evaluate/published.yaml`. Where either is missing or of another form, it is left out.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrc.run import Run
+
+RESULTS = Path("evaluation") / "results.json"
+
+NONE = "\N{EN DASH}"
+"""Stands where a model has no value."""
+
+METRICS = ("acc", "acc_norm")
+"""The likeliest answer, and the likeliest for its length."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model's accuracies by one metric."""
+
+    model: str
+    note: str
+    """What it was made from, and from how many tokens."""
+    metric: str
+    """One of `METRICS`; empty for published rows, where it is not known which."""
+    cells: tuple[str, ...]
+    """One a task, in percent; the average last."""
+    published: bool = False
+
+
+@dataclass(frozen=True)
+class Evaluations:
+    """Models by tasks."""
+
+    tasks: tuple[str, ...]
+    """Names of the columns."""
+    rows: tuple[Row, ...]
+    notes: tuple[str, ...]
+    """What to know before comparing the numbers."""
+
+
+def read_evaluations(runs: Sequence[Run]) -> Evaluations | None:
+    """The table of all runs that were evaluated; None where none was."""
+    found = [content for run in runs if (content := _results(run)) is not None]
+    names = list(dict.fromkeys(name for content in found for name in _task_names(content)))
+    if not names:
+        return None
+    published = _published()
+    columns = published.get("tasks", {})
+    known = [name for name in columns if name in names]
+    order = [*known, *(name for name in names if name not in columns)]
+    measured = [
+        row
+        for content in found
+        for model in content["models"]
+        for metric in METRICS
+        if (row := _row(model, metric, order)) is not None
+    ]
+    rows = dict.fromkeys(measured)  # a teacher that two runs share comes once
+    beside = [
+        Row(
+            entry["model"],
+            _note(entry["teacher"], entry["tokens"]),
+            "",
+            _with_average(
+                [dict(zip(columns, entry["accuracy"], strict=True)).get(name) for name in order]
+            ),
+            published=True,
+        )
+        for entry in (published.get("models", ()) if known else ())
+    ]
+    labels = tuple(columns[name]["label"] if name in columns else name for name in order)
+    return Evaluations(labels, (*rows, *beside), tuple(_notes(found)))
+
+
+def _results(run: Run) -> dict[str, Any] | None:
+    try:
+        content = json.loads((run.folder / RESULTS).read_text(encoding="utf-8"))
+        for model in content["models"]:
+            model["label"], model["tasks"].items()
+        return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _published() -> dict[str, Any]:
+    path = resources.files("lrc") / "evaluate" / "published.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _task_names(content: dict[str, Any]) -> list[str]:
+    """Tasks that have an accuracy."""
+    return [
+        name
+        for model in content["models"]
+        for name, task in model["tasks"].items()
+        if "acc" in task.get("metrics", {})
+    ]
+
+
+def _row(model: dict[str, Any], metric: str, order: Sequence[str]) -> Row | None:
+    """A model's row by one metric; None where no task has it."""
+    scores = [
+        model["tasks"].get(name, {}).get("metrics", {}).get(metric, {}).get("value")
+        for name in order
+    ]
+    if not any(score is not None for score in scores):
+        return None
+    tokens = model.get("tokens")
+    return Row(
+        model["label"],
+        _note(model.get("teacher"), f"{tokens:,}" if tokens else None),
+        metric,
+        _with_average([None if score is None else 100 * score for score in scores]),
+    )
+
+
+def _note(teacher: str | None, tokens: str | None) -> str:
+    parts = [f"from {teacher}" if teacher else "", f"{tokens} tokens" if tokens else ""]
+    return ", ".join(part for part in parts if part)
+
+
+def _with_average(scores: Sequence[float | None]) -> tuple[str, ...]:
+    """Percentages, and their average where none is missing."""
+    cells = [NONE if score is None else f"{score:.2f}" for score in scores]
+    values = [score for score in scores if score is not None]
+    complete = len(values) == len(scores)
+    return (*cells, f"{sum(values) / len(values):.2f}" if complete else NONE)
+
+
+def _notes(found: Sequence[dict[str, Any]]) -> list[str]:
+    """What a reader must know before comparing."""
+    limits = sorted({c["settings"]["limit"] for c in found if c.get("settings", {}).get("limit")})
+    return [
+        f"Some results are of the first {limit:,} rows of each task only: not comparable with "
+        "results on all rows."
+        for limit in limits
+    ]

@@ -1,0 +1,116 @@
+"""One or several runs as one HTML page that needs nothing beside it: no network, no script."""
+
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from lrc.errors import UserError
+from lrc.evaluate.sample import generate_text
+from lrc.files import write_text
+from lrc.report import contents
+from lrc.report.charts import VARIABLES
+from lrc.report.evaluations import read_evaluations
+from lrc.run import Run
+
+GENERATOR = '<meta name="generator" content="lrc report">'
+"""What tells a page of ours, which a newer one may replace."""
+
+SAMPLE_TOKENS = 64
+
+
+def write_report(
+    runs: Sequence[Run],
+    path: Path,
+    prompts: Sequence[str] = (),
+    progress: Callable[[str], None] = lambda text: None,
+) -> None:
+    """Write the page of some runs, overlaid where they can be compared.
+
+    Args:
+        runs: runs, ended or not.
+        path: the page; an older report there is replaced, nothing else.
+        prompts: text that the students of runs that have ended are to continue, besides the sample
+            that every ended run has kept.
+        progress: told what is being done.
+
+    Raises:
+        UserError: a run has no metrics yet, the path is taken, or it cannot be written.
+    """
+    _check_path(path)
+    for run in runs:
+        if not run.metrics():
+            raise UserError(f"{run.folder} has no metrics yet; start or continue it first.")
+    stories = contents.read_stories(runs)
+    progress("drawing")
+    values = {
+        "generator": Markup(GENERATOR),
+        "style": Markup(_resource("page.css")),
+        "title": " · ".join(story.name for story in stories),
+        "written": f"{datetime.now():%Y-%m-%d %H:%M}",
+        "stories": stories,
+        "colours": {story.name: _variable(story.colour) for story in stories},
+        "results": contents.results(stories),
+        "charts": {
+            "tokens": contents.loss_charts(stories, over_time=False),
+            "time": contents.loss_charts(stories, over_time=True),
+        },
+        "throughput": contents.throughput_chart(stories),
+        "maps": {story.name: contents.clone_maps(story) for story in stories},
+        "shares": {story.name: contents.time_shares(story) for story in stories},
+        "shapes": contents.shapes(stories),
+        "settings": contents.settings(stories),
+        "environments": {story.name: contents.environment(story.run) for story in stories},
+        "evaluations": read_evaluations(runs),
+        "samples": _samples(stories, prompts, progress),
+    }
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        _resource("page.html")
+    )
+    write_text(path, template.render(values))
+
+
+def _check_path(path: Path) -> None:
+    """Refuse to replace anything but a report.
+
+    Raises:
+        UserError: something else is there.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file for the page.")
+    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace"):
+        raise UserError(f"{path} exists and is no report: choose another name with --out.")
+
+
+def _samples(
+    stories: Sequence[contents.Story], prompts: Sequence[str], progress: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Prompts with what every model made of them; runs that kept the same sample share it."""
+    found: dict[str, dict[str, Any]] = {}
+    for story in stories:
+        kept = story.summary.get("samples")
+        if kept:
+            entry = found.setdefault(kept["prompt"], {"prompt": kept["prompt"], "texts": {}})
+            entry["texts"]["teacher"] = kept["teacher"]
+            entry["texts"][story.name] = kept["student"]
+    for story in stories if prompts else ():
+        if not story.run.student_folder.is_dir():
+            continue
+        progress(f"writing samples of {story.name}")
+        model, tokenizer = story.run.student(), story.run.tokenizer()
+        for prompt in prompts:
+            entry = found.setdefault(prompt, {"prompt": prompt, "texts": {}})
+            entry["texts"][story.name] = generate_text(model, tokenizer, prompt, SAMPLE_TOKENS)
+    return list(found.values())
+
+
+def _variable(stand_in: str) -> str:
+    return f"var({VARIABLES[stand_in]})"
+
+
+def _resource(name: str) -> str:
+    return (resources.files("lrc.report") / name).read_text(encoding="utf-8")

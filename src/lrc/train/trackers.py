@@ -1,0 +1,160 @@
+"""Metrics sent to TensorBoard, Weights & Biases or trackio, where a recipe asks for it.
+
+`train.report_to` is transformers' convention. Nothing is sent by default, metrics.jsonl is always
+written, and a run that is resumed goes on in the same log. Where a service sends things to is left
+to its own environment variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_PROJECT, ...).
+"""
+
+import importlib.util
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from lrc.errors import UserError
+from lrc.files import write_text
+from lrc.methods.clone_pass import LAYERWISE
+from lrc.run import Run
+
+PROJECT = "low-rank-clone"
+"""Where runs are put unless an environment variable names another project."""
+
+
+class Tracker(Protocol):
+    """Where metrics are sent."""
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take the values of one step."""
+
+    def close(self) -> None:
+        """Send what is left."""
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse trackers whose library is missing.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.report_to names {name}, which is not installed: run "
+                f"`pip install 'low-rank-clone[{name}]'`, or leave it out."
+            )
+
+
+@contextmanager
+def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
+    """Open the trackers that a run's recipe names, at the step that it goes on from.
+
+    Raises:
+        UserError: one does not start.
+    """
+    trackers: list[Tracker] = []
+    try:
+        for name in run.recipe.train.report_to:
+            trackers.append(OPENERS[name](run, step))
+        yield trackers
+    finally:
+        for tracker in trackers:
+            tracker.close()
+
+
+def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, float]:
+    """What is sent of a line of metrics.jsonl: its numbers in groups, as transformers names them,
+    and the clone loss by term."""
+    values = {}
+    for name, value in line.items():
+        if name not in ("step", LAYERWISE):
+            values[f"{'eval' if 'held_out' in name else 'train'}/{name}"] = value
+    for name, column in zip(terms, zip(*line.get(LAYERWISE, ()), strict=True), strict=False):
+        values[f"clone/{name}"] = sum(column)
+    return values
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # Steps beyond the checkpoint were logged by a stretch that was cut off: they come again.
+        purge = step + 1 if step else None
+        self._writer: Any = SummaryWriter(run.folder / "tensorboard", purge_step=purge)
+        if not step:
+            self._writer.add_text("recipe", f"```yaml\n{run.recipe.to_yaml()}```")
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Wandb:
+    """A run of Weights & Biases."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        import wandb
+
+        try:
+            self._run: Any = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                name=run.folder.name,
+                id=tracker_id(run),
+                resume="allow",
+                dir=os.environ.get("WANDB_DIR", str(run.folder)),
+                config=run.recipe.model_dump(mode="json"),
+            )
+        except wandb.errors.Error as error:
+            raise UserError(
+                f"Weights & Biases did not start ({error}): run `wandb login`, or set "
+                "WANDB_MODE=offline."
+            ) from error
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio:
+    """A run of trackio."""
+
+    def __init__(self, run: Run, step: int) -> None:
+        import trackio
+
+        self._run: Any = trackio.init(
+            project=os.environ.get("TRACKIO_PROJECT", PROJECT),
+            name=f"{run.folder.name}-{tracker_id(run)}",  # trackio resumes by name
+            resume="allow",
+            config=run.recipe.model_dump(mode="json"),
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+OPENERS: dict[str, Callable[[Run, int], Tracker]] = {
+    "tensorboard": TensorBoard,
+    "wandb": Wandb,
+    "trackio": Trackio,
+}
+"""What opens a tracker, by its name in recipes."""
+
+
+def tracker_id(run: Run) -> str:
+    """The run's name with a tracking service: drawn once and kept in the run's folder."""
+    path = run.folder / "trackers.json"
+    if not path.is_file():
+        write_text(path, json.dumps({"id": secrets.token_hex(4)}))
+    return str(json.loads(path.read_text())["id"])

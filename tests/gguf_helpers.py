@@ -1,0 +1,86 @@
+"""Tiny students with a byte-level BPE tokenizer, and stories260K's clone, to be written as GGUF."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lrc.initialise import initialise_closed_form
+from lrc.methods import LowRankClone
+from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.teacher import load_teacher
+from tiny import tiny_method, tiny_teacher
+
+PADDING_ROWS = 3
+"""Rows of the embedding beyond the tokens."""
+
+CHAT_TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+BIASES = {"attention_bias": True, "mlp_bias": True}
+
+TEXTS = (
+    "Once upon a time, there was a little girl named Lily.",
+    "It's 1,234.5 o'clock -- don't you'LL see?",
+    "  two spaces, a\ttab,\n\nand lines \n",
+    "Ödön's café, naïve 北京 🦙 … x² ≠ y",
+    "def f(x):\n    return x**2  # code",
+    "trailing space ",
+    "a" * 50,
+    "!!!???...;;;   '''",
+)
+"""Text that tokenizers differ on."""
+
+
+def byte_level_bpe() -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer, as GPT-2's, with a chat template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<s>", "</s>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+    fast.add_tokens(["<think>"])
+    return fast
+
+
+def tiny_student(
+    model_type: str,
+    tokenizer: PreTrainedTokenizerBase,
+    tied: bool = False,
+    student_size: int = 8,
+    **changes: Any,
+) -> PreTrainedModel:
+    """A random student in float64 whose head_dim is not hidden_size / heads."""
+    rows = len(tokenizer) + PADDING_ROWS
+    teacher = tiny_teacher(model_type, tied, vocab_size=rows, **changes)
+    return tiny_method(teacher, {"hidden_size": student_size}).student()
+
+
+def stories_clone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """stories260K at half its hidden size, solved from its own stories, and its tokenizer."""
+    teacher = load_teacher(TeacherSection(model=str(folder)))
+    torch.manual_seed(0)
+    start = torch.full((16, 1), teacher.tokenizer.bos_token_id)
+    stories = teacher.model.generate(start, max_length=64, do_sample=True, pad_token_id=0)
+    method = LowRankClone(
+        teacher, StudentSection(hidden_size=32, fold_gains=True), ObjectiveSection()
+    )
+    initialise_closed_form(method, stories)
+    return method.student(), teacher.tokenizer

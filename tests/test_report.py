@@ -1,0 +1,454 @@
+"""The report: what its page holds, and that a real browser shows it."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from lrc.cli import main
+from lrc.errors import UserError
+from lrc.report import contents, evaluations, page
+from lrc.report.charts import spans
+from lrc.report.evaluations import read_evaluations
+from lrc.report.page import write_report
+from lrc.run import Run
+from tiny import LAYERS
+from tiny_runs import go, new_run
+
+TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
+    """Two runs that have ended and differ in their learning rate."""
+    folder = tmp_path_factory.mktemp("runs")
+    runs = [new_run(folder, name="first"), new_run(folder, name="second", learning_rate=0.1)]
+    for run in runs:
+        go(run)
+    return runs
+
+
+@pytest.fixture(scope="module")
+def overlaid(finished: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of both runs."""
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(finished, path)
+    return path
+
+
+class Tables(HTMLParser):
+    """Texts of all table cells by section and row, links, and the number of pictures."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.rows: dict[str, list[list[str]]] = {}
+        self.links: list[str] = []
+        self.pictures = 0
+        self._section, self._cell = "", False
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        named = dict(attrs)
+        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
+        if tag == "section":
+            self._section = named["id"] or ""
+            self.rows[self._section] = []
+        if tag == "tr":
+            self.rows[self._section].append([])
+        if tag in ("td", "th"):
+            self._cell = True
+            self.rows[self._section][-1].append("")
+        self.pictures += tag == "svg"
+
+    def handle_endtag(self, tag: str) -> None:
+        self._cell = self._cell and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self._cell:
+            self.rows[self._section][-1][-1] += data.strip()
+
+    def section(self, name: str) -> dict[str, list[str]]:
+        """The rows of a section by their first cell."""
+        return {row[0]: row[1:] for row in self.rows[name]}
+
+
+def test_it_needs_nothing_beside_it(overlaid: Path) -> None:
+    text = overlaid.read_text()
+    assert "<script" not in text
+    assert "@import" not in text
+    assert not re.findall(r"url\((?!#)", text)
+    for link in Tables(text).links:
+        assert link.startswith(("#", "data:image/png;base64,")), link
+    assert len(text) < 1_500_000
+
+
+def test_results_are_the_closing_tables(overlaid: Path, finished: list[Run]) -> None:
+    rows = Tables(overlaid.read_text()).section("results")
+    assert rows[""] == ["first", "second"]
+    summaries = [run.summary() for run in finished]
+    assert rows["held-out LM loss"] == [f"{s['student_held_out_lm']:.4f}" for s in summaries]
+    assert rows["teacher's held-out LM loss"] == [
+        f"{s['teacher_held_out_lm']:.4f}" for s in summaries
+    ]
+    assert rows["same top-1 prediction"] == [f"{s['top1_agreement']:.1%}" for s in summaries]
+    assert rows["training tokens"] == ["320", "320"]
+    assert rows["status"] == ["ended, 10 steps"] * 2
+    assert rows["teacher"] == ["tiny"] * 2
+
+
+def test_shapes_and_recipes(overlaid: Path, finished: list[Run]) -> None:
+    tables = Tables(overlaid.read_text())
+    shapes = tables.section("shapes")
+    assert shapes[""] == ["tiny", "first", "second"]
+    assert shapes["hidden size"] == ["16", "8", "8"]
+    different, everything = tables.rows["recipe"][:2], tables.section("recipe")
+    assert different == [["", "first", "second"], ["train.learning_rate", "0.0001", "0.1"]]
+    assert everything["student.hidden_size"] == ["8", "8"]
+    assert everything["python"] == [json.loads(environment(finished[1]))["python"]]
+
+
+def environment(run: Run) -> str:
+    return (run.folder / "environment.json").read_text()
+
+
+def test_every_loss_is_drawn_for_every_run(overlaid: Path) -> None:
+    text = overlaid.read_text()
+    for part in (".charts tokens", ".charts time"):
+        name = part.removeprefix(".")
+        start = text.index(f'<div class="{name}">')
+        charts = re.findall(r"<figure>.*?</figure>", text[start:], re.DOTALL)[:7]
+        titles = [re.search(r"<figcaption>(.*?)</figcaption>", c).group(1) for c in charts]
+        assert titles == list(contents.CHARTS.values())
+        for chart in charts:
+            assert "var(--run-0)" in chart
+            assert "var(--run-1)" in chart
+            assert "#0000" not in chart
+    assert Tables(text).pictures == 7 + 7 + 1 + 2 * (1 + len(TERMS))
+
+
+def test_one_run_alone(finished: list[Run], tmp_path: Path) -> None:
+    write_report(finished[:1], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert Tables(text).section("results")[""] == ["first"]
+    assert "var(--run-1)" not in text.replace("--run-1:", "").split("</style>")[1]
+
+
+def test_a_run_that_has_not_ended(finished: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "stopped"
+    shutil.copytree(finished[0].folder, folder)
+    (folder / "summary.json").unlink()
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(lines[:6]) + '{"step": 6, "lo')
+    write_report([Run.open(folder)], tmp_path / "page.html")
+    rows = Tables((tmp_path / "page.html").read_text()).section("results")
+    assert rows["status"] == ["at step 5 of 10"]
+    assert rows["KL(teacher, student)"] == [contents.NONE]
+    assert rows["held-out LM loss"] != [contents.NONE]
+
+
+def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    shutil.copytree(finished[0].folder, folder)
+    (folder / "summary.json").unlink()
+    first = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)[0]
+    (folder / "metrics.jsonl").write_text(first)
+    write_report([Run.open(folder)], tmp_path / "page.html")
+    (folder / "metrics.jsonl").unlink()
+    with pytest.raises(UserError, match="no metrics yet"):
+        write_report([Run.open(folder)], tmp_path / "page.html")
+
+
+def test_names_that_are_the_same_are_told_apart(finished: list[Run], tmp_path: Path) -> None:
+    shutil.copytree(finished[0].folder, tmp_path / "first")
+    stories = contents.read_stories([finished[0], Run.open(tmp_path / "first")])
+    assert len({story.name for story in stories}) == 2
+
+
+def test_text_cannot_become_markup(finished: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "<b>run & co"
+    shutil.copytree(finished[0].folder, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary["samples"]["student"] = "<script>alert(1)</script>"
+    (folder / "summary.json").write_text(json.dumps(summary))
+    write_report([Run.open(folder)], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert "<b>" not in text
+
+
+# ---------------------------------------------------------------------- the numbers drawn
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=1, max_size=700), st.integers(1, 300))
+def test_spans(values: list[float], points: int) -> None:
+    places = list(range(len(values)))
+    x, mean, low, high = spans(places, values, points)
+    assert len(x) <= max(points, 1)
+    assert (np.diff(x) > 0).all()
+    assert (low <= mean + 1e-9).all()
+    assert (mean <= high + 1e-9).all()
+    assert low.min() == min(values)
+    assert high.max() == max(values)
+    weights = [len(part) for part in np.array_split(values, len(x))]
+    assert np.average(mean, weights=weights) == pytest.approx(np.mean(values), abs=1e-6)
+
+
+def test_heat_maps_show_the_values_of_their_time(
+    finished: list[Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = {}
+    monkeypatch.setattr(
+        contents, "heat_map", lambda title, values, tokens, *_: drawn.update({title: values})
+    )
+    (story,) = contents.read_stories(finished[:1])
+    lines = [line for line in story.metrics if "clone_layers" in line]
+    assert len(lines) == 10
+    # unevenly spaced: drop the lines of steps 2 and 3
+    kept = [line for line in lines if line["step"] not in (2, 3)]
+    monkeypatch.setattr(contents, "COLUMNS", 5)
+    story.metrics[:] = kept
+    contents.clone_maps(story)
+    assert tuple(drawn) == TERMS
+    smallest = np.quantile([line["clone_layers"] for line in kept], 0.01)
+    for term, values in enumerate(drawn.values()):
+        assert values.shape == (LAYERS, 5)
+        for column, step in enumerate((4, 4, 6, 8, 10)):  # of 2, 4, 6, 8, 10
+            line = next(line for line in kept if line["step"] == step)
+            for layer in range(LAYERS):
+                expected = max(line["clone_layers"][layer][term], smallest)
+                assert values[layer, column] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12, "12 s"), (600, "10 min"), (3600 * 1.5, "90 min"), (36000, "10.0 h")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert contents.duration(seconds) == text
+
+
+# ------------------------------------------------------------------------------ evaluations
+
+
+PUBLISHED = {
+    "tasks": {"piqa": {"label": "PIQA"}, "mmlu": {"label": "MMLU"}, "sciq": {"label": "SciQ"}},
+    "models": [
+        {"model": "Big", "teacher": "Bigger", "tokens": "2T", "accuracy": [70.0, 40.0, 90.0]}
+    ],
+}
+
+
+def evaluate(run: Run, limit: int | None = None, **accuracies: float) -> None:
+    tasks = {
+        name: {"metrics": {"acc": {"value": value, "stderr": 0.01}}, "rows": 10}
+        for name, value in accuracies.items()
+    }
+    model = {"model": "m", "label": run.folder.name, "teacher": "t", "tokens": 320, "tasks": tasks}
+    path = run.folder / evaluations.RESULTS
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"settings": {"limit": limit}, "models": [model]}))
+
+
+@pytest.fixture
+def copies(finished: list[Run], tmp_path: Path) -> list[Run]:
+    for run in finished:
+        shutil.copytree(run.folder, tmp_path / run.folder.name)
+    return [Run.open(tmp_path / run.folder.name) for run in finished]
+
+
+def test_evaluations_beside_the_published_ones(
+    copies: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluations, "_published", lambda: PUBLISHED)
+    assert read_evaluations(copies) is None
+    evaluate(copies[0], mmlu=0.25, piqa=0.6, own_task=0.5)
+    evaluate(copies[1], limit=100, piqa=0.625)
+    found = read_evaluations(copies)
+    assert found is not None
+    assert found.tasks == ("PIQA", "MMLU", "own_task")
+    none = evaluations.NONE
+    assert [(row.model, row.cells) for row in found.rows] == [
+        ("first", ("60.00", "25.00", "50.00", "45.00")),
+        ("second", ("62.50", none, none, none)),
+        ("Big", ("70.00", "40.00", none, none)),
+    ]
+    assert "100 rows" in found.notes[0]
+    write_report(copies, tmp_path / "page.html")
+    rows = Tables((tmp_path / "page.html").read_text()).section("evaluation")
+    assert rows["firstfrom t, 320 tokens"] == ["acc", "60.00", "25.00", "50.00", "45.00"]
+    assert rows["Bigfrom Bigger, 2T tokens"] == ["", "70.00", "40.00", none, none]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"models": 3}', '{"models": [{"tasks": []}]}'])
+def test_other_evaluation_files_are_left_out(content: str, copies: list[Run]) -> None:
+    path = copies[0].folder / evaluations.RESULTS
+    path.parent.mkdir()
+    path.write_text(content)
+    assert read_evaluations(copies) is None
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_command_line(copies: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folders = [run.folder for run in copies]
+    assert call(monkeypatch, "report", folders[0], "--prompt", "w3 w4 w5") == 0
+    text = (folders[0] / "report.html").read_text()
+    assert "w3 w4 w5" in text
+    assert call(monkeypatch, "report", folders[0]) == 0  # an older report is replaced
+    assert "w3 w4 w5" not in (folders[0] / "report.html").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "report", *folders) == 0
+    assert (tmp_path / "report.html").is_file()
+    assert call(monkeypatch, "report", tmp_path) == 2
+    (tmp_path / "notes.html").write_text("<p>precious</p>")
+    assert call(monkeypatch, "report", folders[0], "--out", tmp_path / "notes.html") == 2
+    assert (tmp_path / "notes.html").read_text() == "<p>precious</p>"
+    assert call(monkeypatch, "report", folders[0], "--out", tmp_path) == 2
+
+
+def test_a_report_that_breaks_off_leaves_the_older_one(
+    copies: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out" / "page.html"
+    write_report(copies, path)
+    before = path.read_bytes()
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrc.files.flush", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_report(copies[:1], path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["page.html"]
+    assert page.GENERATOR.encode() in before
+
+
+# --------------------------------------------------------------------------------- browser
+
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--no-first-run",
+    "--hide-scrollbars",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--virtual-time-budget=2000",
+)
+
+PROBE = """
+<script>
+addEventListener("load", () => {
+  const axis = new URLSearchParams(location.search).get("axis");
+  if (axis) document.getElementById(axis).click();
+  const charts = [...document.querySelectorAll("svg")].map(svg => {
+    const box = svg.getBoundingClientRect();
+    return {
+      title: svg.querySelector("title").textContent, shown: box.width > 0,
+      box: [box.left, box.top, box.right, box.bottom],
+      lines: [...svg.querySelectorAll("path")].filter(
+        path => path.getBoundingClientRect().width > box.width / 3).length,
+      images: [...svg.querySelectorAll("image")].length,
+    };
+  });
+  const wide = document.documentElement.scrollWidth > innerWidth;
+  document.body.innerHTML += "<pre id='probe'>" + JSON.stringify({charts, wide}) + "</pre>";
+});
+</script>
+"""
+
+Look = Callable[..., Any]
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Look:
+    """Run a headless Chromium."""
+    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
+    if found is None:
+        pytest.skip("no Chromium is installed")
+
+    def look(*arguments: str) -> str:
+        profile = f"--user-data-dir={tmp_path / 'profile'}"
+        command = [found, *FLAGS, profile, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return look
+
+
+def probe(browser: Look, path: Path, *flags: str, axis: str = "") -> dict[str, Any]:
+    """What the browser has laid out."""
+    query = f"?axis={axis}" if axis else ""
+    text = browser("--dump-dom", *flags, f"file://{path}{query}")
+    found = re.search(r'<pre id="probe">(.*?)</pre>', text, re.DOTALL)
+    assert found, text[-500:]
+    return json.loads(found.group(1).replace("&amp;", "&").replace("&lt;", "<"))
+
+
+def test_a_browser_shows_the_pictures(overlaid: Path, tmp_path: Path, browser: Look) -> None:
+    probed = tmp_path / "probed.html"
+    probed.write_text(overlaid.read_text().replace("</body>", f"{PROBE}</body>"))
+    size = "--window-size=1200,4000"
+    seen = probe(browser, probed, size)
+    assert not seen["wide"]
+    shown = [chart for chart in seen["charts"] if chart["shown"]]
+    assert len(shown) == 7 + 1 + 2 * (1 + len(TERMS))
+    by_time = [c for c in probe(browser, probed, size, axis="by-time")["charts"] if c["shown"]]
+    assert len(by_time) == len(shown)
+    for chart in shown:
+        left, top, right, bottom = chart["box"]
+        assert right - left > 150, chart
+        assert bottom - top > 20, chart
+        assert chart["images"] == 1 or chart["lines"] >= 2, chart  # a line for each run
+
+    shot = tmp_path / "page.png"
+    browser(f"--screenshot={shot}", size, f"file://{overlaid}")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    runs = [np.array(colour) for colour in ((0x0B, 0x66, 0xB0), (0xC1, 0x49, 0x0F))]
+    for chart in shown:
+        left, top, right, bottom = map(math.floor, chart["box"])
+        part = pixels[top:bottom, left:right].reshape(-1, 3)
+        if chart["images"]:
+            assert len(np.unique(part // 16, axis=0)) > 20, chart
+        else:
+            for colour in runs:
+                assert (abs(part - colour).sum(1) < 60).sum() > 20, chart
+
+
+def test_it_fits_a_telephone(overlaid: Path, tmp_path: Path, browser: Look) -> None:
+    """In a frame, since the browser's window has a least width."""
+    probed = tmp_path / "probed.html"
+    probed.write_text(overlaid.read_text().replace("</body>", f"{PROBE}</body>"))
+    report = 'onload="document.body.innerHTML = this.contentDocument.body.innerHTML"'
+    outer = tmp_path / "outer.html"
+    outer.write_text(f'<body><iframe src="probed.html" width="380" height="900" {report}></iframe>')
+    seen = probe(browser, outer, "--allow-file-access-from-files")
+    assert not seen["wide"]
+    for chart in seen["charts"]:
+        if chart["shown"]:
+            assert 250 < chart["box"][2] <= 380, chart
