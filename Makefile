@@ -29,7 +29,7 @@ setup: .venv/ready
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	PYTHON=$(PYTHON) scripts/setup.sh .venv dev
+	PYTHON=$(PYTHON) scripts/setup.sh .venv dev,eval
 	touch $@
 
 clean:

@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("low-rank-clone", "torch", "transformers", "datasets", "safetensors", "numpy")
+PACKAGES = (
+    "low-rank-clone",
+    "torch",
+    "transformers",
+    "datasets",
+    "safetensors",
+    "numpy",
+    "lm_eval",
+)
 
 
 def describe_environment() -> dict[str, Any]:

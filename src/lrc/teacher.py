@@ -76,8 +76,12 @@ def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") ->
     return as_teacher(model.to(device), tokenizer, section.model)
 
 
-def load_model(name: str) -> tuple[Model, Tokenizer]:
+def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
     """Load any causal language model, named as a teacher is, and its tokenizer.
+
+    Args:
+        name: as in a recipe's `teacher.model`.
+        dtype: element type of the weights; `auto`: as stored.
 
     Raises:
         UserError: it is not found or cannot be read.
@@ -85,7 +89,19 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
     source, options = _locate(name)
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options), tokenizer
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
+
+
+def model_files(name: str) -> list[Path]:
+    """The local files of a model, named as a teacher is; none for a hub id.
+
+    Raises:
+        UserError: it is not found.
+    """
+    source, options = _locate(name)
+    if "gguf_file" in options:
+        return [Path(source) / options["gguf_file"]]
+    return sorted(file for file in Path(source).glob("*") if file.is_file())
 
 
 def load_skeleton(name: str) -> Model:

@@ -6,6 +6,7 @@ import sys
 import typer
 
 from lrc.cli.compare import compare
+from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 for command in (train, init, resume, compare, export, report, info, generate):
     app.command(no_args_is_help=True)(command)
+app.command("eval", no_args_is_help=True)(evaluate)
 
 
 @app.callback()

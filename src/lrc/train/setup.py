@@ -121,9 +121,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"train.device '{name}' is not on this machine; use auto or cpu."
-        ) from error
+        raise UserError(f"The device '{name}' is not on this machine; use auto or cpu.") from error
     return device
 
 

@@ -1,0 +1,246 @@
+"""lm-evaluation-harness behind a narrow door: its tasks by name, and its model on one of ours.
+
+Prompts, targets, metrics and their aggregation are the harness's own. Only two things are added to
+its model class: logits of the scored positions alone, and a call-back after each answer.
+"""
+
+import difflib
+import inspect
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.errors import UserError
+from lrc.evaluate.progress import Progress
+from lrc.evaluate.results import Score, TaskResult
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.tasks import TaskManager
+
+
+def harness_version() -> str:
+    """Version of the installed lm-evaluation-harness.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return metadata.version("lm_eval")
+    except metadata.PackageNotFoundError as error:
+        raise UserError(
+            "Benchmarks need lm-evaluation-harness; run `pip install low-rank-clone[eval]`."
+        ) from error
+
+
+def open_tasks() -> "TaskManager":
+    """The harness's index of all its tasks; it takes some seconds to read.
+
+    Raises:
+        UserError: the harness is not installed.
+    """
+    harness_version()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
+
+
+def find_tasks(manager: "TaskManager", names: list[str]) -> list[str]:
+    """The tasks and groups that are asked for by name, by tag or by a pattern such as `mmlu_*`.
+
+    Raises:
+        UserError: the harness has no task of that name.
+    """
+    found: list[str] = []
+    for name in names:
+        matches = sorted(manager.match_tasks([name])) if "*" in name else [name]
+        if not matches or matches[0] not in manager.task_index:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.5)
+            hint = f" (nearest: {', '.join(near)})" if near else ""
+            raise UserError(
+                f"There is no task '{name}'{hint}; give names of lm-evaluation-harness, paper or "
+                "heldout."
+            )
+        for match in matches:
+            tag = match in manager.all_tags
+            found.extend(sorted(manager.task_index[match].tags) if tag else [match])
+    return list(dict.fromkeys(found))
+
+
+def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int) -> "TemplateLM":
+    """A loaded model as the harness's model class for transformers.
+
+    It computes logits only at the end of each sequence, where the harness scores: the others cost
+    a fifth of the time and most of the memory, and are thrown away.
+
+    Args:
+        model: the model, on its device.
+        tokenizer: its tokenizer.
+        batch_size: sequences of a forward pass.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    class EndLogits(HFLM):  # type: ignore[misc]
+        """The harness's model with logits of the last positions only."""
+
+        progress: Progress | None = None
+        truncated = 0
+
+        def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> Any:
+            self._longest = max(len(continuation) for _, _, continuation in requests)
+            lengths = (len(context) + len(cont) for _, context, cont in requests)
+            self.truncated += sum(length > self.max_length + 1 for length in lengths)
+            self.cache_hook = _Counter(self.progress, len(requests))
+            return super()._loglikelihood_tokens(requests, *args, **options)
+
+        def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
+            if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+                return super()._model_call(inps, *args, **options)
+            # The harness scores the last tokens before the padding, which is zeros on the right,
+            # and finds them from the end of what is returned here. Real tokens may be 0 too: then
+            # too many logits are kept, which does no harm.
+            positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
+            shortest = int(((inps != 0) * positions).amax(1).min())
+            kept = min(inps.shape[1] - shortest + self._longest, inps.shape[1])
+            with torch.no_grad():
+                return self.model(inps, logits_to_keep=kept, use_cache=False).logits
+
+    with quiet_harness():
+        return EndLogits(
+            pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"
+        )
+
+
+class _Counter:
+    """Stands where the harness hands each answer to its cache, and counts them."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add_partial(self, *_: Any) -> None:
+        self._done += 1
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+def evaluate_task(
+    lm: "TemplateLM",
+    manager: "TaskManager",
+    name: str,
+    limit: int | None,
+    progress: Progress | None = None,
+) -> TaskResult:
+    """Evaluate one task or group.
+
+    Args:
+        lm: a `harness_model`.
+        manager: the harness's tasks.
+        name: a name that the manager knows.
+        limit: rows of the task, or of each member of a group; None: all.
+        progress: called after every answer.
+
+    Raises:
+        UserError: the data cannot be loaded or lacks the fields that the task reads.
+    """
+    from lm_eval import simple_evaluate
+
+    start, before = time.perf_counter(), lm.truncated
+    lm.progress = progress
+    with quiet_harness():
+        task = load_task(manager, name)
+        found = simple_evaluate(
+            lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False
+        )
+    assert found is not None  # only so in the other processes of several
+    counts = found["n-samples"]
+    members = list(counts) if name in found.get("groups", {}) else []
+    return TaskResult(
+        task=name,
+        metrics=_metrics(found["results"][name]),
+        rows=sum(count["effective"] for count in counts.values()),
+        rows_in_all=sum(count["original"] for count in counts.values()),
+        members={member: _metrics(found["results"][member]) for member in members},
+        version=str(found["versions"].get(name)),
+        shots=found["n-shot"].get(name, 0),
+        truncated=lm.truncated - before,
+        seconds=round(time.perf_counter() - start, 1),
+    )
+
+
+def load_task(manager: "TaskManager", name: str) -> Any:
+    """The harness's task or group of that name, with its data.
+
+    Raises:
+        UserError: the data cannot be loaded or lacks the fields that the task reads.
+    """
+    from datasets.exceptions import DatasetsError
+    from jinja2 import UndefinedError
+
+    try:
+        loaded = manager.load([name])
+    except (UndefinedError, KeyError, IndexError, TypeError) as error:
+        raise UserError(
+            f"The data of '{name}' lacks a field that the task reads ({_first_line(error)}); give "
+            "it the fields of the harness's own data set."
+        ) from error
+    except (DatasetsError, OSError, ValueError) as error:
+        raise UserError(
+            f"The data of '{name}' cannot be loaded ({_first_line(error)}); where the hub cannot "
+            "be reached, give a folder of JSONL files with --data."
+        ) from error
+    for task in loaded["tasks"].values():
+        _refuse_missing_target(task)
+    return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+@contextmanager
+def quiet_harness() -> Iterator[None]:
+    """Keep the harness's notices out of our own output."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refuse_missing_target(task: Any) -> None:
+    """The harness takes the name of a field that is not there for the target itself."""
+    target = task.config.doc_to_target
+    features = getattr(task, "features", None)
+    if features and isinstance(target, str) and target.isidentifier() and target not in features:
+        raise UserError(
+            f"The data of '{task.config.task}' lacks the field '{target}' that holds the answer; "
+            "give it the fields of the harness's own data set."
+        )
+
+
+def _metrics(found: Mapping[str, Any]) -> dict[str, Score]:
+    """The metrics of one entry of the harness's results, whose keys are `metric,filter`."""
+    metrics: dict[str, Score] = {}
+    for key, value in found.items():
+        metric, comma, chosen = key.partition(",")
+        if not comma or metric.endswith("_stderr"):
+            continue
+        error = found.get(f"{metric}_stderr,{chosen}")
+        name = metric if chosen == "none" else key
+        stderr = float(error) if isinstance(error, int | float) else None
+        metrics[name] = Score(value=float(value), stderr=stderr)
+    return metrics
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:")

@@ -1,0 +1,61 @@
+"""What a person sees of an evaluation while it goes: tasks, answers, rate and time left."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
+
+Progress = Callable[[int, int], None]
+"""Called with what is done and how much there is in all."""
+
+LINE_SECONDS = 30.0
+"""On anything but a terminal, seconds between two lines of progress."""
+
+
+@contextmanager
+def task_progress(console: Console, text: str) -> Iterator[Progress]:
+    """Show the progress of one task while the context is open: a bar on a terminal, else a line
+    now and then.
+
+    Args:
+        console: where it is shown.
+        text: the task.
+    """
+    columns = (
+        TextColumn("{task.description}"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(elapsed_when_finished=False),
+    )
+    terminal = console.is_terminal
+    started = last = time.perf_counter()
+    with Bar(*columns, console=console, disable=not terminal, transient=True) as bar:
+        task = bar.add_task(text, total=None, rate="")
+
+        def show(done: int, total: int) -> None:
+            nonlocal last
+            now = time.perf_counter()
+            rate = done / (now - started)
+            bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
+            if not terminal and now - last > LINE_SECONDS and done:
+                last = now
+                left = timedelta(seconds=round((total - done) / rate))
+                line = f"{text}: {done:,} of {total:,}, {rate:.1f}/s, {left} left"
+                console.print(line, highlight=False, soft_wrap=True)
+
+        yield show
