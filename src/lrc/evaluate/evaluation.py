@@ -139,7 +139,7 @@ def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
         raise UserError(f"--teacher and --text belong to the task {HELD_OUT}; add it to --tasks.")
     if of_harness:
         version = harness_version()
-        manager = open_tasks()
+        manager = open_tasks(of_harness)
         found = find_tasks(manager, of_harness)
         data: dict[str, Any] = dict.fromkeys(found, "hub")
         if settings.data:

@@ -1,0 +1,395 @@
+"""`lrc eval` as a whole: results, tables, what is kept, and what is refused."""
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytest.importorskip("lm_eval")
+
+from benchmarks_data import ROWS, save_byte_model, write_rows
+from lrc.cli import main
+from lrc.data import Sequences, prepare
+from lrc.errors import UserError
+from lrc.evaluate import evaluation as evaluation_module
+from lrc.evaluate.agreement import pack
+from lrc.evaluate.evaluation import Settings, evaluate
+from lrc.evaluate.published import published
+from lrc.evaluate.results import Evaluation, Kept, ModelResult, Score, TaskResult
+from lrc.evaluate.subject import find_subjects, fingerprint_of
+from lrc.evaluate.tables import average, markdown, notes, short_count
+from lrc.recipe import load_recipe
+from lrc.run import Run
+from lrc.sections import DataSection
+from lrc.train.session import initialise_only
+
+QUIET = Console(quiet=True)
+
+cli_module = importlib.import_module("lrc.cli.evaluate")  # `lrc.cli` has a function of that name
+
+
+@pytest.fixture(autouse=True)
+def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness asks the machine for its details at every evaluation, which takes a second."""
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
+
+
+@pytest.fixture(scope="module")
+def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_byte_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rows")
+    for name, make in ROWS.items():
+        write_rows(folder / f"{name}.jsonl", make(6))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose student was never trained."""
+    folder = tmp_path_factory.mktemp("run")
+    texts = [
+        {"text": f"Animal {i} is a cow, and cow {i + 1} is an animal. " * 3} for i in range(40)
+    ]
+    recipe = {
+        "teacher": {"model": str(byte_model), "license": "mit"},
+        "student": {"hidden_size": 8},
+        "data": {
+            "text": [str(write_rows(folder / "text.jsonl", texts))],
+            "held_out_fraction": 0.2,
+            "sequence_length": 32,
+            "cache": str(folder / "cache"),
+        },
+        "train": {"micro_batch": 2, "eval_sequences": 5},
+    }
+    file = folder / "recipe.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    run = Run.create(folder / "mine", load_recipe(file))
+    initialise_only(run, QUIET)
+    return run
+
+
+def lrc(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    """The command line in this process; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_published_averages_are_means() -> None:
+    tables = published()
+    assert len(tables.tasks) == 9
+    assert len(tables.models) == 12
+    for row in tables.models:
+        assert sum(row.accuracy) / 9 == pytest.approx(row.average, abs=0.006), row.model
+    lrc = {row.model: row for row in tables.models}["LRC-1.7B"]
+    assert (lrc.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
+
+
+def test_published_results_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    assert lrc(monkeypatch, "eval", "--published") == 0
+    printed = capsys.readouterr().out
+    assert all(
+        row.model in printed and f"{row.average:.2f}" in printed for row in published().models
+    )
+
+
+def test_command_line(
+    byte_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = save_byte_model(tmp_path / "other", seed=1)
+    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    out = tmp_path / "out"
+    command = [
+        "eval",
+        byte_model,
+        "--tasks",
+        "piqa,winogrande",
+        "--data",
+        rows,
+        "--limit",
+        4,
+        "--compare",
+        other,
+        "--out",
+        out,
+    ]
+    assert lrc(monkeypatch, *command) == 0
+    printed = capsys.readouterr().out
+    assert "tiny - other" in printed
+    assert "Limited to the first 4 rows" in printed
+    assert "4 of 1,838" in printed
+    found = Evaluation.model_validate_json((out / "results.json").read_text())
+    assert [model.label for model in found.models] == ["tiny", "other"]
+    assert found.settings["limit"] == 4
+    assert found.environment["packages"]["lm_eval"]
+    ours, theirs = (model.tasks["piqa"] for model in found.models)
+    assert set(ours.metrics) == {"acc", "acc_norm"}
+    assert (ours.rows, ours.rows_in_all) == (4, 6)
+    assert ours.metrics["acc"].stderr is not None
+    text = (out / "results.md").read_text()
+    assert "| LRC-1.5B | Llama-3.2-3B | 10B |" in text
+    assert "| **tiny** (acc_norm, else acc) |" in text
+    difference = 100 * (ours.metrics["acc"].value - theirs.metrics["acc"].value)
+    assert f"| {difference:+.2f} | 4 of 1,838 |" in text
+
+    def unneeded(*_: Any) -> None:
+        raise AssertionError("all tasks are kept, so no model need be loaded")
+
+    monkeypatch.setattr(evaluation_module, "load_model", unneeded)
+    before = (out / "results.json").read_text()
+    assert lrc(monkeypatch, *command) == 0
+    assert json.loads(before)["models"] == json.loads((out / "results.json").read_text())["models"]
+    with pytest.raises(AssertionError):  # another limit is another result
+        lrc(monkeypatch, *command[:-4], "--limit", 5, "--out", out)
+
+
+def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    write_rows(data / "piqa.jsonl", ROWS["piqa"](4))
+    write_rows(data / "sciq.jsonl", ROWS["sciq"](3000))
+    out = tmp_path / "out"
+    code = "from lrc.cli import main; main()"
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "eval",
+        byte_model,
+        "--tasks",
+        "piqa,sciq",
+        "--data",
+        data,
+        "--out",
+        out,
+        "--batch-size",
+        "1",
+    ]
+    process = subprocess.Popen(
+        list(map(str, command)),
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 280
+    while not (kept := list(out.glob("tasks/piqa-*.json"))):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not list(out.glob("tasks/sciq-*.json"))
+    assert not (out / "results.json").exists()
+
+    written = kept[0].stat().st_mtime_ns
+    write_rows(data / "sciq.jsonl", ROWS["sciq"](5))  # its own key only
+    settings = Settings(("piqa", "sciq"), data=data)
+    found = evaluate(str(byte_model), [], settings, out, QUIET).models[0]
+    assert kept[0].stat().st_mtime_ns == written
+    assert [result.rows for result in found.tasks.values()] == [4, 5]
+    fresh = evaluate(str(byte_model), [], settings, tmp_path / "fresh", QUIET).models[0]
+    for name, result in fresh.tasks.items():
+        assert found.tasks[name].metrics == result.metrics
+
+
+def test_kept_results_belong_to_all_settings(byte_model: Path, tmp_path: Path) -> None:
+    kept = Kept(tmp_path)
+    key = {"task": "piqa", "limit": 3, "model": fingerprint_of(str(byte_model))}
+    result = TaskResult(task="piqa", metrics={"acc": Score(value=0.5)}, rows=3, rows_in_all=9)
+    kept.save(key, result)
+    assert kept.load(dict(key)) == result
+    assert kept.load({**key, "limit": None}) is None
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text()[:-20])
+    assert kept.load(key) is None
+    other = save_byte_model(tmp_path / "model", seed=1)
+    first = fingerprint_of(str(other))
+    save_byte_model(other, seed=2)
+    assert fingerprint_of(str(other)) != first
+    (other / "README.md").write_text("a model card is not the model")
+    assert fingerprint_of(str(other)) == fingerprint_of(str(other))
+
+
+def test_held_out_of_a_run_is_its_closing_table(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    code = lrc(monkeypatch, "eval", run.folder, "--tasks", "heldout", "--compare", "teacher")
+    assert code == 0
+    assert "same top-1 prediction" in capsys.readouterr().out
+    results = run.folder / "evaluation" / "results.json"
+    found = Evaluation.model_validate_json(results.read_text())
+    student, teacher = (
+        {m: s.value for m, s in model.tasks["heldout"].metrics.items()} for model in found.models
+    )
+    summary = run.summary()
+    assert student["lm_loss"] == pytest.approx(summary["student_held_out_lm"], rel=1e-5)
+    assert student["teacher_lm_loss"] == pytest.approx(summary["teacher_held_out_lm"], rel=1e-5)
+    assert student["perplexity"] == pytest.approx(summary["student_perplexity"], rel=1e-4)
+    assert student["kl"] == pytest.approx(summary["kl"], rel=1e-4)
+    assert student["top1"] == pytest.approx(summary["top1_agreement"])
+    assert teacher["lm_loss"] == pytest.approx(summary["teacher_held_out_lm"], rel=1e-5)
+    assert teacher["kl"] == pytest.approx(0, abs=1e-6)
+    assert teacher["top1"] == 1
+    assert found.models[0].tasks["heldout"].rows == 5
+    assert found.models[0].tokens == 0
+    assert "## Held-out text" in (run.folder / "evaluation" / "results.md").read_text()
+
+
+def test_held_out_of_a_plain_model(run: Run, byte_model: Path, tmp_path: Path) -> None:
+    """The student's folder with teacher and text by hand, against the losses written out."""
+    text = tmp_path / "own.txt"
+    text.write_text("A cow is an animal.\n\nA hen is an animal too. " * 40)
+    settings = Settings(("heldout",), limit=2, teacher=str(byte_model), text=(str(text),))
+    found = evaluate(str(run.student_folder), [], settings, tmp_path / "out", QUIET)
+    metrics = found.models[0].tasks["heldout"].metrics
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    ids = torch.tensor(list(pack(DataSection(text=[str(text)]), tokenizer))[:2])
+    student, teacher = (
+        AutoModelForCausalLM.from_pretrained(folder)(ids).logits[:, :-1].log_softmax(-1).detach()
+        for folder in (run.student_folder, byte_model)
+    )
+    lm = -student.gather(2, ids[:, 1:, None]).mean()
+    kl = (teacher.exp() * (teacher - student)).sum(-1).mean()
+    assert metrics["lm_loss"].value == pytest.approx(float(lm), rel=1e-4)
+    assert metrics["kl"].value == pytest.approx(float(kl), rel=1e-3)
+    same = (student.argmax(-1) == teacher.argmax(-1)).double().mean()
+    assert metrics["top1"].value == pytest.approx(float(same))
+
+
+def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
+    data = run.recipe.data
+    tokenizer = run.tokenizer()
+    part = prepare(data, tokenizer).train
+    packed = Sequences(part, data.sequence_length)
+    ours = list(pack(data.model_copy(update={"sequence_length": 8}), tokenizer))
+    flat = [token for row in ours for token in row]
+    # The recipe's split takes whole documents out; the first that stays is packed alike.
+    start = packed.batch([0]).input_ids[0].tolist()
+    assert any(flat[i : i + len(start)] == start for i in range(len(flat)))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--tasks", "arc_eazy", "--data", "."], "no task 'arc_eazy' (nearest: arc_easy"),
+        (["--tasks", "piqa,mmlu"], "has no file of the task 'mmlu'"),
+        (["--tasks", "heldout"], "give --teacher and --text"),
+        (["--tasks", "piqa", "--teacher", "x"], "belong to the task heldout"),
+        (["--compare", "teacher"], "is not a run, so name the teacher"),
+        (["--device", "cuda:99"], "The device 'cuda:99' is not on this machine"),
+    ],
+)
+def test_refusals(
+    arguments: list[str],
+    says: str,
+    byte_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["eval", byte_model, "--out", tmp_path / "out", "--data", rows, *arguments]
+    if "arc_eazy" in arguments:  # all 14,000 tasks are not needed to find the nearest
+        folder = evaluation_module.open_tasks(["arc_easy"])
+        monkeypatch.setattr(evaluation_module, "open_tasks", lambda names: folder)
+    assert lrc(monkeypatch, *command) == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_refusals(
+    run: Run, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = save_byte_model(tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="different vocabularies"):
+        evaluate(str(run.folder), [str(other)], Settings(("heldout",)), tmp_path / "out", QUIET)
+    settings = Settings(("heldout",), data=rows)
+    with pytest.raises(UserError, match="--data holds rows of benchmarks"):
+        evaluate(str(run.folder), [], settings, tmp_path / "out", QUIET)
+
+    def missing(name: str) -> str:
+        raise evaluation_module.harness_version.__globals__["metadata"].PackageNotFoundError
+
+    monkeypatch.setattr("lrc.evaluate.harness.metadata.version", missing)
+    with pytest.raises(UserError, match=r"pip install low-rank-clone\[eval\]"):
+        evaluate(str(run.folder), [], Settings(), tmp_path / "out", QUIET)
+
+
+def result_of(accuracy: float, norm: float | None, rows: int) -> TaskResult:
+    metrics = {"acc": Score(value=accuracy, stderr=0.01)}
+    if norm is not None:
+        metrics["acc_norm"] = Score(value=norm, stderr=0.02)
+    return TaskResult(task="", metrics=metrics, rows=rows, rows_in_all=rows)
+
+
+def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
+    tasks = {
+        name: result_of(0.5, None if i % 2 else 0.6, benchmark.rows)
+        for i, (name, benchmark) in enumerate(published().tasks.items())
+    }
+    model = ModelResult(model="runs/mine", label="mine", teacher="T-3B", tokens=10**10, tasks=tasks)
+    settings = {"limit": None, "dtype": "auto", "device": "cpu"}
+    whole = Evaluation(settings=settings, environment={"packages": {}}, models=(model,))
+    assert average(model, norm=False) == pytest.approx(50)
+    assert average(model, norm=True) == pytest.approx((5 * 60 + 4 * 50) / 9)
+    assert notes(whole) == []
+    lines = markdown(whole).splitlines()
+    row = ["60.00", "50.00"] * 4 + ["60.00", "55.56"]
+    assert f"| **mine** (acc_norm, else acc) | T-3B | 10B | {' | '.join(row)} |" in lines
+    assert "| arc_easy | acc | 50.00 ± 1.00 | 2,376 |" in lines
+
+    sample = {**tasks, "mmlu": result_of(0.5, None, 2000)}
+    part = whole.model_copy(update={"models": (model.model_copy(update={"tasks": sample}),)})
+    assert notes(part) == [
+        "mmlu: 2,000 of its 14,042 rows, so not comparable with results on all, nor with the "
+        "published ones."
+    ]
+    few = {"piqa": tasks["piqa"]}
+    partly = whole.model_copy(update={"models": (model.model_copy(update={"tasks": few}),)})
+    assert average(partly.models[0], norm=False) is None
+    assert "average of the nine" not in markdown(partly)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (999, "999"), (81_920, "81.9K"), (20 * 10**9, "20B"), (36 * 10**12, "36T")],
+)
+def test_short_counts(count: int, text: str) -> None:
+    assert short_count(count) == text
+
+
+def test_a_run_stands_for_its_student(run: Run, byte_model: Path) -> None:
+    first, second = find_subjects(str(run.folder), ["teacher", str(byte_model)])
+    assert first.source == str(run.student_folder)
+    assert first.label == "mine"
+    assert second.source == str(byte_model)
