@@ -10,13 +10,14 @@ import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.data import Sequences, prepare, read_documents, source_files
+from lrc.data import open_text, read_documents, source_files
 from lrc.data.batch import Batch
 from lrc.errors import UserError
 from lrc.evaluate.held_out import measure_agreement, perplexity
 from lrc.evaluate.progress import Progress
 from lrc.evaluate.results import HELD_OUT, Score, TaskResult
 from lrc.evaluate.subject import Subject, fingerprint_of
+from lrc.recipe import Recipe
 from lrc.sections import DataSection, TeacherSection, TrainSection
 from lrc.teacher import Teacher
 
@@ -27,8 +28,8 @@ class HeldOut:
 
     teacher: TeacherSection
     data: DataSection
-    whole: bool
-    """Whether `data.text` is held-out text as it stands; else the recipe's part of it."""
+    recipe: Recipe | None
+    """The recipe whose held-out text it is; None where all of `data.text` is held out."""
     sequences: int
     batch_size: int
 
@@ -39,7 +40,7 @@ class HeldOut:
             "teacher_settings": self.teacher.model_dump(exclude={"model", "license"}),
             "files": [list(file) for file in source_files(self.data.text + self.data.held_out)],
             "data": self.data.model_dump(exclude={"text", "held_out", "cache"}),
-            "whole": self.whole,
+            "whole": self.recipe is None,
             "sequences": self.sequences,
         }
 
@@ -49,10 +50,9 @@ class HeldOut:
         Raises:
             UserError: the text cannot be read or is too short.
         """
-        if not self.whole:
-            held_out = prepare(self.data, tokenizer).held_out
-            sequences = Sequences(held_out, self.data.sequence_length, self.data.document_mask)
-            return list(sequences.first(self.sequences, self.batch_size))
+        if self.recipe is not None:
+            text = open_text(self.recipe, tokenizer)
+            return list(text.held_out_batches(self.sequences, self.batch_size))
         rows = list(islice(pack(self.data, tokenizer), self.sequences))
         if not rows:
             raise UserError(
@@ -86,8 +86,9 @@ def held_out_of(
     data = recipe.data if recipe else DataSection(text=text)
     train = recipe.train if recipe else TrainSection()
     if text:
-        data = data.model_copy(update={"text": text, "held_out": [], "document_mask": False})
-    return HeldOut(section, data, bool(text), limit or train.eval_sequences, train.micro_batch)
+        only = {"held_out": [], "shards": [], "stream": None, "document_mask": False}
+        data, recipe = data.model_copy(update={"text": text, **only}), None
+    return HeldOut(section, data, recipe, limit or train.eval_sequences, train.micro_batch)
 
 
 def pack(data: DataSection, tokenizer: Tokenizer) -> Iterator[list[int]]:
