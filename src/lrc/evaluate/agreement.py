@@ -86,7 +86,12 @@ def held_out_of(
     data = recipe.data if recipe else DataSection(text=text)
     train = recipe.train if recipe else TrainSection()
     if text:
-        only = {"held_out": [], "shards": [], "stream": None, "document_mask": False}
+        only: dict[str, Any] = {
+            "held_out": [],
+            "shards": [],
+            "stream": None,
+            "document_mask": False,
+        }
         data, recipe = data.model_copy(update={"text": text, **only}), None
     return HeldOut(section, data, recipe, limit or train.eval_sequences, train.micro_batch)
 
