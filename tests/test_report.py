@@ -359,16 +359,6 @@ FLAGS = (
     "--disable-component-update",
     "--virtual-time-budget=2000",
 )
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--virtual-time-budget=2000",
-]
 
 PROBE = """
 <script>
