@@ -115,17 +115,13 @@ def _benchmark_rows(evaluation: Evaluation) -> Iterator[list[str]]:
         if name == HELD_OUT:
             continue
         results = [model.tasks[name] for model in models]
-        for metric in results[0].metrics:
-            scores = [result.metrics[metric] for result in results]
-            whole = results[0].rows_in_all
-            if name in published().tasks:
-                whole = max(whole, published().tasks[name].rows)
-            rows = f"{results[0].rows:,}"
-            if results[0].rows < whole:
-                rows += f" of {whole:,}"
-            cells = [_cell(metric, score) for score in scores]
-            differences = [_difference(metric, scores[0], other) for other in scores[1:]]
-            yield [name, metric, *cells, *differences, rows]
+        rows = _rows(results[0])
+        for label, metrics in _parts(results[0]).items():
+            for metric in metrics:
+                scores = [_parts(result)[label][metric] for result in results]
+                cells = [_cell(metric, score) for score in scores]
+                differences = [_difference(metric, scores[0], other) for other in scores[1:]]
+                yield [label, metric, *cells, *differences, rows]
     for norm, metric in ((False, "acc"), (True, "acc_norm, else acc")):
         found = [average(model, norm) for model in models]
         means = [mean for mean in found if mean is not None]
@@ -145,6 +141,18 @@ HELD_OUT_COLUMNS = [
     "same top-1 prediction",
     "sequences",
 ]
+
+
+def _parts(result: TaskResult) -> dict[str, dict[str, Score]]:
+    """The task's metrics, or those of its members where it is a group without a mean."""
+    return {result.task: result.metrics} if result.metrics else result.members
+
+
+def _rows(result: TaskResult) -> str:
+    whole = result.rows_in_all
+    if result.task in published().tasks:
+        whole = max(whole, published().tasks[result.task].rows)
+    return f"{result.rows:,} of {whole:,}" if result.rows < whole else f"{result.rows:,}"
 
 
 def _held_out_rows(evaluation: Evaluation) -> Iterator[list[str]]:
