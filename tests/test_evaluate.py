@@ -299,6 +299,7 @@ def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
     [
         (["--tasks", "arc_eazy", "--data", "."], "no task 'arc_eazy' (nearest: arc_easy"),
         (["--tasks", "piqa,mmlu"], "has no file of the task 'mmlu'"),
+        (["--tasks", ","], "Give --tasks some tasks"),
         (["--tasks", "heldout"], "give --teacher and --text"),
         (["--tasks", "piqa", "--teacher", "x"], "belong to the task heldout"),
         (["--compare", "teacher"], "is not a run, so name the teacher"),
