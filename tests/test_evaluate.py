@@ -20,7 +20,7 @@ pytest.importorskip("lm_eval")
 
 from benchmarks_data import ROWS, save_byte_model, write_rows
 from lrc.cli import main
-from lrc.data import Sequences, prepare
+from lrc.data import open_text
 from lrc.errors import UserError
 from lrc.evaluate import evaluation as evaluation_module
 from lrc.evaluate.agreement import pack
@@ -285,12 +285,11 @@ def test_held_out_of_a_plain_model(run: Run, byte_model: Path, tmp_path: Path) -
 def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
     data = run.recipe.data
     tokenizer = run.tokenizer()
-    part = prepare(data, tokenizer).train
-    packed = Sequences(part, data.sequence_length)
+    packed = open_text(run.recipe, tokenizer)
     ours = list(pack(data.model_copy(update={"sequence_length": 8}), tokenizer))
     flat = [token for row in ours for token in row]
     # The recipe's split takes whole documents out; the first that stays is packed alike.
-    start = packed.batch([0]).input_ids[0].tolist()
+    start = packed.training_batch(0, 1).input_ids[0].tolist()
     assert any(flat[i : i + len(start)] == start for i in range(len(flat)))
 
 
@@ -299,6 +298,7 @@ def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
     [
         (["--tasks", "arc_eazy", "--data", "."], "no task 'arc_eazy' (nearest: arc_easy"),
         (["--tasks", "piqa,mmlu"], "has no file of the task 'mmlu'"),
+        (["--tasks", ","], "Give --tasks some tasks"),
         (["--tasks", "heldout"], "give --teacher and --text"),
         (["--tasks", "piqa", "--teacher", "x"], "belong to the task heldout"),
         (["--compare", "teacher"], "is not a run, so name the teacher"),
@@ -345,16 +345,16 @@ def test_other_refusals(
         evaluate(str(run.folder), [], Settings(), tmp_path / "out", QUIET)
 
 
-def result_of(accuracy: float, norm: float | None, rows: int) -> TaskResult:
+def result_of(task: str, accuracy: float, norm: float | None, rows: int) -> TaskResult:
     metrics = {"acc": Score(value=accuracy, stderr=0.01)}
     if norm is not None:
         metrics["acc_norm"] = Score(value=norm, stderr=0.02)
-    return TaskResult(task="", metrics=metrics, rows=rows, rows_in_all=rows)
+    return TaskResult(task=task, metrics=metrics, rows=rows, rows_in_all=rows)
 
 
 def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
     tasks = {
-        name: result_of(0.5, None if i % 2 else 0.6, benchmark.rows)
+        name: result_of(name, 0.5, None if i % 2 else 0.6, benchmark.rows)
         for i, (name, benchmark) in enumerate(published().tasks.items())
     }
     model = ModelResult(model="runs/mine", label="mine", teacher="T-3B", tokens=10**10, tasks=tasks)
@@ -368,7 +368,7 @@ def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
     assert f"| **mine** (acc_norm, else acc) | T-3B | 10B | {' | '.join(row)} |" in lines
     assert "| arc_easy | acc | 50.00 ± 1.00 | 2,376 |" in lines
 
-    sample = {**tasks, "mmlu": result_of(0.5, None, 2000)}
+    sample = {**tasks, "mmlu": result_of("mmlu", 0.5, None, 2000)}
     part = whole.model_copy(update={"models": (model.model_copy(update={"tasks": sample}),)})
     assert notes(part) == [
         "mmlu: 2,000 of its 14,042 rows, so not comparable with results on all, nor with the "
@@ -378,6 +378,12 @@ def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
     partly = whole.model_copy(update={"models": (model.model_copy(update={"tasks": few}),)})
     assert average(partly.models[0], norm=False) is None
     assert "average of the nine" not in markdown(partly)
+
+    group = TaskResult(
+        task="both", metrics={}, rows=5, rows_in_all=5, members={"one": {"acc": Score(value=0.25)}}
+    )
+    meanless = model.model_copy(update={"tasks": {"both": group}})
+    assert "| one | acc | 25.00 | 5 |" in markdown(whole.model_copy(update={"models": (meanless,)}))
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,10 @@ from tiny import TINY_CASES, Case, tiny_batch, tiny_method, tiny_teacher
 
 READER = """
 import sys
+sys.modules["lrc"] = None  # importing it fails
 from pathlib import Path
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 root = Path(sys.argv[1])
 tokens = torch.load(root / "tokens.pt")
@@ -37,8 +39,13 @@ for folder in sorted(path.parent for path in root.glob("*/config.json")):
     model = AutoModelForCausalLM.from_pretrained(folder)
     model.eval()
     with torch.no_grad():
-        logits[folder.name] = (type(model).__name__, model(tokens).logits)
-assert not [name for name in sys.modules if name.split(".")[0] == "lrc"]
+            logits[folder.name] = (type(model).__name__, model(tokens).logits)
+    # transformers takes Qwen2Tokenizer for every Qwen model, whatever class the folder names.
+    own = PreTrainedTokenizerFast.from_pretrained(folder) if "qwen" in folder.name else None
+    write = pipeline("text-generation", str(folder), tokenizer=own, device="cpu")
+    (answer,) = write("w5 w9 w4", max_new_tokens=6, do_sample=False, return_tensors=True)
+    logits[folder.name] += (answer["generated_token_ids"],)
+assert not [name for name in sys.modules if name.startswith("lrc.")]
 torch.save(logits, root / "logits.pt")
 """
 
@@ -56,9 +63,21 @@ def case_method(case: Case, settings: str = "plain") -> LowRankClone:
     return tiny_method(tiny_teacher(family, tied, **changes), SETTINGS[settings])
 
 
+@dataclass(frozen=True)
+class Seen:
+    """An export in another process that cannot import lrc, and the model of training."""
+
+    class_name: str
+    logits: Tensor
+    written: list[int]
+    """Token ids of a text-generation pipeline, the prompt's first."""
+    trained_logits: Tensor
+    trained_written: list[int]
+
+
 @pytest.fixture(scope="module")
-def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, Tensor, Tensor]]:
-    """Class and logits by another process, and the logits of training, for every case."""
+def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
+    """What another process makes of the export of every case."""
     root = tmp_path_factory.mktemp("exports")
     tokens = tiny_batch(rows=3, length=12, seed=5).input_ids
     torch.save(tokens, root / "tokens.pt")
@@ -68,7 +87,8 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, 
             method = case_method(case.values[0], settings)
             method.begin_step()
             name = f"{case.id}-{settings}"
-            training[name] = method.model(tokens).logits.detach()
+            logits = method.model(tokens).logits.detach()
+            training[name] = (logits, greedy(method.model, [5, 9, 4], new=6))
             export_student(method.student(), method.teacher.tokenizer, "", root / name)
     script = root / "read.py"
     script.write_text(READER)
@@ -76,23 +96,31 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, 
     subprocess.run([sys.executable, script, root], check=True, env=environment, timeout=300)
     found = torch.load(root / "logits.pt")
     assert set(found) == set(training)
-    return {name: (*found[name], training[name]) for name in found}
+    return {name: Seen(*found[name], *training[name]) for name in found}
+
+
+@torch.no_grad()
+def greedy(model: PreTrainedModel, ids: list[int], new: int) -> list[int]:
+    """The likeliest token again and again, up to an end of the text (1 and 2)."""
+    for _ in range(new):
+        ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
+        if ids[-1] in (1, 2):
+            break
+    return ids
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_another_process_computes_the_same(
-    elsewhere: dict[str, tuple[str, Tensor, Tensor]],
-    case: Case,
-    settings: str,
-    request: pytest.FixtureRequest,
+    elsewhere: dict[str, Seen], case: Case, settings: str, request: pytest.FixtureRequest
 ) -> None:
     name = request.node.callspec.id.removesuffix(f"-{settings}")
-    class_name, read, trained = elsewhere[f"{name}-{settings}"]
-    assert class_name == type(case_method(case).model).__name__
-    assert read.dtype == torch.float64
-    assert trained.std() > 0.1
-    torch.testing.assert_close(read, trained, rtol=0, atol=1e-10)
+    seen = elsewhere[f"{name}-{settings}"]
+    assert seen.class_name == type(case_method(case).model).__name__
+    assert seen.logits.dtype == torch.float64
+    assert seen.trained_logits.std() > 0.1
+    torch.testing.assert_close(seen.logits, seen.trained_logits, rtol=0, atol=1e-10)
+    assert seen.written == seen.trained_written
 
 
 @pytest.fixture(params=TINY_CASES)

@@ -105,7 +105,7 @@ def evaluate(
     for note in notes(evaluation):
         console.print(note, style="yellow", markup=False)
     if any("acc_norm" in result.metrics for result in evaluation.models[0].tasks.values()):
-        console.print(METRIC_NOTE[0].upper() + METRIC_NOTE[1:], highlight=False)
+        console.print(METRIC_NOTE, highlight=False)
     where = f"results.json and results.md are in {folder}."
     console.print(where, highlight=False, soft_wrap=True)
 
@@ -113,7 +113,8 @@ def evaluate(
 def _default_folder(model: str) -> Path:
     from lrc.run import is_run
 
-    if is_run(Path(model)):
-        return Path(model) / "evaluation"
-    name = model.removeprefix("package:").rstrip("/").rpartition("/")[2] or "model"
-    return Path("evaluations") / name
+    path = Path(model)
+    if is_run(path):
+        return path / "evaluation"
+    name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
+    return Path("evaluations") / name.rpartition("/")[2]

@@ -104,7 +104,8 @@ def evaluate(
             "limit": settings.limit,
             "dtype": settings.dtype,
             "device": torch.device(settings.device).type,
-            "tasks_keys": plan.keys,
+            "batch_size": settings.batch_size,
+            "keys": plan.keys,
         },
         environment=describe_environment(),
         models=tuple(results),
@@ -122,6 +123,8 @@ def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
         for name in (list(published().tasks) if asked == PAPER else [asked])
     ]
     names = list(dict.fromkeys(names))
+    if not names:
+        raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names of the harness.")
     of_harness = [name for name in names if name != HELD_OUT]
     common = {
         "format": FORMAT,

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.errors import UserError
 from lrc.evaluate.progress import Progress
+from lrc.evaluate.published import published
 from lrc.evaluate.results import Score, TaskResult
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def harness_version() -> str:
 
 
 def open_tasks(names: list[str]) -> "TaskManager":
-    """The harness's index of its tasks: all of them, unless those of the paper are enough.
+    """The harness's index of its tasks: those of the paper where no others are asked for, else all.
 
     Raises:
         UserError: the harness is not installed.
@@ -65,12 +66,12 @@ def open_tasks(names: list[str]) -> "TaskManager":
     harness_version()
     import lm_eval.tasks
 
-    folder = Path(lm_eval.tasks.__file__).parent
-    few = lm_eval.tasks.TaskManager(
-        include_defaults=False, include_path=[folder / name for name in PAPER_FOLDERS]
-    )
-    if all(name in few.task_index for name in names):
-        return few
+    if set(names) <= published().tasks.keys():
+        folder = Path(lm_eval.tasks.__file__).parent
+        paths: list[str | Path] = [folder / name for name in PAPER_FOLDERS]
+        few = lm_eval.tasks.TaskManager(include_defaults=False, include_path=paths)
+        if all(name in few.task_index for name in names):
+            return few
     return lm_eval.tasks.TaskManager()
 
 
@@ -121,12 +122,14 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
-        def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> Any:
+        def _loglikelihood_tokens(
+            self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
             self._longest = max(len(continuation) for _, _, continuation in requests)
             lengths = (len(context) + len(cont) for _, context, cont in requests)
             self.truncated += sum(length > self.max_length + 1 for length in lengths)
             self.cache_hook = _Counter(self.progress, len(requests))
-            return super()._loglikelihood_tokens(requests, *args, **options)
+            return super()._loglikelihood_tokens(requests, True, override_bs)
 
         def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
             if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
@@ -188,7 +191,8 @@ def evaluate_task(
         )
     assert found is not None  # only so in the other processes of several
     counts = found["n-samples"]
-    members = list(counts) if name in found.get("groups", {}) else []
+    members = list(counts) if name in found["group_subtasks"] else []
+    shots = {found["n-shot"].get(member, 0) for member in counts}
     return TaskResult(
         task=name,
         metrics=_metrics(found["results"][name]),
@@ -196,7 +200,7 @@ def evaluate_task(
         rows_in_all=sum(count["original"] for count in counts.values()),
         members={member: _metrics(found["results"][member]) for member in members},
         version=str(found["versions"].get(name)),
-        shots=found["n-shot"].get(name, 0),
+        shots=shots.pop() if len(shots) == 1 else None,
         truncated=lm.truncated - before,
         seconds=round(time.perf_counter() - start, 1),
     )
@@ -218,7 +222,7 @@ def load_task(manager: "TaskManager", name: str) -> Any:
             f"The data of '{name}' lacks a field that the task reads ({_first_line(error)}); give "
             "it the fields of the harness's own data set."
         ) from error
-    except (DatasetsError, OSError, ValueError) as error:
+    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
         raise UserError(
             f"The data of '{name}' cannot be loaded ({_first_line(error)}); where the hub cannot "
             "be reached, give a folder of JSONL files with --data."

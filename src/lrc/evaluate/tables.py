@@ -11,8 +11,8 @@ PERCENT = ("acc", "acc_norm")
 """Metrics that are shares, shown in percent."""
 
 METRIC_NOTE = (
-    "acc takes the likeliest answer, acc_norm the likeliest for its length; the paper does not say "
-    "which of the two its columns hold, so both are given."
+    "The metric acc takes the likeliest answer, acc_norm the likeliest for its length. Which of "
+    "the two the published columns hold is not stated, so both are given."
 )
 
 
@@ -49,18 +49,19 @@ def published_table() -> Table:
 def notes(evaluation: Evaluation) -> list[str]:
     """What a reader must know before comparing the numbers."""
     found = []
-    limit = evaluation.settings["limit"]
-    if limit is not None:
+    first = evaluation.models[0]
+    if any(result.rows < result.rows_in_all for result in first.tasks.values()):
+        limit = evaluation.settings["limit"]
         found.append(
             f"Limited to the first {limit:,} rows of each task (of each member of a group): not "
             "comparable with results on all rows, nor with the published ones."
         )
     else:
-        for name, whole in _incomplete(evaluation.models[0]):
-            result = evaluation.models[0].tasks[name]
+        for name, whole in _incomplete(first):
+            rows = first.tasks[name].rows
             found.append(
-                f"{name}: {result.rows:,} of its {whole:,} rows, so not comparable with results on "
-                "all, nor with the published ones."
+                f"{name}: {rows:,} of its {whole:,} rows, so not comparable with results on all, "
+                "nor with the published ones."
             )
     for model in evaluation.models:
         cut = {name: result.truncated for name, result in model.tasks.items() if result.truncated}
@@ -79,7 +80,7 @@ def markdown(evaluation: Evaluation) -> str:
         rows = [*_published_rows(), *_paper_rows(evaluation)]
         parts.append(f"## Beside the published results (percent, zero-shot, {published().source})")
         parts.append(_markdown(["model", "teacher", "tokens", *labels, "avg"], rows))
-        parts.append(METRIC_NOTE[0].upper() + METRIC_NOTE[1:])
+        parts.append(METRIC_NOTE)
     benchmarks = list(_benchmark_rows(evaluation))
     if benchmarks:
         labels = [model.label for model in evaluation.models]
@@ -115,17 +116,13 @@ def _benchmark_rows(evaluation: Evaluation) -> Iterator[list[str]]:
         if name == HELD_OUT:
             continue
         results = [model.tasks[name] for model in models]
-        for metric in results[0].metrics:
-            scores = [result.metrics[metric] for result in results]
-            whole = results[0].rows_in_all
-            if name in published().tasks:
-                whole = max(whole, published().tasks[name].rows)
-            rows = f"{results[0].rows:,}"
-            if results[0].rows < whole:
-                rows += f" of {whole:,}"
-            cells = [_cell(metric, score) for score in scores]
-            differences = [_difference(metric, scores[0], other) for other in scores[1:]]
-            yield [name, metric, *cells, *differences, rows]
+        rows = _rows(results[0])
+        for label, metrics in _parts(results[0]).items():
+            for metric in metrics:
+                scores = [_parts(result)[label][metric] for result in results]
+                cells = [_cell(metric, score) for score in scores]
+                differences = [_difference(metric, scores[0], other) for other in scores[1:]]
+                yield [label, metric, *cells, *differences, rows]
     for norm, metric in ((False, "acc"), (True, "acc_norm, else acc")):
         found = [average(model, norm) for model in models]
         means = [mean for mean in found if mean is not None]
@@ -145,6 +142,18 @@ HELD_OUT_COLUMNS = [
     "same top-1 prediction",
     "sequences",
 ]
+
+
+def _parts(result: TaskResult) -> dict[str, dict[str, Score]]:
+    """The task's metrics, or those of its members where it is a group without a mean."""
+    return {result.task: result.metrics} if result.metrics else result.members
+
+
+def _rows(result: TaskResult) -> str:
+    whole = result.rows_in_all
+    if result.task in published().tasks:
+        whole = max(whole, published().tasks[result.task].rows)
+    return f"{result.rows:,} of {whole:,}" if result.rows < whole else f"{result.rows:,}"
 
 
 def _held_out_rows(evaluation: Evaluation) -> Iterator[list[str]]:
