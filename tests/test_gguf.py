@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
 
+import lrc
 from gguf_helpers import (
     BIASES,
     CHAT_TEMPLATE,
@@ -31,12 +31,13 @@ from gguf_helpers import (
     stories_clone,
     tiny_student,
 )
+from lrc.cli import main
 from lrc.errors import UserError
 from lrc.export import gguf_file
 from lrc.export.gguf_file import About, convert_to_gguf, write_gguf
 from lrc.export.gguf_vocabulary import pre_tokenizer_name
 from lrc.families import FAMILIES
-from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, tiny_tokenizer
+from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, tiny_teacher, tiny_tokenizer
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -67,6 +68,12 @@ CASES = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return byte_level_bpe()
+
+
+@pytest.fixture(scope="module")
+def clone(stories_folder: Path) -> tuple[Any, Any]:
+    """A clone of stories260K and its tokenizer."""
+    return stories_clone(stories_folder)
 
 
 def expected_name(path: str) -> str:
@@ -212,9 +219,9 @@ def test_rounded_weights_are_near(kind: Kind, tokenizer: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("kind", ERRORS)
 def test_rounded_models_predict_nearly_the_same(
-    kind: Kind, tmp_path: Path, stories_folder: Path
+    kind: Kind, tmp_path: Path, clone: tuple[Any, Any]
 ) -> None:
-    student, tokenizer = stories_clone(stories_folder)
+    student, tokenizer = clone
     write_gguf(student, tokenizer, tmp_path / "t.gguf", kind, ABOUT)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="t.gguf", dtype=torch.float32)
     ids = torch.tensor([tokenizer.encode(TEXTS[0])])
@@ -301,8 +308,8 @@ def read_tokenizer(path: Path) -> Any:
     return TOKENIZERS[path]
 
 
-def test_byte_fallback_round_trip(tmp_path: Path, stories_folder: Path) -> None:
-    student, tokenizer = stories_clone(stories_folder)
+def test_byte_fallback_round_trip(tmp_path: Path, clone: tuple[Any, Any]) -> None:
+    student, tokenizer = clone
     notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
     assert not any("sentencepiece" in note for note in notes)
     fields = read_fields(tmp_path / "t.gguf")
@@ -324,9 +331,9 @@ def test_byte_fallback_round_trip(tmp_path: Path, stories_folder: Path) -> None:
 
 
 def test_merges_that_sentencepiece_would_not_give_are_told(
-    tmp_path: Path, stories_folder: Path
+    tmp_path: Path, clone: tuple[Any, Any], stories_folder: Path
 ) -> None:
-    student, tokenizer = stories_clone(stories_folder)
+    student, tokenizer = clone[0], AutoTokenizer.from_pretrained(stories_folder)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     backend["model"]["merges"] = backend["model"]["merges"][:-40]
     tokenizer._tokenizer = Tokenizer.from_str(json.dumps(backend))
@@ -393,9 +400,6 @@ def test_unknown_pre_tokenizers_are_refused(rule: dict[str, Any]) -> None:
 
 
 # ------------------------------------------------------------------------------- refusals
-
-
-Refused = Callable[[Any], tuple[PreTrainedModel, Any]]
 
 
 @pytest.mark.parametrize(
@@ -473,3 +477,62 @@ def test_a_plain_folder(tokenizer: Any, tmp_path: Path) -> None:
     for name, (_, values) in read_tensors(tmp_path / "again.gguf").items():
         np.testing.assert_array_equal(values, read_tensors(tmp_path / "t.gguf")[name][1])
     assert read_fields(tmp_path / "again.gguf")["general.license"] == "apache-2.0"
+
+
+def call(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
+    monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer, teacher = byte_level_bpe(), tmp_path / "Teacher-1B"
+    rows = len(tokenizer) + PADDING_ROWS
+    tiny_teacher("llama", dtype=torch.float32, vocab_size=rows).model.save_pretrained(teacher)
+    tokenizer.save_pretrained(teacher)
+    (tmp_path / "text.txt").write_text("\n".join(TEXTS) * 40)
+    (tmp_path / "held-out.txt").write_text("\n".join(TEXTS[1:]) * 20)
+    settings = {
+        "teacher.license": "mit",
+        "train.tokens": 64,
+        "train.micro_batch": 2,
+        "data.sequence_length": 16,
+        "data.held_out": [str(tmp_path / "held-out.txt")],
+        "data.cache": str(tmp_path / "cache"),
+    }
+    run = lrc.clone(
+        str(teacher),
+        hidden_size=8,
+        text=str(tmp_path / "text.txt"),
+        out=tmp_path / "run",
+        settings=settings,
+        quiet=True,
+    )
+    out = tmp_path / "student.gguf"
+    assert call(monkeypatch, "export", run.folder, out, "--format", "gguf", "--dtype", "f16") == 0
+    assert "K-quants" in capsys.readouterr().out
+    fields, tensors = read_fields(out), read_tensors(out)
+    assert fields["general.name"] == "Teacher-1B-lrc-8"
+    assert fields["general.license"] == "mit"
+    assert "low-rank-clone" in fields["general.tags"]
+    kind, values = tensors["token_embd.weight"]
+    assert kind == Kind.F16
+    embedding = run.student().get_input_embeddings().weight.detach().numpy()
+    np.testing.assert_array_equal(values, embedding.astype(np.float16))
+
+    before = out.read_bytes()
+    for arguments in (
+        (run.folder, out, "--format", "gguf"),  # it is there already
+        (run.folder, tmp_path / "other", "--format", "gguf"),
+        (run.folder, tmp_path / "other.gguf"),
+        (run.folder, tmp_path / "other", "--dtype", "q8_0"),
+    ):
+        assert call(monkeypatch, "export", *arguments) == 2
+    assert out.read_bytes() == before
+    assert not (tmp_path / "other").exists()
+    assert call(monkeypatch, "export", run.folder, tmp_path / "other", "--dtype", "bf16") == 0
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert config["dtype"] == "bfloat16"

@@ -51,6 +51,12 @@ CASES = [
 Open = Callable[..., Any]
 
 
+@pytest.fixture(scope="module")
+def clone(stories_folder: Path) -> tuple[Any, Any]:
+    """A clone of stories260K and its tokenizer."""
+    return stories_clone(stories_folder)
+
+
 @pytest.fixture
 def open_gguf() -> Iterator[Open]:
     """Open a file in llama.cpp."""
@@ -119,9 +125,9 @@ def test_logits(
     "prompt", ["Once upon a time", "Tom and Lily", "The", "One day, a big dog"]
 )
 def test_greedy_text_of_a_clone(
-    prompt: str, stories_folder: Path, tmp_path: Path, open_gguf: Open
+    prompt: str, clone: tuple[Any, Any], tmp_path: Path, open_gguf: Open
 ) -> None:
-    student, tokenizer = stories_clone(stories_folder)
+    student, tokenizer = clone
     assert student.config.head_dim != student.config.hidden_size // 8
     write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
     ids = [tokenizer.bos_token_id, *tokenizer.encode(prompt)]
@@ -134,9 +140,9 @@ def test_greedy_text_of_a_clone(
     ("kind", "share"), [(Kind.F16, 0.002), (Kind.BF16, 0.02), (Kind.Q8_0, 0.04)]
 )
 def test_rounded_clones(
-    kind: Kind, share: float, stories_folder: Path, tmp_path: Path, open_gguf: Open
+    kind: Kind, share: float, clone: tuple[Any, Any], tmp_path: Path, open_gguf: Open
 ) -> None:
-    student, tokenizer = stories_clone(stories_folder)
+    student, tokenizer = clone
     write_gguf(student, tokenizer, tmp_path / "t.gguf", kind, ABOUT)
     ids = torch.tensor(tokenizer.encode(TEXTS[0]))
     theirs = their_logits(open_gguf(tmp_path / "t.gguf", logits_all=True), ids)
@@ -148,7 +154,7 @@ def test_rounded_clones(
 @pytest.fixture(scope="module")
 def vocabularies(
     tmp_path_factory: pytest.TempPathFactory, stories_folder: Path
-) -> dict[str, tuple[Any, Any]]:
+) -> Iterator[dict[str, tuple[Any, Any]]]:
     """llama.cpp's and transformers' tokenizer of each kind."""
     root = tmp_path_factory.mktemp("vocabularies")
     pairs = {}
@@ -162,7 +168,9 @@ def vocabularies(
         write_gguf(tiny_student("llama", tokenizer), tokenizer, path, Kind.F16, ABOUT)
         theirs = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
         pairs[name] = theirs, tokenizer
-    return pairs
+    yield pairs
+    for theirs, _ in pairs.values():
+        theirs.close()
 
 
 def retrained(tokenizer: Any) -> PreTrainedTokenizerFast:
