@@ -144,6 +144,10 @@ def test_whole_comparison_and_its_second_start(
         ({"entries": [{"name": "a", "set": {"train.seed": 1}}]}, "the comparison's `seeds`"),
         ({"entries": [{"name": "a", "set": {"train.learning_rate": 1}}]}, "`learning_rates`"),
         (
+            {"entries": [{"name": "a", "set": {"method": "scratch", "objective": {"alpha": 1}}}]},
+            "'objective.alpha', which has no effect with method scratch",
+        ),
+        (
             {"entries": [{"name": "a", "set": {"studnt.x": 1}}, {"name": "b", "set": {"x": 1}}]},
             "'studnt'.*entry 'b'",
         ),
