@@ -1,17 +1,20 @@
 """What a training step costs beside its floor and beside the straightforward formulation.
 
-Three steps on the same tokens, measured in turn in one run:
+Four steps on the same tokens, measured in turn in one run:
 
     floor     teacher forward without gradients, and forward and backward of a plain exported
               student with the LM loss: the least that distilling from logits can cost
     ours      a full Low-Rank Clone step: projection, all clone terms, KL, LM, clipping and AdamW
+    frugal    the same with `gradient_checkpointing: elementwise`
     official  the formulation of the paper's official code, written here independently: for q, k, v
               and o the student's activations pass the projection and then the teacher's full-size
               weight; FFN weights are projected in every micro-batch; the logits of both models are
               held whole; losses go through separate tensors
 
-First the losses and gradients of `ours` and `official` are compared. Peak memory is measured in a
-process of its own for each.
+First the losses and gradients of `ours` and `official` are compared: in float64, where they must be
+the same, and each in float32 against float64, which tells rounding from error. Peak memory is
+measured in a process of its own for each. The four steps of a round share every disturbance of the
+machine; ratios are taken round by round.
 
     python benchmarks/step.py                          SmolLM2-135M to 288, accumulation 1 and 4
     python benchmarks/step.py --shape llama-3.2-3b     a random stack of Llama-3.2-3B's proportions
@@ -27,6 +30,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -40,7 +44,7 @@ from lrc.environment import describe_environment
 from lrc.initialise import initialise_random
 from lrc.memory import keep_freed_memory
 from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import Teacher, as_teacher, load_teacher
 from lrc.train.loop import count
 
@@ -79,11 +83,15 @@ def make_teacher(shape: str) -> tuple[Teacher, int]:
     return as_teacher(model, tokenizer, "llama-3.2-3b scaled to a quarter"), 384
 
 
-def make_ours(teacher: Teacher, hidden_size: int) -> LowRankClone:
+def make_ours(
+    teacher: Teacher, hidden_size: int, checkpointing: Checkpointing = False
+) -> LowRankClone:
     """Our method with the paper's settings and the official space of the attention outputs."""
-    method = LowRankClone(
-        teacher, StudentSection(hidden_size=hidden_size), ObjectiveSection(attn_out="teacher")
+    student, objective = (
+        StudentSection(hidden_size=hidden_size),
+        ObjectiveSection(attn_out="teacher"),
     )
+    method = LowRankClone(teacher, student, objective, checkpointing)
     initialise_random(method.projections, 0.02, seed=0)
     return method
 
@@ -108,8 +116,10 @@ class Floor:
 class Ours:
     """A whole step of the project's method, as the training loop does it."""
 
-    def __init__(self, teacher: Teacher, hidden_size: int) -> None:
-        self.method = make_ours(teacher, hidden_size)
+    def __init__(
+        self, teacher: Teacher, hidden_size: int, checkpointing: Checkpointing = False
+    ) -> None:
+        self.method = make_ours(teacher, hidden_size, checkpointing)
         self.parameters = list(self.method.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
@@ -265,6 +275,7 @@ class Official:
 KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
     "floor": Floor,
     "ours": Ours,
+    "frugal": partial(Ours, checkpointing="elementwise"),
     "official": Official,
 }
 
@@ -276,35 +287,58 @@ def make_batches(size: Size, accumulate: int) -> list[Batch]:
     return [Batch(torch.randint(49152, shape, generator=generator)) for _ in range(accumulate)]
 
 
-def compare(size: Size) -> dict[str, float]:
-    """Largest relative difference of losses, and relative difference of the whole gradient,
-    between `ours` and `official` in float32."""
+@dataclass
+class Gradients:
+    """Losses of a step, and its gradients by parameter, in float64."""
+
+    losses: dict[str, float]
+    gradients: dict[str, Tensor]
+
+    def distance(self, truth: "Gradients") -> dict[str, float]:
+        """Largest relative difference of the losses, and that of the whole gradient."""
+        pairs = [(self.gradients[name], value) for name, value in truth.gradients.items()]
+        wrong = sum((a - b).square().sum().item() for a, b in pairs)
+        whole = sum(b.square().sum().item() for _, b in pairs)
+        losses = (abs(self.losses[name] / value - 1) for name, value in truth.losses.items())
+        return {"losses": max(losses), "gradient": (wrong / whole) ** 0.5}
+
+
+def gradients_of(kind: str, size: Size, dtype: torch.dtype) -> Gradients:
+    """Losses and gradients of one step of two small micro-batches, computed in some dtype."""
     teacher, hidden_size = make_teacher(size.shape)
-    batches = make_batches(Size(size.shape, size.sequence, 1), 2)
-    ours, official = Ours(teacher, hidden_size), Official(teacher, hidden_size)
-    a, b = ours.backward(batches), official.backward(batches)
-    ours_gradients = {name: p.grad for name, p in ours.method.parameters().items()}
-    squares = [0.0, 0.0]
-    for name, parameter in official.named.items():
-        theirs, mine = parameter.grad.double(), ours_gradients[name].double()
-        squares[0] += (mine - theirs).square().sum().item()
-        squares[1] += theirs.square().sum().item()
+    teacher.model.to(dtype)
+    subject = KINDS[kind](teacher, hidden_size)
+    assert not isinstance(subject, Floor)
+    losses = subject.backward(make_batches(Size(size.shape, size.sequence, 1), 2))
+    named = subject.named if isinstance(subject, Official) else subject.method.parameters()
+    return Gradients(losses, {name: p.grad.double() for name, p in named.items()})
+
+
+def compare(size: Size) -> dict[str, dict[str, float]]:
+    """How far ours and the official formulation are apart in float64, and each of them in float32
+    from its own in float64."""
+    ours, official = (gradients_of(kind, size, torch.float64) for kind in ("ours", "official"))
     return {
-        "loss": max(abs(a[name] - b[name]) / abs(b[name]) for name in b),
-        "gradient": (squares[0] / squares[1]) ** 0.5,
+        "float64, ours from official": ours.distance(official),
+        "float32 from float64, ours": gradients_of("ours", size, torch.float32).distance(ours),
+        "float32 from float64, official": gradients_of("official", size, torch.float32).distance(
+            official
+        ),
     }
 
 
-def measure_times(size: Size, accumulate: int, repeats: int) -> dict[str, list[float]]:
+def measure_times(
+    size: Size, kinds: list[str], accumulate: int, repeats: int
+) -> dict[str, list[float]]:
     """Seconds of each kind of step, the kinds in turn, after one warm-up round."""
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
-    subjects = {name: kind(teacher, hidden_size) for name, kind in KINDS.items()}
+    subjects = {name: KINDS[name](teacher, hidden_size) for name in kinds}
     seconds: dict[str, list[float]] = {name: [] for name in subjects}
     for repeat in range(repeats + 1):
         for name, subject in subjects.items():
             start = time.perf_counter()
-            subject.step(batches)
+            subject.step(batches if repeat else batches[:1])  # the first round warms up
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
         rows = {name: [round(value, 2) for value in values] for name, values in seconds.items()}
@@ -345,9 +379,15 @@ def predict(size: Size, accumulate: int) -> float:
 
 
 def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Ratios round by round, so that a machine that slows down slows all three alike."""
+    """Ratios round by round, so that a machine that slows down slows all of them alike."""
     tokens = accumulate * size.micro_batch * size.sequence
-    rounds = list(zip(*(seconds[name] for name in KINDS), strict=True))
+
+    def ratio(above: str, below: str) -> float:
+        rounds = zip(seconds[above], seconds[below], strict=True)
+        return round(statistics.median(a / b for a, b in rounds), 3)
+
+    pairs = [(a, b) for b in ("floor", "ours", "frugal") for a in ("ours", "frugal", "official")]
+    pairs = [(a, b) for a, b in pairs if a != b and {a, b} <= set(seconds)]
     return {
         "accumulation": accumulate,
         "tokens": tokens,
@@ -355,9 +395,8 @@ def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict
         "tokens_per_second": {
             k: round(tokens / statistics.median(v), 1) for k, v in seconds.items()
         },
-        "ours_over_floor": round(statistics.median(b / a for a, b, _ in rounds), 3),
+        **{f"{a}_over_{b}": ratio(a, b) for a, b in pairs},
         "ours_over_floor_by_operations": round(predict(size, accumulate), 3),
-        "official_over_ours": round(statistics.median(c / b for _, b, c in rounds), 3),
     }
 
 
@@ -368,6 +407,7 @@ def main() -> None:
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--accumulate", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--kinds", choices=list(KINDS), nargs="+", default=list(KINDS))
     parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     size = Size(arguments.shape, arguments.sequence, arguments.micro_batch)
@@ -379,7 +419,9 @@ def main() -> None:
     same += ["--micro-batch", str(size.micro_batch)]
     # Memory first, while this process is small: both together may not fit.
     peaks = {
-        accumulate: {k: round(memory_in_own_process(same, accumulate, k), 2) for k in KINDS}
+        accumulate: {
+            k: round(memory_in_own_process(same, accumulate, k), 2) for k in arguments.kinds
+        }
         for accumulate in arguments.accumulate
     }
     machine = describe_environment()
@@ -393,8 +435,8 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2), flush=True)
     for accumulate in arguments.accumulate:
-        row = report(size, accumulate, measure_times(size, accumulate, arguments.repeats))
-        print(json.dumps(row, indent=2), flush=True)
+        seconds = measure_times(size, arguments.kinds, accumulate, arguments.repeats)
+        print(json.dumps(report(size, accumulate, seconds), indent=2), flush=True)
 
 
 if __name__ == "__main__":

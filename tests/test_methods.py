@@ -330,10 +330,11 @@ def test_the_reference_scores_are_the_attention_of_transformers() -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_recomputing_changes_nothing(name: str) -> None:
+@pytest.mark.parametrize("how", [True, "elementwise"])
+def test_recomputing_changes_nothing(name: str, how: Any) -> None:
     recipe = RECIPES[name]
     again = recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": True})}
+        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": how})}
     )
     (losses, grads), (losses_again, grads_again) = (
         gradients(built(tiny_teacher("llama"), r), *BATCHES["padded"]) for r in (recipe, again)

@@ -378,3 +378,22 @@ def test_relative_weights(masked: bool) -> None:
 
 def test_relative_weights_of_nothing_are_finite() -> None:
     assert torch.isfinite(relative_weight(torch.zeros(2, 3, 4), None)).all()
+
+
+@pytest.mark.parametrize("weighting", ["none", "mask", "relative"])
+def test_clone_term_of_a_product(weighting: str) -> None:
+    """The gradient of P that is formed at once is that of the plain definition."""
+    torch.manual_seed(0)
+    ours = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
+    source = torch.randn(2, 5, 7, dtype=torch.float64)
+    projection = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 5) > 0.3
+    target = source @ projection
+    weight = {"none": None, "mask": mask, "relative": relative_weight(target, mask)}[weighting]
+    factor = torch.ones(2, 5).double() if weight is None else weight.double()
+    naive = ((ours - target).square() * factor[..., None]).sum() / (3 * 7)
+    _, term = clone_term(ours, target.detach(), weight, 7, (source, projection))
+    torch.testing.assert_close(term, naive)
+    expected = torch.autograd.grad(3 * naive, (ours, projection))
+    found = torch.autograd.grad(3 * term, (ours, projection))
+    torch.testing.assert_close(found, expected)

@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokeniz
 from lrc.data.batch import Batch
 from lrc.families import FAMILIES
 from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection
+from lrc.sections import Checkpointing, ObjectiveSection, StudentSection
 from lrc.teacher import Teacher, as_teacher
 from lrc.train.loop import count
 
@@ -100,7 +100,7 @@ def tiny_method(
     student: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     seed: int = 1,
-    gradient_checkpointing: bool = False,
+    gradient_checkpointing: Checkpointing = False,
 ) -> LowRankClone:
     """A clone of the teacher whose projections and gains are random and far from zero."""
     method = LowRankClone(

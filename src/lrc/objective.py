@@ -256,24 +256,33 @@ def _usual_kl(scaled_student: Tensor, minus_d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def clone_term(
-    student: Tensor, target: Tensor, weight: Tensor | None, tokens: int
+    student: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    tokens: int,
+    factors: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean squared difference over the elements of the tokens that count (paper section 3.2).
 
     Args:
         student: [batch, sequence, width].
-        target: the teacher's side, [batch, sequence, width]; differentiable too where it is
-            projected.
+        target: the teacher's side, [batch, sequence, width]; differentiable too.
         weight: what each token weighs, [batch, sequence], no gradient: a bool mask, or
             `relative_weight`; None: all weigh 1.
         tokens: number of tokens to average over.
+        factors: a_T [batch, sequence, d_T] without gradient and P [d_T, width], where the target
+            is their product, given without gradient. P gets its gradient, which is formed at once:
+            so a_T need not be kept until the backward pass.
 
     Returns:
         The student's activation, for the model to go on with, and the loss, a scalar. Going on
         with what is returned lets one pass add up the gradients of the loss and of the model.
     """
     scale = 1 / (tokens * student.shape[-1])
-    return _SquaredDifference.apply(student, target, weight, scale)  # type: ignore[no-untyped-call]
+    source, projection = factors or (None, None)
+    return _SquaredDifference.apply(  # type: ignore[no-untyped-call]
+        student, target, projection, source, weight, scale
+    )
 
 
 def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
@@ -300,15 +309,25 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
 
 class _SquaredDifference(torch.autograd.Function):
     """scale * weighted sum of squared differences, keeping the difference alone for the backward
-    pass."""
+    pass, and the gradient of the projection that the target came by."""
 
     @staticmethod
     def forward(
-        ctx: Any, student: Tensor, target: Tensor, weight: Tensor | None, scale: float
+        ctx: Any,
+        student: Tensor,
+        target: Tensor,
+        projection: Tensor | None,
+        source: Tensor | None,
+        weight: Tensor | None,
+        scale: float,
     ) -> tuple[Tensor, Tensor]:
         difference = _wide(student - target)
         weighted = difference if weight is None else difference * weight[..., None]
-        ctx.save_for_backward(weighted)
+        unit = None  # the gradient of the projection for a loss that counts once
+        if projection is not None and source is not None and ctx.needs_input_grad[2]:
+            rows = weighted.flatten(0, -2).to(source.dtype)
+            unit = -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
+        ctx.save_for_backward(weighted, unit)
         ctx.scale = scale
         ctx.dtypes = student.dtype, target.dtype
         loss = scale * torch.dot(weighted.flatten(), difference.flatten())
@@ -316,13 +335,13 @@ class _SquaredDifference(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_student: Tensor, grad_loss: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        (weighted,) = ctx.saved_tensors
+    def backward(ctx: Any, grad_student: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        weighted, unit = ctx.saved_tensors
         factor = 2 * ctx.scale * grad_loss
         student, target = ctx.dtypes
         grad_target = (weighted * -factor).to(target) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, grad_target, None, None
-        return torch.addcmul(grad_student, weighted, factor).to(student), grad_target, None, None
+        grad_projection = None if unit is None else unit * grad_loss
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = torch.addcmul(grad_student, weighted, factor).to(student)
+        return grad, grad_target, grad_projection, None, None, None

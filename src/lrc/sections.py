@@ -7,6 +7,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Checkpointing = bool | Literal["elementwise"]
+"""Whether and how a student's activations are computed again in the backward pass."""
+
 
 class Section(BaseModel):
     """Base of all sections: immutable, unknown keys refused, field docs taken from docstrings."""
@@ -194,8 +197,10 @@ class TrainSection(Section):
     precision: Literal["float32", "bfloat16"] = "float32"
     """Arithmetic of the forward passes: bfloat16 means autocast with float32 master weights."""
 
-    gradient_checkpointing: bool = False
-    """Recompute the student's layers in the backward pass, to hold longer sequences."""
+    gradient_checkpointing: Checkpointing = False
+    """Compute the student's activations again in the backward pass, to save memory:
+    `elementwise` all that is no matrix product and no attention, which costs little time, `true`
+    whole layers."""
 
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""

@@ -14,7 +14,7 @@ from lrc.data.batch import Batch
 from lrc.families import WRITERS
 from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts
-from lrc.methods.clone_pass import ClonePass
+from lrc.methods.clone_pass import ClonePass, Sides
 from lrc.methods.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.recipe import Recipe
 from lrc.teacher import Teacher
@@ -28,7 +28,7 @@ class ActivationClone(RandomStudent):
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
-        recomputes = recipe.train.gradient_checkpointing
+        recomputes = bool(recipe.train.gradient_checkpointing)
         self.clone = ClonePass(
             teacher, self.model, self.objective, self.clock, self._sides, recomputes
         )
@@ -51,8 +51,8 @@ class ActivationClone(RandomStudent):
     def step_flops(self, tokens: int, sequence: int) -> None:
         """Not counted: the alignment is not in the formula."""
 
-    def _sides(
-        self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _sides(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
         """The student's outputs of attention and FFN aligned to the teacher's width."""
-        return (align(output, self.alignment, place) if place[1] in WRITERS else output), target
+        if place[1] in WRITERS:
+            output = align(output, self.alignment, place)
+        return Sides(output, target)

@@ -6,6 +6,7 @@ space by its projections; methods without projections align the student's side.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,19 @@ from lrc.teacher import Teacher
 LAYERWISE = "clone_layers"
 """Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
 
-Sides = Callable[[Place, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Given a place, the student's input and output of its linear map, and the teacher's output, the
-student's and the teacher's side to compare, each [batch, sequence, width]."""
+
+class Sides(NamedTuple):
+    """What is compared at a place, each [batch, sequence, width]."""
+
+    student: Tensor
+    teacher: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
+    """What the teacher's side is the product of, where it is projected (`clone_term`)."""
+
+
+Compare = Callable[[Place, Tensor, Tensor, Tensor], Sides]
+"""Given a place, the student's input and output of its linear map, and the teacher's output, what
+is to be compared there."""
 
 
 class ClonePass:
@@ -46,7 +57,7 @@ class ClonePass:
         model: PreTrainedModel,
         objective: ObjectiveSection,
         clock: Clock,
-        sides: Sides,
+        sides: Compare,
         recomputes: bool,
     ) -> None:
         self.teacher, self.model, self.objective = teacher, model, objective
@@ -113,10 +124,12 @@ class ClonePass:
         def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
             with self.clock.part("loss"):
                 target = targets[place] if self.recomputes else targets.pop(place)
-                ours, theirs = self.sides(place, inputs, output, target)
-                weight = self._token_weight(theirs, mask)
-                compared, terms[place] = clone_term(ours, theirs, weight, counts.tokens)
-            return compared if ours is output else output
+                sides = self.sides(place, inputs, output, target)
+                weight = self._token_weight(sides.teacher, mask)
+                compared, terms[place] = clone_term(
+                    sides.student, sides.teacher, weight, counts.tokens, sides.factors
+                )
+            return compared if sides.student is output else output
 
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
         self._observing.close()

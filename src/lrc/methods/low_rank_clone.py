@@ -19,10 +19,11 @@ from lrc.families import WRITERS
 from lrc.initialise import initialise
 from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts, Method, Progress
-from lrc.methods.clone_pass import ClonePass
+from lrc.methods.clone_pass import ClonePass, Sides
+from lrc.methods.recomputing import recompute
 from lrc.projection import Projections, projection_key
 from lrc.recipe import Recipe
-from lrc.sections import InitialiseSection, ObjectiveSection, StudentSection
+from lrc.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
 from lrc.student import build_student, student_config
 from lrc.teacher import Teacher
 
@@ -42,7 +43,7 @@ class LowRankClone(Method):
         teacher: Teacher,
         student: StudentSection,
         objective: ObjectiveSection,
-        gradient_checkpointing: bool = False,
+        gradient_checkpointing: Checkpointing = False,
         start: InitialiseSection = InitialiseSection(),  # noqa: B008 - immutable
     ) -> None:
         self.teacher = teacher
@@ -52,14 +53,12 @@ class LowRankClone(Method):
         self.projections = Projections(teacher, student)
         self.model = build_student(teacher, student)
         self.clone = ClonePass(
-            teacher, self.model, objective, self.clock, self._sides, gradient_checkpointing
+            teacher, self.model, objective, self.clock, self._sides, bool(gradient_checkpointing)
         )
         self.alignment: dict[str, nn.Parameter] = {}
         if objective.alignment == "explicit":
             self.alignment = writer_alignment(teacher, self.model, self.clone.places, start.seed)
-        if gradient_checkpointing:
-            self.model.activation_checkpointing_enable({"use_reentrant": False})
-            self.model.train()  # transformers recomputes in training mode only
+        recompute(self.model, gradient_checkpointing)
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
@@ -115,20 +114,21 @@ class LowRankClone(Method):
         )
         return sum(parts.values())
 
-    def _sides(
-        self, place: Place, inputs: Tensor, output: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _sides(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
         """What is compared at a place: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
         layer, name = place
         if name not in WRITERS:
-            return output, target
+            return Sides(output, target)
         if name == "o" and self.objective.attn_out == "teacher":
-            return self._teacher_output(place, inputs), target
+            return Sides(self._teacher_output(place, inputs), target)
         if self.alignment:
-            return align(output, self.alignment, place), target
+            return Sides(align(output, self.alignment, place), target)
         projection = self.projections.values[projection_key(layer, name)]
-        return output, target.to(projection.dtype) @ projection
+        factors = target.to(projection.dtype), projection
+        with torch.no_grad():
+            projected = factors[0] @ factors[1]
+        return Sides(output, projected, factors)
 
     def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""
