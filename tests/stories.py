@@ -1,121 +1,14 @@
-"""stories260K, a real trained Llama of 260 thousand parameters, as a transformers model folder.
-
-It comes in the format of llama2.c: a header and float32 tensors in `stories260K.bin`, and the
-tokens with their scores in `tok512.bin`. The files are not part of the repository.
-"""
+"""stories260K for tests, where its files are there."""
 
 import os
-import struct
-from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from stories260k import save_stories
 
-SPECIAL = 3
-"""Tokens before the raw bytes: unknown, BOS, EOS."""
+__all__ = ["save_stories", "stories_source"]
 
 
 def stories_source() -> Path:
     """The folder of the two files: in $LRC_SHARED_DATA, or in `shared/data` beside the checkout."""
     beside = Path(__file__).parents[2] / "shared" / "data"
     return Path(os.environ.get("LRC_SHARED_DATA", beside)) / "models" / "stories260K"
-
-
-def save_stories(source: Path, folder: Path) -> None:
-    """Write the model and its tokenizer as a folder that transformers opens."""
-    read_model(source / "stories260K.bin").save_pretrained(folder)
-    read_tokenizer(source / "tok512.bin").save_pretrained(folder)
-
-
-def read_model(path: Path) -> LlamaForCausalLM:
-    """The model out of llama2.c's file."""
-    data = path.read_bytes()
-    dim, ffn, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
-    numbers = torch.from_numpy(np.frombuffer(data, "<f4", offset=28).copy())
-    head_dim = dim // heads
-    offset = 0
-
-    def take(*shape: int) -> Tensor:
-        nonlocal offset
-        size = int(np.prod(shape))
-        offset += size
-        return numbers[offset - size : offset].view(shape)
-
-    state = {"model.embed_tokens.weight": take(vocab, dim)}
-    for name, shape in (
-        ("input_layernorm", (dim,)),
-        ("self_attn.q_proj", (dim, dim)),
-        ("self_attn.k_proj", (kv_heads * head_dim, dim)),
-        ("self_attn.v_proj", (kv_heads * head_dim, dim)),
-        ("self_attn.o_proj", (dim, dim)),
-        ("post_attention_layernorm", (dim,)),
-        ("mlp.gate_proj", (ffn, dim)),
-        ("mlp.down_proj", (dim, ffn)),
-        ("mlp.up_proj", (ffn, dim)),
-    ):
-        for layer, weight in enumerate(take(layers, *shape)):
-            rotated = name in ("self_attn.q_proj", "self_attn.k_proj")
-            value = halves_from_pairs(weight, head_dim) if rotated else weight
-            state[f"model.layers.{layer}.{name}.weight"] = value
-    state["model.norm.weight"] = take(dim)
-    state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    config = LlamaConfig(
-        hidden_size=dim,
-        intermediate_size=ffn,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        vocab_size=vocab,
-        max_position_embeddings=length,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.load_state_dict(state)
-    return model
-
-
-def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of q or k [heads * head_dim, dim] from llama2.c's rotary layout, where
-    neighbours turn together, to transformers', where row i turns with row i + head_dim / 2."""
-    heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
-    return heads.transpose(1, 2).reshape(weight.shape)
-
-
-def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer out of llama2.c's file: a BPE that merges the pair of the highest score."""
-    tokens = list(read_tokens(path.read_bytes()))
-    vocabulary = {token: i for i, (token, _) in enumerate(tokens)}
-    by_score = sorted(tokens[SPECIAL + 256 :], key=lambda entry: -entry[1])
-    merges = [
-        (token[:i], token[i:])
-        for token, _ in by_score
-        for i in range(1, len(token))
-        if token[:i] in vocabulary and token[i:] in vocabulary
-    ]
-    unknown, bos, eos = (token for token, _ in tokens[:SPECIAL])
-    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token=unknown, byte_fallback=True))
-    tokenizer.normalizer = normalizers.Prepend(" ")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token=unknown, bos_token=bos, eos_token=eos
-    )
-
-
-def read_tokens(data: bytes) -> Iterator[tuple[str, float]]:
-    """Tokens and scores; the special ones stand on lines of their own in the file."""
-    offset = 4
-    while offset < len(data):
-        score, length = struct.unpack_from("<fi", data, offset)
-        offset += 8
-        text = data[offset : offset + length].decode()
-        yield (text if text.isspace() else text.strip("\n")), score
-        offset += length

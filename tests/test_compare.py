@@ -1,7 +1,11 @@
 """Comparisons: what they run, what they skip, and what they make of it."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ from lrc.compare.results import Point, tokens_to_reach
 from lrc.errors import UserError
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.train import loop as training_loop
 from tiny import tiny_teacher
 
 Settings = dict[str, Any]
@@ -139,6 +144,10 @@ def test_whole_comparison_and_its_second_start(
         ({"entries": [{"name": "a", "set": {"train.seed": 1}}]}, "the comparison's `seeds`"),
         ({"entries": [{"name": "a", "set": {"train.learning_rate": 1}}]}, "`learning_rates`"),
         (
+            {"entries": [{"name": "a", "set": {"method": "scratch", "objective": {"alpha": 1}}}]},
+            "'objective.alpha', which has no effect with method scratch",
+        ),
+        (
             {"entries": [{"name": "a", "set": {"studnt.x": 1}}, {"name": "b", "set": {"x": 1}}]},
             "'studnt'.*entry 'b'",
         ),
@@ -192,6 +201,75 @@ def test_command_line_overrides(
         main()
     assert end.value.code == 2
     assert "decided by the comparison's `tokens`" in capsys.readouterr().err
+
+
+def signalled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:
+    """Send this process a signal at a step of a run; the names of the runs that were begun."""
+    begun: list[str] = []
+    take = training_loop.Loop._step
+
+    def step_then_signal(self: training_loop.Loop, progress: Any) -> dict[str, Any]:
+        line = take(self, progress)
+        begun.append(self.run.folder.name)
+        if self.run.folder.name == run and self.setup.state.step == step:
+            os.kill(os.getpid(), number)
+        return line
+
+    monkeypatch.setattr(training_loop.Loop, "_step", step_then_signal)
+    return begun
+
+
+def test_a_stopped_comparison_goes_on(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    one = {**plan, "grid": {"learning_rates": [1e-2], "tokens": 1}, "entries": plan["entries"][1:2]}
+    path = write(one, tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lrc", "compare", str(path), "--out", str(tmp_path / "out")])
+    with monkeypatch.context() as patch:
+        begun = signalled(patch, signal.SIGTERM, "scratch-seed3", 2)
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert begun == ["scratch-seed0"] * 6 + ["scratch-seed3"] * 2
+    output = capsys.readouterr().out
+    assert "the same command goes on from there" in output
+    assert "run 2 of 2, about 0:00:0" in output
+    with monkeypatch.context() as patch:
+        begun = signalled(patch, signal.SIGTERM, "none", 0)
+        with pytest.raises(SystemExit) as end:
+            main()
+    assert end.value.code == 0
+    assert begun == ["scratch-seed3"] * 4
+    assert not json.loads((tmp_path / "out" / "comparison.json").read_text())["entries"][0]["tries"]
+
+
+def test_a_killed_comparison_goes_on(plan: Settings, tmp_path: Path) -> None:
+    """SIGKILL in the second run: the first is kept as it is, the second goes on."""
+    plan["recipe"]["train"] |= {"checkpoint_every": 5, "eval_every": 1000}
+    one = {**plan, "tokens": 32 * 200, "entries": plan["entries"][1:2]}
+    path = write({**one, "grid": {"learning_rates": [1e-2], "tokens": 1}}, tmp_path)
+    out = tmp_path / "out"
+    code = "from lrc.cli import main; main()"
+    command = [sys.executable, "-c", code, "compare", str(path), "--out", str(out)]
+    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    second = out / "runs" / "scratch-seed3"
+    end = time.monotonic() + 300
+    while len(list((second / "checkpoints").glob("step-*"))) < 2:
+        assert started.poll() is None, "it ended too early"
+        assert time.monotonic() < end
+        time.sleep(0.005)
+    started.kill()
+    assert started.wait() == -signal.SIGKILL
+    assert not (second / "summary.json").exists()
+    first = out / "runs" / "scratch-seed0" / "summary.json"
+    before = first.stat().st_mtime_ns
+    logged = Run.open(second).metrics()[:6]
+    results = compare(load_comparison(path), out, Console(quiet=True))
+    assert first.stat().st_mtime_ns == before
+    metrics = Run.open(second).metrics()
+    assert [line["step"] for line in metrics] == list(range(201))
+    assert metrics[:6] == logged, "it began anew"  # the clock tells
+    assert [run.seed for run in results.entries[0].runs] == [0, 3]
 
 
 def curve(*points: tuple[int, float]) -> list[Point]:

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.cli import main
+from stories260k import tell, write_stories
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -144,22 +145,8 @@ def until(condition: Callable[[], bool], command: subprocess.Popen[str]) -> None
 def workshop(stories_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
     """A folder with stories that the teacher has told."""
     folder = tmp_path_factory.mktemp("workshop")
-    model = AutoModelForCausalLM.from_pretrained(stories_folder)
-    tokenizer = AutoTokenizer.from_pretrained(stories_folder)
-    start = torch.full((SAMPLES, 1), tokenizer.bos_token_id)
-    torch.manual_seed(0)
-    told = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=SAMPLE_TOKENS,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        pad_token_id=tokenizer.eos_token_id,
-    )
-    stories = tokenizer.batch_decode(told, skip_special_tokens=True)
     text = folder / "stories.jsonl"
-    text.write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
+    write_stories(text, tell(stories_folder, SAMPLES, SAMPLE_TOKENS, seed=0))
     return Workshop(folder, stories_folder, text)
 
 

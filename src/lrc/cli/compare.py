@@ -17,14 +17,15 @@ def compare(
     teacher: TeacherOption = None,
     text: Text = None,
     out: Annotated[
-        Path | None, typer.Option(help="The comparison's folder; default: below comparisons/.")
+        Path | None, typer.Option(help="The comparison's folder; default: below runs/.")
     ] = None,
 ) -> None:
     """Train several systems on the same budget, each at its best learning rate, and tabulate them.
 
     Examples:
 
-    * `lrc compare initialisation --text corpus/ --out comparisons/starts`
+    * `lrc compare fast`
+    * `lrc compare initialisation --text corpus/ --out runs/starts`
     * `lrc compare mine.yaml --set train.micro_batch=4`
 
     The same command goes on where it was stopped, and only tabulates where nothing is left to run.
@@ -39,7 +40,7 @@ def compare(
     overrides: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
     shorthands = {"teacher.model": teacher, "data.text": text}
     overrides |= {key: value for key, value in shorthands.items() if value}
-    folder = out or Path("comparisons") / Path(comparison).stem
+    folder = out or Path("runs") / f"compare-{Path(comparison).stem}"
     try:
         compare(load_comparison(comparison, overrides), folder, console)
     except Interrupted as stop:

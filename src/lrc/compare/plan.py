@@ -14,6 +14,8 @@ from typing import Annotated, Any
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from lrc.errors import UserError
+from lrc.methods import METHODS
+from lrc.methods.unused import unused_settings
 from lrc.recipe import Recipe, apply_overrides, find_recipe, make_recipe, read_yaml
 from lrc.sections import Section
 
@@ -198,7 +200,8 @@ def _check_entries(comparison: Comparison) -> None:
     """Refuse entries whose recipes are not valid.
 
     Raises:
-        UserError: an entry sets what the comparison decides, or its recipe has mistakes.
+        UserError: an entry sets what the comparison decides or what its method does not use, or
+            its recipe has mistakes.
     """
     problems = []
     for entry in comparison.entries:
@@ -208,8 +211,15 @@ def _check_entries(comparison: Comparison) -> None:
             if key in RESERVED
         ]
         try:
-            comparison.grid_recipe(entry, 1e-4)
+            recipe = comparison.grid_recipe(entry, 1e-4)
         except UserError as error:
             problems.append(f"entry '{entry.name}': {error}".rstrip("."))
+            continue
+        method = recipe.method.name
+        problems += [
+            f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"
+            for key in unused_settings(METHODS[method], recipe)
+            if any(f"{key}.".startswith(f"{own}.") for own in entry.settings)
+        ]
     if problems:
         raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")

@@ -14,7 +14,7 @@ from lrc.data.batch import Batch
 from lrc.families import WRITERS
 from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts
-from lrc.methods.clone_pass import ClonePass, Pair
+from lrc.methods.clone_pass import ClonePass, Sides
 from lrc.methods.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.recipe import Recipe
 from lrc.teacher import Teacher
@@ -30,7 +30,7 @@ class ActivationClone(RandomStudent):
         super().__init__(teacher, recipe)
         recomputes = bool(recipe.train.gradient_checkpointing)
         self.clone = ClonePass(
-            teacher, self.model, self.objective, self.clock, self._pair, recomputes
+            teacher, self.model, self.objective, self.clock, self._sides, recomputes
         )
         seed = recipe.initialise.seed
         self.alignment = writer_alignment(teacher, self.model, self.clone.places, seed)
@@ -51,6 +51,8 @@ class ActivationClone(RandomStudent):
     def step_flops(self, tokens: int, sequence: int) -> None:
         """Not counted: the alignment is not in the formula."""
 
-    def _pair(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Pair:
+    def _sides(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
         """The student's outputs of attention and FFN aligned to the teacher's width."""
-        return Pair(align(output, self.alignment, place) if place[1] in WRITERS else output, target)
+        if place[1] in WRITERS:
+            output = align(output, self.alignment, place)
+        return Sides(output, target)

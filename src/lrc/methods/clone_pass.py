@@ -25,19 +25,18 @@ LAYERWISE = "clone_layers"
 """Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
 
 
-class Pair(NamedTuple):
-    """What a clone term compares."""
+class Sides(NamedTuple):
+    """What is compared at a place, each [batch, sequence, width]."""
 
     student: Tensor
-    """The student's side, [batch, sequence, width]."""
-    target: Tensor
-    """The teacher's side, [batch, sequence, width]."""
+    teacher: Tensor
     factors: tuple[Tensor, Tensor] | None = None
-    """What the target is the product of, where a projection is to learn (`clone_term`)."""
+    """What the teacher's side is the product of, where it is projected (`clone_term`)."""
 
 
-MakePair = Callable[[Place, Tensor, Tensor, Tensor], Pair]
-"""Given a place, the student's input and output of its linear map, and the teacher's output."""
+Compare = Callable[[Place, Tensor, Tensor, Tensor], Sides]
+"""Given a place, the student's input and output of its linear map, and the teacher's output, what
+is to be compared there."""
 
 
 class ClonePass:
@@ -48,7 +47,7 @@ class ClonePass:
         model: the student.
         objective: the losses and their weights.
         clock: counts the time of teacher, student and losses.
-        pair: what is compared at a place.
+        sides: what is compared at a place.
         recomputes: whether the student's layers run again in the backward pass.
     """
 
@@ -58,11 +57,11 @@ class ClonePass:
         model: PreTrainedModel,
         objective: ObjectiveSection,
         clock: Clock,
-        pair: MakePair,
+        sides: Compare,
         recomputes: bool,
     ) -> None:
         self.teacher, self.model, self.objective = teacher, model, objective
-        self.clock, self.pair, self.recomputes = clock, pair, recomputes
+        self.clock, self.sides, self.recomputes = clock, sides, recomputes
         self.terms = objective.clone.enabled() if objective.alpha else ()
         self.places: list[Place] = [
             (layer, name) for layer in range(teacher.num_layers) for name in self.terms
@@ -124,12 +123,12 @@ class ClonePass:
         def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
             with self.clock.part("loss"):
                 target = targets[place] if self.recomputes else targets.pop(place)
-                pair = self.pair(place, inputs, output, target)
-                weight = self._token_weight(pair.target, mask)
+                sides = self.sides(place, inputs, output, target)
+                weight = self._token_weight(sides.teacher, mask)
                 compared, terms[place] = clone_term(
-                    pair.student, pair.target, weight, counts.tokens, pair.factors
+                    sides.student, sides.teacher, weight, counts.tokens, sides.factors
                 )
-            return compared if pair.student is output else output
+            return compared if sides.student is output else output
 
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
         self._observing.enter_context(self._observe(self.model, compare))

@@ -19,8 +19,8 @@ from lrc.families import WRITERS
 from lrc.initialise import initialise
 from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts, Method, Progress
-from lrc.methods.clone_pass import ClonePass, Pair
-from lrc.methods.recomputing import checkpoint
+from lrc.methods.clone_pass import ClonePass, Sides
+from lrc.methods.recomputing import recompute
 from lrc.projection import Projections, projection_key
 from lrc.recipe import Recipe
 from lrc.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
@@ -53,12 +53,12 @@ class LowRankClone(Method):
         self.projections = Projections(teacher, student)
         self.model = build_student(teacher, student)
         self.clone = ClonePass(
-            teacher, self.model, objective, self.clock, self._pair, bool(gradient_checkpointing)
+            teacher, self.model, objective, self.clock, self._sides, bool(gradient_checkpointing)
         )
         self.alignment: dict[str, nn.Parameter] = {}
         if objective.alignment == "explicit":
             self.alignment = writer_alignment(teacher, self.model, self.clone.places, start.seed)
-        checkpoint(self.model, gradient_checkpointing)
+        recompute(self.model, gradient_checkpointing)
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
@@ -114,21 +114,21 @@ class LowRankClone(Method):
         )
         return sum(parts.values())
 
-    def _pair(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Pair:
+    def _sides(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
         """What is compared at a place: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
         layer, name = place
         if name not in WRITERS:
-            return Pair(output, target)
+            return Sides(output, target)
         if name == "o" and self.objective.attn_out == "teacher":
-            return Pair(self._teacher_output(place, inputs), target)
+            return Sides(self._teacher_output(place, inputs), target)
         if self.alignment:
-            return Pair(align(output, self.alignment, place), target)
+            return Sides(align(output, self.alignment, place), target)
         projection = self.projections.values[projection_key(layer, name)]
-        target = target.to(projection.dtype)
+        factors = target.to(projection.dtype), projection
         with torch.no_grad():
-            projected = target @ projection
-        return Pair(output, projected, (target, projection))
+            projected = factors[0] @ factors[1]
+        return Sides(output, projected, factors)
 
     def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""

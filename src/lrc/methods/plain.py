@@ -13,7 +13,7 @@ from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.errors import UserError
 from lrc.methods.base import Counts, Method
-from lrc.methods.recomputing import checkpoint
+from lrc.methods.recomputing import recompute
 from lrc.methods.vocabulary import learn_vocabulary
 from lrc.recipe import Recipe
 from lrc.student import student_config
@@ -49,7 +49,7 @@ class PlainStudent(Method):
             raise UserError(f"Every loss of method {recipe.method.name} is off; weigh one.")
         self.clock = Clock()
         self.model = self.make_student()
-        checkpoint(self.model, recipe.train.gradient_checkpointing)
+        recompute(self.model, recipe.train.gradient_checkpointing)
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "PlainStudent":

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a student, whole or of the cheap operations alone."""
+"""Gradient checkpointing, of whole layers or of the cheap operations alone."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -21,18 +21,18 @@ _PRODUCTS = {
 }
 
 
-def checkpoint(model: PreTrainedModel, kind: Checkpointing) -> None:
-    """Turn checkpointing on as a recipe asks for it."""
-    if not kind:
+def recompute(student: PreTrainedModel, how: Checkpointing) -> None:
+    """Let a student compute activations again in the backward pass, as the recipe says."""
+    if not how:
         return
     options: dict[str, Any] = {"use_reentrant": False}
-    if kind == "elementwise":
-        options["context_fn"] = _keep_products
-    model.activation_checkpointing_enable(options)
-    model.train()  # transformers recomputes in training mode only
+    if how == "elementwise":
+        options["context_fn"] = keep_products
+    student.activation_checkpointing_enable(options)
+    student.train()  # transformers recomputes in training mode only
 
 
-def _keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
     """Contexts of torch's checkpointing that keep what matrix products and attention gave.
 
     Norms, activation functions, rotary embeddings and the differences of the clone terms are

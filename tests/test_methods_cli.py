@@ -1,0 +1,164 @@
+"""Every method through the real command line: training, what it leaves, and resuming."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from lrc.cli import main
+from lrc.methods import METHODS
+from lrc.run import Run
+from lrc.train.setup import set_up
+from tiny import tiny_teacher
+
+Command = Callable[..., tuple[int, str, str]]
+STEPS = 12
+TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
+    teacher.model.save_pretrained(folder / "teacher")
+    teacher.tokenizer.save_pretrained(folder / "teacher")
+    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
+    lines = [json.dumps({"text": text}) + "\n" for text in words]
+    (folder / "text.jsonl").write_text("".join(lines))
+    settings = {
+        "teacher": {"model": str(folder / "teacher")},
+        "student": {"hidden_size": 8},
+        "data": {
+            "text": [str(folder / "text.jsonl")],
+            "held_out_fraction": 0.2,
+            "sequence_length": 16,
+            "document_mask": True,
+            "cache": str(folder / "cache"),
+        },
+        "train": {
+            "tokens": STEPS * 2 * 2 * 16,
+            "micro_batch": 2,
+            "accumulate": 2,
+            "learning_rate": 1e-2,
+            "weight_decay": 0.1,
+            "eval_every": 4,
+            "checkpoint_every": 4,
+            "keep_checkpoints": 9,
+        },
+    }
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(settings))
+    return file
+
+
+@pytest.fixture
+def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, output, errors."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name: str) -> None:
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    code, _, errors = lrc("train", recipe_file, "--method", name, "--out", whole)
+    assert code == 0, errors
+    run = Run.open(whole)
+    metrics = run.metrics()
+    measured = [line["held_out_lm"] for line in metrics if "held_out_lm" in line]
+    assert len(set(measured)) == len(measured) == 4, "it does not move"
+    assert run.summary()["method"] == run.recipe.method.name == name
+    assert METHODS[name].title in (whole / "student" / "README.md").read_text()
+
+    # The export is the training-time student, in plain transformers.
+    student = AutoModelForCausalLM.from_pretrained(whole / "student")
+    setup = set_up(run, Console(quiet=True))
+    ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        theirs = setup.method.student()(ids).logits
+        torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
+
+    # A run that was cut after step 4 and resumed is the whole run, bit by bit.
+    shutil.copytree(whole, part)
+    for step in (8, 12):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(part / "student")
+    (part / "summary.json").unlink()
+    code, _, errors = lrc("resume", part)
+    assert code == 0, errors
+    assert without_times(Run.open(part).metrics()) == without_times(metrics)
+    last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
+    for file in (last, "student/model.safetensors"):
+        assert (part / file).read_bytes() == (whole / file).read_bytes(), file
+    tensors = load_file(whole / last)
+    assert not any(key.startswith("parameter.teacher") for key in tensors)
+
+
+def test_settings_without_effect_are_told(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+    options = ["--set", "student.fold_gains=true", "--set", "train.tokens=64"]
+    code, output, _ = lrc(
+        "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
+    )
+    assert code == 0
+    assert "No effect with method scratch: student.fold_gains." in output
+
+
+def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+    options = ["--method", "minilm", "--set", "method.relation_weight=2"]
+    code, _, _ = lrc(
+        "train", recipe_file, *options, "--set", "train.tokens=64", "--out", tmp_path / "run"
+    )
+    assert code == 0
+    assert Run.open(tmp_path / "run").recipe.method.model_dump() == {
+        "name": "minilm",
+        "relation_weight": 2.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--method", "minlm"], "'method' is 'minlm': choose one of lrc, scratch, tinybert"),
+        (["--set", "method={}"], "'method.name' is missing"),
+        (
+            ["--method", "minilm", "--set", "method.relation_wait=1"],
+            "unknown key 'method.relation_wait' (nearest: 'method.relation_weight')",
+        ),
+        (["--set", "method.alpha=1"], "'method.name' is missing"),
+        (
+            ["--set", "method={name: tinybert, hidden_weight: -1}"],
+            "'method.hidden_weight' is -1",
+        ),
+        (
+            ["--set", "objective.alignment=explicit", "--set", "objective.attn_out=teacher"],
+            "attn_out to student",
+        ),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(
+    recipe_file: Path, tmp_path: Path, lrc: Command, options: list[str], words: str
+) -> None:
+    code, _, errors = lrc("train", recipe_file, *options, "--out", tmp_path / "run")
+    assert code == 2
+    assert words in errors
+    assert "Traceback" not in errors
