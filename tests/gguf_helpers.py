@@ -7,7 +7,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lrc.initialise import initialise_closed_form
+from lrc.initialise import initialise_from_text
 from lrc.methods import LowRankClone
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher
@@ -82,5 +82,5 @@ def stories_clone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     method = LowRankClone(
         teacher, StudentSection(hidden_size=32, fold_gains=True), ObjectiveSection()
     )
-    initialise_closed_form(method, stories)
+    initialise_from_text(method, "closed-form", stories)
     return method.student(), teacher.tokenizer

@@ -12,7 +12,12 @@ from torch import Tensor
 from lrc.data.batch import Batch
 from lrc.errors import UserError
 from lrc.evaluate.held_out import held_out_loss
-from lrc.initialise import initialise_closed_form, initialise_random, solve_projections
+from lrc.initialise import (
+    initialise_from_text,
+    initialise_random,
+    pca_projections,
+    solve_projections,
+)
 from lrc.initialise.least_squares import moments, regress
 from lrc.methods import LowRankClone
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
@@ -29,7 +34,7 @@ def closed_form(case: Case, hidden_size: int, ids: Tensor, **student: bool) -> L
     teacher = tiny_teacher(family, tied, **changes)
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_closed_form(method, ids)
+    initialise_from_text(method, "closed-form", ids)
     return method
 
 
@@ -74,7 +79,7 @@ def test_a_teacher_of_low_precision_is_refused() -> None:
     teacher = tiny_teacher("llama", dtype=torch.bfloat16)
     method = LowRankClone(teacher, StudentSection(hidden_size=STUDENT_HIDDEN), ObjectiveSection())
     with pytest.raises(UserError, match=r"teacher\.dtype"):
-        initialise_closed_form(method, tokens(8))
+        initialise_from_text(method, "closed-form", tokens(8))
 
 
 def test_readers_are_least_squares_of_the_students_own_stream() -> None:
@@ -97,6 +102,35 @@ def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
     for shared in (False, True):
         basis = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared)[0]["embedding"]
         torch.testing.assert_close(basis.T @ basis, one)
+
+
+def test_the_principal_start_keeps_most_of_the_stream() -> None:
+    """No other subspace of its size keeps more of the normalised stream, and all uses are one."""
+    teacher = tiny_teacher("llama", tied=True)
+    solved, gains = pca_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=True)
+    basis = solved["embedding"]
+    assert all(torch.equal(value, basis) for value in solved.values())
+    with torch.no_grad():
+        states = teacher.model(tokens(24), output_hidden_states=True).hidden_states
+    x = torch.cat([state.flatten(0, 1) for state in states[:-1]])  # the last one is normed
+    h = x / (x.square().mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
+    kept = (h @ basis).square().sum() / h.square().sum()
+    other = torch.linalg.qr(torch.randn(HIDDEN, STUDENT_HIDDEN, dtype=h.dtype)).Q
+    assert kept > (h @ other).square().sum() / h.square().sum()
+    final = teacher.model.get_submodule(teacher.family.final_norm).weight
+    torch.testing.assert_close(gains, torch.diag(basis.T @ torch.diag(final) @ basis))
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_the_principal_start_at_the_full_hidden_size_is_the_teacher(case: Case) -> None:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, **changes)
+    student = StudentSection(hidden_size=HIDDEN, tie_projections=False)  # no gain is lost
+    method = LowRankClone(teacher, student, ObjectiveSection())
+    initialise_from_text(method, "pca", tokens(24))
+    with torch.no_grad():
+        theirs, ours = teacher.model(tokens(3)).logits, method.student()(tokens(3)).logits
+    assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
 @settings(deadline=None, max_examples=25)
@@ -152,6 +186,6 @@ def test_a_trained_teacher_is_imitated_without_training(stories_folder: Path) ->
 
     initialise_random(method.projections, 0.02, seed=0)
     random = loss()
-    initialise_closed_form(method, text[:48])
+    initialise_from_text(method, "closed-form", text[:48])
     floor = held_out_loss(teacher.model, held_out, teacher.vocab_size)
     assert loss() < floor + 0.5 * (random - floor)

@@ -56,9 +56,10 @@ class StudentSection(Section):
 class InitialiseSection(Section):
     """How the projections start."""
 
-    method: Literal["closed-form", "random"] = "random"
+    method: Literal["closed-form", "pca", "random"] = "random"
     """`random`: normal(0, std), the paper's. `closed-form`: solved from a short calibration pass
-    over training text, far ahead of it; use it with folded gains."""
+    over training text, far ahead of it; use it with folded gains. `pca`: the leading directions of
+    the teacher's stream, from the same text."""
 
     std: float = Field(0.02, gt=0)
     """Standard deviation of the random start."""
@@ -67,7 +68,7 @@ class InitialiseSection(Section):
     """Seed of the random start."""
 
     calibration_tokens: int = Field(16_384, gt=0)
-    """Training tokens that the closed-form start is solved from."""
+    """Training tokens that a start from text is solved from."""
 
 
 class CloneTerms(Section):

@@ -1,7 +1,8 @@
 """How the projections start: one small file a way.
 
 `random` is the paper's. `closed-form` solves them from a few thousand tokens of the training text
-and starts far ahead (see `lrc.initialise.closed_form`).
+and starts far ahead (see `lrc.initialise.closed_form`); `pca` is the plain start from the same
+tokens that it is measured against.
 """
 
 from collections.abc import Callable
@@ -13,12 +14,19 @@ from transformers import PreTrainedModel
 
 from lrc.errors import UserError
 from lrc.initialise.closed_form import solve_projections
+from lrc.initialise.pca import pca_projections
 from lrc.initialise.random import initialise_random
 from lrc.projection import Projections
 from lrc.sections import InitialiseSection
 from lrc.teacher import Teacher
 
-__all__ = ["initialise", "initialise_closed_form", "initialise_random", "solve_projections"]
+__all__ = [
+    "initialise",
+    "initialise_from_text",
+    "initialise_random",
+    "pca_projections",
+    "solve_projections",
+]
 
 
 class Projected(Protocol):
@@ -46,15 +54,19 @@ def initialise(
     if section.method == "random":
         initialise_random(method.projections, section.std, section.seed)
     else:
-        initialise_closed_form(method, ids, progress)
+        initialise_from_text(method, section.method, ids, progress)
 
 
-def initialise_closed_form(
-    method: Projected, ids: Tensor, progress: Callable[[int, int], None] | None = None
+def initialise_from_text(
+    method: Projected,
+    way: str,
+    ids: Tensor,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Set a method's projections and final gain to the closed-form solution, in place.
+    """Set a method's projections and final gain to what calibration tokens give, in place.
 
-    Arguments are those of `initialise`.
+    Args:
+        way: a key of `FROM_TEXT`; the others are those of `initialise`.
 
     Raises:
         UserError: the teacher's weights are of lower precision than float32.
@@ -62,12 +74,11 @@ def initialise_closed_form(
     projections, teacher = method.projections, method.teacher
     if torch.finfo(teacher.model.dtype).bits < 32:
         raise UserError(
-            f"initialise: closed-form solves in float32 at least, but the teacher is in "
+            f"initialise: {way} solves in float32 at least, but the teacher is in "
             f"{str(teacher.model.dtype).removeprefix('torch.')}: set teacher.dtype to float32."
         )
-    solved, gains = solve_projections(
-        teacher, ids, projections.hidden_size, "head" not in projections.values, progress
-    )
+    shared_head = "head" not in projections.values
+    solved, gains = FROM_TEXT[way](teacher, ids, projections.hidden_size, shared_head, progress)
     with torch.no_grad():
         for site in projections.sites:
             value = solved[site.projection]
@@ -76,3 +87,8 @@ def initialise_closed_form(
             projections.values[site.projection].copy_(value)
         final = method.model.get_submodule(teacher.family.final_norm).get_parameter("weight")
         final.copy_(gains - teacher.family.gain_offset)
+
+
+FROM_TEXT = {"closed-form": solve_projections, "pca": pca_projections}
+"""Ways to start from calibration tokens: each gives the projections, with gains folded, and the
+final gain."""

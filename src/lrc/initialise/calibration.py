@@ -5,7 +5,7 @@ the tensor that is asked for: attention and FFN are not written here again.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -117,6 +117,24 @@ class Calibration:
         """The teacher's writer at a place, applied to the student's heads or FFN activations
         [..., d_m]: [..., d_T]."""
         return self.teacher.model.get_submodule(self.family.linear(*place))(states)
+
+
+def principal_basis(
+    calibration: Calibration, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """The basis B [d_T, d_S], leading eigenvectors of the mean of E[h h^T] over all norms of the
+    teacher's stream, and its last stream [sequences, length, d_T], from one pass of the teacher."""
+    total: Tensor = torch.zeros(())
+    layers = len(calibration.arguments)
+    for index, before, middle, after in calibration.teacher_streams():
+        for stream in (before, middle, *([after] if index == layers - 1 else [])):
+            for part in calibration.batches():
+                h = calibration.normalise(stream[part])
+                total = total + (h.T @ h).double()
+        if progress:
+            progress(index + 1, layers)
+    leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]
+    return leading.to(after.dtype).contiguous(), after
 
 
 def layer_arguments(model: nn.Module, layers: nn.Module, ids: Tensor) -> list[dict[str, Any]]:

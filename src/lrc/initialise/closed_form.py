@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.initialise.calibration import Calibration, input_of
+from lrc.initialise.calibration import Calibration, input_of, principal_basis
 from lrc.initialise.head import head_metric, tied_head
 from lrc.initialise.least_squares import Rows, regress
 from lrc.projection import projection_key
@@ -56,7 +56,8 @@ def solve_projections(
         inside the layers are 1.
     """
     calibration = Calibration(teacher, ids, hidden_size)
-    basis, metric = _survey(calibration)
+    basis, final = principal_basis(calibration)
+    metric = head_metric(calibration, final)
     solver = _Solver(calibration, basis)
     solved = {"embedding": basis}
     for index, before, middle, after in calibration.teacher_streams():
@@ -68,19 +69,6 @@ def solve_projections(
         return solved, torch.ones(hidden_size, dtype=basis.dtype)
     rotation, gains = tied_head(calibration, basis, solver.stream, after, metric)
     return {key: value @ rotation for key, value in solved.items()}, gains
-
-
-def _survey(calibration: Calibration) -> tuple[Tensor, Tensor]:
-    """The basis B [d_T, d_S], and the head's metric K [d_T, d_T], from one pass of the teacher."""
-    total: Tensor = torch.zeros(())
-    for index, before, middle, after in calibration.teacher_streams():
-        last = index == len(calibration.arguments) - 1
-        for stream in (before, middle, *([after] if last else [])):
-            for part in calibration.batches():
-                h = calibration.normalise(stream[part])
-                total = total + (h.T @ h).double()
-    leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]
-    return leading.to(after.dtype).contiguous(), head_metric(calibration, after)
 
 
 class _Solver:

@@ -1,0 +1,42 @@
+"""The plain start from data: every projection is the basis of the teacher's leading directions.
+
+B [d_T, d_S] are the leading principal directions of the teacher's normalised residual stream, as in
+SliceGPT (arXiv 2401.15024) but one basis for all layers, since the clone has no rotations between
+its blocks. With folded gains every reader is W_T diag(gain) B, every writer B^T W_T and the
+embedding E_T B: nothing answers for what is lost, unlike in `lrc.initialise.closed_form`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrc.families import LINEARS
+from lrc.initialise.calibration import Calibration, principal_basis
+from lrc.projection import projection_key
+from lrc.teacher import Teacher
+
+
+@torch.no_grad()
+def pca_projections(
+    teacher: Teacher,
+    ids: Tensor,
+    hidden_size: int,
+    shared_head: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Every projection of a student, with gains folded, from one pass of the teacher.
+
+    Arguments and what is returned are those of `lrc.initialise.closed_form.solve_projections`. A
+    head that shares the embedding's projection has no gain of the teacher's folded in: the
+    student's final gain takes the diagonal of B^T diag(gain) B for it.
+    """
+    calibration = Calibration(teacher, ids, hidden_size)
+    basis, _ = principal_basis(calibration, progress)
+    layers = range(teacher.num_layers)
+    solved = {projection_key(layer, name): basis for layer in layers for name in LINEARS}
+    solved["embedding"] = basis
+    if not shared_head:
+        return solved | {"head": basis}, torch.ones(hidden_size, dtype=basis.dtype)
+    gain = calibration.gain(calibration.family.final_norm)
+    return solved, (basis * gain[:, None] * basis).sum(0)
