@@ -140,6 +140,19 @@ def test_folders_are_read_together(tmp_path: Path) -> None:
     assert [text.sources[s] for s in held.source_ids.flatten()] == ["b"] * 40 + ["c"] * 40
 
 
+def test_measured_sequences_stand_for_the_whole(tmp_path: Path) -> None:
+    """Not the first documents alone, which may all be of one source."""
+    held = ("held_out", side("a", 300, 30) + side("b", 700, 10))
+    write_shards(tmp_path, [("train", side("a", 0)), held], IDENTITY)
+    text = open_text(recipe(tmp_path), byte_tokenizer())
+    batches = list(text.held_out_batches(10, 4))
+    assert [len(batch.input_ids) for batch in batches] == [4, 4, 2]
+    starts = [int(ids[0]) for batch in batches for ids in batch.input_ids]
+    assert starts == [*range(300, 600, 40), 720, 760]
+    whole = torch.cat([batch.input_ids for batch in text.held_out_batches(999, 8)])
+    assert whole.flatten().tolist() == [*range(300, 600), *range(700, 800)]
+
+
 def test_one_source_is_not_told_apart(tmp_path: Path) -> None:
     sides = [("train", side("a", 0)), ("held_out", side("a", 300))]
     write_shards(tmp_path, sides, IDENTITY, ("a",))

@@ -31,7 +31,8 @@ class Reader(Protocol):
         """
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterable[Batch]:
-        """The first `count` held-out sequences in batches, the same at every call."""
+        """`count` held-out sequences, fewer where there are no more, in batches; the same at every
+        call."""
 
     def state(self) -> dict[str, Any]:
         """What `load_state` needs to go on from here, as JSON values."""
@@ -79,20 +80,30 @@ class Sequences:
 
     def first(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
         """The first `count` sequences (all where there are fewer) in their order, in batches."""
+        return self._batches(range(min(count, len(self))), batch_size)
+
+    def spread(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
+        """`count` sequences (all where there are fewer) at even distances, in batches."""
         count = min(count, len(self))
-        for start in range(0, count, batch_size):
-            yield self.batch(range(start, min(start + batch_size, count)))
+        return self._batches([i * len(self) // count for i in range(count)], batch_size)
+
+    def _batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Batch]:
+        for start in range(0, len(indices), batch_size):
+            yield self.batch(indices[start : start + batch_size])
 
 
 class TrainingText:
     """Packed text, read in a shuffled order.
 
+    Which held-out sequences are measured: of shards, some at even distances, so that they stand for
+    all documents and sources; of a recipe's own text, the first ones.
+
     Args:
         train: the training sequences.
         held_out: the held-out sequences.
         seed: decides the order of the training sequences.
-        identity: checksum of the text, by which a run that resumes finds that it has changed;
-            None: that is not asked.
+        identity: checksum of shards, by which a run that resumes finds that they have changed;
+            None: the text is a recipe's own.
     """
 
     def __init__(
@@ -109,8 +120,10 @@ class TrainingText:
         return self.train.batch(self._order.take(position, count))
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """The first `count` held-out sequences in batches, the same at every call."""
-        return self.held_out.first(count, batch_size)
+        """`count` held-out sequences in batches, the same at every call."""
+        if self._identity is None:
+            return self.held_out.first(count, batch_size)
+        return self.held_out.spread(count, batch_size)
 
     def state(self) -> dict[str, Any]:
         """The text's identity; its position follows from the step."""
