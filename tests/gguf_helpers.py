@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -84,3 +85,8 @@ def stories_clone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     )
     initialise_from_text(method, "closed-form", stories)
     return method.student(), teacher.tokenizer
+
+
+def read_fields(path: Path) -> dict[str, Any]:
+    """The metadata of a GGUF file."""
+    return {name: field.contents() for name, field in GGUFReader(path).fields.items()}

@@ -3,6 +3,7 @@
 Keys and values are cached in float32 here; llama.cpp's default, float16, rounds them.
 """
 
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,8 @@ def test_tokens(name: str, text: str, vocabularies: dict[str, tuple[Any, Any]]) 
     theirs, ours = vocabularies[name]
     if "\0" in text:  # a C string ends there
         return
+    if name == "qwen2":  # llama.cpp does not normalise, which docs/export.md says
+        text = unicodedata.normalize("NFC", text)
     assert their_tokens(theirs, text) == ours.encode(text, add_special_tokens=False)
 
 

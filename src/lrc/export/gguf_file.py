@@ -6,10 +6,11 @@ here is the part between: which numbers go where. Every tensor is converted when
 no second copy of the model is held.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gguf
 import numpy as np
@@ -40,6 +41,27 @@ FILE_TYPES = {
 
 K_BLOCK = 256
 """Elements of a block of llama.cpp's K-quants."""
+
+
+class Place(NamedTuple):
+    """A tensor on its way into the file."""
+
+    tensor: Tensor
+    kind: Kind
+    """The type that it is stored in."""
+    heads: int | None = None
+    """Number of heads, where rows are to be reordered by `neighbours_from_halves`."""
+
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in bytes as it is stored."""
+        return quant_shape_to_byte_shape(self.tensor.shape, self.kind)
+
+    def stored(self) -> np.ndarray[Any, Any]:
+        """Its values as they are stored."""
+        values = self.tensor.detach()
+        if self.heads is not None:
+            values = neighbours_from_halves(values, self.heads)
+        return quantize(values.to("cpu", torch.float32).contiguous().numpy(), self.kind)
 
 
 @dataclass(frozen=True)
@@ -89,20 +111,20 @@ def write_gguf(
             factors = _add_shape(writer, model)
             notes = add_vocabulary(writer, tokenizer, model.config.vocab_size)
             if factors is not None:
-                tensors["rope_freqs.weight"] = (factors, Kind.F32)
-            for name, (tensor, stored) in tensors.items():
-                shape = quant_shape_to_byte_shape(tensor.shape, stored)
-                size = int(np.prod(shape))
-                writer.add_tensor_info(name, shape, np.dtype(np.uint8), size, stored)
+                tensors["rope_freqs.weight"] = Place(factors, Kind.F32)
+            for name, place in tensors.items():
+                shape = place.shape()
+                byte = np.dtype(np.uint8)
+                writer.add_tensor_info(name, shape, byte, math.prod(shape), place.kind)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            for done, (tensor, stored) in enumerate(tensors.values()):
-                writer.write_tensor_data(quantize(_array(tensor), stored))
+            for done, place in enumerate(tensors.values()):
+                writer.write_tensor_data(place.stored())
                 progress(f"{done + 1} of {len(tensors)} tensors")
         finally:
             writer.close()
-    return [*notes, *_notes(model, kind, {name: stored for name, (_, stored) in tensors.items()})]
+    return [*notes, *_notes(model, kind, [place.kind for place in tensors.values()])]
 
 
 def convert_to_gguf(
@@ -126,14 +148,8 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
 
 
-def _array(tensor: Tensor) -> np.ndarray[Any, Any]:
-    return tensor.detach().to("cpu", torch.float32).contiguous().numpy()
-
-
-def _tensors(
-    model: PreTrainedModel, family: Family, kind: Kind
-) -> Iterator[tuple[str, tuple[Tensor, Kind]]]:
-    """llama.cpp's name, the values, and the stored type of every parameter, tied ones once."""
+def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tuple[str, Place]]:
+    """llama.cpp's name of every parameter and what is stored of it, tied ones once."""
     config = model.config
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -148,8 +164,7 @@ def _tensors(
         if name is None or no_bias:
             raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
         module = path.rpartition(".")[0]
-        value = neighbours_from_halves(parameter, heads[module]) if module in heads else parameter
-        yield name, (value, _stored(parameter, kind))
+        yield name, Place(parameter, _stored(parameter, kind), heads.get(module))
 
 
 def neighbours_from_halves(weight: Tensor, heads: int) -> Tensor:
@@ -243,16 +258,16 @@ def _add_rope(writer: GGUFWriter, config: Any, head_dim: int) -> Tensor | None:
     raise UserError(f"Rotary scaling of type '{kind}' is not written as GGUF; use safetensors.")
 
 
-def _notes(model: PreTrainedModel, kind: Kind, stored: dict[str, Kind]) -> list[str]:
+def _notes(model: PreTrainedModel, kind: Kind, stored: list[Kind]) -> list[str]:
     """What the user should know about a written file."""
     notes = []
     config = model.config
-    kept = [name for name, found in stored.items() if found == Kind.F16 != kind]
+    kept = sum(found == Kind.F16 != kind for found in stored)
     if kept:
         block, _ = gguf.GGML_QUANT_SIZES[kind]
-        matrices = sum(found != Kind.F32 for found in stored.values())
+        matrices = sum(found != Kind.F32 for found in stored)
         notes.append(
-            f"{len(kept)} of {matrices} matrices are f16, because their rows are not a multiple of "
+            f"{kept} of {matrices} matrices are f16, because their rows are not a multiple of "
             f"{block} elements, {kind.name.lower()}'s block (hidden size {config.hidden_size}, FFN "
             f"width {config.intermediate_size})."
         )
