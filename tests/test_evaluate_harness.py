@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import inspect
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from lrc.evaluate.harness import (
 )
 from lrc.evaluate.local_data import use_folder
 from lrc.evaluate.published import published
+from tiny import tiny_teacher
 
 HUB_ROWS = 5
 
@@ -313,15 +315,14 @@ def test_no_hub_is_one_sentence(manager: TaskManager, monkeypatch: pytest.Monkey
         load_task(manager, "sciq")
 
 
-_EXACT: dict[str, Any] = {}
-
-
 def _exact_model(batch_size: int) -> Any:
     """A harness model in float64 over tokens 0 to 40."""
-    if not _EXACT:
-        from tiny import tiny_teacher
+    lm = _exact_harness_model()
+    lm.batch_size_per_gpu = batch_size
+    return lm
 
-        teacher = tiny_teacher("llama", vocab_size=41)
-        _EXACT["lm"] = harness_model(teacher.model, teacher.tokenizer, batch_size)
-    _EXACT["lm"].batch_size_per_gpu = batch_size
-    return _EXACT["lm"]
+
+@functools.cache
+def _exact_harness_model() -> Any:
+    teacher = tiny_teacher("llama", vocab_size=41)
+    return harness_model(teacher.model, teacher.tokenizer, batch_size=1)

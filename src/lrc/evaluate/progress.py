@@ -52,7 +52,8 @@ def task_progress(console: Console, text: str) -> Iterator[Progress]:
             now = time.perf_counter()
             rate = done / (now - started)
             bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
-            if not terminal and now - last > LINE_SECONDS and done:
+            # The answers of a batch come all at once, so the first few tell no rate.
+            if not terminal and now - last > LINE_SECONDS and done > total // 50:
                 last = now
                 left = timedelta(seconds=round((total - done) / rate))
                 line = f"{text}: {done:,} of {total:,}, {rate:.1f}/s, {left} left"
