@@ -1,6 +1,7 @@
 """Comparisons: what they run, what they skip, and what they make of it."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -17,8 +18,9 @@ from rich.console import Console
 from lrc.cli import main
 from lrc.compare import compare, load_comparison
 from lrc.compare import runner as runner_module
+from lrc.compare.folders import held_out_of
 from lrc.compare.plan import shipped_comparisons
-from lrc.compare.results import Point, tokens_to_reach
+from lrc.compare.results import Point, curve_of, tokens_to_reach
 from lrc.errors import UserError
 from lrc.recipe import make_recipe
 from lrc.run import Run
@@ -274,6 +276,17 @@ def test_a_killed_comparison_goes_on(plan: Settings, tmp_path: Path) -> None:
 
 def curve(*points: tuple[int, float]) -> list[Point]:
     return [Point(tokens, 0.0, loss) for tokens, loss in points]
+
+
+def test_a_loss_that_ends_as_nan_counts_as_failed(tmp_path: Path) -> None:
+    (tmp_path / "summary.json").write_text('{"student_held_out_lm": NaN}')
+    assert held_out_of(tmp_path) is None
+    start = {"step": 0, "tokens": 0, "calibration_tokens": 8, "calibration_seconds": 2.0}
+    lines = [{**start, "held_out_lm": 5.0}, {"tokens": 9, "loss": 1.0}]
+    lines.append({"tokens": 16, "step_seconds": 3.0, "held_out_lm": math.nan})
+    assert curve_of(lines) == [Point(8, 2.0, 5.0)]
+    lines[-1]["held_out_lm"] = 4.0
+    assert curve_of(lines) == [Point(8, 2.0, 5.0), Point(24, 5.0, 4.0)]
 
 
 def test_tokens_to_reach() -> None:

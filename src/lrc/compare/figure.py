@@ -36,6 +36,9 @@ def draw_comparison(results: Results, path: Path) -> None:
             )
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
+    starts = [run.curve[0].loss for entry in results.entries for run in entry.runs if run.curve]
+    if starts:  # what climbs above every start would flatten the rest
+        by_tokens.set_ylim(top=1.05 * max(starts))
     by_tokens.set_ylabel("held-out LM loss (nats)")
     handles, labels = by_tokens.get_legend_handles_labels()
     if handles:

@@ -1,6 +1,7 @@
 """Where the runs of a comparison lie, and what follows from those that have ended."""
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,4 +62,5 @@ def held_out_of(folder: Path) -> float | None:
     """Held-out loss of a run that has ended; None where it did not stay finite."""
     if (folder / "diverged.json").exists():
         return None
-    return float(json.loads((folder / "summary.json").read_text())["student_held_out_lm"])
+    loss = float(json.loads((folder / "summary.json").read_text())["student_held_out_lm"])
+    return loss if math.isfinite(loss) else None

@@ -1,5 +1,6 @@
 """What a comparison has found so far, read from its run folders."""
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -177,14 +178,14 @@ def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> Run
 
 
 def curve_of(metrics: list[dict[str, Any]]) -> list[Point]:
-    """The held-out measurements of a run; calibration is charged to all of them."""
+    """The finite held-out measurements of a run; calibration is charged to all of them."""
     if not metrics:
         return []
     tokens, seconds = metrics[0]["calibration_tokens"], metrics[0]["calibration_seconds"]
     return [
         Point(tokens + line["tokens"], seconds + line.get("step_seconds", 0.0), line["held_out_lm"])
         for line in metrics
-        if "held_out_lm" in line
+        if math.isfinite(line.get("held_out_lm", math.nan))
     ]
 
 
