@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, field_validator, model_validator
@@ -27,6 +27,8 @@ from lrc.sections import (
     TeacherSection,
     TrainSection,
 )
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 SHORT_FORMS = {"initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
@@ -111,12 +113,26 @@ def make_recipe(
     settings = copy.deepcopy(settings)
     _drop_origins(settings, overrides)
     for key, value in overrides.items():
-        _apply(settings, key, value)
+        apply_override(settings, key, value)
+    return validated(Recipe, settings, "The recipe")
+
+
+def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
+    """Validate settings.
+
+    Args:
+        kind: the section that they make.
+        settings: nested settings.
+        what: how the whole is called in messages.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range; all mistakes are in the message.
+    """
     try:
-        return Recipe.model_validate(settings)
+        return kind.model_validate(settings)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise UserError("The recipe has mistakes: " + "; ".join(problems) + ".") from error
+        problems = [_explain(problem, kind, what) for problem in error.errors()]
+        raise UserError(f"{what} has mistakes: {'; '.join(problems)}.") from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -173,7 +189,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
+def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key in nested settings."""
     *parents, last = key.split(".")
     for parent in parents:
@@ -198,12 +214,12 @@ def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> Non
             data.pop(name, None)
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[Section], what: str) -> str:
     """One pydantic problem as a clause that says what to do."""
     location = [str(part) for part in problem["loc"]]
-    name = ".".join(location) or "the recipe"
+    name = ".".join(location) or f"{what[0].lower()}{what[1:]}"
     if problem["type"] == "extra_forbidden":
-        known = _known_keys(location[:-1])
+        known = _known_keys(kind, location[:-1])
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"unknown key '{name}' (nearest: '{'.'.join([*location[:-1], *near])}')"
     if problem["type"] == "missing":
@@ -214,11 +230,15 @@ def _explain(problem: Any) -> str:
     return f"'{name}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
+def _known_keys(kind: type[Section], location: list[str]) -> list[str]:
     """Keys of the section at `location`."""
-    section: Any = Recipe
+    section: Any = kind
     for part in location:
-        section = section.model_fields[part].annotation
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        else:
+            section = section.model_fields[part].annotation
         # A section that may be left out is annotated `Section | None`.
-        section = next((kind for kind in get_args(section) if kind is not type(None)), section)
+        if get_origin(section) in (Union, UnionType):
+            section = next(kind for kind in get_args(section) if kind is not NoneType)
     return list(section.model_fields)

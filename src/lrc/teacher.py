@@ -88,6 +88,17 @@ def load_model(name: str) -> tuple[Model, Tokenizer]:
         return AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options), tokenizer
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model, named as a teacher is, without the model.
+
+    Raises:
+        UserError: it is not found or cannot be read.
+    """
+    source, options = _locate(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+
+
 def load_skeleton(name: str) -> Model:
     """A model without its weights (on the meta device), to read its shape.
 

@@ -5,6 +5,7 @@ import sys
 
 import typer
 
+from lrc.cli import data
 from lrc.cli.models import export, generate, info
 from lrc.cli.training import init, resume, train
 from lrc.errors import UserError
@@ -18,6 +19,7 @@ app = typer.Typer(
 )
 for command in (train, init, resume, export, info, generate):
     app.command(no_args_is_help=True)(command)
+app.add_typer(data.app, name="data")
 
 
 @app.callback()
