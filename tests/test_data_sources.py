@@ -166,8 +166,8 @@ def test_missing_source_is_told_at_once(tmp_path: Path) -> None:
 
 
 def test_unreadable_kinds(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    for path in (tmp_path, tmp_path / "a.parquet"):
+    (tmp_path / "a.pdf").write_bytes(b"%PDF")
+    for path in (tmp_path, tmp_path / "a.pdf"):
         with pytest.raises(UserError, match=r"no text that can be read; give files that end in"):
             read(path)
 

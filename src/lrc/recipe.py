@@ -11,8 +11,8 @@ import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, get_args
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
@@ -28,6 +28,8 @@ from lrc.sections import (
     TeacherSection,
     TrainSection,
 )
+
+SectionType = TypeVar("SectionType", bound=Section)
 
 SHORT_FORMS = {"method": "name", "initialise": "method"}
 """Sections that may be written as one of their values: `initialise: random`."""
@@ -117,11 +119,25 @@ def make_recipe(
     Raises:
         UserError: a setting is unknown, missing or out of range.
     """
+    return validated(Recipe, apply_overrides(settings, overrides), "The recipe")
+
+
+def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
+    """Validate settings.
+
+    Args:
+        kind: the section that they make.
+        settings: nested settings.
+        what: how the whole is called in messages.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range; all mistakes are in the message.
+    """
     try:
-        return Recipe.model_validate(apply_overrides(settings, overrides))
+        return kind.model_validate(settings)
     except ValidationError as error:
-        problems = [_explain(problem) for problem in error.errors()]
-        raise UserError("The recipe has mistakes: " + "; ".join(problems) + ".") from error
+        problems = [_explain(problem, kind, what) for problem in error.errors()]
+        raise UserError(f"{what} has mistakes: {'; '.join(problems)}.") from error
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -133,7 +149,7 @@ def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> d
     settings = copy.deepcopy(settings)
     _drop_origins(settings, overrides)
     for key, value in overrides.items():
-        _apply(settings, key, value)
+        apply_override(settings, key, value)
     return settings
 
 
@@ -191,7 +207,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _apply(settings: dict[str, Any], key: str, value: Any) -> None:
+def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
     """Set one dotted key in nested settings."""
     *parents, last = key.split(".")
     for parent in parents:
@@ -216,15 +232,16 @@ def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> Non
             data.pop(name, None)
 
 
-def _explain(problem: Any) -> str:
+def _explain(problem: Any, kind: type[Section], what: str) -> str:
     """One pydantic problem as a clause that says what to do."""
     location = [str(part) for part in problem["loc"]]
     method = None
     if location[0:1] == ["method"] and len(location) > 1:
         method = location.pop(1)  # pydantic puts the name of the method's class between
-    name = ".".join(location) or "the recipe"
+    name = ".".join(location) or f"{what[0].lower()}{what[1:]}"
     if problem["type"] == "extra_forbidden":
-        known = list(METHOD_SECTIONS[method].model_fields) if method else _known_keys(location[:-1])
+        section = METHOD_SECTIONS[method] if method else _section_at(kind, location[:-1])
+        known = list(section.model_fields)
         near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
         return f"unknown key '{name}' (nearest: '{'.'.join([*location[:-1], *near])}')"
     if problem["type"] == "missing":
@@ -239,11 +256,14 @@ def _explain(problem: Any) -> str:
     return f"'{name}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
 
 
-def _known_keys(location: list[str]) -> list[str]:
-    """Keys of the section at `location`."""
-    section: Any = Recipe
+def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
+    """The section at `location`."""
+    section: Any = kind
     for part in location:
-        section = section.model_fields[part].annotation
-        # A section that may be left out is annotated `Section | None`.
-        section = next((kind for kind in get_args(section) if kind is not type(None)), section)
-    return list(section.model_fields)
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        else:
+            section = section.model_fields[part].annotation
+        if get_origin(section) in (Union, UnionType):  # a section that may be left out
+            section = next(kind for kind in get_args(section) if kind is not NoneType)
+    return section

@@ -104,6 +104,17 @@ def model_files(name: str) -> list[Path]:
     return sorted(file for file in Path(source).glob("*") if file.is_file())
 
 
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model, named as a teacher is, without the model.
+
+    Raises:
+        UserError: it is not found or cannot be read.
+    """
+    source, options = _locate(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+
+
 def load_skeleton(name: str) -> Model:
     """A model without its weights (on the meta device), to read its shape.
 

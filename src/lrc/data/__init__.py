@@ -1,14 +1,39 @@
-"""Text sources, tokenising and packing, and reading the tokens back in training."""
+"""Text sources, tokenising and packing to a cache or to shards, and reading the tokens back in
+training."""
 
-from lrc.data.batch import Batch
-from lrc.data.cache import PackedPart, PackedText
-from lrc.data.opening import open_text
-from lrc.data.order import Share, ShuffledOrder
-from lrc.data.packing import Progress, prepare
-from lrc.data.reader import Reader, Sequences, TrainingText
-from lrc.data.sources import STDLIB_DOCS, SourceFile, read_documents, source_files
-from lrc.data.stream import StreamedText
-from lrc.data.tokens import Tokens
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lrc.data.batch import Batch
+    from lrc.data.cache import PackedPart, PackedText
+    from lrc.data.opening import open_text
+    from lrc.data.order import Share, ShuffledOrder
+    from lrc.data.packing import Progress, prepare
+    from lrc.data.reader import Reader, Sequences, TrainingText
+    from lrc.data.sources import STDLIB_DOCS, SourceFile, read_documents, source_files
+    from lrc.data.stream import StreamedText
+    from lrc.data.tokens import Tokens
+
+_HOME = {
+    "STDLIB_DOCS": "lrc.data.sources",
+    "Batch": "lrc.data.batch",
+    "PackedPart": "lrc.data.cache",
+    "PackedText": "lrc.data.cache",
+    "Progress": "lrc.data.packing",
+    "Reader": "lrc.data.reader",
+    "Sequences": "lrc.data.reader",
+    "Share": "lrc.data.order",
+    "ShuffledOrder": "lrc.data.order",
+    "SourceFile": "lrc.data.sources",
+    "StreamedText": "lrc.data.stream",
+    "Tokens": "lrc.data.tokens",
+    "TrainingText": "lrc.data.reader",
+    "open_text": "lrc.data.opening",
+    "prepare": "lrc.data.packing",
+    "read_documents": "lrc.data.sources",
+    "source_files": "lrc.data.sources",
+}
 
 __all__ = [
     "STDLIB_DOCS",
@@ -29,3 +54,11 @@ __all__ = [
     "read_documents",
     "source_files",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: the processes of `lrc data build` need no torch,
+    which takes 200 MB of each."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'lrc.data' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -4,10 +4,12 @@ Everything is streamed: no source is held in memory, whatever its size, and a so
 read in full is an error, never a shorter text.
 """
 
+import glob
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 from lrc.data import stdlib_docs
 from lrc.data.text_files import COMPRESSED_SUFFIXES, open_text
@@ -18,6 +20,7 @@ STDLIB_DOCS = "stdlib-docs"
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".json")
+PARQUET_SUFFIX = ".parquet"
 
 DOCUMENT_CHARACTERS = 4_000
 """A text file is cut into documents at the first blank line after this many characters."""
@@ -36,8 +39,10 @@ class SourceFile(NamedTuple):
     mtime_ns: int
 
 
-class _Source(NamedTuple):
-    kind: Literal["text", "jsonl", "dataset", "stdlib"]
+class TextSource(NamedTuple):
+    """One file, data set on disk or built-in source, and how it is read."""
+
+    kind: Literal["text", "jsonl", "parquet", "dataset", "stdlib"]
     path: Path
 
 
@@ -48,7 +53,7 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
         UserError: a source does not exist, is of no known kind, or is an empty folder.
     """
     files: list[SourceFile] = []
-    for kind, path in _expand_all(sources):
+    for kind, path in expand_sources(sources):
         if kind == "stdlib":
             paths = stdlib_docs.source_files()
         elif kind == "dataset":
@@ -74,6 +79,7 @@ def read_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
       and held-out text. Text without blank lines is cut at the end of a line after 16,000
       characters, and a single line longer than that is cut inside.
     - JSONL files (.jsonl, .json with one object a line), plain or compressed: field `text_field`.
+    - Parquet files (.parquet): column `text_field`.
     - Folders: all such files and data sets in them, sorted by name, folder by folder; hidden ones
       and other kinds of files are left out.
     - Data sets saved by `datasets` (`save_to_disk`): column `text_field`, split `train`.
@@ -83,15 +89,17 @@ def read_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
         UserError: at once, where a source does not exist or is of no known kind; while reading,
             where a file is not UTF-8, damaged, or a row has no text.
     """
-    return _read_all(_expand_all(sources), text_field)
+    return _read_all(expand_sources(sources), text_field)
 
 
-def _read_all(sources: Iterable[_Source], text_field: str) -> Iterator[str]:
+def _read_all(sources: Iterable[TextSource], text_field: str) -> Iterator[str]:
     for kind, path in sources:
         if kind == "stdlib":
             documents = stdlib_docs.documents()
         elif kind == "dataset":
             documents = _read_dataset(path, text_field)
+        elif kind == "parquet":
+            documents = _read_parquet(path, text_field)
         elif kind == "jsonl":
             documents = _read_jsonl(path, text_field)
         else:
@@ -99,17 +107,23 @@ def _read_all(sources: Iterable[_Source], text_field: str) -> Iterator[str]:
         yield from (document for document in documents if not document.isspace() and document)
 
 
-def _expand_all(sources: Sequence[str]) -> list[_Source]:
-    """The files and data sets of the sources; folders are searched."""
-    expanded: list[_Source] = []
+def expand_sources(sources: Sequence[str]) -> list[TextSource]:
+    """The files and data sets of the sources: folders are searched, patterns (`*.jsonl`) matched.
+
+    Raises:
+        UserError: a source does not exist, is of no known kind, or is an empty folder.
+    """
+    expanded: list[TextSource] = []
     for source in sources:
         path = Path(source).expanduser()
         if source == STDLIB_DOCS:
-            expanded.append(_Source("stdlib", path))
+            expanded.append(TextSource("stdlib", path))
+        elif not path.exists() and (matches := sorted(glob.glob(str(path), recursive=True))):
+            expanded.extend(expand_sources(matches))
         elif not path.exists():
             raise UserError(
-                f"There is no file or folder '{source}'; give text or JSONL files, folders of "
-                f"these, data sets saved with `save_to_disk`, or {STDLIB_DOCS}."
+                f"There is no file or folder '{source}'; give text, JSONL or Parquet files, "
+                f"folders of these, data sets saved with `save_to_disk`, or {STDLIB_DOCS}."
             )
         else:
             try:
@@ -125,41 +139,49 @@ def _expand_all(sources: Sequence[str]) -> list[_Source]:
 
 def _accepted() -> str:
     plain = ", ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES))
-    return f"give files that end in {plain}, with or without {' or '.join(COMPRESSED_SUFFIXES)}"
+    compressed = " or ".join(COMPRESSED_SUFFIXES)
+    return f"give files that end in {plain}, with or without {compressed}, or in {PARQUET_SUFFIX}"
 
 
-def _expand(path: Path, above: tuple[Path, ...] = ()) -> Iterator[_Source]:
+def _expand(path: Path, above: tuple[Path, ...] = ()) -> Iterator[TextSource]:
     """The sources in a file or folder; `above` holds the folders on the way, against loops."""
     if path.is_dir():
         if any((path / mark).is_file() for mark in _DATASET_MARKS):
-            yield _Source("dataset", path)
+            yield TextSource("dataset", path)
         elif path.resolve() not in above:
             for entry in sorted(path.iterdir()):
                 if not entry.name.startswith("."):
                     yield from _expand(entry, (*above, path.resolve()))
         return
     name = path.name.lower()
+    if name.endswith(PARQUET_SUFFIX):
+        yield TextSource("parquet", path)
     for suffix in COMPRESSED_SUFFIXES:
         name = name.removesuffix(suffix)
     if name.endswith(TEXT_SUFFIXES):
-        yield _Source("text", path)
+        yield TextSource("text", path)
     elif name.endswith(JSONL_SUFFIXES):
-        yield _Source("jsonl", path)
+        yield TextSource("jsonl", path)
 
 
 def _read_text(path: Path) -> Iterator[str]:
     """Documents of a text file, cut as `read_documents` says."""
     with open_text(path) as file:
-        piece: list[str] = []
-        size = 0
-        # Bounded reads: a file may be one line of many gigabytes.
-        for line in iter(lambda: file.readline(LONGEST_PIECE), ""):
-            if size >= LONGEST_PIECE or (size >= DOCUMENT_CHARACTERS and line.isspace()):
-                yield "".join(piece).strip()
-                piece, size = [], 0
-            piece.append(line)
-            size += len(line)
-        yield "".join(piece).strip()
+        yield from cut_documents(file)
+
+
+def cut_documents(file: TextIO) -> Iterator[str]:
+    """Cut text into documents as `read_documents` says; some may be empty."""
+    piece: list[str] = []
+    size = 0
+    # Bounded reads: a file may be one line of many gigabytes.
+    for line in iter(lambda: file.readline(LONGEST_PIECE), ""):
+        if size >= LONGEST_PIECE or (size >= DOCUMENT_CHARACTERS and line.isspace()):
+            yield "".join(piece).strip()
+            piece, size = [], 0
+        piece.append(line)
+        size += len(line)
+    yield "".join(piece).strip()
 
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
@@ -206,6 +228,35 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[str]:
     for rows in column.iter(batch_size=100):
         for value in rows[text_field]:
             yield _text(value, f"The data set '{path}'", text_field)
+
+
+def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
+    """The column `text_field` of a Parquet file."""
+    with open_parquet(path) as file:
+        if text_field not in file.schema_arrow.names:
+            raise UserError(_no_field(str(path), text_field, file.schema_arrow.names))
+        for batch in file.iter_batches(batch_size=100, columns=[text_field]):
+            for value in batch.column(0).to_pylist():
+                yield _text(value, str(path), text_field)
+
+
+@contextmanager
+def open_parquet(path: Path) -> Iterator[Any]:
+    """Open a Parquet file (a `pyarrow.parquet.ParquetFile`).
+
+    Raises:
+        UserError: it cannot be opened, or turns out while it is read to be damaged.
+    """
+    import pyarrow  # Slow to import, and most recipes do not need it.
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield file
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path} cannot be read ({str(error).splitlines()[0]}); check or download it anew."
+        ) from error
 
 
 def _text(value: Any, where: str, text_field: str) -> str:

@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, cast
 
 import zstandard
 
@@ -24,13 +24,37 @@ def open_text(path: Path) -> Iterator[TextIO]:
         UserError: the file cannot be opened, or turns out while it is read to be damaged, cut off
             or not UTF-8.
     """
+    # "-sig": a byte order mark is no text.
+    with (
+        reading_errors(path),
+        open_bytes(path) as data,
+        io.TextIOWrapper(data, encoding="utf-8-sig") as text,
+    ):
+        yield text
+
+
+@contextmanager
+def open_bytes(path: Path) -> Iterator[BinaryIO]:
+    """Open a file as bytes, decompressed where its name ends in .gz or .zst; seek only where it
+    does not.
+
+    Raises:
+        UserError: the file cannot be opened, or turns out while it is read to be damaged or cut
+            off.
+    """
+    with reading_errors(path), open(path, "rb") as raw:
+        yield cast(BinaryIO, _decompressed(raw, path))
+
+
+@contextmanager
+def reading_errors(path: Path) -> Iterator[None]:
+    """Turn every way of failing to read a text file into a sentence.
+
+    Raises:
+        UserError: it cannot be read, is damaged, cut off or not UTF-8.
+    """
     try:
-        # "-sig": a byte order mark is no text.
-        with (
-            open(path, "rb") as raw,
-            io.TextIOWrapper(_decompressed(raw, path), encoding="utf-8-sig") as text,
-        ):
-            yield text
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8 first.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:

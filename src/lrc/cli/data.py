@@ -1,0 +1,166 @@
+"""`lrc data build` and `lrc data inspect`."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from lrc.cli.console import console, quiet_libraries
+from lrc.errors import UserError
+
+if TYPE_CHECKING:
+    from lrc.data.shards import Shards
+
+app = typer.Typer(
+    help="Build token shards out of mixed, filtered text, and look at them.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+)
+
+
+@app.command(no_args_is_help=True)
+def build(
+    mix: Annotated[str, typer.Argument(help="A mix's YAML file, or a shipped one by its name.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the shards.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over the mix."),
+    ] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="The teacher whose tokenizer and chat template are used.")
+    ] = None,
+    root: Annotated[
+        str | None, typer.Option(help="Folder that the mix's relative paths start from.")
+    ] = None,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(help="Folder of evaluation sets (JSONL) that no document may overlap."),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one a core.")
+    ] = None,
+) -> None:
+    """Mix, filter, deduplicate and tokenise text into shards for training.
+
+    Examples:
+
+    * `lrc data build local-small shards/small --root ../data`
+    * `lrc data build mixed-1.1 shards/mixed --teacher meta-llama/Llama-3.2-3B-Instruct`
+    * `lrc data build my.yaml shards/mine --evaluation eval --set sources.web.tokens=500M`
+
+    A build that was stopped goes on when the same command is given again. `summary.json` and
+    `summary.png` in the folder tell what every filter dropped.
+    """
+    from lrc.data.build.pool import default_workers
+    from lrc.data.build.progress import build_progress
+    from lrc.data.build.run import build_shards
+    from lrc.data.mix import load_mix
+    from lrc.recipe import parse_override
+    from lrc.teacher import load_tokenizer
+
+    quiet_libraries()
+    overrides = dict(parse_override(setting) for setting in settings or [])
+    shorthands: dict[str, Any] = {
+        "teacher": teacher,
+        "root": root,
+        "decontaminate.folder": evaluation and str(Path(evaluation).absolute()),
+    }
+    overrides |= {key: value for key, value in shorthands.items() if value}
+    loaded = load_mix(mix, overrides)
+    tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
+    try:
+        with build_progress(console) as progress:
+            shards = build_shards(loaded, tokenizer, out, workers or default_workers(), progress)
+    except KeyboardInterrupt:
+        console.print("Stopped; the same command goes on from here.", highlight=False)
+        raise typer.Exit(130) from None
+    _print_summary(shards)
+
+
+@app.command(no_args_is_help=True)
+def inspect(
+    folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder of the shards.")],
+    documents: Annotated[int, typer.Option(min=0, help="Random documents to show.")] = 3,
+    seed: Annotated[int, typer.Option(help="Decides which documents are shown.")] = 0,
+    characters: Annotated[
+        int, typer.Option(min=0, help="Longest part of a document that is shown; 0: all of it.")
+    ] = 500,
+    teacher: Annotated[
+        str | None,
+        typer.Option(
+            "--teacher", "--tokenizer", help="Decode with, and compare to, this model's tokenizer."
+        ),
+    ] = None,
+    checksums: Annotated[
+        bool, typer.Option("--checksums/--no-checksums", help="Read every byte and check it.")
+    ] = True,
+) -> None:
+    """Show what shards hold, some random documents, and whether every file is whole.
+
+    Examples:
+
+    * `lrc data inspect shards/small`
+    * `lrc data inspect shards/mixed --teacher meta-llama/Llama-3.2-3B-Instruct --no-checksums`
+
+    A file whose content has changed is named, and the exit code is 2.
+    """
+    from rich.table import Table
+
+    from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
+    from lrc.data.shards import open_shards
+    from lrc.teacher import load_tokenizer
+    from lrc.train.progress import phase
+
+    quiet_libraries()
+    shards = open_shards(folder)
+    table = Table("split", "source", "documents", "tokens", "share")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for row in count_sources(shards):
+        numbers = (f"{row.documents:,}", f"{row.tokens:,}", f"{row.share:.1%}")
+        table.add_row(row.split, row.source, *numbers)
+    console.print(table)
+    count = len(shards.shards)
+    words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
+    console.print(words, highlight=False, soft_wrap=True)
+    if checksums:
+        damaged: list[Path] = []
+        with phase(console, "checking every file") as tell:
+            for name, found in check_files(shards):
+                damaged += found
+                tell(name)
+        if damaged:
+            names = ", ".join(map(str, damaged))
+            raise UserError(
+                f"Not what was written: {names}; copy these files anew or build the shards again."
+            )
+        console.print("Every file is as it was written.")
+    if teacher is None:
+        tokenizer = own_tokenizer(shards) if documents else None
+    else:
+        tokenizer = load_tokenizer(teacher)
+        shards.require_tokenizer(tokenizer, teacher)
+    for sample in sample_documents(shards, tokenizer, documents, seed) if tokenizer else ():
+        where = f"{sample.shard}, document {sample.document}"
+        console.rule(f"{where}: {sample.source}, {sample.tokens:,} tokens")
+        text = sample.text[: characters or None]
+        more = " ..." if len(text) < len(sample.text) else ""
+        console.print(text + more, highlight=False, markup=False, soft_wrap=True)
+
+
+def _print_summary(shards: "Shards") -> None:
+    import json
+
+    from lrc.data.build.summary import SUMMARY, tables, warnings_of
+
+    summary = json.loads((shards.folder / SUMMARY).read_text(encoding="utf-8"))
+    for table in tables(summary):
+        console.print(table)
+    for warning in warnings_of(summary):
+        console.print(f"Note: {warning}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{summary['tokens']['train']:,} training tokens in {len(shards.of_split('train'))} shards "
+        f"are in {shards.folder}; look at them with `lrc data inspect {shards.folder}`.",
+        highlight=False,
+        soft_wrap=True,
+    )

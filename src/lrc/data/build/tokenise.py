@@ -1,0 +1,53 @@
+"""Tokenising at the speed of `tokenizers`, without importing transformers."""
+
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Tokenizer as Backend
+
+from lrc.data.identity import TokenizerIdentity
+
+
+class Tokeniser:
+    """A fast tokenizer that parts documents as packed text wants it.
+
+    Args:
+        file: its tokenizer.json.
+        identity: the tokenizer's bos and eos, and how it takes special tokens in the text.
+    """
+
+    def __init__(self, file: Path, identity: TokenizerIdentity) -> None:
+        self._before = [] if identity.bos is None else [identity.bos]
+        self._after = [] if identity.eos is None else [identity.eos]
+        self._backend = Backend.from_file(str(file))
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        self._backend.encode_special_tokens = identity.split_special_tokens
+
+    def encode(self, texts: list[str], brings_frame: bool = False) -> list[list[int]]:
+        """Token ids of texts, without bos and eos.
+
+        Args:
+            texts: the texts.
+            brings_frame: whether texts may begin with bos and end with eos, as chat templates make
+                them; these are taken off.
+        """
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        ids = [encoding.ids for encoding in encodings]
+        return [self._bare(one) for one in ids] if brings_frame else ids
+
+    def framed(self, ids: list[list[int]], dtype: str) -> tuple[NDArray[Any], list[int]]:
+        """Documents end to end, each between bos and eos, and the length of each."""
+        frame = len(self._before) + len(self._after)
+        lengths = [len(one) + frame for one in ids]
+        parts = ((self._before, one, self._after) for one in ids)
+        flat = chain.from_iterable(chain.from_iterable(parts))
+        return np.fromiter(flat, np.dtype(dtype), sum(lengths)), lengths
+
+    def _bare(self, ids: list[int]) -> list[int]:
+        start = len(self._before) if self._before and ids[:1] == self._before else 0
+        end = len(ids) - (1 if self._after and ids[-1:] == self._after else 0)
+        return ids[start:end]

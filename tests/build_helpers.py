@@ -1,0 +1,69 @@
+"""Small mixes to build, and what came out."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from data_helpers import byte_tokenizer
+from lrc.data.build.progress import BuildProgress
+from lrc.data.build.run import build_shards
+from lrc.data.mix import Mix
+from lrc.data.shards import Shards, Split, documents_of
+from lrc.recipe import validated
+
+
+def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:
+    """A mix of sources whose paths lie in a folder; keeps near-duplicates if not told otherwise."""
+    values = {"teacher": "bytes", "root": str(folder), "deduplicate": False, **settings}
+    return validated(Mix, {"sources": sources, **values}, "The mix")
+
+
+def build(
+    mix: Mix, out: Path, workers: int = 1, tokenizer: PreTrainedTokenizerBase | None = None
+) -> Shards:
+    """Build a mix without showing anything."""
+    progress = BuildProgress(Console(file=io.StringIO()))
+    return build_shards(mix, tokenizer or byte_tokenizer(), out, workers, progress)
+
+
+def texts_of(shards: Shards, split: Split = "train") -> list[tuple[str, str]]:
+    """Source and text of every document of one side, in the order of the shards."""
+    tokenizer = byte_tokenizer()
+    found = []
+    for shard in shards.of_split(split):
+        for source, ids in documents_of(shard):
+            assert ids[0] == tokenizer.bos_token_id
+            assert ids[-1] == tokenizer.eos_token_id
+            found.append((shards.sources[source], tokenizer.decode(ids[1:-1].tolist())))
+    return found
+
+
+def summary_of(shards: Shards) -> dict[str, Any]:
+    """The summary of a build."""
+    return json.loads((shards.folder / "summary.json").read_text())
+
+
+def steps_of(shards: Shards, source: str) -> dict[str, int]:
+    """How many documents each step of a source dropped; steps that dropped none are left out."""
+    steps = summary_of(shards)["sources"][source]["steps"]
+    dropped = {step["step"]: step["documents_in"] - step["documents_out"] for step in steps}
+    return {name: count for name, count in dropped.items() if count}
+
+
+def write_rows(path: Path, rows: Sequence[Any]) -> Path:
+    """A JSONL file of rows; a row that is a string is written as it is."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder with its content."""
+    paths = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
