@@ -25,7 +25,7 @@ from lrc.data.build.words import hash_words, normalise
 from lrc.data.mix import Deduplicate, load_mix, shipped_mixes
 from lrc.errors import UserError
 
-WORDS = ["a", "the", "Cat", "sat,", "on", "mat.", "42", "naïve", "Ünï", "«x»", "don’t", "🙂", "İ", "中"]
+WORDS = ["a", "the", "Cat", "sat,", "42", "naïve", "«x»", "don\u2019t", "\U0001f642", "\u0130"]
 texts = st.lists(
     st.lists(st.sampled_from(WORDS), max_size=30).map(" ".join) | st.text(max_size=40), max_size=6
 )
@@ -151,7 +151,8 @@ def test_near_duplicates_are_those_of_high_similarity() -> None:
 
 
 def test_signature_looks_at_words_only() -> None:
-    a, b = keys_of(["One two, three four five six.", "one TWO three — four five\nsix"], Deduplicate())
+    same = ["One two, three four five six.", "one TWO three — four five\nsix"]
+    a, b = keys_of(same, Deduplicate())
     assert (a == b).all()
     short = keys_of(["Two words", "two words!", "two other", "!!", "??", "!!"], Deduplicate())
     equal = [(x == y).all() for x, y in ((short[0], short[1]), (short[0], short[2]))]
@@ -160,8 +161,8 @@ def test_signature_looks_at_words_only() -> None:
 
 
 @settings(deadline=None)
-@given(st.lists(st.lists(st.integers(0, 12), min_size=3, max_size=3), max_size=40), st.integers(1, 7))
-def test_seen_documents_like_a_set(rows: list[list[int]], step: int) -> None:
+@given(st.lists(st.tuples(*[st.integers(0, 12)] * 3), max_size=40), st.integers(1, 7))
+def test_seen_documents_like_a_set(rows: list[tuple[int, ...]], step: int) -> None:
     """What a plain set of keys of kept documents decides, whatever the documents come in."""
     keys = np.array([[k + 100 * b for b, k in enumerate(row)] for row in rows], np.uint64)
     keys = keys.reshape(-1, 3) * np.uint64(0x9E3779B97F4A7C15)
@@ -172,8 +173,9 @@ def test_seen_documents_like_a_set(rows: list[list[int]], step: int) -> None:
         if expected[-1]:
             taken.update(row)
     seen = SeenDocuments(Deduplicate(memory_mib=1))
-    found = [seen.add_new(keys[i : i + step]).tolist() for i in range(0, len(keys), step)]
-    assert sum(found, []) == expected
+    starts = range(0, len(keys), step)
+    found = [kept for i in starts for kept in seen.add_new(keys[i : i + step]).tolist()]
+    assert found == expected
 
 
 def test_index_of_documents_stays_in_its_memory() -> None:
@@ -185,7 +187,7 @@ def test_index_of_documents_stays_in_its_memory() -> None:
         keys = rng.integers(0, 1 << 63, (20_000, 2), dtype=np.uint64)
         dropped += int((~seen.add_new(keys)).sum())
     assert sum(len(filter_.bits) for filter_ in seen._filters) == 1 << 20
-    assert 20_000 < dropped
+    assert dropped > 20_000
     assert seen.mistakes == pytest.approx(dropped, rel=0.3)
 
 
@@ -251,7 +253,7 @@ def test_a_part_without_line_ends_is_cut_between_characters(tmp_path: Path) -> N
 
 def test_rows_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "LONGEST_LINE", 60)
-    rows = ["\ufeff{}", "", '{"a": 1}', "{", "[1]", "null", '"' + "x" * 50 + '"', "y" * 70, '{"a":2}']
+    rows = ["\ufeff{}", "", '{"a": 1}', "{", "[1]", "null", f'"{"x" * 50}"', "y" * 70, '{"a":2}']
     path = write_rows(tmp_path / "a.jsonl", rows)
     size = path.stat().st_size
     found = list(read_rows(Piece("jsonl", path, 0, size, "shown"), {"a"}))
@@ -318,7 +320,8 @@ def test_mistakes_of_a_mix_are_told_together(tmp_path: Path) -> None:
 
 def test_budgets(tmp_path: Path) -> None:
     path = tmp_path / "mix.yaml"
-    rest = "sources: {a: {files: [x], weight: 3}, b: {files: [x], weight: 1}, c: {hub: y, tokens: 1M}}"
+    two = "a: {files: [x], weight: 3}, b: {files: [x], weight: 1}"
+    rest = f"sources: {{{two}, c: {{hub: y, tokens: 1M}}}}"
     path.write_text(f"teacher: t\ntokens: 9M\n{rest}\n")
     assert load_mix(path).budgets() == {"a": 6_000_000, "b": 2_000_000, "c": 1_000_000}
     assert load_mix(path, {"sources.a.weight": 1}).budgets()["a"] == 4_000_000
@@ -332,7 +335,8 @@ def test_budgets(tmp_path: Path) -> None:
     assert "'b' needs a `weight` or `tokens`" in refusal(
         tmp_path, "{teacher: t, tokens: 5, sources: {a: {files: [x], weight: 3}, b: {files: [x]}}}"
     )
-    assert "no mix 'nothing'" in str(pytest.raises(UserError, load_mix, "nothing").value)
+    with pytest.raises(UserError, match="no mix 'nothing': give a YAML file or one of"):
+        load_mix("nothing")
 
 
 @pytest.mark.parametrize("name", shipped_mixes())

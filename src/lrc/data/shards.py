@@ -314,7 +314,7 @@ def file_sha256(path: Path) -> str:
 def documents_of(shard: Shard) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
     """Every document of a shard as its source's index and its token ids, in order."""
     tokens, offsets, sources = shard.token_ids(), shard.offsets(), shard.source_ids()
-    ends = np.append(offsets[1:], shard.tokens)
+    ends = np.append(offsets, shard.tokens)[1:]
     for source, start, end in zip(sources, offsets, ends, strict=True):
         yield int(source), tokens[start:end]
 

@@ -1,0 +1,144 @@
+"""`lrc data build` and `lrc data inspect`, and the shipped mix that is run on this machine."""
+
+import gzip
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from build_helpers import write_rows
+from data_helpers import byte_tokenizer
+from lrc.cli import data as commands
+from lrc.cli import main
+from lrc.data.build import splitting
+from lrc.data.shards import open_shards
+from lrc.teacher import load_tokenizer
+from stories import stories_source
+from test_build import TEMPLATE, documents, rows
+
+Lrc = Callable[..., str]
+
+
+@pytest.fixture
+def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lrc:
+    """Run the command line in this process; gives what it printed, or its one sentence of error
+    where it exits with code 2."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+
+    def run(*arguments: Any) -> str:
+        monkeypatch.setattr(commands, "console", Console(width=160))
+        monkeypatch.setattr(sys, "argv", ["lrc", "data", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        printed = capsys.readouterr()
+        if end.value.code:
+            assert end.value.code == 2, printed
+            (sentence,) = [s for s in printed.err.splitlines() if s.startswith("Error: ")]
+            return sentence
+        return printed.out
+
+    return run
+
+
+def save_teacher(folder: Path, **more: Any) -> Path:
+    """A folder that holds a tokenizer and is called a model."""
+    tokenizer = byte_tokenizer(**more)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return folder
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path) -> Path:
+    """A folder such as `local-small` wants, generated."""
+    folder = tmp_path / "data"
+    texts = documents(80, words=60)
+    (folder / "text").mkdir(parents=True)
+    lines = "".join(json.dumps(row) + "\n" for row in rows([*texts, texts[0], "short"], source="x"))
+    (folder / "text" / "train.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    chats = [
+        {"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in zip(documents(20, 1), documents(20, 2), strict=True)
+    ]
+    write_rows(folder / "chat" / "sft.jsonl", [*chats, "{"])
+    write_rows(folder / "eval" / "boolq.jsonl", [{"passage": texts[5]}])
+    return folder
+
+
+def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> None:
+    teacher, out = save_teacher(tmp_path / "teacher"), tmp_path / "out"
+    command = ("build", "local-small", out, "--root", stand_in, "--teacher", teacher)
+    printed = lrc(*command, "--workers", 1)
+    assert "Note: 'chat': " in printed
+    assert "sft.jsonl:21 is not valid JSON" in printed
+    shards = open_shards(out)
+    assert shards.sources == ("prose", "chat")
+    documents_in = shards.documents("train") + shards.documents("held_out")
+    assert documents_in == 79 + 20
+    steps = {line.split("│")[2].strip() for line in printed.splitlines() if line.count("│") > 5}
+    assert {"characters 200 to ∞", "near-duplicates", "tokens 16 to 4096"} <= steps
+    assert f"{shards.tokens('train'):,} training tokens in 1 shards" in printed
+
+    printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
+    assert "Every file is as it was written." in printed
+    assert printed.count("<|bos|>") == 2
+    assert f"{shards.tokens('train'):,}"[:3] in printed
+    other = save_teacher(tmp_path / "other", extra=["<more>"])
+    message = lrc("inspect", out, "--tokenizer", other)
+    assert f"which is not that of '{other}': build them again" in message
+
+    flipped = out / "train-00000.bin"
+    content = bytearray(flipped.read_bytes())
+    content[100] ^= 1
+    flipped.write_bytes(content)
+    message = lrc("inspect", out)
+    assert message.startswith(f"Error: Not what was written: {flipped}; copy these files anew")
+    assert "document" in lrc("inspect", out, "--no-checksums", "--documents", 1)
+
+
+def test_settings_win_over_the_mix(lrc: Lrc, stand_in: Path, tmp_path: Path) -> None:
+    command = ("build", "local-small", tmp_path / "out", "--root", stand_in, "--workers", 1)
+    command += ("--teacher", save_teacher(tmp_path / "teacher"))
+    changes = ("--set", "sources.prose.tokens=3k", "--evaluation", stand_in / "chat")
+    lrc(*command, *changes, "--set", "held_out_fraction=0")
+    shards = open_shards(tmp_path / "out")
+    assert shards.tokens_by_source("train")["prose"] == pytest.approx(3_000, abs=400)
+    assert shards.build["mix"]["decontaminate"]["folder"] == str(stand_in / "chat")
+
+
+def test_bad_arguments(lrc: Lrc, tmp_path: Path) -> None:
+    assert "There is no mix 'nothing'" in lrc("build", "nothing", tmp_path / "out")
+    assert "holds no finished shards" in lrc("inspect", tmp_path)
+    message = lrc("build", "local-small", tmp_path / "out", "--set", "sources.prose.weigt=1")
+    assert "unknown key 'sources.prose.weigt' (nearest: 'sources.prose.weight')" in message
+
+
+@pytest.mark.skipif(not stories_source().is_dir(), reason="shared data is not there")
+def test_local_small_on_real_data(
+    lrc: Lrc, tmp_path: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shipped mix as it is, on a part of real prose and conversations."""
+    monkeypatch.setattr(splitting, "UNIT_BYTES", 1 << 19)
+    teacher = tmp_path / "teacher"
+    tokenizer = load_tokenizer(str(stories_folder))
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(teacher)
+    (teacher / "config.json").write_text((stories_folder / "config.json").read_text())
+    command = ("build", "local-small", tmp_path / "out", "--root", stories_source().parents[1])
+    command += ("--teacher", teacher, "--workers", 1)
+    lrc(*command, "--set", "sources.prose.tokens=300k", "--set", "sources.chat.tokens=100k")
+    shards = open_shards(tmp_path / "out")
+    assert shards.tokens_by_source("train")["prose"] == pytest.approx(300_000, abs=9_000)
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    # The prose was cleaned of these sets by another program, the conversations nearly so.
+    dropped = sum(one["documents_dropped"] for one in summary["evaluation_sets"].values())
+    assert dropped <= 1
+    assert {"boolq", "sciq", "mmlu", "winogrande"} <= set(summary["evaluation_sets"])
+    assert summary["sources"]["prose"]["steps"][0]["documents_in"] < 1_500
