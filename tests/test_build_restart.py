@@ -48,7 +48,13 @@ def mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
 
 def in_child(work: Any) -> int:
     """Run something in a forked process; gives its exit code, negative for a signal."""
-    process = multiprocessing.get_context("fork").Process(target=work)
+
+    def alone() -> None:
+        # The threads of tokenizers are not forked, and would be waited for.
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        work()
+
+    process = multiprocessing.get_context("fork").Process(target=alone, daemon=True)
     process.start()
     process.join(120)
     assert process.exitcode is not None
@@ -121,7 +127,7 @@ def test_processes_give_the_same_and_end_with_a_killed_build(mix: Mix, tmp_path:
     whole = tmp_path / "whole"
     build(mix, whole)
     out = tmp_path / "out"
-    process = multiprocessing.get_context("fork").Process(target=build, args=(mix, out, 2))
+    process = multiprocessing.get_context("fork").Process(target=lambda: build(mix, out, 2))
     process.start()
     results = out / "build" / "units"
     deadline = time.monotonic() + 120

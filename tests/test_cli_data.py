@@ -28,6 +28,7 @@ def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     """Run the command line in this process; gives what it printed, or its one sentence of error
     where it exits with code 2."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
     def run(*arguments: Any) -> str:
         monkeypatch.setattr(commands, "console", Console(width=160))
