@@ -82,7 +82,8 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 
 def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
-    with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
+    loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
+    with phase(console, loading):
         setup = set_up(run, console, teacher)
     data = run.recipe.data
     with phase(console, f"Reading the text {', '.join(data.text)}") as detail:
