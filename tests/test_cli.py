@@ -144,6 +144,8 @@ def test_init_then_resume(
     train(opened, Console(quiet=True))
     assert [line["step"] for line in opened.metrics()] == list(range(11))
     assert opened.summary()["tokens"] == 320
+    assert opened.summary()["calibration_tokens"] == 256
+    assert opened.summary()["calibration_seconds"] == opened.metrics()[0]["calibration_seconds"] > 0
     trained = opened.student().state_dict()
     assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
 

@@ -24,9 +24,7 @@ from lrc.train.loop import count
 from tiny import (
     FFN,
     HEAD_DIM,
-    HEADS,
     HIDDEN,
-    KV_HEADS,
     LAYERS,
     QUIRKS,
     STUDENT_HIDDEN,
@@ -122,8 +120,9 @@ class Seen:
 
     def scores(self, layer: int) -> Tensor:
         """Attention scores [b, heads, s, s]."""
-        keys = self.heads(layer, "k").repeat_interleave(HEADS // KV_HEADS, dim=1)
-        return self.heads(layer, "q") @ keys.transpose(-1, -2) / math.sqrt(HEAD_DIM)
+        queries, keys = self.heads(layer, "q"), self.heads(layer, "k")
+        by_query = [keys[:, h * keys.shape[1] // queries.shape[1]] for h in range(queries.shape[1])]
+        return queries @ torch.stack(by_query, 1).transpose(-1, -2) / math.sqrt(HEAD_DIM)
 
     def value_scores(self, layer: int) -> Tensor:
         values = self.heads(layer, "v")
@@ -314,8 +313,19 @@ def test_losses_and_gradients(family: str, batches: str, name: str) -> None:
         close(grad, other)
 
 
-def test_the_reference_scores_are_the_attention_of_transformers() -> None:
-    teacher = tiny_teacher("qwen3")
+@pytest.mark.parametrize("name", ["tinybert", "minilm"])
+def test_grouped_queries(name: str) -> None:
+    teacher = tiny_teacher("llama", num_attention_heads=4, num_key_value_heads=2)
+    method, step = built(teacher, RECIPES[name]), BATCHES["padded"]
+    losses, _ = gradients(method, *step)
+    theirs = expected(method, RECIPES[name], Reference(method, teacher, step))
+    for key, value in theirs.items():
+        close(losses[key], value.detach())
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_the_reference_scores_are_the_attention_of_transformers(kv_heads: int) -> None:
+    teacher = tiny_teacher("qwen3", num_attention_heads=4, num_key_value_heads=kv_heads)
     teacher.model.set_attn_implementation("eager")
     batch = BATCHES["padded"][0]
     seen = Seen(teacher.model, batch)

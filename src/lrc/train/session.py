@@ -84,7 +84,8 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     check_installed(run.recipe.train.report_to)
-    with phase(console, f"Loading the teacher {run.recipe.teacher.model}"):
+    loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
+    with phase(console, loading):
         setup = set_up(run, console, teacher)
     with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:
         text = open_text(
