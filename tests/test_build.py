@@ -414,6 +414,25 @@ def test_hub_data_set(tmp_path: Path, fake_hub: FakeHub, streaming: bool) -> Non
     assert fake_hub.calls == [("org/name", "small", options)]
 
 
+@pytest.mark.parametrize("kind", ["streamed", "downloaded", "local"])
+def test_files_are_shuffled(tmp_path: Path, fake_hub: FakeHub, kind: str) -> None:
+    """A budget of a third takes it from files here and there."""
+    for i in range(2, 12):
+        table = pa.table({"text": documents(80, seed=i), "meta": [{"n": 0}] * 80, "x": [0] * 80})
+        pq.write_table(table, tmp_path / "hub" / f"{i}.parquet")
+    place = {"files": ["hub"]} if kind == "local" else {"hub": "a", "streaming": kind == "streamed"}
+    owner = {text: i for i in range(12) for text in documents(80, seed=i)}
+    taken = []
+    for shuffled in (False, True, True):
+        source = {**place, "tokens": 17_000, "shuffle_files": shuffled}
+        mix = make_mix(tmp_path, {"h": source}, held_out_fraction=0)
+        shards = build(mix, tmp_path / f"out{len(taken)}")
+        taken.append({owner[text] for _, text in texts_of(shards)})
+    if kind != "downloaded":  # `datasets` makes one file of them.
+        assert taken[1] == taken[2] != taken[0]
+        assert 4 <= len(taken[1]) <= 5
+
+
 def test_streamed_data_set_goes_on_where_it_stopped(
     tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

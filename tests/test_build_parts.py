@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from build_helpers import make_mix, write_rows
 from lrc.data.build import pieces, splitting
-from lrc.data.build.assemble import draw
+from lrc.data.build.draw import draw
 from lrc.data.build.duplicates import SeenDocuments, band_keys
 from lrc.data.build.overlap import OverlapIndex, write_index
 from lrc.data.build.pieces import Piece, line_ends, read_rows, rest_of_part

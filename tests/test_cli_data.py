@@ -89,9 +89,8 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
     assert "Every file is as it was written." in printed
     assert printed.count("<|bos|>") == 2
-    counted = shards.tokens_by_source("train")
-    assert set(counted) == {"prose", "chat"}
-    assert all(f"{tokens:,}" in printed for tokens in counted.values())
+    for tokens in shards.tokens_by_source("train").values():
+        assert f"{tokens:,}" in printed
     other = save_teacher(tmp_path / "other", extra=["<more>"])
     message = lrc("inspect", out, "--tokenizer", other)
     assert f"which is not that of '{other}': build them again" in message
@@ -108,14 +107,12 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
 def test_settings_win_over_the_mix(lrc: Lrc, stand_in: Path, tmp_path: Path) -> None:
     command = ("build", "local-small", tmp_path / "out", "--root", stand_in, "--workers", 1)
     command += ("--teacher", save_teacher(tmp_path / "teacher"))
-    sets = tmp_path / "sets"
-    write_rows(sets / "sciq.jsonl", [{"support": "words that stand nowhere else"}])
-    changes = ("--set", "sources.prose.tokens=3k", "--evaluation", sets)
-    printed = lrc(*command, *changes, "--set", "held_out_fraction=0")
-    assert not printed.startswith("Error"), printed
+    changes = ("--set", "sources.prose.tokens=3k", "--evaluation", stand_in / "sets")
+    write_rows(stand_in / "sets" / "one.jsonl", [{"q": "none"}])
+    lrc(*command, *changes, "--set", "held_out_fraction=0")
     shards = open_shards(tmp_path / "out")
     assert shards.tokens_by_source("train")["prose"] == pytest.approx(3_000, abs=400)
-    assert shards.build["mix"]["decontaminate"]["folder"] == str(sets)
+    assert shards.build["mix"]["decontaminate"]["folder"] == str(stand_in / "sets")
 
 
 def test_bad_arguments(lrc: Lrc, tmp_path: Path) -> None:

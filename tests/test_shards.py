@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from build_helpers import build, make_mix, texts_of, write_rows
 from data_helpers import byte_tokenizer, data_section, write_jsonl
 from lrc.data import prepare
+from lrc.data.build import summary
 from lrc.data.identity import tokenizer_identity
 from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data.shards import (
@@ -25,7 +27,8 @@ from test_build import documents, rows
 
 
 @pytest.fixture
-def shards(tmp_path: Path) -> Shards:
+def shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shards:
+    monkeypatch.setattr(summary, "draw", lambda _: Figure(figsize=(1, 1)))
     write_rows(tmp_path / "a.jsonl", rows(documents(100)))
     write_rows(tmp_path / "b.jsonl", rows(documents(50, seed=1)))
     sources = {"a": {"files": ["a.jsonl"]}, "b": {"files": ["b.jsonl"]}}

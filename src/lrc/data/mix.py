@@ -146,6 +146,10 @@ class Source(Section):
     """Files, folders or patterns (`text/*.parquet`): Parquet, JSONL (.jsonl, .json) and text (.txt,
     .md, .rst), the latter two plain, .gz or .zst; data sets saved by `datasets`; `stdlib-docs`."""
 
+    shuffle_files: bool = False
+    """Read the files in an order drawn by the mix's seed, so that a budget takes its share of a
+    large data set here and there and not from its beginning."""
+
     text: str = "text"
     """Field of the text."""
 

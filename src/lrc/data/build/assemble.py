@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lrc.data.build.draw import draw
 from lrc.data.build.pieces import Unit
 from lrc.data.build.selection import read_records
-from lrc.data.build.words import Hashes, mix
 from lrc.data.build.workspace import Workspace
 from lrc.data.shards import (
     SPLITS,
@@ -103,12 +103,6 @@ def _place(
         if len(part):
             with space.documents(f"{split}-{shard:05d}").open("ab") as file:
                 file.write(part.tobytes())
-
-
-def draw(numbers: Hashes, seed: int, again: int = 0) -> Hashes:
-    """A random 64-bit value for each number, the same on every machine."""
-    start = mix(np.array([seed], np.uint64) * np.uint64(2) + np.uint64(again))
-    return mix(mix(numbers + np.uint64(1)) ^ start)
 
 
 def make_shard(folder: Path, out: Path, plan: ShardPlan, dtype: str, sources: list[str]) -> None:

@@ -1,5 +1,7 @@
 """Hub data sets, by way of `datasets`."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +51,12 @@ def arrow_files(data: Any) -> list[Path] | None:
     files = [Path(entry["filename"]) for entry in data.cache_files]
     rows = sum(len(datasets.Dataset.from_file(str(file))) for file in files)
     return files if rows == len(data) else None
+
+
+def parts(data: Any) -> list[Callable[[], Any]]:
+    """A streamed data set file by file (as `datasets` divides it), each opened when it is called;
+    any other data set as a single part."""
+    count = getattr(data, "num_shards", 1) if hasattr(data, "state_dict") else 1
+    if count < 2:
+        return [lambda: data]
+    return [partial(data.shard, num_shards=count, index=index) for index in range(count)]

@@ -25,6 +25,9 @@ from lrc.files import new_file, write_text
 _SIEVE_BITS = 26
 """A hash is looked up only where the sieve has its lowest bits: it spares 19 of 20 lookups."""
 
+_BATCH = 1 << 10
+"""Texts of evaluation sets that are hashed at once."""
+
 
 class Overlap(NamedTuple):
     """What a document shares with an evaluation set."""
@@ -107,22 +110,25 @@ def write_index(sets: Path, words: int, folder: Path) -> dict[str, EvaluationSet
         UserError: there is no such folder, it holds no set, or one cannot be read.
     """
     texts: list[tuple[str, str]] = []
-    hashes: list[Hashes] = []
-    owners: list[NDArray[np.int32]] = []
     found = {}
     for path in evaluation_files(sets):
         name = path.name.partition(".")[0]
         items = too_short = 0
         for item in _items(path):
             items += 1
-            long = [text for text in _texts_of(item) if len(normalise(text)) >= words]
+            normal = [normalise(text) for text in _texts_of(item)]
+            long = [" ".join(one) for one in normal if len(one) >= words]
             too_short += not long
-            for text in long:
-                runs, _ = hash_words([text]).runs(words)
-                hashes.append(runs)
-                owners.append(np.full(len(runs), len(texts), np.int32))
-                texts.append((name, " ".join(normalise(text))))
+            texts += [(name, text) for text in long]
         found[name] = EvaluationSet(items, too_short)
+    hashes: list[Hashes] = []
+    owners: list[NDArray[np.int32]] = []
+    for start in range(0, len(texts), _BATCH):
+        batch = [text for _, text in texts[start : start + _BATCH]]
+        runs, first = hash_words(batch).runs(words)
+        hashes.append(runs)
+        numbers = np.arange(start, start + len(batch), dtype=np.int32)
+        owners.append(np.repeat(numbers, np.diff(first)))
     flat = np.concatenate(hashes) if hashes else np.empty(0, np.uint64)
     unique, places = np.unique(flat, return_index=True)
     owner = np.concatenate(owners)[places] if owners else np.empty(0, np.int32)

@@ -10,10 +10,13 @@ Decompressing runs at about 200 MB a second, fifty times as fast as one core tok
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
+
+import numpy as np
 
 from lrc.data import stdlib_docs
 from lrc.data.build import hub
+from lrc.data.build.draw import draw
 from lrc.data.build.pieces import Piece, Unit, line_ends, open_dataset, rest_of_part
 from lrc.data.mix import Mix, Source
 from lrc.data.sources import STDLIB_DOCS, TextSource, expand_sources, open_parquet
@@ -23,6 +26,8 @@ from lrc.files import new_file, write_text
 UNIT_BYTES = 1 << 24
 """Bytes of text of a unit, about: four million tokens, some seconds of a core."""
 
+
+Item = TypeVar("Item")
 
 TextKind = Literal["text", "jsonl"]
 
@@ -68,7 +73,7 @@ class Splitter:
         if self._source.hub is not None:
             yield from self._hub_units(self._source.hub)
             return
-        sources = expand_sources(local_files(self._mix, self._source))
+        sources = self._in_order(expand_sources(local_files(self._mix, self._source)))
         yield from self._grouped(piece for source in sources for piece in self._file(source))
 
     def _grouped(self, pieces: Iterable[Sized]) -> Iterator[Unit]:
@@ -115,21 +120,34 @@ class Splitter:
         data = hub.load(self._source, self._columns)
         files = hub.arrow_files(data)
         if files is not None:
-            yield from self._grouped(piece for file in files for piece in _row_ranges(file, name))
+            tables = self._in_order(files)
+            yield from self._grouped(piece for file in tables for piece in _row_ranges(file, name))
             return
+        parts = self._in_order(hub.parts(data))
         # A streamed data set goes on where the last unit that is done ended, without reading what
         # came before again.
-        state = None
+        number, state = 0, None
         while self._is_done(self._name()) and self._state_file(self._number).is_file():
-            state = json.loads(self._state_file(self._number).read_text())
+            number, state = json.loads(self._state_file(self._number).read_text())
             yield self._unit([Piece("jsonl", self._copies / self._name(), 0, 0, name)])
-        if state:
-            data.load_state_dict(state)
-        for part in _lines(iter(data)):
-            piece = self._copy(part, "jsonl", name)
-            if hasattr(data, "state_dict"):
-                write_text(self._state_file(self._number), json.dumps(data.state_dict()))
-            yield self._unit([piece])
+        for i, part in enumerate(parts[number:], start=number):
+            rows = part()
+            if state:
+                rows.load_state_dict(state)
+                state = None
+            for lines in _lines(iter(rows)):
+                piece = self._copy(lines, "jsonl", name)
+                if hasattr(rows, "state_dict"):
+                    mark = json.dumps([i, rows.state_dict()])
+                    write_text(self._state_file(self._number), mark)
+                yield self._unit([piece])
+
+    def _in_order(self, files: list[Item]) -> list[Item]:
+        """Files as they come, or in the order that the seed draws."""
+        if not self._source.shuffle_files:
+            return files
+        drawn = draw(np.arange(len(files), dtype=np.uint64), self._mix.seed, again=2 + self._index)
+        return [files[i] for i in np.argsort(drawn, kind="stable").tolist()]
 
     def _name(self) -> str:
         return Unit(self._index, self._number, ()).name
