@@ -6,7 +6,8 @@
 `speed` tokenises the same text with the same tokenizer on the same cores in interleaved rounds: by
 `tokenizers` alone (`encode_batch_fast` on texts that lie in memory, all of its threads), and by
 whole builds, from JSONL on the disk to finished shards: once plain, once with near-duplicate
-removal and decontamination. A build's time holds all that it does, processes started and stopped, too.
+removal and decontamination. A build's time holds all that it does, starting and stopping its
+processes too.
 
 `memory` generates a JSONL file of the size asked for, builds it, and samples the memory of all
 processes together: resident set sizes (which count shared pages once a process) and proportional
