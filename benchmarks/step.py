@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrc.clock import Clock
 from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.environment import describe_environment
@@ -102,14 +103,16 @@ class Floor:
     def __init__(self, teacher: Teacher, hidden_size: int) -> None:
         self.teacher = teacher.model
         self.student = make_ours(teacher, hidden_size).student()
+        self.clock = Clock()
 
     def step(self, batches: list[Batch]) -> None:
         for batch in batches:
-            with torch.no_grad():
+            with self.clock.part("teacher"), torch.no_grad():
                 self.teacher(batch.input_ids, use_cache=False)
-            logits = self.student(batch.input_ids, use_cache=False).logits
-            labels = batch.labels().flatten()
-            functional.cross_entropy(logits.flatten(0, 1), labels).backward()
+            with self.clock.part("student"):
+                logits = self.student(batch.input_ids, use_cache=False).logits
+                labels = batch.labels().flatten()
+                functional.cross_entropy(logits.flatten(0, 1), labels).backward()
         self.student.zero_grad()
 
 
@@ -120,6 +123,7 @@ class Ours:
         self, teacher: Teacher, hidden_size: int, checkpointing: Checkpointing = False
     ) -> None:
         self.method = make_ours(teacher, hidden_size, checkpointing)
+        self.clock = self.method.clock
         self.parameters = list(self.method.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
@@ -129,7 +133,8 @@ class Ours:
         self.method.begin_step()
         for batch in batches:
             losses = self.method.losses(batch, counts)
-            losses["loss"].backward()
+            with self.clock.part("student"):
+                losses["loss"].backward()
             for name in ("kl", "lm", "clone"):
                 sums[name] = sums.get(name, 0.0) + losses[name].item()
         self.method.end_step()
@@ -137,9 +142,10 @@ class Ours:
 
     def step(self, batches: list[Batch]) -> None:
         self.backward(batches)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("optimiser"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 class Through(nn.Module):
@@ -217,6 +223,7 @@ class Official:
                     ours_layer.mlp, attribute, Projected(weight, self.named[key], name == "down")
                 )
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=1e-4)
+        self.clock = Clock()
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
         return list(zip(self.student.model.layers, self.teacher.model.layers, strict=True))
@@ -266,10 +273,11 @@ class Official:
         return sums
 
     def step(self, batches: list[Batch]) -> None:
-        self.backward(batches)
-        torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("all"):
+            self.backward(batches)
+            torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
@@ -329,8 +337,9 @@ def compare(size: Size) -> dict[str, dict[str, float]]:
 
 def measure_times(
     size: Size, kinds: list[str], accumulate: int, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each kind of step, the kinds in turn, after one warm-up round."""
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Seconds of each kind of step, the kinds in turn, after one warm-up round; and their mean
+    seconds by part."""
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
     subjects = {name: KINDS[name](teacher, hidden_size) for name in kinds}
@@ -341,9 +350,15 @@ def measure_times(
             subject.step(batches if repeat else batches[:1])  # the first round warms up
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
+            else:
+                subject.clock.seconds.clear()
         rows = {name: [round(value, 2) for value in values] for name, values in seconds.items()}
         print(f"  round {repeat} of {repeats}: {rows}", file=sys.stderr)
-    return seconds
+    parts = {
+        name: {part: round(value / repeats, 2) for part, value in subject.clock.seconds.items()}
+        for name, subject in subjects.items()
+    }
+    return seconds, parts
 
 
 def measure_memory(size: Size, accumulate: int, kind: str) -> float:
@@ -435,8 +450,9 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2), flush=True)
     for accumulate in arguments.accumulate:
-        seconds = measure_times(size, arguments.kinds, accumulate, arguments.repeats)
-        print(json.dumps(report(size, accumulate, seconds), indent=2), flush=True)
+        seconds, parts = measure_times(size, arguments.kinds, accumulate, arguments.repeats)
+        found = {**report(size, accumulate, seconds), "mean_seconds_by_part": parts}
+        print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":
