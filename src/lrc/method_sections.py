@@ -4,11 +4,15 @@
 `lrc.methods`.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lrc.sections import Section
+
+Aggregation = Literal["mean", "l2"]
+"""How many scores become one: the mean of their absolute values, or their L2 norm."""
 
 
 class PrunedShapeSection(Section):
@@ -64,8 +68,38 @@ class ActivationCloneSection(Section):
     name: Literal["activation-clone"]
 
 
+class MinitronSection(PrunedShapeSection):
+    """The parts of the teacher with the largest activations, trained on KL."""
+
+    objective: ClassVar[Mapping[str, Any]] = {
+        "kl_weight": 1.0,
+        "temperature": 1.0,
+        "lm_weight": 0.0,
+    }
+
+    name: Literal["minitron"]
+
+    over_tokens: Aggregation = "mean"
+    """How the scores of a sequence's tokens are aggregated."""
+
+    over_sequences: Aggregation = "l2"
+    """How the scores of sequences are aggregated."""
+
+
+class SliceGptSection(Section):
+    """The leading principal directions of the teacher's residual stream, trained on KL + LM."""
+
+    name: Literal["slicegpt"]
+
+
 MethodSection = Annotated[
-    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    LrcSection
+    | ScratchSection
+    | TinyBertSection
+    | MiniLmSection
+    | ActivationCloneSection
+    | MinitronSection
+    | SliceGptSection,
     Field(discriminator="name"),
 ]
 
@@ -75,4 +109,6 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
     "activation-clone": ActivationCloneSection,
+    "minitron": MinitronSection,
+    "slicegpt": SliceGptSection,
 }
