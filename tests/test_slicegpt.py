@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.data.batch import Batch
 from lrc.errors import UserError
@@ -15,7 +16,7 @@ from lrc.methods import METHODS
 from lrc.methods.slicegpt import SliceGpt
 from lrc.pruning.rotate import write_rotated
 from lrc.recipe import Recipe, make_recipe
-from lrc.teacher import Teacher
+from lrc.teacher import Teacher, as_teacher
 from tiny import HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher, use_exact_norms
 
 IDS = torch.randint(0, TOKENS, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -155,3 +156,68 @@ def test_what_cannot_be_sliced() -> None:
     coarse = tiny_teacher("qwen3", dtype=torch.bfloat16)
     with pytest.raises(UserError, match=r"slicegpt solves in float32 .* teacher.dtype to float32"):
         METHODS["slicegpt"].build(coarse, recipe_of(8))
+
+
+def leading(stream: Tensor, hidden_size: int) -> Tensor:
+    """Projector on the leading principal directions of a normalised stream."""
+    rows = stream.flatten(0, 1).double()
+    rows = rows / rows.pow(2).mean(-1, keepdim=True).sqrt()
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -hidden_size:]
+    return (basis @ basis.T).to(stream.dtype)
+
+
+@torch.no_grad()
+def sliced_by_block(teacher: Teacher, ids: Tensor, seen: int, hidden_size: int) -> Tensor:
+    """Logits of the paper's SliceGPT, one rotation a block, found in order on the cut stream.
+
+    A skip matrix Q_l^T Q_(l+1) of a cut stream is the projection Q_(l+1) Q_(l+1)^T of the whole
+    one, so the teacher's own layers run here, with the stream projected before and inside them.
+
+    Args:
+        teacher: an untied or tied Llama; the head is taken as untied.
+        ids: tokens [sequences, length].
+        seen: sequences that the rotations are found on.
+        hidden_size: d_S.
+    """
+    model = teacher.model.model
+    stream = model.embed_tokens(ids)
+    turn = model.rotary_emb(stream, torch.arange(ids.shape[1])[None])
+    stream = stream @ leading(stream[:seen], hidden_size)
+    for layer in model.layers:
+        attention, _ = layer.self_attn(layer.input_layernorm(stream), turn, attention_mask=None)
+        stream = stream + attention
+        stream = stream @ leading(stream[:seen], hidden_size)
+        stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
+        stream = stream @ leading(stream[:seen], hidden_size)
+    return teacher.model.lm_head(model.norm(stream))
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> float:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_what_one_rotation_costs(stories_folder: Path) -> None:
+    """As the method's docstring says: a little, on a trained model."""
+    model = AutoModelForCausalLM.from_pretrained(stories_folder)
+    teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
+    torch.manual_seed(0)
+    start = torch.full((64, 1), teacher.tokenizer.bos_token_id)
+    ids = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=95,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=model.config.vocab_size,  # none ends
+        pad_token_id=0,
+    )
+    seen, width, fresh = 48, model.config.hidden_size, ids[48:]
+    with torch.no_grad():
+        theirs = loss_of(model(fresh).logits, fresh)
+        assert (
+            abs(loss_of(sliced_by_block(teacher, ids, seen, width)[seen:], fresh) - theirs) < 1e-3
+        )
+        for hidden_size, most in ((48, 0.4), (32, 1.0)):
+            by_block = loss_of(sliced_by_block(teacher, ids, seen, hidden_size)[seen:], fresh)
+            one = loss_of(sliced(teacher, hidden_size, ids[:seen]).student()(fresh).logits, fresh)
+            assert theirs < by_block < one < by_block + most

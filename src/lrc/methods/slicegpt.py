@@ -4,15 +4,15 @@ Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Ro
 (arXiv 2401.15024). The teacher's gains are fused into the maps that read its norms, after which a
 rotation of the residual stream can be taken into the weights without any change. The rotation is a
 PCA of the normalised stream over calibration tokens, of which the first d_S directions stay
-(`lrc.pruning.rotate`). Recovery training follows, of all the student's weights, on KL + LM; with
-`lrc clone` or few tokens there is none.
+(`lrc.pruning.rotate`). Recovery training follows, of all the student's weights, on KL + LM.
 
 Deviation: one rotation for all blocks, from the teacher's own stream at all its norms. The paper
 has one a block, Q_l, found in order on the cut network, and so a matrix Q_l^T Q_(l+1) in every skip
 connection. No weight of a plain model can absorb that: its skips are the identity. One rotation
-costs nothing at run time and gives a student of the plain class and of LRC's shape exactly; the
-paper's are more parameters (two [d_S, d_S] matrices a layer) and need code of their own to run.
-COST
+gives a student of the plain class and of LRC's shape exactly; the paper's need two matrices
+[d_S, d_S] more a layer, and code of their own to run. What that costs, in nats of held-out loss of
+the cut and untrained stories260K (d_T = 64, teacher at 1.27): 2.83 in place of 2.65 at d_S = 48,
+5.01 in place of 4.49 at d_S = 32, of which 0.02 and 0.08 are due to the tied head.
 
 The student of `lrc` with `initialise: pca` starts from the same basis, with gains left at 1; there
 projections into the teacher's weights are trained, here the student's own weights.

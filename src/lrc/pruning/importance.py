@@ -154,7 +154,8 @@ class _Watch:
         if name == "down":
             self._score("neurons", layer, inputs)
         else:
-            groups = inputs.unflatten(-1, (self.teacher.config.num_key_value_heads, -1))
+            heads = self.teacher.config.num_key_value_heads
+            groups = inputs.view(*inputs.shape[:-1], heads, -1)
             self._score("groups", layer, torch.linalg.vector_norm(groups, dim=-1))
         return output
 
