@@ -1,10 +1,12 @@
 """A plain model whose residual stream is the teacher's, turned into a basis and cut."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.families import LINEARS, READERS
+from lrc.families import READERS, WRITERS
 from lrc.teacher import Teacher
 
 
@@ -26,37 +28,48 @@ def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> 
         teacher: the teacher, hidden size d_T.
         basis: B [d_T, d_S], orthonormal columns.
     """
-    family, config = teacher.family, teacher.config
     basis = basis.double()
-    unit = (basis.shape[0] / basis.shape[1]) ** 0.5
-
-    def weight(path: str) -> Tensor:
-        return teacher.model.get_submodule(path).get_parameter("weight").double()
-
-    def gain(norm: str) -> Tensor:
-        return weight(norm) + family.gain_offset
-
-    final = gain(family.final_norm)
     final_gain = torch.ones_like(basis[0])
     if student.config.tie_word_embeddings:
-        final_gain, turn = torch.linalg.eigh(basis.T @ (final[:, None] * basis))
+        gain = _gain(teacher, teacher.family.final_norm)
+        final_gain, turn = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
         basis = basis @ turn
+    parameters = dict(student.named_parameters())
+    written = set()
+    for name, value in _rotated(teacher, basis, final_gain):
+        if name in parameters:  # a tied head is not
+            parameters[name].copy_(value)
+            written.add(name)
+    for name in parameters.keys() - written:
+        parameters[name].copy_(teacher.model.get_parameter(name))
 
-    found = {f"{family.embedding}.weight": weight(family.embedding) @ basis}
-    found[f"{family.head}.weight"] = (weight(family.head) * final) @ basis
-    for norm in family.stream_norms(config.num_hidden_layers):
+
+def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a rotation changes, by name, one after the other."""
+    family, layers = teacher.family, teacher.num_layers
+    yield f"{family.embedding}.weight", _weight(teacher, family.embedding) @ basis
+    head = _weight(teacher, family.head) * _gain(teacher, family.final_norm)
+    yield f"{family.head}.weight", head @ basis
+    unit = (basis.shape[0] / basis.shape[1]) ** 0.5
+    for norm in family.stream_norms(layers):
         gains = final_gain if norm == family.final_norm else torch.ones_like(final_gain)
-        found[f"{norm}.weight"] = gains * unit - family.gain_offset
-    for layer in range(config.num_hidden_layers):
-        for name in LINEARS:
+        yield f"{norm}.weight", gains * unit - family.gain_offset
+    for layer in range(layers):
+        for name in READERS:
             path = family.linear(layer, name)
-            if name in READERS:
-                value = (weight(path) * gain(family.norm_read_by(layer, name))) @ basis
-            else:
-                value = basis.T @ weight(path)
-                bias = teacher.model.get_submodule(path).bias
-                if bias is not None:
-                    found[f"{path}.bias"] = bias.double() @ basis
-            found[f"{path}.weight"] = value
-    for name, parameter in student.named_parameters():
-        parameter.copy_(found[name] if name in found else teacher.model.get_parameter(name))
+            fused = _weight(teacher, path) * _gain(teacher, family.norm_read_by(layer, name))
+            yield f"{path}.weight", fused @ basis
+        for name in WRITERS:
+            path = family.linear(layer, name)
+            yield f"{path}.weight", basis.T @ _weight(teacher, path)
+            bias = teacher.model.get_submodule(path).bias
+            if bias is not None:
+                yield f"{path}.bias", bias.double() @ basis
+
+
+def _weight(teacher: Teacher, path: str) -> Tensor:
+    return teacher.model.get_submodule(path).get_parameter("weight").double()
+
+
+def _gain(teacher: Teacher, norm: str) -> Tensor:
+    return _weight(teacher, norm) + teacher.family.gain_offset
