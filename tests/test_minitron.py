@@ -1,11 +1,13 @@
 """Importance from activations, against loops over tokens, and the student that it chooses."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.data.batch import Batch
 from lrc.families import FAMILIES
@@ -13,9 +15,9 @@ from lrc.methods import METHODS
 from lrc.methods.minitron import Minitron
 from lrc.pruning.cut import cut
 from lrc.pruning.importance import Importance, measure_importance
-from lrc.pruning.shape import Shape
+from lrc.pruning.shape import Shape, shape_of_config
 from lrc.recipe import Recipe, make_recipe
-from lrc.teacher import Teacher
+from lrc.teacher import Teacher, as_teacher
 from tiny import FFN, HEAD_DIM, tiny_batch, tiny_teacher
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
@@ -173,9 +175,10 @@ def test_idle_parts_go_first() -> None:
     assert "more than 3% apart" in note
 
 
-def test_the_default_shape_is_lrcs() -> None:
+@pytest.mark.parametrize("tie_projections", [None, False])
+def test_the_default_shape_is_lrcs(tie_projections: bool | None) -> None:
     teacher = tiny_teacher("llama", tied=True)
-    recipe = recipe_of(student={"hidden_size": 8})
+    recipe = recipe_of(student={"hidden_size": 8, "tie_projections": tie_projections})
     method = METHODS["minitron"].build(teacher, recipe)
     clone = METHODS["lrc"].build(teacher, make_recipe({**recipe.model_dump(), "method": "lrc"}))
     ours, theirs = method.student(), clone.student()
@@ -219,3 +222,33 @@ def test_padding_does_not_count() -> None:
     ours, theirs = (measure_importance(teacher, batch, "mean", "l2") for batch in (padded, short))
     for name in ("hidden", "groups", "neurons", "layers"):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-5, atol=0)
+
+
+@torch.no_grad()
+def test_importance_tells_what_matters(stories_folder: Path) -> None:
+    """On a trained model, a quarter of the parts costs more where it is the most important one."""
+    model = AutoModelForCausalLM.from_pretrained(stories_folder)
+    teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
+    torch.manual_seed(0)
+    start = torch.full((32, 1), teacher.tokenizer.bos_token_id)
+    ids = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=63,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=model.config.vocab_size,  # none ends
+        pad_token_id=0,
+    )
+    importance = measure_importance(teacher, Batch(ids), "mean", "l2")
+    opposite = Importance(
+        -importance.hidden, -importance.groups, -importance.neurons, -importance.layers
+    )
+    whole = shape_of_config(model.config)
+    for part, size in (("layers", 4), ("hidden", 48), ("kv_heads", 3), ("neurons", 129)):
+        shape = replace(whole, **{part: size})
+        losses = [
+            cut(model, teacher.family, scores.most_important(shape))(ids, labels=ids).loss.item()
+            for scores in (importance, opposite)
+        ]
+        assert losses[0] < losses[1] - 0.05, part

@@ -76,6 +76,7 @@ class MinitronSection(PrunedShapeSection):
         "temperature": 1.0,
         "lm_weight": 0.0,
     }
+    """Defaults of the recipe's section of that name with this method: its paper's losses."""
 
     name: Literal["minitron"]
 

@@ -102,6 +102,11 @@ def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
     return scores.abs().mean(0)
 
 
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 at least, to be summed up."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 class _Watch:
     """Hooks on a teacher that score its parts during forward passes."""
 
@@ -145,7 +150,7 @@ class _Watch:
             after = output[0] if isinstance(output, tuple) else output
             change = 1 - functional.cosine_similarity(inputs[0], after, dim=-1)
             counted = change.flatten() if self.mask is None else change[self.mask]
-            self.influence.setdefault(layer, []).append(counted)
+            self.influence.setdefault(layer, []).append(wide(counted))
 
         return hook
 
@@ -164,7 +169,7 @@ class _Watch:
         rows = self.rows[kind].setdefault(place, [])
         for row, tokens in enumerate(values):
             counted = tokens if self.mask is None else tokens[self.mask[row]]
-            rows.append(aggregate(counted, self.over_tokens))
+            rows.append(aggregate(wide(counted), self.over_tokens))
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:
