@@ -4,11 +4,29 @@
 `lrc.methods`.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from lrc.sections import Section
+
+Aggregation = Literal["mean", "l2"]
+"""How many scores become one: the mean of their absolute values, or their L2 norm."""
+
+
+class PrunedShapeSection(Section):
+    """Base of the methods that cut the student out of the teacher: its shape besides
+    `student.hidden_size`. By default it is LRC's, which keeps these sizes of the teacher."""
+
+    layers: int | None = Field(None, gt=0)
+    """Decoder layers. Empty: the teacher's."""
+
+    kv_heads: int | None = Field(None, gt=0)
+    """Key/value heads; each keeps all its query heads. Empty: the teacher's."""
+
+    intermediate_size: int | None = Field(None, gt=0)
+    """Neurons of an FFN. Empty: the teacher's."""
 
 
 class LrcSection(Section):
@@ -50,8 +68,39 @@ class ActivationCloneSection(Section):
     name: Literal["activation-clone"]
 
 
+class MinitronSection(PrunedShapeSection):
+    """The parts of the teacher with the largest activations, trained on KL."""
+
+    objective: ClassVar[Mapping[str, Any]] = {
+        "kl_weight": 1.0,
+        "temperature": 1.0,
+        "lm_weight": 0.0,
+    }
+    """Defaults of the recipe's section of that name with this method: its paper's losses."""
+
+    name: Literal["minitron"]
+
+    over_tokens: Aggregation = "mean"
+    """How the scores of a sequence's tokens are aggregated."""
+
+    over_sequences: Aggregation = "l2"
+    """How the scores of sequences are aggregated."""
+
+
+class SliceGptSection(Section):
+    """The leading principal directions of the teacher's residual stream, trained on KL + LM."""
+
+    name: Literal["slicegpt"]
+
+
 MethodSection = Annotated[
-    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    LrcSection
+    | ScratchSection
+    | TinyBertSection
+    | MiniLmSection
+    | ActivationCloneSection
+    | MinitronSection
+    | SliceGptSection,
     Field(discriminator="name"),
 ]
 
@@ -61,4 +110,6 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
     "activation-clone": ActivationCloneSection,
+    "minitron": MinitronSection,
+    "slicegpt": SliceGptSection,
 }

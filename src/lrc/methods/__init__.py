@@ -4,7 +4,9 @@ from lrc.methods.activation_clone import ActivationClone
 from lrc.methods.base import TOKEN_LM, Counts, Method
 from lrc.methods.low_rank_clone import LowRankClone
 from lrc.methods.minilm import MiniLm
+from lrc.methods.minitron import Minitron
 from lrc.methods.scratch import Scratch
+from lrc.methods.slicegpt import SliceGpt
 from lrc.methods.tinybert import TinyBert
 
 METHODS: dict[str, type[Method]] = {
@@ -13,6 +15,8 @@ METHODS: dict[str, type[Method]] = {
     "tinybert": TinyBert,
     "minilm": MiniLm,
     "activation-clone": ActivationClone,
+    "minitron": Minitron,
+    "slicegpt": SliceGpt,
 }
 """Every method by its name in a recipe."""
 
