@@ -5,6 +5,7 @@ from lrc.methods.base import TOKEN_LM, Counts, Method
 from lrc.methods.low_rank_clone import LowRankClone
 from lrc.methods.minilm import MiniLm
 from lrc.methods.scratch import Scratch
+from lrc.methods.sheared_llama import ShearedLlama
 from lrc.methods.tinybert import TinyBert
 
 METHODS: dict[str, type[Method]] = {
@@ -13,6 +14,7 @@ METHODS: dict[str, type[Method]] = {
     "tinybert": TinyBert,
     "minilm": MiniLm,
     "activation-clone": ActivationClone,
+    "sheared-llama": ShearedLlama,
 }
 """Every method by its name in a recipe."""
 

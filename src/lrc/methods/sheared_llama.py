@@ -52,6 +52,7 @@ from lrc.pruning.learned import LearnedMasks
 from lrc.pruning.masked import MaskHooks
 from lrc.pruning.shape import target_shape, teacher_shape
 from lrc.recipe import Recipe
+from lrc.student import ties_projections
 from lrc.teacher import Teacher
 
 CONSTRAINT_WARMUP = 0.2
@@ -64,8 +65,6 @@ class ShearedLlama(PlainStudent):
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
-        self.shape = teacher_shape(teacher)
-        self.target = target_shape(self.shape, recipe.student, recipe.method)
         self.steps_done = 0
         self.kept_layers: list[int] | None = None
         """Layers of the teacher that the student of stage two has; None in stage one."""
@@ -115,9 +114,9 @@ class ShearedLlama(PlainStudent):
             self._mask()
         if layers is not None and self.kept_layers is None:
             # Which units of a layer were kept no longer matters: the checkpoint has their weights.
-            of_layer = [list(range(n)) for n in (self.target.kv_heads, self.target.neurons)]
-            groups, neurons = ([rows] * len(layers) for rows in of_layer)
-            self._prune(Kept(layers, list(range(self.target.hidden)), groups, neurons))
+            sizes = self.target.kv_heads, self.target.neurons
+            groups, neurons = ([torch.arange(size)] * len(layers) for size in sizes)
+            self._prune(Kept(layers, torch.arange(self.target.hidden), groups, neurons))
 
     def begin_step(self) -> None:
         if self.kept_layers is None:
@@ -151,7 +150,7 @@ class ShearedLlama(PlainStudent):
         """In stage one: cut to the units that are most probably open now."""
         if self.kept_layers is not None:
             return self.model
-        return cut(self.model, self.teacher.family, self.masks.kept())
+        return self._cut(self.masks.kept())
 
     def weighs_sources(self) -> bool:
         return self.section.dynamic_loading
@@ -166,7 +165,8 @@ class ShearedLlama(PlainStudent):
     # The stages.
 
     def make_student(self) -> PreTrainedModel:
-        """The teacher as it is, to be trained."""
+        """The teacher as it is, to be trained and pruned."""
+        self.target = target_shape(self.teacher, self.recipe.student, self.section)
         model = copy.deepcopy(self.teacher.model)
         model = model.to(dtype=torch.promote_types(model.dtype, torch.float32))
         return model.requires_grad_(True)
@@ -176,13 +176,22 @@ class ShearedLlama(PlainStudent):
         self.hooks = MaskHooks(self.model, self.teacher.family)
         weight = next(iter(super().parameters().values()))
         self.masks = LearnedMasks(
-            self.shape, self.target, self.section.open_at_first, weight.device, weight.dtype
+            teacher_shape(self.teacher),
+            self.target,
+            self.section.open_at_first,
+            weight.device,
+            weight.dtype,
         )
+
+    def _cut(self, kept: Kept) -> PreTrainedModel:
+        tied = self.teacher.config.tie_word_embeddings
+        tied = tied and ties_projections(self.teacher, self.recipe.student)
+        return cut(self.model, self.teacher.family, kept, tied)
 
     def _prune(self, kept: Kept) -> None:
         """Begin stage two."""
         self.hooks.remove()
-        self.model = cut(self.model, self.teacher.family, kept)
+        self.model = self._cut(kept)
         recompute(self.model, self.recipe.train.gradient_checkpointing)
         self.kept_layers = list(kept.layers)
         del self.masks, self.hooks

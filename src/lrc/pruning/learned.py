@@ -116,20 +116,17 @@ class LearnedMasks:
 
     def kept(self) -> Kept:
         """The units of the target's shape: those that are most probably open."""
-        chosen = {kind: self._highest(kind) for kind in self.units}
-        layers = chosen["layers"][0] if "layers" in chosen else list(range(self.teacher.layers))
-
-        def of_layers(kind: str, number: int) -> list[list[int]]:
-            everything = [list(range(number))] * self.teacher.layers
-            rows = chosen.get(kind, everything)
-            return [rows[layer] for layer in layers]
-
-        hidden = chosen["hidden"][0] if "hidden" in chosen else list(range(self.teacher.hidden))
+        whole = self.teacher
+        layers = self._highest("layers", whole.layers)[0].tolist()
+        groups, neurons = (
+            self._highest(kind, number).expand(whole.layers, -1)
+            for kind, number in (("groups", whole.kv_heads), ("neurons", whole.neurons))
+        )
         return Kept(
             layers,
-            hidden,
-            of_layers("groups", self.teacher.kv_heads),
-            of_layers("neurons", self.teacher.neurons),
+            self._highest("hidden", whole.hidden)[0],
+            [groups[layer] for layer in layers],
+            [neurons[layer] for layer in layers],
         )
 
     def undecided(self) -> dict[str, tuple[int, int]]:
@@ -137,17 +134,17 @@ class LearnedMasks:
         are not, so that their rank decides; and the number of all units."""
         found = {}
         for kind, log_alpha in self.log_alpha.items():
-            is_open = settled(log_alpha.detach()) > 0
-            keep = torch.zeros_like(is_open)
-            rows = keep.view(-1, keep.shape[-1])
-            for row, units in zip(rows, self._highest(kind), strict=True):
-                row[units] = True
+            is_open = settled(log_alpha.detach()).reshape(-1, log_alpha.shape[-1]) > 0
+            units = self._highest(kind, log_alpha.shape[-1])
+            keep = torch.zeros_like(is_open).scatter(1, units.to(is_open.device), True)
             found[kind] = int((is_open != keep).sum()), keep.numel()
         return found
 
-    def _highest(self, kind: str) -> list[list[int]]:
-        """The kept units of a kind, ascending; one row a layer, or one in all."""
-        rows = self.log_alpha[kind].detach().reshape(-1, self.units[kind].shape[-1])
+    def _highest(self, kind: str, number: int) -> Tensor:
+        """The kept ones of so many units of a kind, ascending: int64 [layers or 1, kept]."""
+        if kind not in self.units:
+            return torch.arange(number)[None]
+        rows = self.log_alpha[kind].detach().reshape(-1, number).cpu()
         # Stable: of equals the first ones are kept, on every device.
         ranked = rows.argsort(dim=-1, descending=True, stable=True)[:, : self.units[kind].kept]
-        return ranked.sort(dim=-1).values.tolist()  # type: ignore[no-any-return]
+        return ranked.sort(dim=-1).values
