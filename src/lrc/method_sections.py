@@ -11,6 +11,20 @@ from pydantic import Field
 from lrc.sections import Section
 
 
+class PrunedShapeSection(Section):
+    """Base of the methods that cut the student out of the teacher: its shape besides
+    `student.hidden_size`. By default it is LRC's, which keeps these sizes of the teacher."""
+
+    layers: int | None = Field(None, gt=0)
+    """Decoder layers. Empty: the teacher's."""
+
+    kv_heads: int | None = Field(None, gt=0)
+    """Key/value heads; each keeps all its query heads. Empty: the teacher's."""
+
+    intermediate_size: int | None = Field(None, gt=0)
+    """Neurons of an FFN. Empty: the teacher's."""
+
+
 class LrcSection(Section):
     """Low-Rank Clone; its settings are in `student`, `initialise` and `objective`."""
 
@@ -50,8 +64,27 @@ class ActivationCloneSection(Section):
     name: Literal["activation-clone"]
 
 
+class ShearedLlamaSection(PrunedShapeSection):
+    """Structured pruning by learned masks, then continued training."""
+
+    name: Literal["sheared-llama"]
+
+    pruning_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the training steps in which masks are learned; the rest trains what is left."""
+
+    mask_learning_rate: float = Field(1.0, gt=0)
+    """Peak learning rate of masks and multipliers."""
+
+    open_at_first: float = Field(0.99, gt=0, lt=1)
+    """Probability that a mask is open before training."""
+
+    dynamic_loading: bool = True
+    """Weigh the sources of the text after every held-out measurement, by how far the student is
+    behind the teacher on each."""
+
+
 MethodSection = Annotated[
-    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection | ShearedLlamaSection,
     Field(discriminator="name"),
 ]
 
@@ -61,4 +94,5 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
     "activation-clone": ActivationCloneSection,
+    "sheared-llama": ShearedLlamaSection,
 }
