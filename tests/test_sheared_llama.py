@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from tiny import gradients, tiny_batch, tiny_teacher, tiny_tokenizer, use_exact_
 
 SHAPE = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 TARGET = {"layers": 2, "kv_heads": 1, "intermediate_size": 7}
+KINDS = ("layers", "hidden", "groups", "neurons")
 
 
 def recipe_of(method: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
@@ -52,7 +54,7 @@ def built(recipe: Recipe, family: str = "qwen3") -> tuple[Teacher, ShearedLlama]
 
 
 def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """"loss" is KL + LM of the masked model and the Lagrangian; multipliers ascend; micro-batches
+    """The loss is KL + LM of the masked model and the Lagrangian; multipliers ascend; micro-batches
     of one step add up to the batch."""
     use_exact_norms(monkeypatch)
     _, method = built(recipe_of({**TARGET, "pruning_share": 0.5}))
@@ -96,7 +98,6 @@ def test_multipliers_ascend_and_rates_are_their_own() -> None:
     state = new_state(method, method.recipe)
     rates = {id(p): g["lr"] for g in state.optimizer.param_groups for p in g["params"]}
     decays = {id(p): g["weight_decay"] for g in state.optimizer.param_groups for p in g["params"]}
-    state = new_state(method, method.recipe.model_copy(update={"train": method.recipe.train}))
     for name, parameter in method.parameters().items():
         own = name.startswith("masks.")
         assert id(parameter) in rates
@@ -122,7 +123,7 @@ def test_what_stage_two_trains() -> None:
             torch.nn.init.normal_(log_alpha, generator=torch.Generator().manual_seed(len(kind)))
     kept, before = method.masks.kept(), method.student()
     told = method.next_stage()
-    assert set(told) == {f"{k}_{w}" for k in ("layers", "hidden", "groups", "neurons") for w in ("by_rank", "units")}
+    assert set(told) == {f"{kind}_{what}" for kind in KINDS for what in ("by_rank", "units")}
     student = method.student()
     config = student.config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 8)
@@ -219,9 +220,8 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run without interruption."""
-    run = Run.create(
-        tmp_path_factory.mktemp("whole") / "run", make_recipe(yaml.safe_load(recipe_file.read_text()))
-    )
+    recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
+    run = Run.create(tmp_path_factory.mktemp("whole") / "run", recipe)
     train(run, Console(quiet=True))
     return run
 
@@ -304,9 +304,8 @@ def test_killed_in_both_stages_and_at_the_boundary(
 
     def lrc(*arguments: Any, killed: tuple[str, int]) -> int:
         command = [sys.executable, "-c", KILLED, *map(str, killed), *map(str, arguments)]
-        ended = subprocess.run(
-            command, capture_output=True, text=True, timeout=300, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
         assert ended.returncode == -signal.SIGKILL, ended.stderr
         return max(int(path.name[5:]) for path in Run.open(part).checkpoints.glob("step-*"))
 
@@ -326,8 +325,6 @@ def test_killed_in_both_stages_and_at_the_boundary(
 def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(
     whole: Run, tmp_path: Path
 ) -> None:
-    import shutil
-
     folder = tmp_path / "run"
     shutil.copytree(whole.folder, folder)
     for step in range(STAGE_ONE, STEPS + 1):

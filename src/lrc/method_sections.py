@@ -84,7 +84,12 @@ class ShearedLlamaSection(PrunedShapeSection):
 
 
 MethodSection = Annotated[
-    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection | ShearedLlamaSection,
+    LrcSection
+    | ScratchSection
+    | TinyBertSection
+    | MiniLmSection
+    | ActivationCloneSection
+    | ShearedLlamaSection,
     Field(discriminator="name"),
 ]
 

@@ -135,7 +135,10 @@ class Method(ABC):
         return False
 
     def source_shares(
-        self, shares: Mapping[str, float], student: Mapping[str, float], teacher: Mapping[str, float]
+        self,
+        shares: Mapping[str, float],
+        student: Mapping[str, float],
+        teacher: Mapping[str, float],
     ) -> dict[str, float]:
         """The sources' shares of the training sequences from now on, after a held-out measurement.
 

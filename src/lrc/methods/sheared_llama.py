@@ -50,7 +50,8 @@ from lrc.methods.recomputing import recompute
 from lrc.pruning.cut import Kept, cut
 from lrc.pruning.learned import LearnedMasks
 from lrc.pruning.masked import MaskHooks
-from lrc.pruning.shape import target_shape, teacher_shape
+from lrc.pruning.shape import pruned_config, target_shape, teacher_shape
+from lrc.pruning.size import compare_sizes
 from lrc.recipe import Recipe
 from lrc.student import ties_projections
 from lrc.teacher import Teacher
@@ -78,6 +79,11 @@ class ShearedLlama(PlainStudent):
         return self.recipe.method
 
     # What the loop asks for.
+
+    def notes(self) -> list[str]:
+        config = pruned_config(self.teacher, self.target, tied=self._tied())
+        sizes = compare_sizes(self.teacher, self.recipe.student, config)
+        return [] if sizes.student == sizes.clone else [sizes.sentence()]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         masks = self.masks.parameters() if self.kept_layers is None else {}
@@ -152,11 +158,17 @@ class ShearedLlama(PlainStudent):
             return self.model
         return self._cut(self.masks.kept())
 
+    def step_flops(self, tokens: int, sequence: int) -> None:
+        """Not counted: the stages' steps differ."""
+
     def weighs_sources(self) -> bool:
         return self.section.dynamic_loading
 
     def source_shares(
-        self, shares: Mapping[str, float], student: Mapping[str, float], teacher: Mapping[str, float]
+        self,
+        shares: Mapping[str, float],
+        student: Mapping[str, float],
+        teacher: Mapping[str, float],
     ) -> dict[str, float]:
         excess = {name: max(student[name] - teacher[name], 0.0) for name in student}
         grown = {name: share * math.exp(excess.get(name, 0.0)) for name, share in shares.items()}
@@ -184,9 +196,12 @@ class ShearedLlama(PlainStudent):
         )
 
     def _cut(self, kept: Kept) -> PreTrainedModel:
-        tied = self.teacher.config.tie_word_embeddings
-        tied = tied and ties_projections(self.teacher, self.recipe.student)
-        return cut(self.model, self.teacher.family, kept, tied)
+        return cut(self.model, self.teacher.family, kept, self._tied())
+
+    def _tied(self) -> bool:
+        """Whether the student's LM head is its embedding."""
+        tied = bool(self.teacher.config.tie_word_embeddings)
+        return tied and ties_projections(self.teacher, self.recipe.student)
 
     def _prune(self, kept: Kept) -> None:
         """Begin stage two."""

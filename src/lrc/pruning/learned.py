@@ -74,7 +74,9 @@ class LearnedMasks:
         """All of them by name."""
         parts = {"log_alpha": self.log_alpha, "linear": self.linear, "quadratic": self.quadratic}
         return {
-            f"masks.{kind}.{part}": of_kind[kind] for kind in self.units for part, of_kind in parts.items()
+            f"masks.{kind}.{part}": of_kind[kind]
+            for kind in self.units
+            for part, of_kind in parts.items()
         }
 
     def multipliers(self) -> Iterator[nn.Parameter]:

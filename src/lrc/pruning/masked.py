@@ -5,7 +5,7 @@ The forward pass is transformers' own; the masks act through hooks:
 * hidden: what enters the residual stream (embedding, o, down) is multiplied by the mask, and every
   norm of the stream takes its mean over the open dimensions. The norm itself averages over all d
   dimensions, so its input is multiplied by sqrt(d / n) and its output by sqrt(n / d), n being the
-  sum of the squared masks: then x' = x sqrt(d / n) has mean(x'^2) = sum(x^2) / n, and epsilon weighs
+  sum of the squared masks: x' = x sqrt(d / n) has mean(x'^2) = sum(x^2) / n, and epsilon weighs
   what it weighs in a model of n dimensions;
 * heads: the input of o, by groups of query heads that share a key-value head;
 * neurons: the input of down;
