@@ -71,7 +71,7 @@ def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> N
         torch.testing.assert_close(value, at_once[name], rtol=1e-9, atol=1e-11)
     for name, value in parts.items():
         torch.testing.assert_close(value, together[name], rtol=1e-9, atol=1e-11)
-    expected = 0.7 * 9 * sums["kl"] + 0.9 * sums["lm"] + sums["lagrangian"]
+    expected = 0.7 * sums["kl"] + 0.9 * sums["lm"] + sums["lagrangian"]
     assert sums["loss"].item() == pytest.approx(expected.item(), rel=1e-9)
 
     progress = 1 / (0.2 * 5)
