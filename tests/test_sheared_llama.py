@@ -94,18 +94,18 @@ def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_multipliers_ascend_and_rates_are_their_own() -> None:
-    _, method = built(recipe_of({**TARGET, "mask_learning_rate": 0.5}))
+    rates = {"mask_learning_rate": 0.5, "multiplier_learning_rate": 3.0}
+    train = {"warmup_ratio": 0, "weight_decay": 0.1}
+    _, method = built(recipe_of({**TARGET, **rates}, train=train))
     state = new_state(method, method.recipe)
-    rates = {id(p): g["lr"] for g in state.optimizer.param_groups for p in g["params"]}
-    decays = {id(p): g["weight_decay"] for g in state.optimizer.param_groups for p in g["params"]}
+    groups = {id(p): group for group in state.optimizer.param_groups for p in group["params"]}
     for name, parameter in method.parameters().items():
-        own = name.startswith("masks.")
-        assert id(parameter) in rates
-        if own:
-            assert decays[id(parameter)] == 0
-    bases = state.scheduler.base_lrs
-    assert bases[:2] == [method.recipe.train.learning_rate] * 2
-    assert bases[2:] == [0.5]
+        part = name.rpartition(".")[2] if name.startswith("masks.") else ""
+        own = {"log_alpha": 0.5, "linear": 3.0, "quadratic": 3.0}
+        group = groups[id(parameter)]
+        assert group["lr"] == own.get(part, method.recipe.train.learning_rate), name
+        decays = not part and parameter.ndim > 1
+        assert group["weight_decay"] == (0.1 if decays else 0), name
     batch = tiny_batch()
     gradients(method, batch)  # type: ignore[arg-type]
     state.optimizer.step()

@@ -73,7 +73,10 @@ class ShearedLlamaSection(PrunedShapeSection):
     """Share of the training steps in which masks are learned; the rest trains what is left."""
 
     mask_learning_rate: float = Field(1.0, gt=0)
-    """Peak learning rate of masks and multipliers."""
+    """Peak learning rate of the masks."""
+
+    multiplier_learning_rate: float = Field(10.0, gt=0)
+    """Peak learning rate of the constraints' multipliers."""
 
     open_at_first: float = Field(0.99, gt=0, lt=1)
     """Probability that a mask is open before training."""

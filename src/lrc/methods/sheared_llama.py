@@ -97,13 +97,19 @@ class ShearedLlama(PlainStudent):
         """Masks and multipliers have a rate of their own."""
         if self.kept_layers is not None:
             return {}
-        return dict.fromkeys(self.masks.parameters(), self.section.mask_learning_rate)
+        section = self.section
+        return {
+            name: section.mask_learning_rate
+            if name.endswith("log_alpha")
+            else section.multiplier_learning_rate
+            for name in self.masks.parameters()
+        }
 
     def stage_ends(self) -> tuple[int, ...]:
         return (max(1, round(self.section.pruning_share * self.recipe.steps())),)
 
     def next_stage(self) -> dict[str, Any]:
-        entries = {}
+        entries: dict[str, Any] = {}
         for kind, (by_rank, units) in self.masks.undecided().items():
             entries |= {f"{kind}_by_rank": by_rank, f"{kind}_units": units}
         self._prune(self.masks.kept())
