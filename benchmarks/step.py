@@ -1,19 +1,20 @@
 """What a training step costs beside its floor and beside the straightforward formulation.
 
-Four steps on the same tokens, measured in turn in one run:
+Five steps on the same tokens, measured in turn in one run:
 
     floor     teacher forward without gradients, and forward and backward of a plain exported
               student with the LM loss: the least that distilling from logits can cost
     ours      a full Low-Rank Clone step: projection, all clone terms, KL, LM, clipping and AdamW
     frugal    the same with `gradient_checkpointing: elementwise`
+    matched   ours with attention outputs compared in the teacher's space, as `official` does
     official  the formulation of the paper's official code, written here independently: for q, k, v
               and o the student's activations pass the projection and then the teacher's full-size
               weight; FFN weights are projected in every micro-batch; the logits of both models are
               held whole; losses go through separate tensors
 
-First the losses and gradients of `ours` and `official` are compared: in float64, where they must be
-the same, and each in float32 against float64, which tells rounding from error. Peak memory is
-measured in a process of its own for each. The four steps of a round share every disturbance of the
+First the losses and gradients of `matched` and `official` are compared: in float64, where they must
+be the same, and each in float32 against float64, which tells rounding from error. Peak memory is
+measured in a process of its own for each. The steps of a round share every disturbance of the
 machine; ratios are taken round by round.
 
     python benchmarks/step.py                          SmolLM2-135M to 288, accumulation 1 and 4
@@ -21,6 +22,7 @@ machine; ratios are taken round by round.
 """
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -32,12 +34,14 @@ from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lrc.clock import Clock
 from lrc.cost import step_flops, widths_of
 from lrc.data.batch import Batch
 from lrc.environment import describe_environment
@@ -84,12 +88,15 @@ def make_teacher(shape: str) -> tuple[Teacher, int]:
 
 
 def make_ours(
-    teacher: Teacher, hidden_size: int, checkpointing: Checkpointing = False
+    teacher: Teacher,
+    hidden_size: int,
+    checkpointing: Checkpointing = False,
+    attn_out: Literal["student", "teacher"] = "student",
 ) -> LowRankClone:
-    """Our method with the paper's settings and the official space of the attention outputs."""
+    """Our method with the paper's settings."""
     student, objective = (
         StudentSection(hidden_size=hidden_size),
-        ObjectiveSection(attn_out="teacher"),
+        ObjectiveSection(attn_out=attn_out),
     )
     method = LowRankClone(teacher, student, objective, checkpointing)
     initialise_random(method.projections, 0.02, seed=0)
@@ -102,24 +109,25 @@ class Floor:
     def __init__(self, teacher: Teacher, hidden_size: int) -> None:
         self.teacher = teacher.model
         self.student = make_ours(teacher, hidden_size).student()
+        self.clock = Clock()
 
     def step(self, batches: list[Batch]) -> None:
         for batch in batches:
-            with torch.no_grad():
+            with self.clock.part("teacher"), torch.no_grad():
                 self.teacher(batch.input_ids, use_cache=False)
-            logits = self.student(batch.input_ids, use_cache=False).logits
-            labels = batch.labels().flatten()
-            functional.cross_entropy(logits.flatten(0, 1), labels).backward()
+            with self.clock.part("student"):
+                logits = self.student(batch.input_ids, use_cache=False).logits
+                labels = batch.labels().flatten()
+                functional.cross_entropy(logits.flatten(0, 1), labels).backward()
         self.student.zero_grad()
 
 
 class Ours:
     """A whole step of the project's method, as the training loop does it."""
 
-    def __init__(
-        self, teacher: Teacher, hidden_size: int, checkpointing: Checkpointing = False
-    ) -> None:
-        self.method = make_ours(teacher, hidden_size, checkpointing)
+    def __init__(self, teacher: Teacher, hidden_size: int, **options: Any) -> None:
+        self.method = make_ours(teacher, hidden_size, **options)
+        self.clock = self.method.clock
         self.parameters = list(self.method.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
 
@@ -129,7 +137,8 @@ class Ours:
         self.method.begin_step()
         for batch in batches:
             losses = self.method.losses(batch, counts)
-            losses["loss"].backward()
+            with self.clock.part("student"):
+                losses["loss"].backward()
             for name in ("kl", "lm", "clone"):
                 sums[name] = sums.get(name, 0.0) + losses[name].item()
         self.method.end_step()
@@ -137,9 +146,10 @@ class Ours:
 
     def step(self, batches: list[Batch]) -> None:
         self.backward(batches)
-        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("optimiser"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 class Through(nn.Module):
@@ -217,6 +227,7 @@ class Official:
                     ours_layer.mlp, attribute, Projected(weight, self.named[key], name == "down")
                 )
         self.optimizer = torch.optim.AdamW(self.named.values(), lr=1e-4)
+        self.clock = Clock()
 
     def _layers(self) -> list[tuple[nn.Module, nn.Module]]:
         return list(zip(self.student.model.layers, self.teacher.model.layers, strict=True))
@@ -266,16 +277,18 @@ class Official:
         return sums
 
     def step(self, batches: list[Batch]) -> None:
-        self.backward(batches)
-        torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        with self.clock.part("all"):
+            self.backward(batches)
+            torch.nn.utils.clip_grad_norm_(self.named.values(), 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
 
 
 KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
     "floor": Floor,
     "ours": Ours,
     "frugal": partial(Ours, checkpointing="elementwise"),
+    "matched": partial(Ours, attn_out="teacher"),
     "official": Official,
 }
 
@@ -317,10 +330,10 @@ def gradients_of(kind: str, size: Size, dtype: torch.dtype) -> Gradients:
 def compare(size: Size) -> dict[str, dict[str, float]]:
     """How far ours and the official formulation are apart in float64, and each of them in float32
     from its own in float64."""
-    ours, official = (gradients_of(kind, size, torch.float64) for kind in ("ours", "official"))
+    ours, official = (gradients_of(kind, size, torch.float64) for kind in ("matched", "official"))
     return {
         "float64, ours from official": ours.distance(official),
-        "float32 from float64, ours": gradients_of("ours", size, torch.float32).distance(ours),
+        "float32 from float64, ours": gradients_of("matched", size, torch.float32).distance(ours),
         "float32 from float64, official": gradients_of("official", size, torch.float32).distance(
             official
         ),
@@ -329,8 +342,9 @@ def compare(size: Size) -> dict[str, dict[str, float]]:
 
 def measure_times(
     size: Size, kinds: list[str], accumulate: int, repeats: int
-) -> dict[str, list[float]]:
-    """Seconds of each kind of step, the kinds in turn, after one warm-up round."""
+) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
+    """Seconds of each kind of step, the kinds in turn, after one warm-up round; and their mean
+    seconds by part."""
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
     subjects = {name: KINDS[name](teacher, hidden_size) for name in kinds}
@@ -341,9 +355,15 @@ def measure_times(
             subject.step(batches if repeat else batches[:1])  # the first round warms up
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
+            else:
+                subject.clock.seconds.clear()
         rows = {name: [round(value, 2) for value in values] for name, values in seconds.items()}
         print(f"  round {repeat} of {repeats}: {rows}", file=sys.stderr)
-    return seconds
+    parts = {
+        name: {part: round(value / repeats, 2) for part, value in subject.clock.seconds.items()}
+        for name, subject in subjects.items()
+    }
+    return seconds, parts
 
 
 def measure_memory(size: Size, accumulate: int, kind: str) -> float:
@@ -373,7 +393,7 @@ def predict(size: Size, accumulate: int) -> float:
     student = replace(widths, hidden=hidden_size)
     ours, floor = (
         step_flops(widths, student, True, tokens, size.sequence, objective)
-        for objective in (ObjectiveSection(attn_out="teacher"), ObjectiveSection(alpha=0))
+        for objective in (ObjectiveSection(), ObjectiveSection(alpha=0))
     )
     return sum(ours.values()) / (sum(floor.values()) - floor["projection"])
 
@@ -386,8 +406,7 @@ def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict
         rounds = zip(seconds[above], seconds[below], strict=True)
         return round(statistics.median(a / b for a, b in rounds), 3)
 
-    pairs = [(a, b) for b in ("floor", "ours", "frugal") for a in ("ours", "frugal", "official")]
-    pairs = [(a, b) for a, b in pairs if a != b and {a, b} <= set(seconds)]
+    pairs = list(itertools.combinations([kind for kind in KINDS if kind in seconds], 2))
     return {
         "accumulation": accumulate,
         "tokens": tokens,
@@ -395,7 +414,7 @@ def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict
         "tokens_per_second": {
             k: round(tokens / statistics.median(v), 1) for k, v in seconds.items()
         },
-        **{f"{a}_over_{b}": ratio(a, b) for a, b in pairs},
+        **{f"{b}_over_{a}": ratio(b, a) for a, b in pairs},
         "ours_over_floor_by_operations": round(predict(size, accumulate), 3),
     }
 
@@ -435,8 +454,9 @@ def main() -> None:
     }
     print(json.dumps(result, indent=2), flush=True)
     for accumulate in arguments.accumulate:
-        seconds = measure_times(size, arguments.kinds, accumulate, arguments.repeats)
-        print(json.dumps(report(size, accumulate, seconds), indent=2), flush=True)
+        seconds, parts = measure_times(size, arguments.kinds, accumulate, arguments.repeats)
+        found = {**report(size, accumulate, seconds), "mean_seconds_by_part": parts}
+        print(json.dumps(found, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from tiny import (
     STUDENT_HIDDEN,
     TOKENS,
     WRITERS,
+    expected_weights,
     gradients,
     linear_path,
     randomise,
@@ -186,7 +187,7 @@ class Reference:
     def __init__(self, method: Method, teacher: Teacher, batches: Sequence[Batch]) -> None:
         weights = {}
         if isinstance(method, LowRankClone):
-            weights = method.projections.student_parameters()
+            weights = expected_weights(teacher, method.projections.values)
         model = method.student()
         self.family, self.batches = teacher.family.model_type, batches
         self.ours = [Seen(model, batch, weights) for batch in batches]

@@ -298,3 +298,28 @@ def test_student_of_any_shape(
     values = {key: value.detach() for key, value in method.projections.values.items()}
     for name, value in expected_weights(teacher, values, fold).items():
         torch.testing.assert_close(student.get_parameter(name), value, rtol=0, atol=1e-12)
+
+
+def test_weights_and_gradients_keep_their_memory(case: Case) -> None:
+    method = clone_of(case)
+    backward_by_hand(method)
+    student = method.model
+    before = {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in trained(student)}
+    weights = {n: p.clone() for n, p in trained(student)}
+    with torch.no_grad():
+        for value in method.projections.values.values():
+            value.mul_(2)
+    first = {n: p.grad.clone() for n, p in trained(student)}
+    method.begin_step()
+    assert all(not p.grad.any() for _, p in trained(student))
+    some_loss(student(tiny_batch().input_ids).logits).backward()
+    assert {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in trained(student)} == before
+    for name, parameter in trained(student):
+        if parameter.ndim == 2:
+            torch.testing.assert_close(parameter.detach(), 2 * weights[name])
+            assert not torch.equal(parameter.grad, first[name])
+
+
+def trained(student: Any) -> list[tuple[str, Any]]:
+    """The student's projected parameters, whose gradients gather over a step."""
+    return [(n, p) for n, p in student.named_parameters() if p.grad is not None and "norm" not in n]

@@ -9,10 +9,12 @@ Every P_m is [d_T, d_S]. With folded gains a reader's weight is W_T diag(g) P_m,
 teacher's RMSNorm gain that the reader sees; this reaches the same students as W_T P_m.
 
 Cost: the weights are projected once an optimiser step. The student's parameters are leaves, so
-the gradients of any number of micro-batches gather on them, and one backward pass through the
-projections at the end of the step brings them to the P_m.
+the gradients of any number of micro-batches gather on them, and at the end of the step they are
+brought to the P_m at once: grad P = W_T^T grad W_S, or W_T grad W_S^T. Weights and gradients keep
+their memory from step to step: new blocks of it every step would break up the heap.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -72,19 +74,35 @@ def projection_key(layer: int, name: str) -> str:
     return f"layers.{layer}.{name}"
 
 
-def project(weight: Tensor, projection: Tensor, writes: bool) -> Tensor:
-    """The student's weight, differentiable in the projection.
+def project(weight: Tensor, projection: Tensor, writes: bool, out: Tensor | None = None) -> Tensor:
+    """The student's weight.
 
     Args:
         weight: W_T; [out, d_T] for a reader, [d_T, in] (or a bias, [d_T]) for a writer.
         projection: P_m, [d_T, d_S].
         writes: whether the weight writes to the residual stream.
+        out: where to write it; None: a new tensor, differentiable in the projection.
 
     Returns:
         W_T P_m [out, d_S], or P_m^T W_T [d_S, in] (or [d_S]).
     """
     weight = weight.to(projection.dtype)
-    return projection.T @ weight if writes else weight @ projection
+    factors = (projection.T, weight) if writes else (weight, projection)
+    return torch.matmul(*factors, out=out)
+
+
+def projection_gradient(weight: Tensor, gradient: Tensor, writes: bool) -> Tensor:
+    """The gradient of `project` in the projection, [d_T, d_S].
+
+    Args:
+        weight: W_T, as in `project`.
+        gradient: that of the student's weight, of its shape.
+        writes: whether the weight writes to the residual stream.
+    """
+    weight = weight.to(gradient.dtype)
+    if writes:
+        return weight.view(len(weight), -1) @ gradient.view(len(gradient), -1).T
+    return weight.T @ gradient
 
 
 class Projections:
@@ -107,38 +125,48 @@ class Projections:
                     teacher.hidden_size, student.hidden_size, dtype=dtype, device=model.device
                 )
                 self.values[site.projection] = nn.Parameter(zero)
-        self._written: list[tuple[nn.Parameter, Tensor]] = []
 
     def gain(self, norm: str) -> Tensor:
         """The teacher's gain [d_T] of the norm at a module path."""
         weight = self.teacher.model.get_submodule(norm).get_parameter("weight")
         return weight + self.teacher.family.gain_offset
 
-    def student_parameters(self) -> dict[str, Tensor]:
-        """Every projected parameter of the student by name, differentiable in the projections."""
-        parameters = {}
+    def write_into(self, student: PreTrainedModel) -> None:
+        """Write the projected weights into the student's parameters."""
+        with torch.no_grad():
+            for site, name, weight in self._weights():
+                projection: Tensor = self.values[site.projection]
+                if site.folded and site.norm:
+                    projection = self.gain(site.norm).to(projection.dtype)[:, None] * projection
+                project(weight, projection, site.writes, out=student.get_parameter(name).data)
+
+    def forget_gradients(self, student: PreTrainedModel) -> None:
+        """Set the gradients of the student's projected weights to zero, before the first of a
+        step's backward passes."""
+        for _, name, _ in self._weights():
+            parameter = student.get_parameter(name)
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            else:
+                parameter.grad.zero_()
+
+    def backward(self, student: PreTrainedModel) -> None:
+        """Bring the gradients gathered on the student's weights to the projections."""
+        with torch.no_grad():
+            for site, name, weight in self._weights():
+                gradient = student.get_parameter(name).grad
+                if gradient is None:
+                    continue
+                moved = projection_gradient(weight, gradient, site.writes)
+                value = self.values[site.projection]
+                if site.folded and site.norm:
+                    moved *= self.gain(site.norm).to(moved.dtype)[:, None]
+                value.grad = moved if value.grad is None else value.grad.add_(moved)
+
+    def _weights(self) -> Iterator[tuple[Site, str, Tensor]]:
+        """Every projected parameter: its site, its name in the student, and the teacher's."""
         for site in self.sites:
-            projection: Tensor = self.values[site.projection]
-            if site.folded and site.norm:
-                projection = self.gain(site.norm).to(projection.dtype)[:, None] * projection
             module = self.teacher.model.get_submodule(site.path)
             for name, weight in module.named_parameters(recurse=False):
                 if name == "weight" or site.writes:
-                    parameters[f"{site.path}.{name}"] = project(weight, projection, site.writes)
-        return parameters
-
-    def write_into(self, student: PreTrainedModel) -> None:
-        """Write the projected weights into the student, and keep the way back for `backward`."""
-        self._written = []
-        for name, value in self.student_parameters().items():
-            parameter = student.get_parameter(name)
-            parameter.data = value.detach()
-            parameter.grad = None
-            self._written.append((parameter, value))
-
-    def backward(self) -> None:
-        """Bring the gradients gathered on the student's weights to the projections."""
-        pairs = [(value, p.grad) for p, value in self._written if p.grad is not None]
-        self._written = []
-        if pairs:
-            torch.autograd.backward([value for value, _ in pairs], [grad for _, grad in pairs])
+                    yield site, f"{site.path}.{name}", weight

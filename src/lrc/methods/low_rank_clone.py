@@ -86,15 +86,15 @@ class LowRankClone(Method):
     def begin_step(self) -> None:
         with self.clock.part("projection"):
             self.projections.write_into(self.model)
+            self.projections.forget_gradients(self.model)
 
     def end_step(self) -> None:
         self.clone.end_step()
         with self.clock.part("projection"):
-            self.projections.backward()
+            self.projections.backward(self.model)
 
     def student(self) -> PreTrainedModel:
-        with torch.no_grad():
-            self.projections.write_into(self.model)
+        self.projections.write_into(self.model)
         return self.model
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
