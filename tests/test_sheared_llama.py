@@ -322,6 +322,22 @@ def test_killed_in_both_stages_and_at_the_boundary(
         assert (part / file).read_bytes() == (whole.folder / file).read_bytes(), file
 
 
+def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> None:
+    """Killed after the first measurement: it is not made again, but its shares are set."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole.folder, folder)
+    for name in ("checkpoints", "student"):
+        shutil.rmtree(folder / name)
+    (folder / "summary.json").unlink()
+    run = Run.open(folder)
+    run.keep_metrics_until(0)
+    with mock.patch("lrc.train.closing.draw_curves"):
+        train(run, Console(quiet=True))
+    assert without_times(run.metrics()) == without_times(whole.metrics())
+    weights = [r.student_folder / "model.safetensors" for r in (run, whole)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
 def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(
     whole: Run, tmp_path: Path
 ) -> None:

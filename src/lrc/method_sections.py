@@ -75,7 +75,7 @@ class ShearedLlamaSection(PrunedShapeSection):
     mask_learning_rate: float = Field(1.0, gt=0)
     """Peak learning rate of the masks."""
 
-    multiplier_learning_rate: float = Field(10.0, gt=0)
+    multiplier_learning_rate: float = Field(5.0, gt=0)
     """Peak learning rate of the constraints' multipliers."""
 
     open_at_first: float = Field(0.99, gt=0, lt=1)
