@@ -5,7 +5,7 @@ Source: Xia et al., Sheared LLaMA: Accelerating Language Model Pre-training via 
 
 Stage one trains a copy of the teacher together with hard-concrete masks over layers, hidden
 dimensions, heads and FFN neurons; a Lagrangian holds the expected number of open units to the
-target's, its multipliers trained by ascent (`lrc.pruning.learned`). Both take a learning rate of
+target's, its multipliers trained by ascent (`lrc.pruning.learned`). Both take learning rates of
 their own, and the target moves from the teacher's shape to the student's over the first fifth of
 the stage. Then the most probably open units are cut out (`lrc.pruning.cut`), and stage two trains
 what is left, a plain model, with a new optimiser and a new schedule. In both stages the sources of
@@ -23,7 +23,7 @@ Deviations:
 * One pair of multipliers a layer for heads and neurons, where the authors' code has one pair for
   the mean over layers and holds single layers by the square alone.
 * Heads are pruned by groups that share a key-value head, so that grouped queries stay as they are.
-  In a family where nothing of a kind is to go, that kind has no masks.
+  A kind of unit of which none is to go has no masks: in LRC's shape only hidden dimensions have.
 * A kept unit stays as it is: what is left of its mask below 1 is not multiplied into the weights.
   Where masks have not settled, the rank of their probabilities decides, which gives the exact shape
   in any case; the metrics tell of how many units (`hidden_by_rank` and so on).

@@ -66,7 +66,7 @@ def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
 def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, float]:
     """What is sent of a line of metrics.jsonl: its numbers in groups, as transformers names them,
     numbers by source one by one, and the clone loss by term."""
-    values = {}
+    values: dict[str, float] = {}
     for name, value in line.items():
         if name in ("step", LAYERWISE):
             continue
