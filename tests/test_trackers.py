@@ -65,11 +65,14 @@ def test_values() -> None:
         "step": 4,
         "loss": 2.0,
         "held_out_lm": 3.0,
+        "held_out_lm_by_source": {"web": 2.0, "code": 4.0},
         "clone_layers": [[1.0, 10.0], [2.0, 20.0]],
     }
     assert tracked_values(line, ("q", "k")) == {
         "train/loss": 2.0,
         "eval/held_out_lm": 3.0,
+        "eval/held_out_lm_by_source/web": 2.0,
+        "eval/held_out_lm_by_source/code": 4.0,
         "clone/q": 3.0,
         "clone/k": 30.0,
     }

@@ -93,6 +93,28 @@ class SliceGptSection(Section):
     name: Literal["slicegpt"]
 
 
+class ShearedLlamaSection(PrunedShapeSection):
+    """Structured pruning by learned masks, then continued training."""
+
+    name: Literal["sheared-llama"]
+
+    pruning_share: float = Field(0.3, gt=0, lt=1)
+    """Share of the training steps in which masks are learned; the rest trains what is left."""
+
+    mask_learning_rate: float = Field(1.0, gt=0)
+    """Peak learning rate of the masks."""
+
+    multiplier_learning_rate: float = Field(5.0, gt=0)
+    """Peak learning rate of the constraints' multipliers."""
+
+    open_at_first: float = Field(0.99, gt=0, lt=1)
+    """Probability that a mask is open before training."""
+
+    dynamic_loading: bool = True
+    """Weigh the sources of the text after every held-out measurement, by how far the student is
+    behind the teacher on each."""
+
+
 MethodSection = Annotated[
     LrcSection
     | ScratchSection
@@ -100,7 +122,8 @@ MethodSection = Annotated[
     | MiniLmSection
     | ActivationCloneSection
     | MinitronSection
-    | SliceGptSection,
+    | SliceGptSection
+    | ShearedLlamaSection,
     Field(discriminator="name"),
 ]
 
@@ -112,4 +135,5 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "activation-clone": ActivationCloneSection,
     "minitron": MinitronSection,
     "slicegpt": SliceGptSection,
+    "sheared-llama": ShearedLlamaSection,
 }

@@ -4,7 +4,7 @@ Packed text is read by number: what comes next depends on the number of sequence
 nothing else, so that a run resumes without reading what it has seen.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from lrc.data.batch import Batch
 from lrc.data.order import ShuffledOrder
 from lrc.data.tokens import Span, Tokens
+from lrc.data.weighted import WeightedOrder
 from lrc.errors import UserError
 
 
@@ -29,6 +30,13 @@ class Reader(Protocol):
 
         The loop asks for ever later positions, but may begin again at 0.
         """
+
+    def shares(self) -> dict[str, float]:
+        """The share of the training sequences that each of the sources has, together 1."""
+
+    def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
+        """Give the sources other shares from `position` on, which lies after all that was read.
+        Only where there are sources."""
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterable[Batch]:
         """`count` held-out sequences, fewer where there are no more, in batches; the same at every
@@ -65,6 +73,11 @@ class Sequences:
         """Number of whole sequences."""
         return len(self.tokens) // self.sequence_length
 
+    def middle_sources(self) -> NDArray[np.int64]:
+        """Number of the source of each sequence's middle token, int64 [len(self)]."""
+        middles = np.arange(len(self)) * self.sequence_length + self.sequence_length // 2
+        return self.tokens.sources_at(middles)
+
     def batch(self, indices: Sequence[int]) -> Batch:
         """The sequences of these numbers: input_ids, with a document mask position_ids, and where
         the text has sources source_ids, all int64 [len(indices), sequence_length].
@@ -93,7 +106,7 @@ class Sequences:
 
 
 class TrainingText:
-    """Packed text, read in a shuffled order.
+    """Packed text, read in a shuffled order, or source by source once shares are set.
 
     Which held-out sequences are measured: of shards, some at even distances, so that they stand for
     all documents and sources; of a recipe's own text, the first ones.
@@ -112,12 +125,27 @@ class TrainingText:
         self.train = train
         self.held_out = held_out
         self.sources = train.tokens.sources
-        self._order = ShuffledOrder(len(train), seed)
+        self._seed = seed
+        self._order: ShuffledOrder | WeightedOrder = ShuffledOrder(len(train), seed)
         self._identity = identity
 
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences that follow the first `position` ones of the run."""
         return self.train.batch(self._order.take(position, count))
+
+    def shares(self) -> dict[str, float]:
+        """The share of the training sequences that each of the sources has, together 1."""
+        order = self._order if isinstance(self._order, WeightedOrder) else self._by_source()
+        return order.shares()
+
+    def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
+        """Give the sources other shares from `position` on, which lies after all that was read."""
+        if not isinstance(self._order, WeightedOrder):
+            self._order = self._by_source()
+        self._order.set_shares(position, shares)
+
+    def _by_source(self) -> WeightedOrder:
+        return WeightedOrder(self.sources, self.train.middle_sources(), self._seed)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
         """`count` held-out sequences in batches, the same at every call."""
@@ -126,8 +154,12 @@ class TrainingText:
         return self.held_out.spread(count, batch_size)
 
     def state(self) -> dict[str, Any]:
-        """The text's identity; its position follows from the step."""
-        return {} if self._identity is None else {"identity": self._identity}
+        """The text's identity, and the place in every source where shares were set; else the
+        position follows from the step."""
+        state: dict[str, Any] = {} if self._identity is None else {"identity": self._identity}
+        if isinstance(self._order, WeightedOrder):
+            state["by_source"] = self._order.state()
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Make sure that it is the text of before.
@@ -140,6 +172,9 @@ class TrainingText:
                 "The training text is no longer the one that this run began with, so it cannot be "
                 "continued exactly; put the old text back, or start a new run."
             )
+        if "by_source" in state:
+            self._order = self._by_source()
+            self._order.load_state(state["by_source"])
 
 
 def make_batch(spans: Sequence[Span], document_mask: bool) -> Batch:

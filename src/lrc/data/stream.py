@@ -7,7 +7,7 @@ of `datasets` itself loses what it holds when a run resumes.) A document is held
 wording, as in packed text, so it is never trained on wherever it comes again.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -145,6 +145,14 @@ class StreamedText:
         spans = self._held_out[:count]
         for start in range(0, len(spans), batch_size):
             yield make_batch(spans[start : start + batch_size], self._data.document_mask)
+
+    def shares(self) -> dict[str, float]:
+        """None: a stream names no sources."""
+        return {}
+
+    def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
+        """Never called: a stream names no sources."""
+        raise AssertionError("a stream names no sources")
 
     def state(self) -> dict[str, Any]:
         """The place that the next sequence begins at, as JSON values."""

@@ -64,6 +64,19 @@ class Tokens:
             np.concatenate(sources) if self.sources else None,
         )
 
+    def sources_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Number of the source of the token at each of some places, int64 [places]; from the
+        documents' offsets alone."""
+        found = np.empty(len(places), np.int64)
+        shards = np.searchsorted(self._starts, places, side="right") - 1
+        for number in np.unique(shards):
+            here = shards == number
+            _, offsets, of_documents = self._open(int(number))
+            inside = places[here] - self._starts[number]
+            documents = np.searchsorted(offsets, inside, side="right") - 1
+            found[here] = self._numbers[number][of_documents[documents]]
+        return found
+
     def _read_shard(self, number: int, start: int, stop: int) -> Span:
         """The part of `read` that lies in one of the shards."""
         before = int(self._starts[number])

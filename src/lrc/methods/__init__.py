@@ -7,6 +7,7 @@ from lrc.methods.minilm import MiniLm
 from lrc.methods.minitron import Minitron
 from lrc.methods.scratch import Scratch
 from lrc.methods.slicegpt import SliceGpt
+from lrc.methods.sheared_llama import ShearedLlama
 from lrc.methods.tinybert import TinyBert
 
 METHODS: dict[str, type[Method]] = {
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method]] = {
     "activation-clone": ActivationClone,
     "minitron": Minitron,
     "slicegpt": SliceGpt,
+    "sheared-llama": ShearedLlama,
 }
 """Every method by its name in a recipe."""
 

@@ -5,9 +5,9 @@ A new method is a file here with a subclass, its settings in `lrc.method_section
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -40,7 +40,8 @@ class Method(ABC):
 
     A new run calls `initialise` once. Per optimiser step the loop calls `begin_step`, then
     `losses` and `backward` on the entry "loss" for every micro-batch, then `end_step`; after that
-    the gradients of `parameters` are complete.
+    the gradients of `parameters` are complete. A method with several stages names the steps that
+    they end at, and may have other parameters in each.
     """
 
     title: ClassVar[str]
@@ -88,6 +89,32 @@ class Method(ABC):
         """Names of the parameters that weight decay applies to; default: all matrices."""
         return {name for name, value in self.parameters().items() if value.ndim > 1}
 
+    def learning_rates(self) -> dict[str, float]:
+        """Peak learning rates of the parameters that do not take the recipe's, by name; they have
+        no weight decay."""
+        return {}
+
+    def stage_ends(self) -> tuple[int, ...]:
+        """Steps after which another stage begins, ascending: `next_stage` is called, and optimiser
+        and schedule begin anew with the parameters of then. Default: one stage."""
+        return ()
+
+    def next_stage(self) -> dict[str, Any]:
+        """Go on to the next stage.
+
+        Returns:
+            Entries for the metrics of the step that ended the last one.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has one stage")
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to hold beside the parameters, as JSON values."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
+        """Go to the stage and place that `state` was taken in; `parameters` then has the names
+        and shapes of then, and is filled from the checkpoint."""
+
     def begin_step(self) -> None:  # noqa: B027 - optional
         """Prepare the forward passes of one optimiser step."""
 
@@ -102,6 +129,25 @@ class Method(ABC):
 
     def end_step(self) -> None:  # noqa: B027 - optional
         """Complete the gradients after the last micro-batch."""
+
+    def weighs_sources(self) -> bool:
+        """Whether the method decides how much of the text each of its sources gives."""
+        return False
+
+    def source_shares(
+        self,
+        shares: Mapping[str, float],
+        student: Mapping[str, float],
+        teacher: Mapping[str, float],
+    ) -> dict[str, float]:
+        """The sources' shares of the training sequences from now on, after a held-out measurement.
+
+        Args:
+            shares: those of before, together 1.
+            student: held-out LM loss by source; sources without held-out tokens are left out.
+            teacher: the teacher's on the same tokens.
+        """
+        return dict(shares)
 
     @abstractmethod
     def student(self) -> PreTrainedModel:

@@ -37,6 +37,8 @@ class State:
     scheduler: torch.optim.lr_scheduler.LRScheduler
     text: dict[str, Any] = field(default_factory=dict)
     """The state of the text's reader (`lrc.data.Reader.state`)."""
+    method: dict[str, Any] = field(default_factory=dict)
+    """The method's own state (`lrc.methods.Method.state`)."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -66,19 +68,22 @@ def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> 
             "scheduler": state.scheduler.state_dict(),
             "text": state.text,
         }
+        if state.method:
+            header["method"] = state.method
         write_text(temporary / HEADER, json.dumps(header, indent=2))
     for old in list_checkpoints(folder)[keep:]:
         shutil.rmtree(old)
     return target
 
 
-def load_checkpoint(path: Path, state: State, fingerprint: str) -> None:
-    """Read a checkpoint into `state`, in place.
+def fill_state(
+    state: State, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
+    """Bring `state`, in place, to a checkpoint that was read.
 
     Raises:
-        UserError: it is damaged, or belongs to another run; `state` is then unchanged.
+        UserError: it holds other parameters; `state` is then unchanged.
     """
-    header, tensors = read_checkpoint(path, fingerprint)
     expected = {f"parameter.{name}": p.shape for name, p in state.parameters.items()}
     found = {name: t.shape for name, t in tensors.items() if name.startswith("parameter.")}
     if expected != found:

@@ -23,12 +23,16 @@ from lrc.methods import TOKEN_LM, Counts
 from lrc.run import Run
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
-from lrc.train.setup import Setup, autocast, calibration_sequences
+from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
 from lrc.train.signals import StopRequest, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
 LAYERWISE_LINES = 100
 """Lines of a run that carry the clone terms by layer, about; more would be most of the file."""
+
+
+TEACHER_BY_SOURCE = "teacher_held_out_lm_by_source"
+"""Key of the teacher's held-out losses in the first line of metrics, where the text has sources."""
 
 
 @dataclass
@@ -59,29 +63,37 @@ class Loop:
             DivergedError: the loss or its gradient is not finite.
             UserError: the disk is full.
         """
-        recipe, state = self.run.recipe, self.setup.state
-        self.first_step = state.step
+        recipe, setup = self.run.recipe, self.setup
+        self.first_step = setup.state.step
         self._resume_metrics()
+        if setup.method.weighs_sources() and not self.text.sources:
+            self.console.print(
+                "The text has no sources to weigh: it is read in its own order.", style="yellow"
+            )
         with (
             stop_on_signals() as stop,
-            open_trackers(self.run, state.step) as self.trackers,
-            step_progress(self.console, steps, state.step) as progress,
+            open_trackers(self.run, self.first_step) as self.trackers,
+            step_progress(self.console, steps, self.first_step) as progress,
         ):
             if not self.run.metrics():
                 start = {**self._measure(progress), **self._measure_teacher()}
                 self._log({**start, **self.calibration()})
-            while state.step < steps and not stop:
+            if not setup.restored:
+                self._weigh_sources(self.run.metrics()[0])
+            while setup.state.step < steps and not stop:
                 line = self._step(progress)
+                changed = self._change_stage(progress)
                 if self._due(recipe.train.eval_every):
                     line |= self._measure(progress)
+                    line |= self._weigh_sources(line)
                 elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
                     # Many numbers by layer: beside measurements and on some lines more.
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
-                if self._due(recipe.train.log_every) or "held_out_lm" in line:
-                    self._log(line)
+                if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
+                    self._log(line | changed)
                 if self._due(recipe.train.checkpoint_every):
                     self._save()
-            if not checkpoint_folder(self.run.checkpoints, state.step).exists():
+            if not checkpoint_folder(self.run.checkpoints, setup.state.step).exists():
                 self._save()
         return stop
 
@@ -140,6 +152,17 @@ class Loop:
             **by_source.report(),
         }
 
+    def _change_stage(self, progress: StepProgress) -> dict[str, Any]:
+        """Begin the method's next stage where one begins; its entries for the metrics."""
+        setup, step = self.setup, self.setup.state.step
+        if step not in setup.method.stage_ends():
+            return {}
+        entries = setup.method.next_stage()
+        setup.state = new_state(setup.method, self.run.recipe, step)
+        told = ", ".join(f"{name} {value}" for name, value in entries.items())
+        progress.note(f"step {step} of {self.run.recipe.steps()}: the next stage begins ({told})")
+        return entries
+
     def _batches(self) -> list[Batch]:
         """The micro-batches of the next step; data order depends on the step number alone."""
         train = self.run.recipe.train
@@ -187,10 +210,26 @@ class Loop:
             **by_source.report("held_out_"),
         }
 
-    def _measure_teacher(self) -> dict[str, float]:
+    def _measure_teacher(self) -> dict[str, Any]:
         teacher = self.setup.teacher
-        loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size)
-        return {"teacher_held_out_lm": loss}
+        by_source = SourceLosses(self.text.sources)
+        loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size, by_source)
+        means = by_source.means()
+        return {"teacher_held_out_lm": loss, **({TEACHER_BY_SOURCE: means} if means else {})}
+
+    def _weigh_sources(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Let the method set the sources' shares after a measurement; they are for the metrics.
+
+        Args:
+            line: the measurement.
+        """
+        method, text = self.setup.method, self.text
+        if not (method.weighs_sources() and text.sources):
+            return {}
+        teacher = self.run.metrics()[0][TEACHER_BY_SOURCE]
+        shares = method.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
+        text.set_shares(self.setup.state.step * self.run.recipe.train.step_sequences(), shares)
+        return {"source_shares": shares}
 
     def calibration(self) -> dict[str, Any]:
         """Tokens and seconds that the method was initialised with."""
@@ -236,6 +275,7 @@ class Loop:
     def _save(self) -> None:
         train = self.run.recipe.train
         self.setup.state.text = self.text.state()
+        self.setup.state.method = self.setup.method.state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
                 self.run.checkpoints,

@@ -1,5 +1,6 @@
 """From a run's recipe to everything that its training needs."""
 
+import bisect
 import math
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.sections import TrainSection
 from lrc.teacher import Teacher, load_teacher
-from lrc.train.checkpoint import State, list_checkpoints, load_checkpoint
+from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """transformers' names of our schedules."""
@@ -55,9 +56,8 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     method = kind.build(teacher, recipe)
     for note in method.notes():
         console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    state = new_state(method, recipe)
-    restored = restore(run, state, console)
-    return Setup(teacher, method, state, device, restored)
+    state = restore(run, method, console)
+    return Setup(teacher, method, state or new_state(method, recipe), device, state is not None)
 
 
 def calibration_sequences(method: Method, recipe: Recipe) -> int:
@@ -66,34 +66,46 @@ def calibration_sequences(method: Method, recipe: Recipe) -> int:
     return max(2, tokens // recipe.data.sequence_length) if tokens else 0
 
 
-def new_state(method: Method, recipe: Recipe) -> State:
-    """AdamW and its schedule for a method, at step 0."""
+def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
+    """AdamW and its schedule for the stage that a method is in.
+
+    Args:
+        method: the method.
+        recipe: its recipe.
+        step: the steps done; the schedule is to begin at the beginning of their stage.
+    """
     train = recipe.train
-    parameters, decayed = method.parameters(), method.decayed()
+    parameters, decayed, own = method.parameters(), method.decayed(), method.learning_rates()
     groups = [
         {
-            "params": [p for name, p in parameters.items() if name in decayed],
+            "params": [p for n, p in parameters.items() if n in decayed and n not in own],
             "weight_decay": train.weight_decay,
         },
         {
-            "params": [p for name, p in parameters.items() if name not in decayed],
+            "params": [p for n, p in parameters.items() if n not in decayed and n not in own],
             "weight_decay": 0.0,
         },
     ]
+    for rate in sorted(set(own.values())):
+        named = [p for name, p in parameters.items() if own.get(name) == rate]
+        groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
     optimizer = torch.optim.AdamW(
         groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True
     )
+    bounds = 0, *method.stage_ends(), recipe.steps()
+    stage = bisect.bisect_right(bounds[:-1], step) - 1
+    steps = bounds[stage + 1] - bounds[stage]
     scheduler = get_scheduler(
         SCHEDULES[train.schedule],
         optimizer,
-        num_warmup_steps=math.ceil(train.warmup_ratio * recipe.steps()),
-        num_training_steps=recipe.steps(),
+        num_warmup_steps=math.ceil(train.warmup_ratio * steps),
+        num_training_steps=steps,
     )
-    return State(0, parameters, optimizer, scheduler)
+    return State(step, parameters, optimizer, scheduler)
 
 
-def restore(run: Run, state: State, console: Console) -> bool:
-    """Go to the newest checkpoint that is whole; false where there is none.
+def restore(run: Run, method: Method, console: Console) -> State | None:
+    """Go to the newest checkpoint that is whole; None where there is none.
 
     Raises:
         UserError: there are checkpoints, but none can be used.
@@ -101,14 +113,17 @@ def restore(run: Run, state: State, console: Console) -> bool:
     refused = []
     for path in list_checkpoints(run.checkpoints):
         try:
-            load_checkpoint(path, state, run.recipe.fingerprint())
-            return True
+            header, tensors = read_checkpoint(path, run.recipe.fingerprint())
+            method.load_state(header.get("method", {}))
+            state = new_state(method, run.recipe, int(header["step"]))
+            fill_state(state, path, header, tensors)
+            return state
         except UserError as error:
             console.print(str(error), style="yellow", markup=False, soft_wrap=True)
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")
-    return False
+    return None
 
 
 def find_device(name: str) -> torch.device:

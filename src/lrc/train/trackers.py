@@ -65,11 +65,16 @@ def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
 
 def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, float]:
     """What is sent of a line of metrics.jsonl: its numbers in groups, as transformers names them,
-    and the clone loss by term."""
-    values = {}
+    numbers by source one by one, and the clone loss by term."""
+    values: dict[str, float] = {}
     for name, value in line.items():
-        if name not in ("step", LAYERWISE):
-            values[f"{'eval' if 'held_out' in name else 'train'}/{name}"] = value
+        if name in ("step", LAYERWISE):
+            continue
+        key = f"{'eval' if 'held_out' in name else 'train'}/{name}"
+        if isinstance(value, dict):
+            values |= {f"{key}/{source}": number for source, number in value.items()}
+        else:
+            values[key] = value
     for name, column in zip(terms, zip(*line.get(LAYERWISE, ()), strict=True), strict=False):
         values[f"clone/{name}"] = sum(column)
     return values
