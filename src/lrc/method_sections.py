@@ -44,6 +44,45 @@ class MiniLmSection(Section):
     """Weight of the divergences of attention distributions and value relations."""
 
 
+Taylor = Literal["vectorize", "param_first", "param_second", "param_mix"]
+"""How LLM-Pruner expands the loss around a weight, in the words of its official code."""
+
+Grouping = Literal["sum", "prod", "max", "last"]
+"""How LLM-Pruner puts the linear maps of a group together."""
+
+
+class LlmPrunerSection(Section):
+    """Heads and FFN neurons of the least importance for the LM loss are taken out of the teacher.
+
+    Without a ratio the student has as many parameters as LRC's of `student.hidden_size`; the hidden
+    size itself stays the teacher's.
+    """
+
+    name: Literal["llm-pruner"]
+
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """Share of all parameters, embeddings included, that is taken out; `student.hidden_size` is
+    then the teacher's. Empty: as many as LRC takes out."""
+
+    importance: Taylor = "param_first"
+    """Expansion of the loss: of first order by weight (`param_first`) or by row (`vectorize`), of
+    second order, or both orders together (`param_mix`)."""
+
+    grouping: Grouping = "sum"
+    """How the importances of a group's linear maps are put together; `last` is that of the map that
+    writes to the residual stream."""
+
+    recovery: Literal["full", "lora"] = "full"
+    """What training changes afterwards: all weights, or low-rank adapters on the linear maps
+    (needs the extra `lora`)."""
+
+    lora_rank: int = Field(8, gt=0)
+    """Rank of the adapters."""
+
+    lora_alpha: float = Field(16.0, gt=0)
+    """Adapters are scaled by lora_alpha / lora_rank."""
+
+
 class ActivationCloneSection(Section):
     """LRC without its projections: a random student that clones activations."""
 
@@ -51,7 +90,12 @@ class ActivationCloneSection(Section):
 
 
 MethodSection = Annotated[
-    LrcSection | ScratchSection | TinyBertSection | MiniLmSection | ActivationCloneSection,
+    LrcSection
+    | ScratchSection
+    | TinyBertSection
+    | MiniLmSection
+    | LlmPrunerSection
+    | ActivationCloneSection,
     Field(discriminator="name"),
 ]
 
@@ -60,5 +104,6 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "scratch": ScratchSection,
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
+    "llm-pruner": LlmPrunerSection,
     "activation-clone": ActivationCloneSection,
 }
