@@ -67,9 +67,12 @@ def step_flops(
         vocab: token ids in use, where the embedding is padded beyond.
     """
     layers = teacher.layers
-    # Scores and weighted values of full [sequence, sequence] matrices, of which a causal kernel
-    # needs half: 2 * 2 * sequence * attention, halved.
-    attention = 2 * sequence * teacher.attention * layers
+
+    def attention(widths: Widths) -> int:
+        """Scores and weighted values of full [sequence, sequence] matrices, of which a causal
+        kernel needs half: 2 * 2 * sequence * attention, halved."""
+        return 2 * sequence * widths.attention * widths.layers
+
     terms = set(objective.clone.enabled()) if objective.alpha else set()
     # Projecting the teacher's outputs: forward, and the gradient of the projection.
     written = 4 * teacher.hidden * student.hidden
@@ -85,8 +88,9 @@ def step_flops(
     vocabulary_weights = (1 if tied else 2) * teacher.vocab * teacher.hidden
     weights = layers * teacher.layer_weights() + vocabulary_weights
     return {
-        "teacher": tokens * (2 * layers * teacher.layer_weights() + attention),
-        "student": tokens * (6 * layers * student.layer_weights() + 3.5 * attention),
+        "teacher": tokens * (2 * layers * teacher.layer_weights() + attention(teacher)),
+        "student": tokens
+        * (6 * student.layers * student.layer_weights() + 3.5 * attention(student)),
         "loss": tokens * (heads + clone * layers),
         "projection": 4 * weights * student.hidden,
     }

@@ -11,6 +11,20 @@ from pydantic import Field
 from lrc.sections import Section
 
 
+class PrunedShapeSection(Section):
+    """Base of the methods that cut the student out of the teacher: its shape besides
+    `student.hidden_size`. By default it is LRC's, which keeps these sizes of the teacher."""
+
+    layers: int | None = Field(None, gt=0)
+    """Decoder layers. Empty: the teacher's."""
+
+    kv_heads: int | None = Field(None, gt=0)
+    """Key/value heads; each keeps all its query heads. Empty: the teacher's."""
+
+    intermediate_size: int | None = Field(None, gt=0)
+    """Neurons of an FFN. Empty: the teacher's."""
+
+
 class LrcSection(Section):
     """Low-Rank Clone; its settings are in `student`, `initialise` and `objective`."""
 

@@ -36,24 +36,32 @@ def student_config(teacher: Teacher, student: StudentSection) -> Any:
     return derive_config(teacher, student)
 
 
-def check_hidden_size(teacher: Teacher, hidden_size: int) -> None:
+def check_hidden_size(
+    teacher: Teacher, hidden_size: int, heads: int | None = None, largest: int | None = None
+) -> None:
     """Refuse a hidden size that gives no usable student.
 
+    Args:
+        teacher: the teacher.
+        hidden_size: the student's.
+        heads: the student's attention heads; None: as many as the teacher's.
+        largest: the largest hidden size; None: any that is smaller than the teacher's.
+
     Raises:
-        UserError: it is odd, not smaller than the teacher's, or not a multiple of the number of
-            heads where the family's configuration class asks for that.
+        UserError: it is odd, too large, or not a multiple of the number of heads where the
+            family's configuration class asks for that.
     """
-    if hidden_size >= teacher.hidden_size:
+    largest = largest or teacher.hidden_size - 1
+    if hidden_size > largest:
+        word = "smaller one" if largest < teacher.hidden_size else "size no larger"
         raise UserError(
             f"student.hidden_size is {hidden_size}, but the teacher's is {teacher.hidden_size}: "
-            "choose a smaller one."
+            f"choose a {word}."
         )
-    heads = int(teacher.config.num_attention_heads)
+    heads = heads or int(teacher.config.num_attention_heads)
     if teacher.family.divides_by_heads and (hidden_size % heads or hidden_size % 2):
         step = heads if heads % 2 == 0 else 2 * heads
-        near = min(
-            max(round(hidden_size / step), 1) * step, (teacher.hidden_size - 1) // step * step
-        )
+        near = min(max(round(hidden_size / step), 1) * step, largest // step * step)
         raise UserError(
             f"student.hidden_size is {hidden_size}, but {teacher.family.model_type} models need an "
             f"even multiple of their {heads} attention heads: the nearest is {near}."
@@ -69,16 +77,34 @@ def derive_config(teacher: Teacher, student: StudentSection) -> Any:
     config.head_dim = head_dim(teacher)
     config.hidden_size = student.hidden_size
     config.tie_word_embeddings = source.tie_word_embeddings and ties_projections(teacher, student)
+    forget_origin(config)
+    return config
+
+
+def forget_origin(config: Any) -> None:
+    """Drop from a copied configuration what is true of the model that it was copied from only."""
     for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         if hasattr(config, left_over):
             delattr(config, left_over)
-    return config
 
 
 def head_dim(teacher: Teacher) -> int:
     """Width of an attention head, which teacher and student share."""
     rows = teacher.model.get_submodule(teacher.family.linear(0, "q")).weight.shape[0]
     return int(rows) // int(teacher.config.num_attention_heads)
+
+
+def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
+    """A model of a teacher's class as transformers starts it, for a student's weights.
+
+    Device, attention implementation and generation config are the teacher's; the element type is
+    too, but float32 at least.
+    """
+    model = type(source)(config)
+    model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
+    model.set_attn_implementation(source.config._attn_implementation)
+    model.generation_config = copy.deepcopy(source.generation_config)
+    return model
 
 
 def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
@@ -88,10 +114,7 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
     (biases of q, k and v, norms inside the attention) is the teacher's, and frozen.
     """
     family, source = teacher.family, teacher.model
-    model = type(source)(derive_config(teacher, student))
-    model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
-    model.set_attn_implementation(source.config._attn_implementation)
-    model.generation_config = copy.deepcopy(source.generation_config)
+    model = empty_student(source, derive_config(teacher, student))
 
     projected = {family.embedding, family.head}
     projected |= {family.linear(i, m) for i in range(teacher.num_layers) for m in LINEARS}

@@ -63,6 +63,10 @@ class Method(ABC):
             UserError: the recipe does not fit the teacher.
         """
 
+    def notes(self) -> list[str]:
+        """Sentences that the user is told when a run is set up."""
+        return []
+
     def calibration_tokens(self) -> int:
         """Training tokens that `initialise` asks for; it gets whole sequences, at least two."""
         return 0

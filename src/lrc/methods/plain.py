@@ -1,6 +1,5 @@
 """Base of the methods that train a student's own weights, whatever these start from."""
 
-import copy
 from abc import abstractmethod
 
 import torch
@@ -16,7 +15,7 @@ from lrc.methods.base import Counts, Method
 from lrc.methods.recomputing import recompute
 from lrc.methods.vocabulary import learn_vocabulary
 from lrc.recipe import Recipe
-from lrc.student import student_config
+from lrc.student import empty_student, student_config
 from lrc.teacher import Teacher
 
 PLAIN_SETTINGS = frozenset(
@@ -94,14 +93,6 @@ class PlainStudent(Method):
                 self.objective,
             )
 
-
-class RandomStudent(PlainStudent):
-    """A student of LRC's shape that starts from transformers' own initialisation."""
-
-    def make_student(self) -> PreTrainedModel:
-        config = student_config(self.teacher, self.recipe.student)
-        return random_student(self.teacher, config, self.recipe.initialise.seed)
-
     def step_flops(self, tokens: int, sequence: int) -> float | None:
         """The student's and the heads' operations, and the teacher's where there is a KL."""
         loss = self.objective.model_copy(update={"alpha": 0.0})
@@ -118,6 +109,14 @@ class RandomStudent(PlainStudent):
         return sum(value for part, value in parts.items() if part not in unused)
 
 
+class RandomStudent(PlainStudent):
+    """A student of LRC's shape that starts from transformers' own initialisation."""
+
+    def make_student(self) -> PreTrainedModel:
+        config = student_config(self.teacher, self.recipe.student)
+        return random_student(self.teacher, config, self.recipe.initialise.seed)
+
+
 def random_student(teacher: Teacher, config: object, seed: int) -> PreTrainedModel:
     """A model of the teacher's class with random weights, the same on every device.
 
@@ -126,11 +125,6 @@ def random_student(teacher: Teacher, config: object, seed: int) -> PreTrainedMod
         config: the student's configuration.
         seed: seed of the weights; the state of torch's generator is left as it was.
     """
-    source = teacher.model
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = type(source)(config)
-    model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
-    model.set_attn_implementation(source.config._attn_implementation)
-    model.generation_config = copy.deepcopy(source.generation_config)
-    return model
+        return empty_student(teacher.model, config)

@@ -53,6 +53,8 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
         text = f"No effect with method {recipe.method.name}: {', '.join(unused)}."
         console.print(text, style="yellow", markup=False, soft_wrap=True)
     method = kind.build(teacher, recipe)
+    for note in method.notes():
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     state = new_state(method, recipe)
     restored = restore(run, state, console)
     return Setup(teacher, method, state, device, restored)
