@@ -2,6 +2,7 @@
 
 from lrc.methods.activation_clone import ActivationClone
 from lrc.methods.base import TOKEN_LM, Counts, Method
+from lrc.methods.llm_pruner import LlmPruner
 from lrc.methods.low_rank_clone import LowRankClone
 from lrc.methods.minilm import MiniLm
 from lrc.methods.scratch import Scratch
@@ -12,6 +13,7 @@ METHODS: dict[str, type[Method]] = {
     "scratch": Scratch,
     "tinybert": TinyBert,
     "minilm": MiniLm,
+    "llm-pruner": LlmPruner,
     "activation-clone": ActivationClone,
 }
 """Every method by its name in a recipe."""
