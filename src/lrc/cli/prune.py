@@ -1,7 +1,6 @@
 """`lrc prune`."""
 
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -57,7 +56,7 @@ def prune(
     * `lrc prune runs/mine --ratio 0.2` (on the text of the run)
     * `lrc prune my-student --ratio 0.2 --text corpus.jsonl.gz --out runs/smaller`
     * `lrc prune runs/mine --ratio 0.2 --recover lora --tokens 2000000`
-    * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000 --set train.learning_rate=3e-5`
+    * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000 --set train.seed=1`
 
     What comes out is a run: its `student/` is a plain transformers model, `lrc resume` trains it on
     where it was stopped, and `lrc info`, `lrc eval`, `lrc export` and `lrc report` work on it. The

@@ -1,20 +1,23 @@
 """LLM-Pruner: heads and FFN neurons of the least importance go, and training recovers the rest.
 
-Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627).
-Importance is what a Taylor expansion says of the LM loss on calibration text
+Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models
+(arXiv 2305.11627). Importance is what a Taylor expansion says of the LM loss on calibration text
 (`lrc.pruning.taylor`). The hidden size stays: the paper's block-wise strategy, which it found far
 better than pruning channels. The defaults are what its best results were got with: first order by
 weight, summed over a group.
 
-Deviations: every layer loses the same number of key/value heads (with their query heads) and of
-neurons, since the plain class can hold nothing else; the paper leaves the first and the last layers
-alone and prunes the others more. A group is a key/value head with all its query heads. Calibration is on training text, and more of it than the paper's ten
-sequences. Recovery is on KL + LM as the recipe weighs them, of all weights or by LoRA (the paper's
-way, on instructions and LM alone, with a dropout of 0.05 that is left out here).
+Deviations:
+
+* Every layer loses the same number of key/value heads (with their query heads) and of neurons,
+  since the plain class can hold nothing else; the paper leaves the first and the last layers alone
+  and prunes the others more.
+* Calibration is on training text, by default on more of it than the official code's ten sequences.
+* Recovery is on KL + LM as the recipe weighs them, of all weights or by LoRA. The paper's is by
+  LoRA, on instructions and LM alone, with a dropout of 0.05 that is left out here.
 
 Without a ratio the student has as many parameters as LRC's of the same `student.hidden_size`. A
-family that wants its hidden size to be a multiple of the heads (Llama) can only lose some numbers of
-heads; then the neurons make up for it.
+family that wants its hidden size to be a multiple of the heads (Llama) can only have some numbers
+of heads; then the neurons make up for it.
 """
 
 import copy

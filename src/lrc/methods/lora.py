@@ -1,4 +1,4 @@
-"""Low-rank adapters on a student's linear maps, by peft, and the plain model that they amount to."""
+"""Low-rank adapters on a student's linear maps (peft), and the plain model that they amount to."""
 
 from collections.abc import Iterator
 

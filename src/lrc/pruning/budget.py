@@ -28,7 +28,7 @@ class Budget:
         return replace(teacher_shape(self.teacher), kv_heads=1, neurons=1)
 
     def widths(self, parameters: int) -> Shape | None:
-        """The shape whose count is nearest to `parameters`; None where even the smallest has more.
+        """The shape for so many parameters; None where even the smallest has more.
 
         LLM-Pruner takes the same share of heads and of neurons. Of the key/value heads only whole
         ones can go, so the shape is the one in which both shares are nearest to each other, and the
@@ -37,17 +37,20 @@ class Budget:
         whole = teacher_shape(self.teacher)
         total = self.count(whole)
         of_neuron = total - self.count(replace(whole, neurons=whole.neurons - 1))
+        if self.count(self.smallest) - parameters > of_neuron / 2:
+            return None
         others = whole.kv_heads - 1  # one head is what every configuration accepts
         of_others = total - self.count(replace(whole, kv_heads=1))
-        found = []
+        found: list[tuple[int, float, Shape]] = []
         for heads in filter(self._takes, range(1, whole.kv_heads + 1)):
             gone = of_others * (whole.kv_heads - heads) // max(1, others)
             surplus = total - gone - parameters
-            neurons = whole.neurons - round(surplus / of_neuron)
-            if 1 <= neurons <= whole.neurons:
-                apart = abs(heads / whole.kv_heads - neurons / whole.neurons)
-                found.append((apart, replace(whole, kv_heads=heads, neurons=neurons)))
-        return min(found, key=lambda candidate: candidate[0])[1] if found else None
+            asked = whole.neurons - round(surplus / of_neuron)
+            neurons = min(max(asked, 1), whole.neurons)
+            apart = abs(heads / whole.kv_heads - neurons / whole.neurons)
+            shape = replace(whole, kv_heads=heads, neurons=neurons)
+            found.append((abs(asked - neurons), apart, shape))
+        return min(found, key=lambda candidate: candidate[:2])[2]
 
     def _takes(self, kv_heads: int) -> bool:
         """Whether the family's configuration accepts so many heads at the teacher's hidden size."""

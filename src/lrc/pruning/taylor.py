@@ -1,9 +1,9 @@
-"""How much the loss would change without a part of the model, by its Taylor expansion (LLM-Pruner).
+"""How much the loss would change without a part of a model, by its Taylor expansion.
 
-Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv 2305.11627),
-sections 3.1 and 3.2. A group of coupled structures goes as a whole: a key/value head with its query
-heads (rows of q, k and v, columns of o), or an FFN neuron (a row of gate and of up, a column of
-down). A row has the bias of its output with it.
+Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models
+(arXiv 2305.11627), sections 3.1 and 3.2. A group of coupled structures goes as a whole: a key/value
+head with its query heads (rows of q, k and v, columns of o), or an FFN neuron (a row of gate and of
+up, a column of down). A row has the bias of its output with it.
 
 With w a weight, g the gradient of the mean LM loss, and F the mean over sequences of the squared
 gradient of a sequence's own mean LM loss (Fisher's diagonal, in place of the Hessian's), a weight's

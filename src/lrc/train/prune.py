@@ -1,4 +1,4 @@
-"""The recipe that prunes a finished model: method `llm-pruner` with the model as its own teacher."""
+"""The recipe that prunes a finished model: `llm-pruner` with the model as its own teacher."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
