@@ -150,7 +150,7 @@ def test_only_heads_that_the_class_takes() -> None:
     """Llama wants its hidden size to be a multiple of the heads: not 6 of 8 here."""
     budget = Budget(wide("llama"), tied=False)
     total = parameters(budget.teacher.model)
-    shapes = [budget.widths(round((1 - ratio / 50) * total)) for ratio in range(1, 40)]
+    shapes = [budget.widths(round((1 - ratio / 12) * total)) for ratio in range(1, 11)]
     assert {shape.kv_heads for shape in shapes if shape} == {1, 2, 4}
 
 
@@ -198,6 +198,12 @@ def test_ratios_out_of_range(ratio: float) -> None:
         recipe(ratio=ratio)
 
 
+def test_adapters_are_of_lora() -> None:
+    with pytest.raises(UserError, match="lora_rank goes with recovery: lora"):
+        recipe(ratio=0.3, lora_rank=4)
+    assert recipe(ratio=0.3, recovery="lora", lora_rank=4).method.lora_rank == 4
+
+
 def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
     """A few optimiser steps, as the loop takes them; the losses."""
     state, losses = new_state(method, asked), []
@@ -208,6 +214,7 @@ def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
         loss.backward()
         method.end_step()
         state.optimizer.step()
+        state.scheduler.step()  # the first rate is 0
         state.optimizer.zero_grad()
         losses.append(loss.item())
     return losses

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.cli import main
+from lrc.recipe import load_recipe
 from lrc.run import Run
+from lrc.train import train
 from tiny import tiny_teacher
 
 Command = Callable[..., tuple[int, str, str]]
@@ -63,12 +66,12 @@ def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     return run
 
 
-@pytest.fixture
-def clone(folder: Path, tmp_path: Path, lrc: Command) -> Path:
+@pytest.fixture(scope="module")
+def clone(folder: Path) -> Path:
     """A finished LRC run."""
-    code, _, errors = lrc("train", folder / "tiny.yaml", "--out", tmp_path / "clone")
-    assert code == 0, errors
-    return tmp_path / "clone"
+    run = Run.create(folder / "clone", load_recipe(folder / "tiny.yaml"))
+    train(run, Console(quiet=True))
+    return run.folder
 
 
 def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
@@ -199,7 +202,9 @@ def test_mistakes_are_told_in_a_sentence(
 
 
 def test_a_run_without_a_student(clone: Path, tmp_path: Path, lrc: Command) -> None:
-    shutil.rmtree(clone / "student")
-    code, _, errors = lrc("prune", clone, "--ratio", 0.2, "--out", tmp_path / "run")
+    unfinished = tmp_path / "clone"
+    shutil.copytree(clone, unfinished)
+    shutil.rmtree(unfinished / "student")
+    code, _, errors = lrc("prune", unfinished, "--ratio", 0.2, "--out", tmp_path / "run")
     assert code == 2
     assert "has no student yet" in errors

@@ -153,7 +153,7 @@ def test_against_a_loop_over_weights(taylor: Taylor, batch: Batch) -> None:
         torch.testing.assert_close(getattr(found, kind), expected, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", TINY_CASES[::2])
+@pytest.mark.parametrize("case", TINY_CASES[4::2])
 def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row's first-order importance is the slope of the loss as the row is scaled."""
     use_exact_norms(monkeypatch)
@@ -179,8 +179,9 @@ def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(getattr(found, kind), value, rtol=1e-5, atol=1e-8)
 
 
-def test_it_is_the_change_of_the_loss_without_a_neuron() -> None:
+def test_it_is_the_change_of_the_loss_without_a_neuron(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a neuron has little to say, taking it out changes the loss by its importance."""
+    use_exact_norms(monkeypatch)
     teacher, batch = grouped(("llama", False, {})), BATCHES["whole"]
     downs = [teacher.model.get_submodule(linear_path(i, "down")).weight for i in range(LAYERS)]
     with torch.no_grad():
@@ -194,7 +195,7 @@ def test_it_is_the_change_of_the_loss_without_a_neuron() -> None:
                 weight[:, neuron] = 0
                 change = (loss_of(teacher, batch) - before).abs().item()
                 weight[:, neuron] = column
-                assert change == pytest.approx(found[layer, neuron].item(), rel=0.02, abs=1e-9)
+                assert change == pytest.approx(found[layer, neuron].item(), rel=0.01, abs=1e-10)
     assert found.min() > 0
 
 

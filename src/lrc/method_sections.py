@@ -6,7 +6,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lrc.sections import Section
 
@@ -95,6 +95,14 @@ class LlmPrunerSection(Section):
 
     lora_alpha: float = Field(16.0, gt=0)
     """Adapters are scaled by lora_alpha / lora_rank."""
+
+    @model_validator(mode="after")
+    def _adapters_of_lora(self) -> "LlmPrunerSection":
+        fields = type(self).model_fields
+        for name in ("lora_rank", "lora_alpha"):
+            if self.recovery != "lora" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} goes with recovery: lora")
+        return self
 
 
 class ActivationCloneSection(Section):

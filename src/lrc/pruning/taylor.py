@@ -160,7 +160,9 @@ def _differentiated(
         for name, value in parameters.items():
             undo.callback(value.requires_grad_, value.requires_grad)
             value.requires_grad_(True)
-            hook = value.register_post_accumulate_grad_hook(lambda p, name=name: gather(name, p))
+            hook = value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                lambda p, name=name: gather(name, p)
+            )
             undo.callback(hook.remove)
         with torch.enable_grad():
             yield

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 from lrc.errors import UserError
 from lrc.recipe import Recipe, make_recipe
@@ -23,7 +23,7 @@ def prune_recipe(
     model: str,
     ratio: float,
     text: Sequence[str] = (),
-    recover: Literal["full", "lora"] | None = None,
+    recover: str | None = None,
     tokens: int | None = None,
     settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> Recipe:
@@ -33,7 +33,7 @@ def prune_recipe(
         model: a run's folder, whose student is pruned, or any model, named as a teacher is.
         ratio: share of all parameters that is taken out.
         text: sources of the calibration and recovery text; none: those of the run.
-        recover: what is trained afterwards; None: nothing is meant to be.
+        recover: what is trained afterwards, `full` or `lora`; None: nothing is meant to be.
         tokens: training tokens of the recovery.
         settings: other settings of the recipe by dotted key; they win.
 
