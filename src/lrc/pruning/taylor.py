@@ -17,8 +17,8 @@ A row's or column's importance is the sum of |s| over its weights, or |sum of s|
 that of a linear map's share in a group is the sum over its rows or columns there. The group's is
 `sum`, `prod` or `max` over its linear maps, or that of the `last` one (o, down).
 
-Cost: a forward and a backward pass for each calibration sequence, one at a time. Beside the model
-there are the gradients of the linear maps once, and for F their squares once.
+Cost: a forward and a backward pass over the calibration sequences, which for F go one at a time.
+Beside the model there are the gradients of the linear maps once, and for F their squares once.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,6 +38,9 @@ from lrc.teacher import Teacher
 HEADS = ("q", "k", "v", "o")
 NEURONS = ("gate", "up", "down")
 """Linear maps of a group, in the order in which they run."""
+
+PASS = 2048
+"""Tokens of a forward and backward pass, about; long sequences go one at a time."""
 
 CHUNK = 512
 """Tokens whose logits are held at once."""
@@ -68,7 +71,7 @@ def taylor_importance(
         batch: the sequences.
         taylor: the expansion (see above).
         grouping: how the linear maps of a group are put together.
-        progress: called with the sequences done and their number.
+        progress: called with the passes done and their number.
     """
     gradients = lm_gradients(teacher, batch, taylor in ("param_second", "param_mix"), progress)
 
@@ -115,26 +118,28 @@ def lm_gradients(
         for _ in range(1 + squared)
     ]
     found = Gradients(zeros[0], zeros[1] if squared else {})
-    sequences = [_sequence(batch, row) for row in range(len(batch.input_ids))]
-    labels = [int((sequence.labels() >= 0).sum()) for sequence in sequences]
-    share = 0.0  # of the sequence at hand in all labels
+    number, length = batch.input_ids.shape
+    together = 1 if squared else max(1, PASS // length)
+    parts = [_rows(batch, slice(row, row + together)) for row in range(0, number, together)]
+    labels = [int((part.labels() >= 0).sum()) for part in parts]
+    share = 0.0  # of the part at hand in all labels
 
     def gather(name: str, parameter: Tensor) -> None:
-        """Add the gradient of a sequence's mean loss as soon as it is there, and free it."""
+        """Add the gradient of a part's mean loss as soon as it is there, and free it."""
         assert parameter.grad is not None
         gradient = parameter.grad.to(_wide(parameter))
         parameter.grad = None
         found.mean[name].add_(gradient, alpha=share)
         if squared:
-            found.squared[name].addcmul_(gradient, gradient, value=1 / len(sequences))
+            found.squared[name].addcmul_(gradient, gradient, value=1 / number)
 
     with _differentiated(parameters, gather):
-        for done, (sequence, count) in enumerate(zip(sequences, labels, strict=True), 1):
+        for done, (part, count) in enumerate(zip(parts, labels, strict=True), 1):
             share = count / max(1, sum(labels))
             if count:
-                _lm_loss(teacher, sequence, count).backward()  # type: ignore[no-untyped-call]
+                _lm_loss(teacher, part, count).backward()  # type: ignore[no-untyped-call]
             if progress:
-                progress(done, len(sequences))
+                progress(done, len(parts))
     return found
 
 
@@ -168,27 +173,29 @@ def _differentiated(
             yield
 
 
-def _lm_loss(teacher: Teacher, sequence: Batch, labels: int) -> Tensor:
-    """Mean LM loss of a sequence that has so many labels."""
-    hidden = last_hidden(teacher.model, sequence).flatten(0, 1)
+def _lm_loss(teacher: Teacher, batch: Batch, labels: int) -> Tensor:
+    """Mean LM loss of sequences that have so many labels."""
+    hidden = last_hidden(teacher.model, batch).flatten(0, 1)
     nothing = hidden.new_empty(0, hidden.shape[1])
     return vocabulary_losses(
         hidden,
         teacher.model.get_output_embeddings().weight,
         nothing,
         nothing,
-        sequence.labels().flatten(),
+        batch.labels().flatten(),
         None,
         VocabularyWeights(0.0, 1.0, 1.0, labels, labels, teacher.vocab_size, CHUNK),
     ).weighted
 
 
-def _sequence(batch: Batch, row: int) -> Batch:
-    """One sequence of a batch."""
-    tensors = (batch.input_ids, batch.position_ids, batch.attention_mask)
-    ids, positions, mask = (None if t is None else t[row : row + 1] for t in tensors)
-    assert ids is not None
-    return Batch(ids, positions, mask)
+def _rows(batch: Batch, rows: slice) -> Batch:
+    """Some sequences of a batch."""
+    positions, mask = batch.position_ids, batch.attention_mask
+    return Batch(
+        batch.input_ids[rows],
+        None if positions is None else positions[rows],
+        None if mask is None else mask[rows],
+    )
 
 
 def _vectors(
