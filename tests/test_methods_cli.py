@@ -135,6 +135,26 @@ def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) ->
     }
 
 
+def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+    """What is not LRC's size is told, trained, exported and resumed."""
+    shape = ["--set", "method.layers=1", "--set", "method.intermediate_size=10"]
+    run = tmp_path / "run"
+    code, output, errors = lrc(
+        "train", recipe_file, "--method", "minitron", *shape, "--set", "train.tokens=64",
+        "--out", run,
+    )  # fmt: skip
+    assert code == 0, errors
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert (student.config.num_hidden_layers, student.config.intermediate_size) == (1, 10)
+    size = sum(parameter.numel() for parameter in student.parameters())
+    assert f"The student has {size:,} parameters, LRC's" in output
+    assert "more than 3% apart." in output
+    code, _, errors = lrc("export", run, tmp_path / "again")
+    assert code == 0, errors
+    files = [folder / "model.safetensors" for folder in (run / "student", tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
@@ -148,6 +168,10 @@ def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) ->
         (
             ["--set", "method={name: tinybert, hidden_weight: -1}"],
             "'method.hidden_weight' is -1",
+        ),
+        (
+            ["--method", "minitron", "--set", "method.layers=3"],
+            "method.layers is 3, but the teacher's is 2: choose no larger one.",
         ),
         (
             ["--set", "objective.alignment=explicit", "--set", "objective.attn_out=teacher"],

@@ -4,11 +4,15 @@
 `lrc.methods`.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from lrc.sections import Section
+
+Aggregation = Literal["mean", "l2"]
+"""How many scores become one: the mean of their absolute values, or their L2 norm."""
 
 
 class PrunedShapeSection(Section):
@@ -88,7 +92,7 @@ class LlmPrunerSection(Section):
 
     recovery: Literal["full", "lora"] = "full"
     """What training changes afterwards: all weights, or low-rank adapters on the linear maps
-    (needs the extra `lora`)."""
+    (needs the extra `peft`)."""
 
     lora_rank: int = Field(8, gt=0)
     """Rank of the adapters."""
@@ -111,13 +115,40 @@ class ActivationCloneSection(Section):
     name: Literal["activation-clone"]
 
 
+class MinitronSection(PrunedShapeSection):
+    """The parts of the teacher with the largest activations, trained on KL."""
+
+    objective: ClassVar[Mapping[str, Any]] = {
+        "kl_weight": 1.0,
+        "temperature": 1.0,
+        "lm_weight": 0.0,
+    }
+    """Defaults of the recipe's section of that name with this method: its paper's losses."""
+
+    name: Literal["minitron"]
+
+    over_tokens: Aggregation = "mean"
+    """How the scores of a sequence's tokens are aggregated."""
+
+    over_sequences: Aggregation = "l2"
+    """How the scores of sequences are aggregated."""
+
+
+class SliceGptSection(Section):
+    """The leading principal directions of the teacher's residual stream, trained on KL + LM."""
+
+    name: Literal["slicegpt"]
+
+
 MethodSection = Annotated[
     LrcSection
     | ScratchSection
     | TinyBertSection
     | MiniLmSection
+    | ActivationCloneSection
     | LlmPrunerSection
-    | ActivationCloneSection,
+    | MinitronSection
+    | SliceGptSection,
     Field(discriminator="name"),
 ]
 
@@ -126,6 +157,8 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "scratch": ScratchSection,
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
-    "llm-pruner": LlmPrunerSection,
     "activation-clone": ActivationCloneSection,
+    "llm-pruner": LlmPrunerSection,
+    "minitron": MinitronSection,
+    "slicegpt": SliceGptSection,
 }

@@ -54,6 +54,19 @@ class Recipe(Section):
     def _name_alone(cls, value: Any, info: ValidationInfo) -> Any:
         return {SHORT_FORMS[str(info.field_name)]: value} if isinstance(value, str) else value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_method(cls, settings: Any) -> Any:
+        """Losses that a method's paper weighs otherwise, where the recipe does not say."""
+        if not isinstance(settings, dict):
+            return settings
+        method, given = settings.get("method"), settings.get("objective") or {}
+        name = method.get("name") if isinstance(method, dict) else method
+        own = getattr(METHOD_SECTIONS.get(str(name)), "objective", None)
+        if own is None or not isinstance(given, dict):
+            return settings
+        return {**settings, "objective": {**own, **given}}
+
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective

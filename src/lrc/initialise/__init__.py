@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.errors import UserError
+from lrc.initialise.calibration import need_float32
 from lrc.initialise.closed_form import solve_projections
 from lrc.initialise.pca import pca_projections
 from lrc.initialise.random import initialise_random
@@ -72,11 +72,7 @@ def initialise_from_text(
         UserError: the teacher's weights are of lower precision than float32.
     """
     projections, teacher = method.projections, method.teacher
-    if torch.finfo(teacher.model.dtype).bits < 32:
-        raise UserError(
-            f"initialise: {way} solves in float32 at least, but the teacher is in "
-            f"{str(teacher.model.dtype).removeprefix('torch.')}: set teacher.dtype to float32."
-        )
+    need_float32(teacher, f"initialise: {way}")
     shared_head = "head" not in projections.values
     solved, gains = FROM_TEXT[way](teacher, ids, projections.hidden_size, shared_head, progress)
     with torch.no_grad():

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.activations import Place
+from lrc.errors import UserError
 from lrc.student import head_dim
 from lrc.teacher import Teacher
 
@@ -119,6 +120,20 @@ class Calibration:
         return self.teacher.model.get_submodule(self.family.linear(*place))(states)
 
 
+def need_float32(teacher: Teacher, what: str) -> None:
+    """Refuse a teacher whose weights are too coarse to solve with.
+
+    Raises:
+        UserError: they are of lower precision than float32.
+    """
+    if torch.finfo(teacher.model.dtype).bits < 32:
+        raise UserError(
+            f"{what} solves in float32 at least, but the teacher is in "
+            f"{str(teacher.model.dtype).removeprefix('torch.')}: set teacher.dtype to float32."
+        )
+
+
+@torch.no_grad()
 def principal_basis(
     calibration: Calibration, progress: Callable[[int, int], None] | None = None
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,9 @@ from lrc.methods.base import TOKEN_LM, Counts, Method
 from lrc.methods.llm_pruner import LlmPruner
 from lrc.methods.low_rank_clone import LowRankClone
 from lrc.methods.minilm import MiniLm
+from lrc.methods.minitron import Minitron
 from lrc.methods.scratch import Scratch
+from lrc.methods.slicegpt import SliceGpt
 from lrc.methods.tinybert import TinyBert
 
 METHODS: dict[str, type[Method]] = {
@@ -13,8 +15,10 @@ METHODS: dict[str, type[Method]] = {
     "scratch": Scratch,
     "tinybert": TinyBert,
     "minilm": MiniLm,
-    "llm-pruner": LlmPruner,
     "activation-clone": ActivationClone,
+    "minitron": Minitron,
+    "slicegpt": SliceGpt,
+    "llm-pruner": LlmPruner,
 }
 """Every method by its name in a recipe."""
 

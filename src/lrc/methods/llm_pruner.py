@@ -33,7 +33,7 @@ from lrc.method_sections import LlmPrunerSection
 from lrc.methods.base import Progress
 from lrc.methods.lora import add_adapters, write_base, write_merged
 from lrc.methods.plain import random_student
-from lrc.methods.pruned import PRUNED_SETTINGS, PrunedStudent
+from lrc.methods.pruned import PrunedStudent
 from lrc.pruning.budget import Budget
 from lrc.pruning.cut import Kept, keep_all, write_kept
 from lrc.pruning.shape import Shape, pruned_config, teacher_shape
@@ -48,7 +48,6 @@ class LlmPruner(PrunedStudent):
     """Groups of the least Taylor importance pruned, then trained on KL + LM, whole or by LoRA."""
 
     title = "LLM-Pruner's gradient-based structured pruning (arXiv 2305.11627)"
-    honours = PRUNED_SETTINGS | {"initialise.seed"}
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)

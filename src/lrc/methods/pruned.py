@@ -13,8 +13,9 @@ from lrc.pruning.shape import Shape, pruned_config, shape_of_config, target_shap
 from lrc.pruning.size import compare_sizes
 from lrc.student import ties_projections
 
-PRUNED_SETTINGS = PLAIN_SETTINGS - {"initialise.seed"} | {"initialise.calibration_tokens"}
-"""What every pruned student takes from the recipe's sections."""
+PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialise.calibration_tokens"}
+"""What every pruned student takes from the recipe's sections. Nothing in its start is random, but
+the seed is no mistake: comparisons set it for all methods."""
 
 
 class PrunedStudent(PlainStudent):

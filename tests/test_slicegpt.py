@@ -1,0 +1,223 @@
+"""SliceGPT against the teacher with its residual stream projected by hooks."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrc.data.batch import Batch
+from lrc.errors import UserError
+from lrc.methods import METHODS
+from lrc.methods.slicegpt import SliceGpt
+from lrc.pruning.rotate import write_rotated
+from lrc.recipe import Recipe, make_recipe
+from lrc.teacher import Teacher, as_teacher
+from tiny import HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher, use_exact_norms
+
+IDS = torch.randint(0, TOKENS, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_exact_norms(monkeypatch)
+
+
+def recipe_of(hidden_size: int) -> Recipe:
+    return make_recipe(
+        {
+            "method": "slicegpt",
+            "teacher": {"model": "t"},
+            "student": {"hidden_size": hidden_size},
+            "data": {"text": ["x"]},
+        }
+    )
+
+
+def sliced(teacher: Teacher, hidden_size: int, ids: Tensor = IDS) -> SliceGpt:
+    """The method after its start."""
+    method = METHODS["slicegpt"].build(teacher, recipe_of(hidden_size))
+    assert isinstance(method, SliceGpt)
+    method.initialise(Batch(ids), lambda done, parts: None)
+    return method
+
+
+def random_basis(hidden_size: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.randn(HIDDEN, HIDDEN, generator=generator, dtype=torch.float64)
+    return torch.linalg.qr(square).Q[:, :hidden_size]
+
+
+@torch.no_grad()
+def projected_logits(teacher: Teacher, projector: Tensor) -> Tensor:
+    """Logits of the teacher when all that is written to its stream is projected.
+
+    A tied head reads the projected states through its projected rows.
+    """
+    model = teacher.model
+    paths = ["model.embed_tokens"]
+    for i in range(teacher.num_layers):
+        paths += [f"model.layers.{i}.self_attn.o_proj", f"model.layers.{i}.mlp.down_proj"]
+    handles = [
+        model.get_submodule(path).register_forward_hook(lambda _m, _i, out: out @ projector)
+        for path in paths
+    ]
+    if model.config.tie_word_embeddings:
+        norm = model.model.norm
+        handles.append(norm.register_forward_hook(lambda _m, _i, out: out @ projector))
+    logits = model(IDS).logits
+    for handle in handles:
+        handle.remove()
+    return logits
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_the_whole_width_is_the_teacher(exact: None, case: Case) -> None:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, **changes)
+    student = sliced(teacher, HIDDEN).student()
+    assert (student.lm_head.weight is student.model.embed_tokens.weight) == tied
+    with torch.no_grad():
+        ours, theirs = student(IDS).logits, teacher.model(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+    weight = student.model.layers[0].self_attn.q_proj.weight
+    assert not torch.allclose(weight, teacher.model.model.layers[0].self_attn.q_proj.weight)
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_a_cut_stream_is_the_teachers_projected(exact: None, case: Case) -> None:
+    """With rows divided by the same eps, which counts for d_S numbers or for d_T."""
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, rms_norm_eps=1e-14, **changes)
+    student = METHODS["slicegpt"].build(teacher, recipe_of(8)).student()
+    basis = random_basis(8)
+    write_rotated(student, teacher, basis)
+    with torch.no_grad():
+        ours = student(IDS).logits
+    theirs = projected_logits(teacher, basis @ basis.T)
+    torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-8)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    hidden_size=st.integers(1, HIDDEN // 2).map(lambda half: 2 * half),
+    family=st.sampled_from(["mistral", "qwen2", "qwen3"]),
+    tied=st.booleans(),
+)
+def test_every_width(hidden_size: int, family: str, tied: bool) -> None:
+    teacher = tiny_teacher(family, tied, rms_norm_eps=1e-12)
+    student = METHODS["slicegpt"].build(teacher, recipe_of(hidden_size)).student()
+    basis = random_basis(hidden_size, seed=hidden_size)
+    write_rotated(student, teacher, basis)
+    with torch.no_grad():
+        ours = student(IDS).logits
+    theirs = projected_logits(teacher, basis @ basis.T)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # norms are float32 inside
+
+
+def test_the_leading_directions_stay(exact: None) -> None:
+    """A teacher whose stream has only eight directions loses nothing."""
+    teacher = tiny_teacher("llama", rms_norm_eps=1e-14)
+    plane = random_basis(8, seed=3)
+    projector = plane @ plane.T
+    with torch.no_grad():
+        for name, weight in teacher.model.named_parameters():
+            if name.endswith("embed_tokens.weight"):
+                weight.copy_(weight @ projector)
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight.copy_(projector @ weight)
+        theirs = teacher.model(IDS).logits
+        ours = sliced(teacher, 8).student()(IDS).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
+
+
+def test_the_student_is_of_lrcs_shape_and_plain(tmp_path: Path) -> None:
+    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
+    method = sliced(teacher, 8)
+    clone = METHODS["lrc"].build(
+        teacher, make_recipe({**recipe_of(8).model_dump(), "method": "lrc"})
+    )
+    shapes = [p.shape for p in method.student().parameters()]
+    assert shapes == [p.shape for p in clone.student().parameters()]
+    assert all(parameter.requires_grad for parameter in method.parameters().values())
+    method.student().save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(again(IDS).logits, method.student()(IDS).logits)
+
+
+def test_what_cannot_be_sliced() -> None:
+    with pytest.raises(UserError, match="teacher's is 16: choose a size no larger"):
+        METHODS["slicegpt"].build(tiny_teacher("qwen3"), recipe_of(18))
+    coarse = tiny_teacher("qwen3", dtype=torch.bfloat16)
+    with pytest.raises(UserError, match=r"slicegpt solves in float32 .* teacher.dtype to float32"):
+        METHODS["slicegpt"].build(coarse, recipe_of(8))
+
+
+def leading(stream: Tensor, hidden_size: int) -> Tensor:
+    """Projector on the leading principal directions of a normalised stream."""
+    rows = stream.flatten(0, 1).double()
+    rows = rows / rows.pow(2).mean(-1, keepdim=True).sqrt()
+    basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -hidden_size:]
+    return (basis @ basis.T).to(stream.dtype)
+
+
+@torch.no_grad()
+def sliced_by_block(teacher: Teacher, ids: Tensor, seen: int, hidden_size: int) -> Tensor:
+    """Logits of the paper's SliceGPT, one rotation a block, found in order on the cut stream.
+
+    A skip matrix Q_l^T Q_(l+1) of a cut stream is the projection Q_(l+1) Q_(l+1)^T of the whole
+    one, so the teacher's own layers run here, with the stream projected before and inside them.
+
+    Args:
+        teacher: an untied or tied Llama; the head is taken as untied.
+        ids: tokens [sequences, length].
+        seen: sequences that the rotations are found on.
+        hidden_size: d_S.
+    """
+    model = teacher.model.model
+    stream = model.embed_tokens(ids)
+    turn = model.rotary_emb(stream, torch.arange(ids.shape[1])[None])
+    stream = stream @ leading(stream[:seen], hidden_size)
+    for layer in model.layers:
+        attention, _ = layer.self_attn(layer.input_layernorm(stream), turn, attention_mask=None)
+        stream = stream + attention
+        stream = stream @ leading(stream[:seen], hidden_size)
+        stream = stream + layer.mlp(layer.post_attention_layernorm(stream))
+        stream = stream @ leading(stream[:seen], hidden_size)
+    return teacher.model.lm_head(model.norm(stream))
+
+
+def loss_of(logits: Tensor, ids: Tensor) -> float:
+    return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).item()
+
+
+def test_what_one_rotation_costs(stories_folder: Path) -> None:
+    """As the method's docstring says: a little, on a trained model."""
+    model = AutoModelForCausalLM.from_pretrained(stories_folder)
+    teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
+    torch.manual_seed(0)
+    start = torch.full((64, 1), teacher.tokenizer.bos_token_id)
+    ids = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=95,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=model.config.vocab_size,  # none ends
+        pad_token_id=0,
+    )
+    seen, width, fresh = 48, model.config.hidden_size, ids[48:]
+    with torch.no_grad():
+        theirs = loss_of(model(fresh).logits, fresh)
+        assert (
+            abs(loss_of(sliced_by_block(teacher, ids, seen, width)[seen:], fresh) - theirs) < 1e-3
+        )
+        for hidden_size, most in ((48, 0.4), (32, 1.0)):
+            by_block = loss_of(sliced_by_block(teacher, ids, seen, hidden_size)[seen:], fresh)
+            one = loss_of(sliced(teacher, hidden_size, ids[:seen]).student()(fresh).logits, fresh)
+            assert theirs < by_block < one < by_block + most
