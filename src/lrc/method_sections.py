@@ -7,7 +7,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from lrc.sections import Section
 
@@ -60,6 +60,53 @@ class MiniLmSection(Section):
 
     relation_weight: float = Field(1.0, ge=0)
     """Weight of the divergences of attention distributions and value relations."""
+
+
+Taylor = Literal["vectorize", "param_first", "param_second", "param_mix"]
+"""How LLM-Pruner expands the loss around a weight, in the words of its official code."""
+
+Grouping = Literal["sum", "prod", "max", "last"]
+"""How LLM-Pruner puts the linear maps of a group together."""
+
+
+class LlmPrunerSection(Section):
+    """Heads and FFN neurons of the least importance for the LM loss are taken out of the teacher.
+
+    Without a ratio the student has as many parameters as LRC's of `student.hidden_size`; the hidden
+    size itself stays the teacher's.
+    """
+
+    name: Literal["llm-pruner"]
+
+    ratio: float | None = Field(None, gt=0, lt=1)
+    """Share of all parameters, embeddings included, that is taken out; `student.hidden_size` is
+    then the teacher's. Empty: as many as LRC takes out."""
+
+    importance: Taylor = "param_first"
+    """Expansion of the loss: of first order by weight (`param_first`) or by row (`vectorize`), of
+    second order, or both orders together (`param_mix`)."""
+
+    grouping: Grouping = "sum"
+    """How the importances of a group's linear maps are put together; `last` is that of the map that
+    writes to the residual stream."""
+
+    recovery: Literal["full", "lora"] = "full"
+    """What training changes afterwards: all weights, or low-rank adapters on the linear maps
+    (needs the extra `peft`)."""
+
+    lora_rank: int = Field(8, gt=0)
+    """Rank of the adapters."""
+
+    lora_alpha: float = Field(16.0, gt=0)
+    """Adapters are scaled by lora_alpha / lora_rank."""
+
+    @model_validator(mode="after")
+    def _adapters_of_lora(self) -> "LlmPrunerSection":
+        fields = type(self).model_fields
+        for name in ("lora_rank", "lora_alpha"):
+            if self.recovery != "lora" and getattr(self, name) != fields[name].default:
+                raise ValueError(f"{name} goes with recovery: lora")
+        return self
 
 
 class ActivationCloneSection(Section):
@@ -121,6 +168,7 @@ MethodSection = Annotated[
     | TinyBertSection
     | MiniLmSection
     | ActivationCloneSection
+    | LlmPrunerSection
     | MinitronSection
     | SliceGptSection
     | ShearedLlamaSection,
@@ -133,6 +181,7 @@ METHOD_SECTIONS: dict[str, type[Section]] = {
     "tinybert": TinyBertSection,
     "minilm": MiniLmSection,
     "activation-clone": ActivationCloneSection,
+    "llm-pruner": LlmPrunerSection,
     "minitron": MinitronSection,
     "slicegpt": SliceGptSection,
     "sheared-llama": ShearedLlamaSection,

@@ -9,6 +9,7 @@ from lrc.cli import data
 from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
+from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
 from lrc.errors import UserError
@@ -20,7 +21,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, init, resume, compare, export, report, info, generate):
+for command in (train, init, resume, prune, compare, export, report, info, generate):
     app.command(no_args_is_help=True)(command)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.add_typer(data.app, name="data")

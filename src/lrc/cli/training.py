@@ -60,7 +60,7 @@ def train(
     """
     from lrc.train.session import train
 
-    _run(_new_run(recipe, settings, teacher, hidden_size, text, method, out), train)
+    carry_out(_new_run(recipe, settings, teacher, hidden_size, text, method, out), train)
 
 
 def init(
@@ -83,7 +83,7 @@ def init(
     """
     from lrc.train.session import initialise_only
 
-    _run(_new_run(recipe, settings, teacher, hidden_size, text, method, out), initialise_only)
+    carry_out(_new_run(recipe, settings, teacher, hidden_size, text, method, out), initialise_only)
 
 
 def resume(
@@ -96,7 +96,7 @@ def resume(
     from lrc.run import Run
     from lrc.train.session import train
 
-    _run(Run.open(run), train)
+    carry_out(Run.open(run), train)
 
 
 def _new_run(
@@ -133,7 +133,8 @@ def _new_run(
     return Run.create(folder, resolved)
 
 
-def _run(run: "Run", action: "Callable[[Run, Console], object]") -> None:
+def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
+    """Train or initialise a run; a signal to stop it ends the command with 128 + its number."""
     from lrc.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 

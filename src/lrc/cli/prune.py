@@ -1,0 +1,92 @@
+"""`lrc prune`."""
+
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from lrc.cli.console import console, quiet_libraries
+from lrc.cli.models import ModelArgument
+from lrc.cli.training import Out, Settings, Text, carry_out
+
+if TYPE_CHECKING:
+    from lrc.run import Run
+
+
+class Recovery(StrEnum):
+    """What is trained after pruning."""
+
+    lora = "lora"
+    full = "full"
+
+
+class Expansion(StrEnum):
+    """Names of the ways to measure importance."""
+
+    param_first = "param_first"
+    param_second = "param_second"
+    param_mix = "param_mix"
+    vectorize = "vectorize"
+
+
+def prune(
+    model: ModelArgument,
+    ratio: Annotated[
+        float, typer.Option(help="Share of all parameters to take out, embeddings included.")
+    ],
+    text: Text = None,
+    calibration_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of the text that importance is measured on.")
+    ] = None,
+    importance: Annotated[
+        Expansion, typer.Option(help="Taylor expansion of the loss, as LLM-Pruner names them.")
+    ] = Expansion.param_first,
+    recover: Annotated[
+        Recovery | None, typer.Option(help="Train afterwards: low-rank adapters, or all weights.")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens of the recovery.")] = None,
+    settings: Settings = None,
+    out: Out = None,
+) -> None:
+    """Prune a finished model: take out the attention heads and FFN neurons that matter least.
+
+    Examples:
+
+    * `lrc prune runs/mine --ratio 0.2` (on the text of the run)
+    * `lrc prune my-student --ratio 0.2 --text corpus.jsonl.gz --out runs/smaller`
+    * `lrc prune runs/mine --ratio 0.2 --recover lora --tokens 2000000`
+    * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000 --set train.seed=1`
+
+    What comes out is a run: its `student/` is a plain transformers model, `lrc resume` trains it on
+    where it was stopped, and `lrc info`, `lrc eval`, `lrc export` and `lrc report` work on it. The
+    model is its own teacher there: tables call it so, and recovery learns from it.
+
+    Every layer loses as many heads and neurons as the others; the hidden size stays
+    (LLM-Pruner, arXiv 2305.11627).
+    """
+    from lrc.api import default_folder
+    from lrc.recipe import parse_override
+    from lrc.run import Run
+    from lrc.teacher import short_name
+    from lrc.train.prune import prune_recipe
+    from lrc.train.session import initialise_only, train
+
+    quiet_libraries()
+    given: dict[str, Any] = {"method.importance": importance.value}
+    if calibration_tokens is not None:
+        given["initialise.calibration_tokens"] = calibration_tokens
+    given |= dict(parse_override(setting) for setting in settings or [])
+    way = recover.value if recover else None
+    recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
+    run = Run.create(out or default_folder(recipe, f"{short_name(model)}-pruned"), recipe)
+    carry_out(run, train if recover else initialise_only)
+    _print_shapes(run)
+
+
+def _print_shapes(run: "Run") -> None:
+    shapes = run.summary()["shapes"]
+    table = Table("", "before", "after")
+    for name, value in shapes["teacher"].items():
+        table.add_row(name, str(value), str(shapes["student"][name]))
+    console.print(table)

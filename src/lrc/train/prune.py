@@ -1,0 +1,65 @@
+"""The recipe that prunes a finished model: `llm-pruner` with the model as its own teacher."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from lrc.errors import UserError
+from lrc.recipe import Recipe, make_recipe
+from lrc.run import Run, is_run
+from lrc.teacher import load_skeleton
+
+OF_THE_RUN = ("device", "precision", "micro_batch", "accumulate", "eval_sequences", "seed")
+"""Training settings that are taken over from the run whose student is pruned: those of the machine,
+and those that make held-out losses comparable."""
+
+NEAR = {"temperature": 1.0, "kl_weight": 1.0}
+"""Objective of the recovery: the student starts near its teacher, so that the plain KL tells most.
+The paper's temperature of 40 is for a student that starts from nothing."""
+
+
+def prune_recipe(
+    model: str,
+    ratio: float,
+    text: Sequence[str] = (),
+    recover: str | None = None,
+    tokens: int | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> Recipe:
+    """The recipe of a run that prunes a model.
+
+    Args:
+        model: a run's folder, whose student is pruned, or any model, named as a teacher is.
+        ratio: share of all parameters that is taken out.
+        text: sources of the calibration and recovery text; none: those of the run.
+        recover: what is trained afterwards, `full` or `lora`; None: nothing is meant to be.
+        tokens: training tokens of the recovery.
+        settings: other settings of the recipe by dotted key; they win.
+
+    Raises:
+        UserError: the model is not found, there is no text, or a setting is not usable.
+    """
+    if recover and tokens is None:
+        raise UserError("Recovery needs a budget: give --tokens, or leave out --recover.")
+    if tokens is not None and not recover:
+        raise UserError("--tokens is for recovery: give --recover lora or --recover full, too.")
+    base: dict[str, Any] = {"data": {}, "train": {}}
+    if is_run(Path(model)):
+        run = Run.open(Path(model))
+        model = str(run.need_student())
+        trained = run.recipe.model_dump(mode="json", exclude_defaults=True)
+        base["data"] = trained["data"]
+        base["train"] = {k: v for k, v in trained.get("train", {}).items() if k in OF_THE_RUN}
+    elif not text and not any(key.startswith("data.") for key in settings):
+        raise UserError("Pruning needs text to tell what matters: give --text.")
+    base |= {
+        "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
+        "teacher": {"model": model},
+        "student": {"hidden_size": int(load_skeleton(model).config.hidden_size)},
+        "objective": NEAR,
+    }
+    overrides: dict[str, Any] = {"data.text": list(text)} if text else {}
+    if tokens is not None:
+        overrides["train.tokens"] = tokens
+    return make_recipe(base, {**overrides, **settings})

@@ -1,0 +1,210 @@
+"""`lrc prune` through the real command line, on a run and on a model folder."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lrc.cli import main
+from lrc.recipe import load_recipe
+from lrc.run import Run
+from lrc.train import train
+from tiny import tiny_teacher
+
+Command = Callable[..., tuple[int, str, str]]
+TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
+WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, a text, and a recipe of an LRC run."""
+    folder = tmp_path_factory.mktemp("prune")
+    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32, **WIDE)
+    teacher.model.save_pretrained(folder / "teacher")
+    teacher.tokenizer.save_pretrained(folder / "teacher")
+    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
+    lines = [json.dumps({"text": text}) + "\n" for text in words]
+    (folder / "text.jsonl").write_text("".join(lines))
+    (folder / "short.txt").write_text("w3 w4 w5")
+    settings = {
+        "teacher": {"model": str(folder / "teacher"), "license": "mit"},
+        "student": {"hidden_size": 8},
+        "data": {
+            "text": [str(folder / "text.jsonl")],
+            "held_out_fraction": 0.2,
+            "sequence_length": 16,
+            "cache": str(folder / "cache"),
+        },
+        "train": {"tokens": 128, "micro_batch": 2, "learning_rate": 1e-2, "eval_sequences": 5},
+    }
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    return folder
+
+
+@pytest.fixture
+def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, output, errors."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setenv("COLUMNS", "200")
+        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def clone(folder: Path) -> Path:
+    """A finished LRC run."""
+    run = Run.create(folder / "clone", load_recipe(folder / "tiny.yaml"))
+    train(run, Console(quiet=True))
+    return run.folder
+
+
+def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
+    out = tmp_path / "pruned"
+    code, output, errors = lrc(
+        "prune", clone, "--ratio", 0.25, "--calibration-tokens", 64, "--out", out
+    )
+    assert code == 0, errors
+    run, before = Run.open(out), Run.open(clone).summary()
+    summary = run.summary()
+    assert run.recipe.data == Run.open(clone).recipe.data
+    assert run.recipe.train.eval_sequences == 5
+    assert summary["tokens"] == 0
+    assert summary["calibration_tokens"] == 64
+    # The text of the run: what is pruned has the held-out loss that it had at its end.
+    assert summary["teacher_held_out_lm"] == pytest.approx(before["student_held_out_lm"], rel=1e-6)
+    assert summary["teacher_parameters"] == before["student_parameters"]
+    share = summary["student_parameters"] / summary["teacher_parameters"]
+    assert share == pytest.approx(0.75, abs=0.02)
+    for value in (summary["teacher_parameters"], summary["student_parameters"]):
+        assert f"{value:,}" in output
+    assert "FFN width" in output
+    assert "license: mit" in (out / "student" / "README.md").read_text()
+
+    # Plain transformers, and slices of the student that was pruned.
+    student = AutoModelForCausalLM.from_pretrained(out / "student")
+    tokenizer = AutoTokenizer.from_pretrained(out / "student")
+    ids = tokenizer("w3 w4 w5", return_tensors="pt").input_ids
+    assert student(ids).logits.isfinite().all()
+    theirs, ours = (load_file(f / "student" / "model.safetensors") for f in (clone, out))
+    gate = "model.layers.1.mlp.gate_proj.weight"
+    rows = [row.tolist() for row in theirs[gate]]
+    places = [rows.index(row.tolist()) for row in ours[gate]]
+    assert places == sorted(set(places))
+    assert len(places) < len(rows)
+    down = gate.replace("gate", "down")
+    assert torch.equal(ours[down], theirs[down][:, places])
+
+    code, _, errors = lrc("export", out, tmp_path / "exported")
+    assert code == 0, errors
+    again = load_file(tmp_path / "exported" / "model.safetensors")
+    assert all(torch.equal(again[name], value) for name, value in ours.items())
+
+
+@pytest.mark.parametrize("way", ["lora", "full"])
+def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str) -> None:
+    if way == "lora":
+        pytest.importorskip("peft")
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    options = ["--text", folder / "text.jsonl", "--recover", way, "--tokens", 384]
+    given = {
+        "data.sequence_length": 16,
+        "data.held_out_fraction": 0.2,
+        "data.cache": str(folder / "cache"),
+        "train.micro_batch": 2,
+        "train.accumulate": 2,
+        "train.learning_rate": 1e-2,
+        "train.weight_decay": 0.1,
+        "train.eval_every": 2,
+        "train.checkpoint_every": 2,
+        "train.keep_checkpoints": 9,
+        "method.grouping": "max",
+        "initialise.calibration_tokens": 64,
+    }
+    for key, value in given.items():
+        options += ["--set", f"{key}={value}"]
+    code, _, errors = lrc(
+        "prune", folder / "teacher", "--ratio", 0.3, "--importance", "param_mix", *options,
+        "--out", whole,
+    )  # fmt: skip
+    assert code == 0, errors
+    run = Run.open(whole)
+    method = run.recipe.method.model_dump()
+    assert (method["recovery"], method["importance"], method["grouping"]) == (
+        way, "param_mix", "max",
+    )  # fmt: skip
+    metrics = run.metrics()
+    measured = [line["held_out_lm"] for line in metrics if "held_out_lm" in line]
+    assert len(set(measured)) == 4
+    assert measured[-1] < measured[0]
+    assert run.summary()["student_held_out_lm"] == pytest.approx(measured[-1], rel=1e-5)
+
+    tensors = load_file(whole / "student" / "model.safetensors")
+    assert not any("lora" in name or "base_layer" in name for name in tensors)
+
+    shutil.copytree(whole, part)
+    for step in (4, 6):
+        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
+    shutil.rmtree(part / "student")
+    (part / "summary.json").unlink()
+    code, _, errors = lrc("resume", part)
+    assert code == 0, errors
+
+    def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+    assert timeless(Run.open(part).metrics()) == timeless(metrics)
+    for file in ("checkpoints/step-00000006/state.safetensors", "student/model.safetensors"):
+        assert (part / file).read_bytes() == (whole / file).read_bytes(), file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["teacher", "--ratio", "1.5", "--text", "text.jsonl"], "'method.ratio' is 1.5"),
+        (["teacher", "--ratio", "0", "--text", "text.jsonl"], "'method.ratio' is 0"),
+        (["teacher", "--ratio", "0.99", "--text", "text.jsonl"], "choose a ratio of at most"),
+        (["teacher", "--ratio", "0.2"], "give --text"),
+        (["teacher", "--ratio", "0.2", "--text", "short.txt"], "text"),
+        (["missing/run/here", "--ratio", "0.2", "--text", "text.jsonl"], "There is no folder"),
+        (["teacher", "--ratio", "0.2", "--text", "text.jsonl", "--recover", "lora"], "--tokens"),
+        (["teacher", "--ratio", "0.2", "--text", "text.jsonl", "--tokens", "9"], "--recover"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence(
+    folder: Path,
+    tmp_path: Path,
+    lrc: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(folder)
+    code, _, errors = lrc("prune", *arguments, "--out", tmp_path / "run")
+    assert code == 2
+    assert words in errors
+    assert "Traceback" not in errors
+
+
+def test_a_run_without_a_student(clone: Path, tmp_path: Path, lrc: Command) -> None:
+    unfinished = tmp_path / "clone"
+    shutil.copytree(clone, unfinished)
+    shutil.rmtree(unfinished / "student")
+    code, _, errors = lrc("prune", unfinished, "--ratio", 0.2, "--out", tmp_path / "run")
+    assert code == 2
+    assert "has no student yet" in errors
