@@ -85,7 +85,7 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     assert documents_in == 79 + 20
     steps = {line.split("│")[2].strip() for line in printed.splitlines() if line.count("│") > 5}
     assert {"characters 200 to ∞", "near-duplicates", "tokens 16 to 4096"} <= steps
-    assert f"{shards.tokens('train'):,} training tokens in 1 shards" in printed
+    assert f"{shards.tokens('train'):,} training tokens in 1 shard are" in printed
 
     printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
     assert "Every file is as it was written." in printed

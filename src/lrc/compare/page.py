@@ -56,6 +56,7 @@ def _values(title: str, comparison: Comparison, results: Results) -> dict[str, A
     return {
         "title": title,
         "tokens": comparison.tokens,
+        "seeds": len(comparison.seeds),
         "teacher": short_name(comparison.recipe["teacher"]["model"]),
         "chips": {entry.name: _chip(number) for number, entry in enumerate(results.entries)},
         "header": header(results)[1:],

@@ -246,7 +246,8 @@ def evaluate_rows(
     with quiet_harness():
         found = _evaluate(lm, manager, task, limit, progress, rows=True)
     (rows,) = found["samples"].values()
-    return [float(row["acc"]) for row in rows]
+    right = {row["doc_id"]: float(row["acc"]) for row in rows}
+    return [right[number] for number in sorted(right)]
 
 
 def prompts(lm: "TemplateLM", task: Any, limit: int | None) -> list[list[list[int]]]:
