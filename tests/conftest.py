@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from pages import Look, headless_browser
 from stories import save_stories, stories_source
 
 
@@ -16,3 +17,9 @@ def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stories") / "stories260K"
     save_stories(source, folder)
     return folder
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Look:
+    """Run a headless Chromium."""
+    return headless_browser(tmp_path / "profile")

@@ -22,8 +22,9 @@ from lrc.data.build.pieces import Piece, line_ends, read_rows, rest_of_part
 from lrc.data.build.selection import histogram
 from lrc.data.build.unit import divide
 from lrc.data.build.words import hash_words, normalise
-from lrc.data.mix import Deduplicate, load_mix, shipped_mixes
+from lrc.data.mix import Deduplicate, load_mix
 from lrc.errors import UserError
+from lrc.shipped import shipped
 
 WORDS = ["a", "the", "Cat", "sat,", "42", "naïve", "«x»", "don\u2019t", "\U0001f642", "\u0130"]
 texts = st.lists(
@@ -339,7 +340,7 @@ def test_budgets(tmp_path: Path) -> None:
         load_mix("nothing")
 
 
-@pytest.mark.parametrize("name", shipped_mixes())
+@pytest.mark.parametrize("name", shipped("mix"))
 def test_shipped_mixes_are_valid(name: str, tmp_path: Path) -> None:
     mix = load_mix(name)
     (tmp_path / "again.yaml").write_text(mix.to_yaml())

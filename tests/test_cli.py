@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lrc
 from lrc.cli import main
 from lrc.errors import UserError
-from lrc.recipe import load_recipe, shipped_recipes
+from lrc.recipe import load_recipe
 from lrc.run import Run
+from lrc.shipped import shipped
 from lrc.train import loop as training_loop
 from lrc.train import train
 from tiny import tiny_teacher
@@ -267,6 +268,6 @@ def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path)
     assert run.summary()["tokens"] == 64
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipe"))
 def test_shipped_recipes_parse(name: str) -> None:
     assert load_recipe(name).steps() > 0

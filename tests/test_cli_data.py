@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from rich.console import Console
 
 from build_helpers import write_rows
@@ -84,7 +85,7 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     assert documents_in == 79 + 20
     steps = {line.split("│")[2].strip() for line in printed.splitlines() if line.count("│") > 5}
     assert {"characters 200 to ∞", "near-duplicates", "tokens 16 to 4096"} <= steps
-    assert f"{shards.tokens('train'):,} training tokens in 1 shards" in printed
+    assert f"{shards.tokens('train'):,} training tokens in 1 shard are" in printed
 
     printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
     assert "Every file is as it was written." in printed
@@ -144,3 +145,24 @@ def test_local_small_on_real_data(
     assert dropped <= 1
     assert {"boolq", "sciq", "mmlu", "winogrande"} <= set(summary["evaluation_sets"])
     assert summary["sources"]["prose"]["steps"][0]["documents_in"] < 1_500
+
+
+def test_filters_are_shown_with_their_square_brackets(lrc: Lrc, tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    texts = documents(30)
+    data = [{"text": t, "language": "en" if i % 3 else "de"} for i, t in enumerate(texts)]
+    write_rows(tmp_path / "web.jsonl", [*data, "[broken"])
+    mix = {
+        "teacher": str(tmp_path / "teacher"),
+        "sources": {
+            "web": {
+                "files": [str(tmp_path / "web.jsonl")],
+                "filters": {"values": {"language": ["en"]}, "drop_matching": "[0-9]{9}"},
+            }
+        },
+    }
+    (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mix))
+    printed = lrc("build", tmp_path / "mix.yaml", tmp_path / "out", "--workers", 1)
+    assert "language in [en]" in printed
+    assert "drop /[0-9]{9}/" in printed
+    assert "training tokens in 1 shard are in" in printed

@@ -19,11 +19,11 @@ from lrc.cli import main
 from lrc.compare import compare, load_comparison
 from lrc.compare import runner as runner_module
 from lrc.compare.folders import held_out_of
-from lrc.compare.plan import shipped_comparisons
 from lrc.compare.results import Point, curve_of, tokens_to_reach
 from lrc.errors import UserError
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.shipped import shipped
 from lrc.train import loop as training_loop
 from tiny import tiny_teacher
 
@@ -300,7 +300,7 @@ def test_tokens_to_reach() -> None:
     assert tokens_to_reach([], 2.9) is None
 
 
-@pytest.mark.parametrize("name", shipped_comparisons())
+@pytest.mark.parametrize("name", shipped("comparison"))
 def test_shipped_comparisons_parse(name: str) -> None:
     comparison = load_comparison(name)
     for entry in comparison.entries:

@@ -23,11 +23,13 @@ from lm_eval.tasks import TaskManager
 from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model, write_rows
 from lrc.errors import UserError
 from lrc.evaluate.harness import (
+    evaluate_rows,
     evaluate_task,
     find_tasks,
     harness_model,
     load_task,
     open_tasks,
+    prompts,
     quiet_harness,
 )
 from lrc.evaluate.local_data import use_folder
@@ -326,3 +328,48 @@ def _exact_model(batch_size: int) -> Any:
 def _exact_harness_model() -> Any:
     teacher = tiny_teacher("llama", vocab_size=41)
     return harness_model(teacher.model, teacher.tokenizer, batch_size=1)
+
+
+def test_git_does_not_complain_on_the_terminal(
+    lm: Any,
+    manager: TaskManager,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The harness asks git for the commit of the present folder, which need not have one."""
+    write_rows(tmp_path / "piqa.jsonl", ROWS["piqa"](2))
+    (tmp_path / "scratch").mkdir()
+    use_folder(manager, ["piqa"], tmp_path, limited=False, scratch=tmp_path / "scratch")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.chdir(tmp_path)
+    evaluate_task(lm, manager, "piqa", limit=None)
+    written = capfd.readouterr()
+    assert "fatal" not in written.err + written.out
+
+
+def test_accuracies_of_rows(lm: Any, manager: TaskManager, tmp_path: Path) -> None:
+    write_rows(tmp_path / "sciq.jsonl", ROWS["sciq"](9))
+    (tmp_path / "scratch").mkdir()
+    use_folder(manager, ["sciq"], tmp_path, limited=False, scratch=tmp_path / "scratch")
+    rows = evaluate_rows(lm, manager, load_task(manager, "sciq"), limit=7)
+    assert len(rows) == 7
+    assert set(rows) <= {0.0, 1.0}
+    assert sum(rows) / 7 == evaluate_task(lm, manager, "sciq", limit=7).metrics["acc"].value
+
+
+def test_prompts_of_rows(lm: Any, manager: TaskManager, tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    for name in ("sciq", "winogrande"):
+        write_rows(tmp_path / f"{name}.jsonl", ROWS[name](3))
+    use_folder(manager, ["sciq", "winogrande"], tmp_path, limited=False, scratch=scratch)
+    tokens = prompts(lm, load_task(manager, "sciq"), limit=2)
+    texts = [[lm.tokenizer.decode(ids) for ids in row] for row in tokens]
+    assert texts == [
+        ["\nQuestion: What melts at 0 degrees?\nAnswer:"],
+        ["Ice is water that froze.\nQuestion: What melts at 1 degrees?\nAnswer:"],
+    ]
+    tokens = prompts(lm, load_task(manager, "winogrande"), limit=None)
+    texts = [[lm.tokenizer.decode(ids) for ids in row] for row in tokens]
+    assert texts[2] == ["Ann gave Bea 2 apples because Ann", "Ann gave Bea 2 apples because Bea"]

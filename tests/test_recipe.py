@@ -7,14 +7,8 @@ import pytest
 import yaml
 
 from lrc.errors import UserError
-from lrc.recipe import (
-    Recipe,
-    find_recipe,
-    load_recipe,
-    make_recipe,
-    parse_override,
-    shipped_recipes,
-)
+from lrc.recipe import Recipe, load_recipe, make_recipe, parse_override
+from lrc.shipped import find_yaml, shipped
 
 
 def smallest(**sections: Any) -> dict[str, Any]:
@@ -155,7 +149,7 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
         load_recipe(path)
 
 
-@pytest.mark.parametrize("name", shipped_recipes())
+@pytest.mark.parametrize("name", shipped("recipe"))
 def test_shipped_recipe_is_valid(name: str) -> None:
-    assert find_recipe(name).is_file()
+    assert find_yaml(name, "recipe").is_file()
     load_recipe(name)

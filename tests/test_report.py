@@ -4,9 +4,6 @@ import json
 import math
 import re
 import shutil
-import subprocess
-from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +20,7 @@ from lrc.report.charts import spans
 from lrc.report.evaluations import read_evaluations
 from lrc.report.page import write_report
 from lrc.run import Run
+from pages import Look, Tables, add_probe, probe
 from tiny import LAYERS
 from tiny_runs import go, new_run
 
@@ -45,42 +43,6 @@ def overlaid(finished: list[Run], tmp_path_factory: pytest.TempPathFactory) -> P
     path = tmp_path_factory.mktemp("report") / "report.html"
     write_report(finished, path)
     return path
-
-
-class Tables(HTMLParser):
-    """Texts of all table cells by section and row, links, and the number of pictures."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.rows: dict[str, list[list[str]]] = {}
-        self.links: list[str] = []
-        self.pictures = 0
-        self._section, self._cell = "", False
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        named = dict(attrs)
-        self.links += [v or "" for k, v in attrs if k in ("src", "href", "xlink:href", "action")]
-        if tag == "section":
-            self._section = named["id"] or ""
-            self.rows[self._section] = []
-        if tag == "tr":
-            self.rows[self._section].append([])
-        if tag in ("td", "th"):
-            self._cell = True
-            self.rows[self._section][-1].append("")
-        self.pictures += tag == "svg"
-
-    def handle_endtag(self, tag: str) -> None:
-        self._cell = self._cell and tag not in ("td", "th")
-
-    def handle_data(self, data: str) -> None:
-        if self._cell:
-            self.rows[self._section][-1][-1] += data.strip()
-
-    def section(self, name: str) -> dict[str, list[str]]:
-        """The rows of a section by their first cell."""
-        return {row[0]: row[1:] for row in self.rows[name]}
 
 
 def test_it_needs_nothing_beside_it(overlaid: Path) -> None:
@@ -350,72 +312,8 @@ def test_a_report_that_breaks_off_leaves_the_older_one(
 # --------------------------------------------------------------------------------- browser
 
 
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
-FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--no-first-run",
-    "--hide-scrollbars",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--virtual-time-budget=2000",
-)
-
-PROBE = """
-<script>
-addEventListener("load", () => {
-  const axis = new URLSearchParams(location.search).get("axis");
-  if (axis) document.getElementById(axis).click();
-  const charts = [...document.querySelectorAll("svg")].map(svg => {
-    const box = svg.getBoundingClientRect();
-    return {
-      title: svg.querySelector("title").textContent, shown: box.width > 0,
-      box: [box.left, box.top, box.right, box.bottom],
-      lines: [...svg.querySelectorAll("path")].filter(
-        path => path.getBoundingClientRect().width > box.width / 3).length,
-      images: [...svg.querySelectorAll("image")].length,
-    };
-  });
-  const wide = document.documentElement.scrollWidth > innerWidth;
-  document.body.innerHTML += "<pre id='probe'>" + JSON.stringify({charts, wide}) + "</pre>";
-});
-</script>
-"""
-
-Look = Callable[..., Any]
-
-
-@pytest.fixture
-def browser(tmp_path: Path) -> Look:
-    """Run a headless Chromium."""
-    found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
-    if found is None:
-        pytest.skip("no Chromium is installed")
-
-    def look(*arguments: str) -> str:
-        profile = f"--user-data-dir={tmp_path / 'profile'}"
-        command = [found, *FLAGS, profile, *arguments]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=120)
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return look
-
-
-def probe(browser: Look, path: Path, *flags: str, axis: str = "") -> dict[str, Any]:
-    """What the browser has laid out."""
-    query = f"?axis={axis}" if axis else ""
-    text = browser("--dump-dom", *flags, f"file://{path}{query}")
-    found = re.search(r'<pre id="probe">(.*?)</pre>', text, re.DOTALL)
-    assert found, text[-500:]
-    return json.loads(found.group(1).replace("&amp;", "&").replace("&lt;", "<"))
-
-
 def test_a_browser_shows_the_pictures(overlaid: Path, tmp_path: Path, browser: Look) -> None:
-    probed = tmp_path / "probed.html"
-    probed.write_text(overlaid.read_text().replace("</body>", f"{PROBE}</body>"))
+    probed = add_probe(overlaid, tmp_path / "probed.html")
     size = "--window-size=1200,4000"
     seen = probe(browser, probed, size)
     assert not seen["wide"]
@@ -445,8 +343,7 @@ def test_a_browser_shows_the_pictures(overlaid: Path, tmp_path: Path, browser: L
 
 def test_it_fits_a_telephone(overlaid: Path, tmp_path: Path, browser: Look) -> None:
     """In a frame, since the browser's window has a least width."""
-    probed = tmp_path / "probed.html"
-    probed.write_text(overlaid.read_text().replace("</body>", f"{PROBE}</body>"))
+    add_probe(overlaid, tmp_path / "probed.html")
     report = 'onload="document.body.innerHTML = this.contentDocument.body.innerHTML"'
     outer = tmp_path / "outer.html"
     outer.write_text(f'<body><iframe src="probed.html" width="380" height="900" {report}></iframe>')

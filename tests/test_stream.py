@@ -178,8 +178,10 @@ def test_what_is_refused(opened: Callable[..., StreamedText], tmp_path: Path) ->
     def refused(**data: Any) -> str:
         with pytest.raises(UserError) as error:
             opened(**data).training_batch(0, 1)
-        assert "\n" not in str(error.value)
-        return str(error.value)
+        message = str(error.value)
+        assert "\n" not in message
+        assert message.count("The data set") <= 1, "a message inside another"
+        return message
 
     assert "no field 'body'; set data.text_field to one that it has (text, id)" in refused(
         text_field="body"

@@ -9,7 +9,6 @@ import difflib
 import hashlib
 import os
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -28,6 +27,7 @@ from lrc.sections import (
     TeacherSection,
     TrainSection,
 )
+from lrc.shipped import find_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -121,7 +121,7 @@ def load_recipe(
         UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
             mistakes are in the one message.
     """
-    return make_recipe(read_yaml(find_recipe(source)), overrides)
+    return make_recipe(read_yaml(find_yaml(source, "recipe")), overrides)
 
 
 def make_recipe(
@@ -179,29 +179,6 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"The value of '{text}' is not valid YAML.") from error
-
-
-def shipped_recipes() -> list[str]:
-    """Names of the recipes that ship with the package."""
-    folder = resources.files("lrc") / "recipes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
-
-
-def find_recipe(source: str | os.PathLike[str]) -> Path:
-    """Path of a recipe file or of the shipped recipe of that name.
-
-    Raises:
-        UserError: neither exists.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if str(source) in shipped_recipes():
-        return Path(str(resources.files("lrc") / "recipes" / f"{source}.yaml"))
-    raise UserError(
-        f"There is no recipe '{source}': give a YAML file or one of the shipped recipes "
-        f"({', '.join(shipped_recipes())})."
-    )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

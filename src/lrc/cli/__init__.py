@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from lrc.cli import data
+from lrc.cli import analyse, data
 from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
@@ -25,6 +25,7 @@ for command in (train, init, resume, prune, compare, export, report, info, gener
     app.command(no_args_is_help=True)(command)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.add_typer(data.app, name="data")
+app.add_typer(analyse.app, name="analyse")
 
 
 @app.callback()

@@ -104,6 +104,7 @@ def inspect(
 
     A file whose content has changed is named, and the exit code is 2.
     """
+    from rich.markup import escape
     from rich.table import Table
 
     from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
@@ -118,7 +119,7 @@ def inspect(
         column.justify = "right"
     for row in count_sources(shards):
         numbers = (f"{row.documents:,}", f"{row.tokens:,}", f"{row.share:.1%}")
-        table.add_row(row.split, row.source, *numbers)
+        table.add_row(row.split, escape(row.source), *numbers)
     console.print(table)
     count = len(shards.shards)
     words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
@@ -142,7 +143,7 @@ def inspect(
         shards.require_tokenizer(tokenizer, teacher)
     for sample in sample_documents(shards, tokenizer, documents, seed) if tokenizer else ():
         where = f"{sample.shard}, document {sample.document}"
-        console.rule(f"{where}: {sample.source}, {sample.tokens:,} tokens")
+        console.rule(f"{where}: {escape(sample.source)}, {sample.tokens:,} tokens")
         text = sample.text[: characters or None]
         more = " ..." if len(text) < len(sample.text) else ""
         console.print(text + more, highlight=False, markup=False, soft_wrap=True)
@@ -157,10 +158,13 @@ def _print_summary(shards: "Shards") -> None:
     for table in tables(summary):
         console.print(table)
     for warning in warnings_of(summary):
-        console.print(f"Note: {warning}", highlight=False, soft_wrap=True)
+        console.print(f"Note: {warning}", highlight=False, markup=False, soft_wrap=True)
+    count = len(shards.of_split("train"))
+    files = f"{count} shard{'s' * (count > 1)}"
     console.print(
-        f"{summary['tokens']['train']:,} training tokens in {len(shards.of_split('train'))} shards "
-        f"are in {shards.folder}; look at them with `lrc data inspect {shards.folder}`.",
+        f"{summary['tokens']['train']:,} training tokens in {files} are in {shards.folder}; "
+        f"look at them with `lrc data inspect {shards.folder}`.",
         highlight=False,
+        markup=False,
         soft_wrap=True,
     )

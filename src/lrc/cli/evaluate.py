@@ -98,7 +98,7 @@ def evaluate(
         dtype=dtype or "auto",
         device=str(find_device(device)),
     )
-    folder = out or _default_folder(model)
+    folder = out or folder_for(model, "evaluation", "evaluations")
     evaluation = evaluate(model, compare or [], settings, folder, console)
     for table in result_tables(evaluation):
         console.print(table)
@@ -110,11 +110,18 @@ def evaluate(
     console.print(where, highlight=False, soft_wrap=True)
 
 
-def _default_folder(model: str) -> Path:
+def folder_for(model: str, in_run: str, elsewhere: str) -> Path:
+    """Where the results of a model go: into a run's folder, or below one of their own.
+
+    Args:
+        model: how the model was asked for.
+        in_run: name of the folder inside a run's.
+        elsewhere: the folder that has one for each other model.
+    """
     from lrc.run import is_run
 
     path = Path(model)
     if is_run(path):
-        return path / "evaluation"
+        return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
-    return Path("evaluations") / name.rpartition("/")[2]
+    return Path(elsewhere) / name.rpartition("/")[2]

@@ -6,10 +6,14 @@ from typing import Annotated
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.errors import UserError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, ended or not.")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of runs, ended or not, or the folder of one comparison."),
+    ],
     out: Annotated[
         Path | None,
         typer.Option(
@@ -25,20 +29,33 @@ def report(
 
     It holds results, losses over tokens and over time, the clone loss by layer and term,
     throughput, evaluations beside the published ones, samples, shapes and the recipe. Several runs
-    are overlaid.
+    are overlaid. The page of a comparison has its table, the curves of all entries over tokens and
+    over time, and the grid of learning rates.
 
     Examples:
 
     * `lrc report runs/mine`
     * `lrc report runs/first runs/second --out comparison.html --prompt "Once upon a time"`
+    * `lrc report runs/compare-fast` (made by `lrc compare`)
     """
+    from lrc.compare.page import is_comparison, write_comparison_page
     from lrc.report.page import write_report
     from lrc.run import Run
     from lrc.train.progress import phase
 
     quiet_libraries()
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    opened = [Run.open(folder) for folder in runs]
-    with phase(console, f"Writing {path}") as detail:
-        write_report(opened, path, prompt or (), detail)
+    comparisons = [folder for folder in runs if is_comparison(folder)]
+    if comparisons:
+        if len(runs) > 1 or prompt:
+            raise UserError(
+                f"{comparisons[0]} is a comparison, whose page is its own: give it alone and "
+                "without --prompt, or give runs of it."
+            )
+        with phase(console, f"Writing {path}") as detail:
+            write_comparison_page(runs[0], path, detail)
+    else:
+        opened = [Run.open(folder) for folder in runs]
+        with phase(console, f"Writing {path}") as detail:
+            write_report(opened, path, prompt or (), detail)
     console.print(f"The report is in {path}.", highlight=False, soft_wrap=True)

@@ -110,8 +110,9 @@ def _new_run(
 ) -> "Run":
     """The run that the options of a command ask for, in its new folder."""
     from lrc.api import default_folder
-    from lrc.recipe import find_recipe, make_recipe, parse_override, read_yaml
+    from lrc.recipe import make_recipe, parse_override, read_yaml
     from lrc.run import Run
+    from lrc.shipped import find_yaml
 
     overrides: dict[str, Any] = {"method": method} if method else {}
     overrides |= dict(parse_override(setting) for setting in settings or [])
@@ -127,7 +128,7 @@ def _new_run(
             "Give a recipe, or all three of --teacher, --hidden-size and --text "
             "(`lrc train quickstart` runs the shipped one)."
         )
-    base = read_yaml(find_recipe(recipe)) if recipe else {}
+    base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     resolved = make_recipe(base, overrides)
     folder = out or default_folder(resolved, Path(recipe).stem if recipe else None)
     return Run.create(folder, resolved)

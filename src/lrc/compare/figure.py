@@ -36,9 +36,9 @@ def draw_comparison(results: Results, path: Path) -> None:
             )
         axes.set_xlabel(name)
         axes.grid(alpha=0.3)
-    starts = [run.curve[0].loss for entry in results.entries for run in entry.runs if run.curve]
-    if starts:  # what climbs above every start would flatten the rest
-        by_tokens.set_ylim(top=1.05 * max(starts))
+    start = results.highest_start()
+    if start is not None:
+        by_tokens.set_ylim(top=1.05 * start)
     by_tokens.set_ylabel("held-out LM loss (nats)")
     handles, labels = by_tokens.get_legend_handles_labels()
     if handles:
@@ -50,14 +50,9 @@ def draw_comparison(results: Results, path: Path) -> None:
 def _draw(
     axes: Axes, entry: EntryResult, along: str, colour: tuple[float, ...], style: str
 ) -> None:
-    curves = [run.curve for run in entry.runs if run.curve]
-    if not curves:
+    curve = entry.curve()
+    if curve is None:
         return
-    steps = list(zip(*curves, strict=False))  # a run whose loss was not finite ends early
-    x = [sum(getattr(p, along) for p in points) / len(points) for points in steps]
-    losses = [[point.loss for point in points] for points in steps]
-    mean = [sum(values) / len(values) for values in losses]
-    axes.plot(x, mean, color=colour, linestyle=style, marker=".", label=entry.name)
-    if len(curves) > 1:
-        low, high = [min(v) for v in losses], [max(v) for v in losses]
-        axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    x = getattr(curve, along)
+    axes.plot(x, curve.loss, color=colour, linestyle=style, marker=".", label=entry.name)
+    axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)

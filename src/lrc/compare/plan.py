@@ -6,8 +6,6 @@ with the lowest held-out loss after a short budget; then it trains on the whole 
 
 import os
 from collections.abc import Iterator, Mapping
-from importlib import resources
-from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -16,8 +14,9 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from lrc.errors import UserError
 from lrc.methods import METHODS
 from lrc.methods.unused import unused_settings
-from lrc.recipe import Recipe, apply_overrides, find_recipe, make_recipe, read_yaml
+from lrc.recipe import Recipe, apply_overrides, make_recipe, read_yaml
 from lrc.sections import Section
+from lrc.shipped import find_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Rate = Annotated[float, Field(gt=0)]
@@ -155,7 +154,7 @@ def load_comparison(
     Raises:
         UserError: the file is missing, or it or a recipe has mistakes; all are in one message.
     """
-    path = _find(source)
+    path = find_yaml(source, "comparison")
     try:
         comparison = Comparison.model_validate(read_yaml(path))
     except ValidationError as error:
@@ -168,7 +167,7 @@ def load_comparison(
     base = comparison.recipe
     if isinstance(base, str):
         beside = path.parent / base
-        base = read_yaml(beside if beside.is_file() else find_recipe(base))
+        base = read_yaml(beside if beside.is_file() else find_yaml(base, "recipe"))
     for key in overrides:
         if key in RESERVED:
             raise UserError(f"'{key}' is decided by {RESERVED[key]}; change it in {path}.")
@@ -176,24 +175,6 @@ def load_comparison(
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
     return comparison
-
-
-def shipped_comparisons() -> list[str]:
-    """Names of the comparisons that ship with the package."""
-    folder = resources.files("lrc") / "comparisons"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
-
-
-def _find(source: str | os.PathLike[str]) -> Path:
-    path = Path(source)
-    if path.is_file():
-        return path
-    if str(source) in shipped_comparisons():
-        return Path(str(resources.files("lrc") / "comparisons" / f"{source}.yaml"))
-    raise UserError(
-        f"There is no comparison '{source}': give a YAML file or one of the shipped comparisons "
-        f"({', '.join(shipped_comparisons())})."
-    )
 
 
 def _check_entries(comparison: Comparison) -> None:

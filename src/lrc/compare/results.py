@@ -26,6 +26,19 @@ class Point:
 
 
 @dataclass(frozen=True)
+class MeanCurve:
+    """The measurements of an entry, each the mean over its runs."""
+
+    tokens: list[float]
+    seconds: list[float]
+    loss: list[float]
+    low: list[float]
+    """The lowest loss of a run."""
+    high: list[float]
+    """The highest."""
+
+
+@dataclass(frozen=True)
 class RunResult:
     """A run that has ended."""
 
@@ -84,6 +97,21 @@ class EntryResult:
         reached = [tokens for tokens in found if tokens is not None]
         return (statistics.fmean(reached) if reached else None), len(reached)
 
+    def curve(self) -> MeanCurve | None:
+        """The mean curve over the runs; None where there is none."""
+        curves = [run.curve for run in self.runs if run.curve]
+        if not curves:
+            return None
+        steps = list(zip(*curves, strict=False))  # a run whose loss was not finite ends early
+        losses = [[point.loss for point in points] for points in steps]
+        return MeanCurve(
+            [statistics.fmean(point.tokens for point in points) for points in steps],
+            [statistics.fmean(point.seconds for point in points) for points in steps],
+            [statistics.fmean(values) for values in losses],
+            [min(values) for values in losses],
+            [max(values) for values in losses],
+        )
+
 
 @dataclass(frozen=True)
 class Results:
@@ -103,6 +131,11 @@ class Results:
         if entry.parameters is None or reference is None:
             return None
         return entry.parameters / reference - 1
+
+    def highest_start(self) -> float | None:
+        """The highest loss before training; what climbs above it would flatten a picture."""
+        starts = [run.curve[0].loss for entry in self.entries for run in entry.runs if run.curve]
+        return max(starts, default=None)
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for comparison.json."""

@@ -22,7 +22,6 @@ shift, unless `repeat` allows documents to occur several times.
 import copy
 import re
 from collections.abc import Mapping
-from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
@@ -30,9 +29,9 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from lrc.errors import UserError
 from lrc.recipe import apply_override, read_yaml, validated
 from lrc.sections import Section
+from lrc.shipped import find_yaml
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"\s*([0-9.]+)\s*([KMBT]?)\s*", re.IGNORECASE)
@@ -312,30 +311,7 @@ def load_mix(source: str | Path, overrides: Mapping[str, Any] = MappingProxyType
         UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
             mistakes are in the one message.
     """
-    settings = copy.deepcopy(read_yaml(find_mix(source)))
+    settings = copy.deepcopy(read_yaml(find_yaml(source, "mix")))
     for key, value in overrides.items():
         apply_override(settings, key, value)
     return validated(Mix, settings, "The mix")
-
-
-def shipped_mixes() -> list[str]:
-    """Names of the mixes that ship with the package."""
-    folder = resources.files("lrc") / "mixes"
-    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
-
-
-def find_mix(source: str | Path) -> Path:
-    """Path of a mix's file or of the shipped mix of that name.
-
-    Raises:
-        UserError: neither exists.
-    """
-    path = Path(source)
-    if path.is_file():
-        return path
-    if str(source) in shipped_mixes():
-        return Path(str(resources.files("lrc") / "mixes" / f"{source}.yaml"))
-    raise UserError(
-        f"There is no mix '{source}': give a YAML file or one of the shipped mixes "
-        f"({', '.join(shipped_mixes())})."
-    )

@@ -199,9 +199,9 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")
             if text_field not in row:
-                raise UserError(_no_field(f"{path}:{number}", text_field, row))
+                raise no_field(f"{path}:{number}", text_field, row)
             # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
-            text = _text(row[text_field], f"{path}:{number}", text_field)
+            text = text_of(row[text_field], f"{path}:{number}", text_field)
             yield text.encode("utf-8", "replace").decode("utf-8")
 
 
@@ -223,21 +223,21 @@ def _read_dataset(path: Path, text_field: str) -> Iterator[str]:
             )
         data = data["train"]
     if text_field not in data.column_names:
-        raise UserError(_no_field(f"The data set '{path}'", text_field, data.column_names))
+        raise no_field(f"The data set '{path}'", text_field, data.column_names)
     column = data.select_columns([text_field]).with_format(None)
     for rows in column.iter(batch_size=100):
         for value in rows[text_field]:
-            yield _text(value, f"The data set '{path}'", text_field)
+            yield text_of(value, f"The data set '{path}'", text_field)
 
 
 def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
     """The column `text_field` of a Parquet file."""
     with open_parquet(path) as file:
         if text_field not in file.schema_arrow.names:
-            raise UserError(_no_field(str(path), text_field, file.schema_arrow.names))
+            raise no_field(str(path), text_field, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=100, columns=[text_field]):
             for value in batch.column(0).to_pylist():
-                yield _text(value, str(path), text_field)
+                yield text_of(value, str(path), text_field)
 
 
 @contextmanager
@@ -259,8 +259,17 @@ def open_parquet(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _text(value: Any, where: str, text_field: str) -> str:
-    """The text of a field; an empty field (null) is an empty text."""
+def text_of(value: Any, where: str, text_field: str) -> str:
+    """The text of a field; an empty field (null) is an empty text.
+
+    Args:
+        value: what the field holds.
+        where: the file or data set, at the beginning of a sentence.
+        text_field: its name.
+
+    Raises:
+        UserError: it holds something else.
+    """
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -271,6 +280,9 @@ def _text(value: Any, where: str, text_field: str) -> str:
     return value
 
 
-def _no_field(where: str, text_field: str, fields: Iterable[str]) -> str:
+def no_field(where: str, text_field: str, fields: Iterable[str]) -> UserError:
+    """The error of a field that is not there, with those that are."""
     names = ", ".join(fields) or "none"
-    return f"{where} has no field '{text_field}'; set data.text_field to one that it has ({names})."
+    return UserError(
+        f"{where} has no field '{text_field}'; set data.text_field to one that it has ({names})."
+    )

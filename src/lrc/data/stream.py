@@ -19,6 +19,7 @@ from lrc.data.batch import Batch
 from lrc.data.identity import HASH_RANGE, text_hash, tokenizer_identity
 from lrc.data.packing import Progress, encode
 from lrc.data.reader import make_batch
+from lrc.data.sources import no_field, text_of
 from lrc.data.tokens import Span
 from lrc.errors import UserError
 from lrc.sections import DataSection, StreamSection
@@ -215,25 +216,19 @@ class StreamedText:
 
     def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
         """The documents of a data set, but for blank ones."""
-        name, field = self._stream.dataset, self._data.text_field
+        field, where = self._data.text_field, f"The data set '{self._stream.dataset}'"
         try:
             for row in rows:
                 if field not in row:
-                    raise UserError(
-                        f"The data set '{name}' has no field '{field}'; set data.text_field to one "
-                        f"that it has ({', '.join(row)})."
-                    )
-                text = row[field] or ""
-                if not isinstance(text, str):
-                    raise UserError(
-                        f"The data set '{name}' holds no text in '{field}' but a "
-                        f"{type(text).__name__}; set data.text_field to a field of text."
-                    )
+                    raise no_field(where, field, row)
+                text = text_of(row[field], where, field)
                 if text.strip():
                     yield text
+        except UserError:
+            raise
         except (OSError, ValueError) as error:
             raise UserError(
-                f"The data set '{name}' cannot be read on ({_line(error)}); continue the run with "
+                f"{where} cannot be read on ({_line(error)}); continue the run with "
                 "`lrc resume` when it can."
             ) from error
 

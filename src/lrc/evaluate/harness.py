@@ -7,6 +7,7 @@ its model class: logits of the scored positions alone, and a call-back after eac
 import difflib
 import inspect
 import logging
+import random
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -180,16 +182,9 @@ def evaluate_task(
     Raises:
         UserError: the data cannot be loaded or lacks the fields that the task reads.
     """
-    from lm_eval import simple_evaluate
-
     start, before = time.perf_counter(), lm.truncated
-    lm.progress = progress
     with quiet_harness():
-        task = load_task(manager, name)
-        found = simple_evaluate(
-            lm, tasks=[task], limit=limit, task_manager=manager, log_samples=False
-        )
-    assert found is not None  # only so in the other processes of several
+        found = _evaluate(lm, manager, load_task(manager, name), limit, progress)
     counts = found["n-samples"]
     members = list(counts) if name in found["group_subtasks"] else []
     shots = {found["n-shot"].get(member, 0) for member in counts}
@@ -230,6 +225,80 @@ def load_task(manager: "TaskManager", name: str) -> Any:
     for task in loaded["tasks"].values():
         _refuse_missing_target(task)
     return loaded["groups"].get(name) or loaded["tasks"][name]
+
+
+def evaluate_rows(
+    lm: "TemplateLM",
+    manager: "TaskManager",
+    task: Any,
+    limit: int | None,
+    progress: Progress | None = None,
+) -> list[float]:
+    """Accuracy of every row of one task: `acc` of the harness, 1 where the answer is right.
+
+    Args:
+        lm: a `harness_model`.
+        manager: the harness's tasks.
+        task: a task of `load_task` that measures `acc`, no group.
+        limit: its first rows; None: all.
+        progress: called after every answer.
+    """
+    with quiet_harness():
+        found = _evaluate(lm, manager, task, limit, progress, rows=True)
+    (rows,) = found["samples"].values()
+    right = {row["doc_id"]: float(row["acc"]) for row in rows}
+    return [right[number] for number in sorted(right)]
+
+
+def prompts(lm: "TemplateLM", task: Any, limit: int | None) -> list[list[list[int]]]:
+    """Token ids of every row's prompts, without the answers, as the harness builds them.
+
+    Args:
+        lm: a `harness_model`, whose tokenizer is used.
+        task: a task of `load_task`, no group.
+        limit: its first rows; None: all.
+    """
+    with quiet_harness():
+        _without_shots(task)
+        task.build_all_requests(limit=limit, rank=0, world_size=1)
+    texts: dict[int, dict[str, None]] = {}
+    for request in task.instances:
+        texts.setdefault(request.doc_id, {})[request.args[0]] = None
+    longest = lm.max_length
+    return [[lm.tok_encode(text)[-longest:] for text in texts[row]] for row in sorted(texts)]
+
+
+def _evaluate(
+    lm: "TemplateLM",
+    manager: "TaskManager",
+    task: Any,
+    limit: int | None,
+    progress: Progress | None,
+    rows: bool = False,
+) -> Any:
+    """The harness's `simple_evaluate` without what it adds for a log: the commit of the folder that
+    the user is in, for which git complains on the terminal where there is none, and the machine's
+    details, which take a second."""
+    from lm_eval import evaluate
+    from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+    lm.progress = progress
+    random.seed(DEFAULT_RANDOM_SEED)
+    numpy.random.seed(DEFAULT_OTHER_SEED)
+    torch.manual_seed(DEFAULT_OTHER_SEED)
+    loaded = manager.load([task])
+    for member in loaded["tasks"].values():
+        _without_shots(member)
+        member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    found = evaluate(lm, loaded, limit=limit, log_samples=rows)
+    assert found is not None  # only so in the other processes of several
+    return found
+
+
+def _without_shots(task: Any) -> None:
+    """No solved examples, unless the task asks for some."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
 
 
 @contextmanager

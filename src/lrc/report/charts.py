@@ -27,10 +27,13 @@ RUN_COLOURS = tuple(f"#0000{16 + i:02x}" for i in range(8))
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
 VARIABLES |= {stand_in: f"--run-{i}" for i, stand_in in enumerate(RUN_COLOURS)}
 
+DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+"""Line styles, for more lines than there are colours; page.css draws their chips."""
+
 POINTS = 300
 """Points of a drawn line; more would make the page large and the line no clearer."""
 
-WIDE, SMALL = (4.6, 2.9), (3.0, 2.1)
+WIDE, SMALL, LARGE = (4.6, 2.9), (3.0, 2.1), (5.2, 4.0)
 """Inches; the page scales them."""
 
 
@@ -46,6 +49,10 @@ class Line:
     """A level to compare with, drawn dashed."""
     marked: bool = False
     """Whether each value is a mark: few values, each measured by itself."""
+    band: tuple[Sequence[float], Sequence[float]] | None = None
+    """Lowest and highest values around those of marks, drawn in a lighter shade."""
+    dash: int = 0
+    """Which of `DASHES` draws it."""
 
 
 def run_colour(index: int) -> str:
@@ -53,16 +60,38 @@ def run_colour(index: int) -> str:
     return RUN_COLOURS[index % len(RUN_COLOURS)]
 
 
-def line_chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: bool = False) -> str:
+def line_chart(
+    title: str,
+    lines: Sequence[Line],
+    x_label: str,
+    logarithmic: bool = False,
+    size: tuple[float, float] = WIDE,
+    top: float | None = None,
+) -> str:
     """Values of several runs over tokens or time.
 
     Noisy lines are averaged over spans, with the spread of a span behind them in a lighter shade.
+
+    Args:
+        title: the chart's name.
+        lines: what is drawn.
+        x_label: name of the horizontal axis.
+        logarithmic: whether the vertical axis is.
+        size: width and height in inches.
+        top: upper end of the vertical axis; None: as high as the values.
     """
     with _style(title):
-        figure, axes = _figure(WIDE)
+        figure, axes = _figure(size)
         for line in lines:
             if line.marked:
-                axes.plot(line.x, line.y, color=line.colour, marker="o", markersize=2.5)
+                if line.band is not None:
+                    axes.fill_between(
+                        line.x, *line.band, color=line.colour, alpha=0.16, linewidth=0
+                    )
+                dashes = DASHES[line.dash]
+                axes.plot(
+                    line.x, line.y, color=line.colour, marker="o", markersize=2.5, linestyle=dashes
+                )
             else:
                 x, y, low, high = spans(line.x, line.y)
                 axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
@@ -73,6 +102,8 @@ def line_chart(title: str, lines: Sequence[Line], x_label: str, logarithmic: boo
         if logarithmic and min(map(min, ys)) > 0:
             axes.set_yscale("log")
             _plain_decades(axes.yaxis, min(map(min, ys)), max(map(max, ys)))
+        if top is not None:
+            axes.set_ylim(top=top)
         axes.set_xlabel(x_label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5))

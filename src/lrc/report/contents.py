@@ -71,7 +71,8 @@ def read_stories(runs: Sequence[Run]) -> list[Story]:
 
 def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, str]]:
     """Title and chart of every quantity in the metrics, over training tokens or over time."""
-    unit, label = _time_unit(stories) if over_time else (1.0, "training tokens")
+    longest = max((_seconds(story) for story in stories), default=0.0)
+    unit, label = time_unit(longest) if over_time else (1.0, "training tokens")
     charts = []
     for key, title in CHARTS.items():
         lines = []
@@ -175,9 +176,9 @@ def shapes(stories: Sequence[Story]) -> tuple[list[str], list[tuple[str, list[st
 
 def settings(stories: Sequence[Story]) -> list[tuple[str, list[str], bool]]:
     """Every setting's name, its value for each run, and whether the runs differ in it."""
-    flat = [_flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
+    flat = [flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
     names = dict.fromkeys(name for recipe in flat for name in recipe)
-    rows = [(name, [_written(recipe.get(name)) for recipe in flat]) for name in names]
+    rows = [(name, [written(recipe.get(name)) for recipe in flat]) for name in names]
     return [(name, values, len(set(values)) > 1) for name, values in rows]
 
 
@@ -205,8 +206,8 @@ def _points(
     ]
 
 
-def _time_unit(stories: Sequence[Story]) -> tuple[float, str]:
-    longest = max((_seconds(story) for story in stories), default=0.0)
+def time_unit(longest: float) -> tuple[float, str]:
+    """Seconds and name of a unit that suits a longest time in seconds."""
     if longest < 300:
         return 1.0, "seconds"
     return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")
@@ -238,17 +239,18 @@ def _compression(story: Story) -> str:
     return f"{ratio:.2f}x smaller"
 
 
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
         else:
             flat[f"{prefix}{name}"] = value
     return flat
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
     """A setting as in YAML, for one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
@@ -262,5 +264,5 @@ def environment(run: Run) -> list[tuple[str, str]]:
     path = run.folder / "environment.json"
     if not path.is_file():
         return []
-    flat = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    return [(name.removeprefix("packages."), _written(value)) for name, value in flat.items()]
+    flat = flatten(json.loads(path.read_text(encoding="utf-8")))
+    return [(name.removeprefix("packages."), written(value)) for name, value in flat.items()]

@@ -41,19 +41,16 @@ def write_report(
     Raises:
         UserError: a run has no metrics yet, the path is taken, or it cannot be written.
     """
-    _check_path(path)
+    check_path(path)
     for run in runs:
         if not run.metrics():
             raise UserError(f"{run.folder} has no metrics yet; start or continue it first.")
     stories = contents.read_stories(runs)
     progress("drawing")
     values = {
-        "generator": Markup(GENERATOR),
-        "style": Markup(_resource("page.css")),
         "title": " · ".join(story.name for story in stories),
-        "written": f"{datetime.now():%Y-%m-%d %H:%M}",
         "stories": stories,
-        "colours": {story.name: _variable(story.colour) for story in stories},
+        "colours": {story.name: colour_variable(story.colour) for story in stories},
         "results": contents.results(stories),
         "charts": {
             "tokens": contents.loss_charts(stories, over_time=False),
@@ -68,13 +65,32 @@ def write_report(
         "evaluations": read_evaluations(runs),
         "samples": _samples(stories, prompts, progress),
     }
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        _resource("page.html")
-    )
-    write_text(path, template.render(values))
+    template = (resources.files("lrc.report") / "page.html").read_text(encoding="utf-8")
+    write_page(template, values, path)
 
 
-def _check_path(path: Path) -> None:
+def write_page(template: str, values: dict[str, Any], path: Path) -> None:
+    """Fill a template and write the page.
+
+    Args:
+        template: a Jinja template that takes `generator` and `style` besides its own values.
+        values: its own values.
+        path: the page.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    style = (resources.files("lrc.report") / "page.css").read_text(encoding="utf-8")
+    common = {
+        "generator": Markup(GENERATOR),
+        "style": Markup(style),
+        "written": f"{datetime.now():%Y-%m-%d %H:%M}",
+    }
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    write_text(path, environment.from_string(template).render({**common, **values}))
+
+
+def check_path(path: Path) -> None:
     """Refuse to replace anything but a report.
 
     Raises:
@@ -108,9 +124,6 @@ def _samples(
     return list(found.values())
 
 
-def _variable(stand_in: str) -> str:
+def colour_variable(stand_in: str) -> str:
+    """A stand-in's colour in CSS."""
     return f"var({VARIABLES[stand_in]})"
-
-
-def _resource(name: str) -> str:
-    return (resources.files("lrc.report") / name).read_text(encoding="utf-8")

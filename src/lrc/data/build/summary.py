@@ -8,6 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from rich.markup import escape
 from rich.table import Table
 
 from lrc.data.build import filters
@@ -118,7 +119,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         column.justify = "right"
     for name, source in summary["sources"].items():
         mix.add_row(
-            name,
+            escape(name),
             f"{source['train']['documents']:,}",
             f"{source['train']['tokens']:,}",
             f"{source['share']:.1%}",
@@ -132,8 +133,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         for step in source["steps"]:
             about = "≈ " if step["tokens_estimated"] else ""
             steps.add_row(
-                name,
-                step["step"],
+                escape(name),
+                escape(step["step"]),  # filters have square brackets, which rich takes for markup
                 *(f"{step[key]:,}" for key in ("documents_in", "documents_out")),
                 *(f"{about}{step[key]:,}" for key in ("tokens_in", "tokens_out")),
             )
@@ -142,9 +143,11 @@ def tables(summary: dict[str, Any]) -> list[Table]:
     found = [mix, steps]
     if summary["evaluation_sets"]:
         sets = Table("evaluation set", "items", "too short to find", "documents dropped")
+        for column in sets.columns[1:]:
+            column.justify = "right"
         for name, one in summary["evaluation_sets"].items():
             numbers = (one["items"], one["too_short"], one["documents_dropped"])
-            sets.add_row(name, *(f"{number:,}" for number in numbers))
+            sets.add_row(escape(name), *(f"{number:,}" for number in numbers))
         found.append(sets)
     return found
 

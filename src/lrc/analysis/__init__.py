@@ -1,0 +1,1 @@
+"""Looking into what a student took over from its teacher."""

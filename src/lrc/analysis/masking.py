@@ -1,0 +1,125 @@
+"""FFN neurons: how active each one is, which are chosen, and forward passes without them.
+
+A neuron is one input of the FFN's down projection: the gate's activation times up. Neuron i of a
+student's layer stands for neuron i of the teacher's, whose FFN width it keeps.
+
+A set of neurons is a bool tensor [layers, FFN width].
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.activations import Place, last_hidden, observe
+from lrc.data.batch import Batch
+from lrc.errors import UserError
+from lrc.families import Family
+
+Positions = Literal["all", "last"]
+"""Which tokens of a prompt count: all, or the last one, where the answer is predicted."""
+
+
+@contextmanager
+def masked(model: nn.Module, family: Family, neurons: Tensor) -> Iterator[None]:
+    """While the context is open, the given neurons are zero.
+
+    Args:
+        model: a causal language model.
+        family: where its parts live.
+        neurons: bool [layers, FFN width], true for those to mask.
+    """
+    handles = []
+    try:
+        for layer, chosen in enumerate(neurons):
+            if chosen.any():
+                down = model.get_submodule(family.linear(layer, "down"))
+                handles.append(down.register_forward_pre_hook(_zero(chosen)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _zero(chosen: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].masked_fill(chosen.to(inputs[0].device), 0.0), *inputs[1:])
+
+    return hook
+
+
+@torch.no_grad()
+def activity(
+    model: PreTrainedModel, family: Family, batches: Iterable[Batch], positions: Positions = "all"
+) -> Tensor:
+    """Mean absolute value of every FFN neuron over tokens, float64 [layers, FFN width].
+
+    Args:
+        model: a causal language model.
+        family: where its parts live.
+        batches: the prompts, padded on the right.
+        positions: which tokens of a prompt count.
+    """
+    sums: dict[int, Tensor] = {}
+    counted = torch.zeros(())
+    tokens = 0
+
+    def add(place: Place, states: Tensor, output: Tensor) -> Tensor:
+        total = states[counted].abs().double().sum(0)
+        sums[place[0]] = sums.get(place[0], torch.zeros_like(total)) + total
+        return output
+
+    layers = int(model.config.num_hidden_layers)
+    with observe(model, family, [(layer, "down") for layer in range(layers)], add):
+        for batch in batches:
+            batch = batch.to(model.device)
+            mask = batch.token_mask()
+            counted = torch.ones_like(batch.input_ids).bool() if mask is None else mask
+            if positions == "last":
+                following = torch.zeros_like(counted)
+                following[:, :-1] = counted[:, 1:]
+                counted = counted & ~following
+            tokens += int(counted.sum())
+            last_hidden(model, batch)
+    return torch.stack([sums[layer] for layer in range(layers)]).cpu() / tokens
+
+
+def most_active(values: Tensor, count: int, per_layer: bool = False) -> Tensor:
+    """The most active neurons, bool [layers, FFN width].
+
+    Args:
+        values: an `activity`.
+        count: how many, of the whole model.
+        per_layer: take so many of each layer instead.
+    """
+    rows = values if per_layer else values.reshape(1, -1)
+    chosen = torch.zeros_like(rows, dtype=torch.bool)
+    chosen.scatter_(1, rows.topk(count, dim=1).indices, True)
+    return chosen.reshape(values.shape)
+
+
+def draw_others(important: Tensor, generator: torch.Generator) -> Tensor:
+    """Random neurons that are not among the important ones, as many in every layer, so that a
+    difference between the two does not come from the layers that they lie in.
+
+    Args:
+        important: bool [layers, FFN width].
+        generator: the source of chance.
+
+    Raises:
+        UserError: a layer has too few others.
+    """
+    drawn = torch.zeros_like(important)
+    for layer, chosen in enumerate(important):
+        others = (~chosen).nonzero().squeeze(1)
+        count = int(chosen.sum())
+        if count > len(others):
+            raise UserError(
+                f"{count:,} of the {len(chosen):,} neurons of layer {layer} are to be masked, so "
+                "that there are not as many others to draw: mask fewer."
+            )
+        drawn[layer, others[torch.randperm(len(others), generator=generator)[:count]]] = True
+    return drawn

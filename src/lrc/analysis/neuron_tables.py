@@ -1,0 +1,153 @@
+"""The neuron experiment as tables beside the published one, and as a picture."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.table import Table
+
+from lrc.analysis.neurons import Accuracy, Halves, ModelAnswers, NeuronResult
+from lrc.files import new_file
+
+SOURCE = "arXiv 2505.12781, Table 5"
+
+PUBLISHED = {
+    "unmasked": ("0.85", "0.48"),
+    "important": ("0.62 (-27%)", "0.33 (-31%)"),
+    "random": ("0.85", "0.49"),
+}
+"""The paper's scores of teacher and student; 50 neurons, factual questions of its own."""
+
+HALVES: tuple[tuple[str, Callable[[Halves], Accuracy]], ...] = (
+    ("held apart", lambda halves: halves.apart),
+    ("found on", lambda halves: halves.selection),
+)
+"""The two halves of the questions: apart from those that the neurons were found on, and these."""
+
+
+def header() -> list[str]:
+    """Names of the columns."""
+    ours = [f"{model}, {half}" for half, _ in HALVES for model in ("teacher", "student")]
+    return ["neurons masked", *ours, "published teacher", "published student"]
+
+
+def rows(result: NeuronResult) -> list[list[str]]:
+    """Accuracies without a mask, with the important neurons masked, and with random ones."""
+    models = (result.teacher, result.student)
+    cells: dict[str, list[str]] = {"unmasked": [], "important": [], "random": []}
+    for _, half in HALVES:
+        for model in models:
+            before = half(model.unmasked).value
+            cells["unmasked"].append(f"{before:.3f}")
+            cells["important"].append(_changed(half(model.important).value, before))
+            cells["random"].append(_spread([half(draw).value for draw in model.random]))
+    names = {
+        "unmasked": "none",
+        "important": f"most active in the teacher ({len(result.important):,})",
+        "random": f"random ({len(result.important):,})",
+    }
+    return [
+        [names[key], *found, *PUBLISHED[key]]
+        for key, found in cells.items()
+        if key != "random" or result.teacher.random
+    ]
+
+
+def notes(result: NeuronResult) -> list[str]:
+    """What has to be known to read the table."""
+    masked, whole = len(result.important), result.layers * result.width
+    halves = result.student.unmasked
+    found = [
+        f"Accuracy on {result.questions}: {halves.apart.questions:,} questions held apart and "
+        f"{halves.selection.questions:,} others that the neurons were found on; standard error "
+        f"at most {_largest_error(result):.3f}.",
+        f"Masked: {masked:,} of {whole:,} FFN neurons ({masked / whole:.2%}), by mean absolute "
+        "activation in the teacher. Of as many found by the student's own activation "
+        f"{result.shared:,} are the same; by chance {masked * masked / whole:.1f} would be.",
+    ]
+    if draws := len(result.teacher.random):
+        found.append(
+            f"Random: other neurons, as many in each layer, mean of {draws} draws and in brackets "
+            "the lowest and the highest."
+        )
+    found.append(
+        f"Published ({SOURCE}): other models and questions, 50 neurons; only the pattern compares."
+    )
+    return found
+
+
+def table(result: NeuronResult) -> Table:
+    """The table for the terminal."""
+    shown = Table(*header(), caption="\n".join(notes(result)), caption_justify="left")
+    for row in rows(result):
+        shown.add_row(*row)
+    return shown
+
+
+def markdown(result: NeuronResult) -> str:
+    """The whole result as Markdown."""
+    settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
+    parts = [
+        "# Masked FFN neurons",
+        f"Teacher {result.teacher.name}, student {result.student.name}.",
+        "\n".join(_line(row) for row in (header(), ["---"] * len(header()), *rows(result))),
+        "\n".join(f"* {note}" for note in notes(result)),
+        f"Settings: {settings}.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def draw_layers(result: NeuronResult, path: Path) -> None:
+    """Draw the share of each layer's neurons that is masked, and that the student's own activation
+    would choose, as a PNG.
+
+    Raises:
+        UserError: the disk is full.
+    """
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    axes = figure.subplots()
+    places = range(result.layers)
+    for offset, counts, name, colour in (
+        (-0.2, result.by_layer, "most active in the teacher (masked)", "tab:blue"),
+        (0.2, result.student_by_layer, "most active in the student", "tab:orange"),
+    ):
+        shares = [100 * count / result.width for count in counts]
+        axes.bar([place + offset for place in places], shares, 0.4, label=name, color=colour)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("percent of the layer's neurons")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(fontsize="small")
+    with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
+        figure.savefig(temporary, format="png")
+
+
+def _changed(value: float, before: float) -> str:
+    return f"{value:.3f} ({value / before - 1:+.0%})" if before else f"{value:.3f}"
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return ""
+    return f"{statistics.fmean(values):.3f} [{min(values):.3f}, {max(values):.3f}]"
+
+
+def _largest_error(result: NeuronResult) -> float:
+    measured = [
+        half(halves)
+        for model in (result.teacher, result.student)
+        for halves in _all_halves(model)
+        for _, half in HALVES
+    ]
+    return max(accuracy.stderr for accuracy in measured)
+
+
+def _all_halves(model: ModelAnswers) -> list[Halves]:
+    return [model.unmasked, model.important, *model.random]
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

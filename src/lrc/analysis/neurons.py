@@ -1,0 +1,362 @@
+"""What becomes of factual knowledge when the FFN neurons that are most active on it are masked.
+
+The FFN experiment of arXiv 2505.12781 (Table 5): the neurons of the teacher that are most active on
+factual questions are masked in the teacher and, by the same indices, in its student. If the
+student's accuracy falls too, and that with as many random neurons masked does not, the student
+keeps its teacher's knowledge in the same neurons.
+
+The paper masks 50 neurons. It does not say over which tokens "high activations" are taken, whether
+the 50 are of the whole model or of each layer, nor where the random ones lie. Here they are those
+with the largest mean absolute value over all tokens of the prompts, of the whole model, and the
+random ones are other neurons of the same layers. The neurons are found on a half of the questions
+drawn by the seed; accuracies are told for this half and for the other, held apart.
+"""
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from lrc.analysis.masking import Positions, activity, draw_others, masked, most_active
+from lrc.analysis.questions import Questions, questions_of_file, questions_of_task
+from lrc.data.batch import Batch
+from lrc.environment import describe_environment
+from lrc.errors import UserError
+from lrc.evaluate.harness import evaluate_rows, harness_model, harness_version, prompts
+from lrc.evaluate.progress import task_progress
+from lrc.evaluate.subject import RUNS_TEACHER, Subject, find_subjects
+from lrc.families import Family, family_of
+from lrc.files import write_text
+from lrc.sections import Section
+from lrc.teacher import load_model, load_skeleton
+
+PUBLISHED_COUNT = 50
+"""Neurons that the paper masks."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides the experiment, besides the models."""
+
+    task: str = "sciq"
+    """A task of the harness whose questions are asked."""
+    questions: Path | None = None
+    """A question file in its place."""
+    data: Path | None = None
+    """Folder of the task's rows; None: from the hub."""
+    limit: int | None = None
+    """The first questions; None: all."""
+    neurons: int | None = None
+    """Neurons to mask. None: `share`, or as many as the paper masks."""
+    share: float | None = None
+    """Share of all neurons to mask, in place of a number."""
+    per_layer: bool = False
+    """Whether number or share are of each layer, not of the whole model."""
+    positions: Positions = "all"
+    """Over which tokens of a prompt activity is taken."""
+    random_draws: int = 3
+    """How often as many other neurons are drawn and masked."""
+    seed: int = 0
+    """Seed of the halves and of the draws."""
+    batch_size: int = 16
+    """Sequences of a forward pass."""
+    dtype: str = "auto"
+    """Element type of the models; `auto`: as stored."""
+    device: str = "cpu"
+    """As torch names it."""
+
+
+class Accuracy(Section):
+    """Accuracy on some questions."""
+
+    value: float
+    stderr: float
+    """Standard error of the value."""
+    questions: int
+
+
+class Halves(Section):
+    """Accuracies on the two halves of the questions."""
+
+    apart: Accuracy
+    """On the questions that had no say in which neurons are masked."""
+    selection: Accuracy
+    """On those that the neurons were found on."""
+
+
+class ModelAnswers(Section):
+    """A model's accuracies, unmasked and masked."""
+
+    name: str
+    unmasked: Halves
+    important: Halves
+    random: tuple[Halves, ...]
+    """One a draw."""
+
+
+class NeuronResult(Section):
+    """The experiment's result: the content of neurons.json."""
+
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    questions: str
+    """The task, or the question file."""
+    layers: int
+    width: int
+    """FFN width: neurons of a layer."""
+    important: tuple[tuple[int, int], ...]
+    """The masked neurons, each as layer and index."""
+    by_layer: tuple[int, ...]
+    """How many of them each layer has."""
+    student_by_layer: tuple[int, ...]
+    """The same for as many neurons found by the student's own activity."""
+    shared: int
+    """How many neurons are among both."""
+    teacher: ModelAnswers
+    student: ModelAnswers
+
+
+def analyse_neurons(
+    model: str, teacher: str | None, settings: Settings, out: Path, console: Console
+) -> NeuronResult:
+    """Run the experiment; neurons.json is written at the end.
+
+    Args:
+        model: the student: a run's folder or anything that `lrc.teacher.load_model` takes.
+        teacher: its teacher, likewise; None: the run's.
+        settings: all else.
+        out: folder of the results.
+        console: where progress is shown.
+
+    Raises:
+        UserError: the models do not fit each other, or a model or the questions are not usable.
+    """
+    student_subject, teacher_subject = _pair(model, teacher)
+    layers, width = _shared_shape(student_subject, teacher_subject)
+    count = _count(settings, layers, width)
+    with tempfile.TemporaryDirectory(prefix="lrc-analyse-") as scratch:
+        questions = _questions(settings, Path(scratch))
+        selection = _half(questions.rows(settings.limit), settings.seed)
+        teller = _Teller(console, 2 * (3 + settings.random_draws))
+        bench = _Bench(teacher_subject, "teacher", questions, settings, teller)
+        important = most_active(bench.activity(selection), count, settings.per_layer)
+        generator = torch.Generator().manual_seed(settings.seed)
+        draws = [draw_others(important, generator) for _ in range(settings.random_draws)]
+        of_teacher = bench.answers(important, draws, selection)
+        del bench  # one model in memory at a time
+        bench = _Bench(student_subject, "student", questions, settings, teller)
+        own = most_active(bench.activity(selection), count, settings.per_layer)
+        of_student = bench.answers(important, draws, selection)
+        source = questions.source if settings.questions else questions.name
+    result = NeuronResult(
+        settings=_told(settings, count, questions),
+        environment=describe_environment(),
+        questions=source,
+        layers=layers,
+        width=width,
+        important=tuple((layer, index) for layer, index in important.nonzero().tolist()),
+        by_layer=tuple(important.sum(1).tolist()),
+        student_by_layer=tuple(own.sum(1).tolist()),
+        shared=int((own & important).sum()),
+        teacher=of_teacher,
+        student=of_student,
+    )
+    write_text(out / "neurons.json", json.dumps(result.model_dump(), indent=1) + "\n")
+    return result
+
+
+class _Bench:
+    """A loaded model that answers the questions."""
+
+    def __init__(
+        self, subject: Subject, role: str, questions: Questions, settings: Settings, say: "_Teller"
+    ) -> None:
+        self._role, self._questions, self._settings, self._say = role, questions, settings, say
+        self._name = subject.name
+        say.line(f"Loading {subject.name}")
+        self._model, tokenizer = load_model(subject.source, settings.dtype)
+        self._model.to(settings.device).eval()
+        self._family: Family = family_of(self._model.config.model_type)
+        self._lm = harness_model(self._model, tokenizer, settings.batch_size)
+
+    def activity(self, selection: Sequence[int]) -> Tensor:
+        """Mean activity of every neuron on some questions."""
+        rows = prompts(self._lm, self._questions.task, self._settings.limit)
+        batches = list(_batches([ids for row in selection for ids in rows[row]], self._settings))
+        with self._say.progress(f"{self._role}: activity") as progress:
+
+            def counted() -> Iterator[Batch]:
+                for done, batch in enumerate(batches):
+                    progress(done, len(batches))
+                    yield batch
+                progress(len(batches), len(batches))
+
+            return activity(self._model, self._family, counted(), self._settings.positions)
+
+    def answers(
+        self, important: Tensor, draws: Sequence[Tensor], selection: Sequence[int]
+    ) -> ModelAnswers:
+        """Accuracies without a mask, with the important neurons masked, and with each draw."""
+        nothing = torch.zeros_like(important)
+        return ModelAnswers(
+            name=self._name,
+            unmasked=self._masked("unmasked", nothing, selection),
+            important=self._masked("important neurons masked", important, selection),
+            random=tuple(
+                self._masked(f"random neurons masked, draw {number}", draw, selection)
+                for number, draw in enumerate(draws, 1)
+            ),
+        )
+
+    def _masked(self, what: str, neurons: Tensor, selection: Sequence[int]) -> Halves:
+        questions, chosen = self._questions, set(selection)
+        with (
+            self._say.progress(f"{self._role}: {what}") as progress,
+            masked(self._model, self._family, neurons),
+        ):
+            task, limit = questions.task, self._settings.limit
+            right = evaluate_rows(self._lm, questions.manager, task, limit, progress)
+        halves = Halves(
+            apart=_accuracy([v for row, v in enumerate(right) if row not in chosen]),
+            selection=_accuracy([v for row, v in enumerate(right) if row in chosen]),
+        )
+        self._say.line(
+            f"{self._role}, {what}: accuracy {halves.apart.value:.3f} on the questions held apart, "
+            f"{halves.selection.value:.3f} on the others"
+        )
+        return halves
+
+
+class _Teller:
+    """Numbered progress of the passes over the questions."""
+
+    def __init__(self, console: Console, passes: int) -> None:
+        self._console, self._passes, self._begun = console, passes, 0
+
+    def progress(self, text: str) -> Any:
+        """Progress of the next pass."""
+        self._begun += 1
+        return task_progress(self._console, f"{text} ({self._begun} of {self._passes})")
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _pair(model: str, teacher: str | None) -> tuple[Subject, Subject]:
+    """The student and its teacher.
+
+    Raises:
+        UserError: the teacher is not known, or is the model itself.
+    """
+    if teacher is None and find_subjects(model, [])[0].run is None:
+        raise UserError(f"{model} is not a run, so name its teacher with --teacher.")
+    subjects = find_subjects(model, [teacher or RUNS_TEACHER])
+    if len(subjects) < 2:
+        raise UserError("Model and teacher are the same; give --teacher another model.")
+    return subjects[0], subjects[1]
+
+
+def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
+    """Layers and FFN width of both models, before their weights are read.
+
+    Raises:
+        UserError: they differ, or a family is not known.
+    """
+    shapes = []
+    for subject in (student, teacher):
+        skeleton = load_skeleton(subject.source)
+        family = family_of(skeleton.config.model_type)
+        down = skeleton.get_submodule(family.linear(0, "down")).get_parameter("weight")
+        shapes.append((int(skeleton.config.num_hidden_layers), int(down.shape[1])))
+    if shapes[0] != shapes[1]:
+        ours, theirs = (f"{layers} layers of FFN width {width}" for layers, width in shapes)
+        raise UserError(
+            f"{student.name} has {ours} and {teacher.name} {theirs}, so their neurons do not "
+            "correspond; give a student that keeps its teacher's layers and FFN width."
+        )
+    return shapes[0]
+
+
+def _count(settings: Settings, layers: int, width: int) -> int:
+    """How many neurons are masked, of the model or of each layer.
+
+    Raises:
+        UserError: number and share are both given, or there are not so many neurons.
+    """
+    whole = width if settings.per_layer else layers * width
+    if settings.share is not None:
+        if settings.neurons is not None:
+            raise UserError("Give --neurons or --share, not both.")
+        count = max(1, round(settings.share * whole))
+    else:
+        count = PUBLISHED_COUNT if settings.neurons is None else settings.neurons
+    if 2 * count > whole:
+        where = "a layer" if settings.per_layer else "the model"
+        raise UserError(
+            f"{count:,} neurons are more than half of the {whole:,} of {where}, so that there are "
+            "not as many others to compare with: give a smaller --neurons or --share."
+        )
+    return count
+
+
+def _questions(settings: Settings, scratch: Path) -> Questions:
+    if settings.questions is None:
+        limited = settings.limit is not None
+        return questions_of_task(settings.task, settings.data, limited, scratch)
+    if settings.data is not None:
+        raise UserError("--data holds rows of a task; it does not go with --questions.")
+    return questions_of_file(settings.questions, scratch)
+
+
+def _half(rows: int, seed: int) -> list[int]:
+    """A random half of the questions: the numbers of those that the neurons are found on.
+
+    Raises:
+        UserError: there are too few.
+    """
+    if rows < 2:
+        raise UserError("Neurons are found on a half of the questions: give two or more of them.")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[: rows // 2].tolist())
+
+
+def _batches(rows: Sequence[list[int]], settings: Settings) -> Iterator[Batch]:
+    """Prompts padded on the right, those of about the same length together."""
+    ordered = sorted(rows, key=len)
+    for first in range(0, len(ordered), settings.batch_size):
+        part = [torch.tensor(ids) for ids in ordered[first : first + settings.batch_size]]
+        ids = torch.nn.utils.rnn.pad_sequence(part, batch_first=True)
+        lengths = torch.tensor([len(row) for row in part])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        yield Batch(ids, attention_mask=mask)
+
+
+def _accuracy(right: Sequence[float]) -> Accuracy:
+    """Share of right answers and its standard error, that of a mean as the harness has it."""
+    mean = sum(right) / len(right)
+    squares = sum((value - mean) ** 2 for value in right)
+    error = math.sqrt(squares / max(len(right) - 1, 1) / len(right))
+    return Accuracy(value=mean, stderr=error, questions=len(right))
+
+
+def _told(settings: Settings, count: int, questions: Questions) -> dict[str, Any]:
+    """The settings that decide the numbers."""
+    return {
+        "questions": questions.source,
+        "limit": settings.limit,
+        "count": count,
+        "per_layer": settings.per_layer,
+        "positions": settings.positions,
+        "seed": settings.seed,
+        "dtype": settings.dtype,
+        "device": torch.device(settings.device).type,
+        "lm_eval": harness_version(),
+    }

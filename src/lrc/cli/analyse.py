@@ -1,0 +1,119 @@
+"""`lrc analyse neurons`."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lrc.cli.console import console, quiet_libraries
+from lrc.cli.models import Dtype, ModelArgument
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
+
+
+@app.callback()
+def analyse() -> None:
+    """Look into what a student took over from its teacher."""
+
+
+class Positions(StrEnum):
+    """Which tokens of a prompt count."""
+
+    all = "all"
+    last = "last"
+
+
+@app.command(no_args_is_help=True)
+def neurons(
+    model: ModelArgument,
+    teacher: Annotated[str | None, typer.Option(help="The teacher; default: the run's.")] = None,
+    questions: Annotated[
+        Path | None,
+        typer.Option(
+            help="A JSONL file of questions: `question`, `answer` and, if there are any, `choices`."
+        ),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="A task of lm-evaluation-harness in place of a file.")
+    ] = "sciq",
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with TASK.jsonl, in place of the hub, as for `lrc eval`."),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Only the first questions.")] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--neurons", min=1, help="FFN neurons to mask.", show_default="50"),
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0, max=0.5, help="A share of all FFN neurons instead.")
+    ] = None,
+    per_layer: Annotated[
+        bool, typer.Option("--per-layer", help="So many of each layer, not of the whole model.")
+    ] = False,
+    positions: Annotated[
+        Positions,
+        typer.Option(help="Tokens of a question that activity is the mean of: all, or the last."),
+    ] = Positions.all,
+    random_draws: Annotated[
+        int, typer.Option(min=0, help="How often as many random neurons are masked.")
+    ] = 3,
+    seed: Annotated[int, typer.Option(help="Seed of the halves and of the draws.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results; default: `analysis` in the run's folder, or one below "
+            "analyses/."
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a forward pass.")] = 16,
+    dtype: Annotated[
+        Dtype | None, typer.Option(help="Element type of the models; default: as stored.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
+) -> None:
+    """Mask the FFN neurons that are most active on factual questions, in teacher and student.
+
+    The teacher's neurons are found on a half of the questions; then they are masked in both models,
+    and as many random ones. If the student keeps its teacher's knowledge in the same neurons, its
+    accuracy falls as the teacher's does, and random ones change little (Table 5 of the paper).
+
+    Examples:
+
+    * `lrc analyse neurons runs/mine`
+    * `lrc analyse neurons runs/mine --data eval-data --limit 200`
+    * `lrc analyse neurons my-student --teacher Qwen/Qwen3-1.7B --questions facts.jsonl`
+    * `lrc analyse neurons runs/mine --share 0.002 --positions last --random-draws 5`
+    """
+    from lrc.analysis.neuron_tables import draw_layers, markdown, table
+    from lrc.analysis.neurons import Settings, analyse_neurons
+    from lrc.cli.evaluate import folder_for
+    from lrc.files import write_text
+    from lrc.memory import keep_freed_memory
+    from lrc.train.setup import find_device
+
+    quiet_libraries()
+    keep_freed_memory()
+    settings = Settings(
+        task=task,
+        questions=questions,
+        data=data,
+        limit=limit,
+        neurons=count,
+        share=share,
+        per_layer=per_layer,
+        positions=positions.value,
+        random_draws=random_draws,
+        seed=seed,
+        batch_size=batch_size,
+        dtype=dtype or "auto",
+        device=str(find_device(device)),
+    )
+    folder = out or folder_for(model, "analysis", "analyses")
+    result = analyse_neurons(model, teacher, settings, folder, console)
+    write_text(folder / "neurons.md", markdown(result))
+    draw_layers(result, folder / "neurons.png")
+    console.print(table(result))
+    where = f"neurons.json, neurons.md and neurons.png are in {folder}."
+    console.print(where, highlight=False, soft_wrap=True)
