@@ -111,7 +111,7 @@ class Projections:
 
     def gain(self, norm: str) -> Tensor:
         """The teacher's gain [d_T] of the norm at a module path."""
-        weight = self.teacher.model.get_submodule(norm).get_parameter("weight")
+        weight = self.teacher.parameter(f"{norm}.weight")
         return weight + self.teacher.family.gain_offset
 
     def student_parameters(self) -> dict[str, Tensor]:
@@ -122,8 +122,9 @@ class Projections:
             if site.folded and site.norm:
                 projection = self.gain(site.norm).to(projection.dtype)[:, None] * projection
             module = self.teacher.model.get_submodule(site.path)
-            for name, weight in module.named_parameters(recurse=False):
+            for name, _ in module.named_parameters(recurse=False):
                 if name == "weight" or site.writes:
+                    weight = self.teacher.parameter(f"{site.path}.{name}")
                     parameters[f"{site.path}.{name}"] = project(weight, projection, site.writes)
         return parameters
 
