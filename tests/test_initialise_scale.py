@@ -312,7 +312,8 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
     code, _, errors = lrc("resume", layers.folder)
     assert code == 0, errors
     assert layers.summary()["tokens"] == 96
-    assert layers.summary()["calibration_forwards"] == ours["calibration_forwards"]
+    key = "calibration_forward_seconds"
+    assert layers.summary()[key] == ours[key]
 
 
 PEAK = """
@@ -371,7 +372,7 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
 
 
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
-    shape = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 16}
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
     size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
     teacher.model.save_pretrained(tmp_path / "teacher")
@@ -388,7 +389,6 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
         print(start("full", 512))
         """,
     )
-    assert size > 100
-    student = 16 * 7 * 512 * 32 * 4 / 2**20 + size / 8  # projections and weights
+    student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
     assert by_layers - before < student + 0.2 * size
     assert whole - before > size
