@@ -1,7 +1,7 @@
 """Peak memory of a closed-form start: by calibration tokens, and by how the teacher is loaded.
 
-Teachers are random. Every figure is of a process of its own, above what one has that has loaded the
-libraries and a teacher of one layer.
+Teachers are random. Every figure is of a process of its own, above that of a start from few tokens,
+or of one with a teacher of one layer: so without the libraries and a batch's activations.
 
     python benchmarks/init_memory.py
 """
@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 LENGTH = 256
 VOCABULARY = 4096
 
-SHALLOW = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
+SHALLOW = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
 DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14}
 
 CHILD = """
@@ -78,11 +78,11 @@ def peak(folder: Path, load: str, tokens: int, hidden_size: int, in_memory: int)
 def by_tokens(folder: Path) -> Table:
     """The peak for growing numbers of tokens, with the streams in files and in memory."""
     save_teacher(folder, **SHALLOW)
-    floor = peak(folder, "full", 2 * LENGTH, 128, 0)
+    floor = peak(folder, "full", 2048, 64, 0)
     table = Table("calibration tokens", "streams", "in files: peak", "in memory: peak")
     for tokens in (4096, 16384, 65536):
-        streams = tokens * (3 * SHALLOW["hidden_size"] + 128) * 4 / 2**20
-        found = [peak(folder, "full", tokens, 128, bound) - floor for bound in (0, 2**40)]
+        streams = tokens * (3 * SHALLOW["hidden_size"] + 64) * 4 / 2**20
+        found = [peak(folder, "full", tokens, 64, bound) - floor for bound in (0, 2**40)]
         table.add_row(f"{tokens:,}", f"{streams:.0f}", *(f"{value:.0f}" for value in found))
     return table
 
@@ -103,7 +103,7 @@ def main() -> None:
     torch.manual_seed(0)
     console = Console()
     with tempfile.TemporaryDirectory() as folder:
-        console.print("MiB above a start of two sequences:", by_tokens(Path(folder) / "shallow"))
+        console.print("MiB above a start from 2,048 tokens:", by_tokens(Path(folder) / "shallow"))
         console.print("MiB above a teacher of one layer:", by_loading(Path(folder)))
 
 

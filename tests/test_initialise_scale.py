@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lrc.cli import main
 from lrc.errors import UserError
-from lrc.initialise import calibration, initialise_from_text
+from lrc.initialise import calibration, head, initialise_from_text
 from lrc.initialise.streams import Stream
 from lrc.methods import LowRankClone
 from lrc.run import Run
@@ -117,6 +117,18 @@ def test_streams_in_files_give_the_same_student(
     in_memory = started(teacher, way)
     monkeypatch.setattr(calibration, "IN_MEMORY", 0)
     assert_equal(started(teacher, way), in_memory)
+
+
+def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "METRIC_TOKENS", 40)  # every seventh token: batches are no multiple
+    found = []
+    for batch in (60, 10_000):
+        monkeypatch.setattr(calibration, "BATCH_TOKENS", batch)
+        teacher = tiny_teacher("llama")
+        with torch.no_grad(), calibration.Calibration(teacher, tokens(26), STUDENT_HIDDEN) as ours:
+            *_, last = ours.teacher_layers()
+            found.append(head.head_metric(ours, last.after))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
 
 
 def test_the_files_have_no_name_and_are_closed(
@@ -303,6 +315,13 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
         seconds = summary["calibration_forward_seconds"]
         assert summary["calibration_seconds"] > 2 * seconds > 0
         assert summary["calibration_forwards"] > 2
+
+    low = Run(tmp_path / "low", None)
+    low_layers = ["--set", "teacher.load=layers", "--set", "teacher.dtype=bfloat16"]
+    code, _, errors = lrc("init", file, *low_layers, "--out", low.folder)
+    assert code == 0, errors
+    assert low.student().dtype == torch.float32
+    assert abs(low.summary()["student_held_out_lm"] - theirs["student_held_out_lm"]) < 0.05
 
     code, _, errors = lrc("resume", layers.folder)
     assert code == 2
