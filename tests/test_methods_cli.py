@@ -23,6 +23,7 @@ from tiny import tiny_teacher
 Command = Callable[..., tuple[int, str, str]]
 STEPS = 12
 TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
+TIMES += ("calibration_forward_seconds",)
 
 
 @pytest.fixture(scope="module")

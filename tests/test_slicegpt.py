@@ -153,9 +153,6 @@ def test_the_student_is_of_lrcs_shape_and_plain(tmp_path: Path) -> None:
 def test_what_cannot_be_sliced() -> None:
     with pytest.raises(UserError, match="teacher's is 16: choose a size no larger"):
         METHODS["slicegpt"].build(tiny_teacher("qwen3"), recipe_of(18))
-    coarse = tiny_teacher("qwen3", dtype=torch.bfloat16)
-    with pytest.raises(UserError, match=r"slicegpt solves in float32 .* teacher.dtype to float32"):
-        METHODS["slicegpt"].build(coarse, recipe_of(8))
 
 
 def leading(stream: Tensor, hidden_size: int) -> Tensor:

@@ -67,6 +67,7 @@ SHORT = {
 """A run to stop and to resume."""
 
 TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
+TIMES += ("calibration_forward_seconds",)
 
 
 def test_tokens_of_the_story(stories_folder: Path) -> None:

@@ -128,7 +128,7 @@ class Projections:
 
     def gain(self, norm: str) -> Tensor:
         """The teacher's gain [d_T] of the norm at a module path."""
-        weight = self.teacher.model.get_submodule(norm).get_parameter("weight")
+        weight = self.teacher.parameter(f"{norm}.weight")
         return weight + self.teacher.family.gain_offset
 
     def write_into(self, student: PreTrainedModel) -> None:
@@ -167,6 +167,7 @@ class Projections:
         """Every projected parameter: its site, its name in the student, and the teacher's."""
         for site in self.sites:
             module = self.teacher.model.get_submodule(site.path)
-            for name, weight in module.named_parameters(recurse=False):
+            for name, _ in module.named_parameters(recurse=False):
                 if name == "weight" or site.writes:
-                    yield site, f"{site.path}.{name}", weight
+                    path = f"{site.path}.{name}"
+                    yield site, path, self.teacher.parameter(path)

@@ -100,8 +100,10 @@ class Recipe(Section):
 
     def fingerprint(self) -> str:
         """A checksum of the recipe, which ties checkpoints to it; settings at their defaults are
-        left out, so that a setting added later leaves older checkpoints valid."""
-        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+        left out, so that a setting added later leaves older checkpoints valid, and so is how the
+        teacher is loaded, which changes no result."""
+        settings = self.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML text, with every default written out."""

@@ -28,7 +28,11 @@ class TeacherSection(Section):
     """Hub revision (branch, tag or commit); only for hub ids."""
 
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Element type of the teacher's weights."""
+    """Element type of the teacher's weights. A start from text is solved in float32 from any."""
+
+    load: Literal["full", "layers"] = "full"
+    """`layers`: leave the decoder layers in their safetensors files and read one at a time, for
+    `lrc init` of a teacher that does not fit in memory. Training needs `full`."""
 
     license: str | None = None
     """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
@@ -68,7 +72,8 @@ class InitialiseSection(Section):
     """Seed of the random start."""
 
     calibration_tokens: int = Field(16_384, gt=0)
-    """Training tokens that a start from text is solved from."""
+    """Training tokens that a start from text is solved from. Their residual streams are in
+    temporary files where they take more than 1 GiB (docs/initialise.md)."""
 
 
 class CloneTerms(Section):

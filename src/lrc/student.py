@@ -9,7 +9,6 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from lrc.errors import UserError
@@ -125,12 +124,9 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
                 module.weight.fill_(1.0 - family.gain_offset)
                 continue
             for name, parameter in module.named_parameters(recurse=False):
-                if path in projected and parameter.shape != _parameter(source, path, name).shape:
+                theirs = f"{path}.{name}"
+                if path in projected and parameter.shape != source.get_parameter(theirs).shape:
                     continue
-                parameter.copy_(_parameter(source, path, name))
+                parameter.copy_(teacher.parameter(theirs))
                 parameter.requires_grad_(False)
     return model
-
-
-def _parameter(model: nn.Module, path: str, name: str) -> torch.Tensor:
-    return model.get_submodule(path).get_parameter(name)

@@ -12,9 +12,11 @@ import torch
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lrc.errors import UserError
 from lrc.families import Family, family_of
@@ -54,6 +56,16 @@ class Teacher:
         rows = int(self.model.get_input_embeddings().weight.shape[0])
         return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
 
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the decoder layers' weights stay in their files (`teacher.load: layers`)."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its name in the model, read from its file where it stays there."""
+        value = self.model.get_parameter(name)
+        return load_offloaded_parameter(self.model, name) if value.is_meta else value
+
 
 def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") -> Teacher:
     """Load the teacher that a recipe names, in evaluation mode and without gradients.
@@ -63,17 +75,36 @@ def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") ->
     """
     source, options = _locate(section.model)
     options["revision"] = section.revision
+    by_layers = section.load == "layers"
+    if by_layers and "gguf_file" in options:
+        raise UserError(
+            f"teacher.load: layers reads safetensors, but '{section.model}' is a GGUF file: give a "
+            "model folder or a hub id, or set teacher.load to full."
+        )
     with _loading(section.model):
         config = AutoConfig.from_pretrained(source, **options)
-        family_of(config.model_type)  # refuse before the weights are read
+        family = family_of(config.model_type)  # refuse before the weights are read
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        if by_layers:
+            options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
+            options["use_safetensors"] = True
         model = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, section.dtype),
             attn_implementation=section.attention,
             **options,
         )
-    return as_teacher(model.to(device), tokenizer, section.model)
+    return as_teacher(model if by_layers else model.to(device), tokenizer, section.model)
+
+
+def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:
+    """Where the parts of a model go whose decoder layers stay on the disk.
+
+    accelerate then reads a layer's weights when it runs and lets them go after, and so the model
+    can be measured as any other.
+    """
+    places = dict.fromkeys((family.embedding, family.final_norm, family.head), device)
+    return places | {f"{family.layers}.{layer}": "disk" for layer in range(layers)}
 
 
 def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:

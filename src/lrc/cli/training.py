@@ -78,6 +78,7 @@ def init(
 
     * `lrc init quickstart`
     * `lrc init my.yaml --set initialise.calibration_tokens=65536 --out runs/start`
+    * `lrc init my.yaml --set teacher.load=layers` (a teacher larger than memory, layer by layer)
 
     `lrc resume` trains on from there.
     """

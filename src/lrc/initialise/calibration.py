@@ -1,32 +1,57 @@
 """Running teacher and student layer by layer over the calibration tokens.
 
 The teacher's decoder layers run whole, by transformers' own code, and so do the student's, up to
-the tensor that is asked for: attention and FFN are not written here again.
+the tensor that is asked for: attention and FFN are not written here again. One layer of each is
+held in float32 (float64 where the teacher is), whatever the dtype of the teacher's weights and
+wherever they are; the residual streams of all tokens are in memory, or in files where they are
+large.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.activations import Place
-from lrc.errors import UserError
+from lrc.initialise.streams import Stream
 from lrc.student import head_dim
 from lrc.teacher import Teacher
 
-BATCH = 8
-"""Sequences that run at a time."""
+BATCH_TOKENS = 2048
+"""Tokens that run at a time, in whole sequences."""
+
+IN_MEMORY = 2**30
+"""Bytes of all streams that may be in memory. Beyond, files cost little: a token's stream is
+written and read about ten times a layer, some 100 kB, for hundreds of millions of operations."""
 
 HELD_OUT = 1 / 8
 """Share of the sequences that enter no solve and choose the ridges."""
 
 
+@dataclass(frozen=True)
+class TeacherLayer:
+    """A decoder layer of the teacher, and its residual stream around it."""
+
+    index: int
+    module: nn.Module
+    """The layer, in the calibration's dtype."""
+    before: Stream
+    """The stream before the layer, [sequences, length, d_T]. It may be overwritten."""
+    middle: Stream
+    """Between its attention and its FFN."""
+    after: Stream
+    """After it."""
+
+
 class Calibration:
     """A teacher, the calibration tokens, and a student that is built layer by layer.
+
+    To be used as a context, which ends the streams.
 
     Args:
         teacher: the teacher.
@@ -37,18 +62,31 @@ class Calibration:
     def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int) -> None:
         self.teacher, self.family, self.ids = teacher, teacher.family, ids
         self.hidden_size = hidden_size
-        self.layers = teacher.model.get_submodule(teacher.family.layers)
-        self.arguments = layer_arguments(teacher.model, self.layers, ids[:1])
+        self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
+        self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device)
         self.solved_on = len(ids) - max(1, round(len(ids) * HELD_OUT))
         """Sequences before this one are solved on; the others choose the ridges."""
+        self.forward_seconds = 0.0
+        """Seconds in which the teacher's layers alone ran over all tokens, once."""
+        self._batch = max(1, BATCH_TOKENS // ids.shape[1])
+        widths = 3 * teacher.hidden_size + hidden_size
+        self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
+        self._opened = ExitStack()
+        self._teacher_streams: list[Stream] = []
         self._eps = float(teacher.config.rms_norm_eps)
         self._config = copy.deepcopy(teacher.config)
         self._config.head_dim = head_dim(teacher)
         self._config.hidden_size = hidden_size
 
+    def __enter__(self) -> "Calibration":
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._opened.close()
+
     def weight(self, path: str) -> Tensor:
         """The teacher's weight at a module path."""
-        return self.teacher.model.get_submodule(path).get_parameter("weight")
+        return self.teacher.parameter(f"{path}.weight").to(self.dtype)
 
     def gain(self, path: str) -> Tensor:
         """Gain [d_T] of the teacher's norm at a module path."""
@@ -66,36 +104,49 @@ class Calibration:
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Batches of sequences, by default of all."""
         stop = len(self.ids) if stop is None else stop
-        for first in range(start, stop, BATCH):
-            yield slice(first, min(first + BATCH, stop))
+        for first in range(start, stop, self._batch):
+            yield slice(first, min(first + self._batch, stop))
 
-    def teacher_streams(self) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-        """The teacher's residual stream at every layer.
+    def stream(self, width: int) -> Stream:
+        """A new stream [sequences, length, width], not yet written."""
+        sequences, length = self.ids.shape
+        stream = Stream((sequences, length, width), self.dtype, self.ids.device, self._on_disk)
+        self._opened.callback(stream.close)
+        return stream
 
-        Yields:
-            The layer, and the stream before it, between its attention and its FFN, and after it,
-            each [sequences, length, d_T]. The buffers are used again at the next layer.
+    def teacher_layers(self) -> Iterator[TeacherLayer]:
+        """One pass of the teacher over all tokens, layer by layer.
+
+        The streams are used again at the next layer and in the next pass.
         """
-        before = functional.embedding(self.ids, self.weight(self.family.embedding))
-        middle, after = torch.empty_like(before), torch.empty_like(before)
-        for index, layer in enumerate(self.layers.children()):
+        if not self._teacher_streams:
+            self._teacher_streams = [self.stream(self.teacher.hidden_size) for _ in range(3)]
+        before, middle, after = self._teacher_streams
+        embedding = self.teacher.parameter(f"{self.family.embedding}.weight")
+        for part in self.batches():
+            before[part] = functional.embedding(self.ids[part], embedding).to(self.dtype)
+        self.forward_seconds = 0.0
+        for index in range(self.teacher.num_layers):
+            layer = self._layer(index)
             norm = layer.get_submodule(self.family.ffn_norm)
             for part in self.batches():
                 kept: list[Tensor] = []
                 hook = norm.register_forward_pre_hook(
                     lambda _, inputs, kept=kept: kept.append(inputs[0])
                 )
-                result = layer(before[part], **self.arguments[index])
+                states = before[part]
+                started = self._now()
+                result = layer(states, **self.arguments[index])
+                self.forward_seconds += self._now() - started
                 hook.remove()
                 after[part] = result[0] if isinstance(result, tuple) else result
                 middle[part] = kept[0]
-            yield index, before, middle, after
+            yield TeacherLayer(index, layer, before, middle, after)
             before, after = after, before
 
-    def student_layer(self, index: int) -> nn.Module:
+    def student_layer(self, index: int, teacher: nn.Module) -> nn.Module:
         """A decoder layer of the student with gains of 1; biases of q, k, v and norms inside the
         attention are the teacher's, and the projected weights are still to be filled."""
-        teacher = self.layers.get_submodule(str(index))
         layer = type(teacher)(self._config, index)
         theirs = dict(teacher.named_parameters())
         layer = layer.to(next(iter(theirs.values()))).eval()
@@ -106,65 +157,83 @@ class Calibration:
                 own.copy_(theirs[name])
         return layer
 
-    def fill_reader(self, layer: nn.Module, place: Place, projection: Tensor) -> None:
-        """Give a student's layer the reader W_T diag(gain) P at a place."""
-        index, name = place
-        gain = self.gain(self.family.norm_read_by(index, name))
-        weight = self.weight(self.family.linear(index, name)) * gain
-        own = layer.get_submodule(self.family.linears[name]).get_parameter("weight")
-        own.copy_(weight @ projection)
+    def fill_reader(
+        self, student: nn.Module, teacher: TeacherLayer, name: str, projection: Tensor
+    ) -> None:
+        """Give a student's layer the reader W_T diag(gain) P in place of a linear map."""
+        gain = self.gain(self.family.norm_read_by(teacher.index, name))
+        path = f"{self.family.linears[name]}.weight"
+        weight = teacher.module.get_parameter(path) * gain
+        student.get_parameter(path).copy_(weight @ projection)
 
-    def written(self, place: Place, states: Tensor) -> Tensor:
-        """The teacher's writer at a place, applied to the student's heads or FFN activations
-        [..., d_m]: [..., d_T]."""
-        return self.teacher.model.get_submodule(self.family.linear(*place))(states)
+    def _layer(self, index: int) -> nn.Module:
+        """The teacher's layer where it is in memory in the calibration's dtype; else a copy."""
+        path = f"{self.family.layers}.{index}"
+        own = self.teacher.model.get_submodule(path)
+        parameters = dict(own.named_parameters())
+        if all(not p.is_meta and p.dtype == self.dtype for p in parameters.values()):
+            return own
+        with torch.device("meta"):
+            layer = type(own)(self.teacher.config, index)
+        weights = {
+            name: self.teacher.parameter(f"{path}.{name}").to(self.dtype) for name in parameters
+        }
+        layer.load_state_dict(weights, assign=True)
+        return layer.eval()
 
-
-def need_float32(teacher: Teacher, what: str) -> None:
-    """Refuse a teacher whose weights are too coarse to solve with.
-
-    Raises:
-        UserError: they are of lower precision than float32.
-    """
-    if torch.finfo(teacher.model.dtype).bits < 32:
-        raise UserError(
-            f"{what} solves in float32 at least, but the teacher is in "
-            f"{str(teacher.model.dtype).removeprefix('torch.')}: set teacher.dtype to float32."
-        )
+    def _now(self) -> float:
+        """Seconds of a clock, once the device has done what it was given."""
+        if self.ids.is_cuda:
+            torch.cuda.synchronize(self.ids.device)
+        return time.perf_counter()
 
 
 @torch.no_grad()
 def principal_basis(
     calibration: Calibration, progress: Callable[[int, int], None] | None = None
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """The basis B [d_T, d_S], leading eigenvectors of the mean of E[h h^T] over all norms of the
-    teacher's stream, and its last stream [sequences, length, d_T], from one pass of the teacher."""
+    teacher's stream, from one pass of the teacher."""
     total: Tensor = torch.zeros(())
-    layers = len(calibration.arguments)
-    for index, before, middle, after in calibration.teacher_streams():
-        for stream in (before, middle, *([after] if index == layers - 1 else [])):
+    layers = calibration.teacher.num_layers
+    for layer in calibration.teacher_layers():
+        last = layer.index == layers - 1
+        for stream in (layer.before, layer.middle, *([layer.after] if last else [])):
             for part in calibration.batches():
                 h = calibration.normalise(stream[part])
                 total = total + (h.T @ h).double()
         if progress:
-            progress(index + 1, layers)
+            progress(layer.index + 1, layers)
     leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]
-    return leading.to(after.dtype).contiguous(), after
+    return leading.to(calibration.dtype).contiguous()
 
 
-def layer_arguments(model: nn.Module, layers: nn.Module, ids: Tensor) -> list[dict[str, Any]]:
+class _Passed(nn.Module):
+    """Stands for a decoder layer, and keeps what it is given besides the stream."""
+
+    arguments: dict[str, Any]
+
+    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
+        self.arguments = arguments
+        return hidden_states
+
+
+def layer_arguments(
+    teacher: Teacher, length: int, dtype: torch.dtype, device: torch.device
+) -> list[dict[str, Any]]:
     """What the model gives each decoder layer besides the stream (rotary embedding, mask), for one
-    sequence [1, length]; it broadcasts over a batch of equally long ones."""
-    seen: list[dict[str, Any]] = []
-
-    def keep(_module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append({key: value for key, value in kwargs.items() if key != "hidden_states"})
-
-    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers.children()]
-    model(input_ids=ids, use_cache=False, logits_to_keep=1)
-    for hook in hooks:
-        hook.remove()
-    return seen
+    sequence of a length; it broadcasts over a batch of equally long ones. No layer runs."""
+    parent, _, name = teacher.family.layers.rpartition(".")
+    base = teacher.model.get_submodule(parent)
+    layers = base.get_submodule(name)
+    stand_ins = [_Passed() for _ in range(teacher.num_layers)]
+    states = torch.zeros(1, length, teacher.hidden_size, dtype=dtype, device=device)
+    setattr(base, name, nn.ModuleList(stand_ins))
+    try:
+        base(inputs_embeds=states, use_cache=False)
+    finally:
+        setattr(base, name, layers)
+    return [layer.arguments for layer in stand_ins]
 
 
 class _Reached(Exception):

@@ -14,7 +14,10 @@ folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T
 3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
    its final gain set (`lrc.initialise.head`).
 
-Where d_S = d_T the student is the teacher. Memory: about 4 d_T + d_S numbers a calibration token.
+Where d_S = d_T the student is the teacher. The teacher runs twice, layer by layer: for the basis,
+and for the solving, which needs the basis from the first layer on; to keep what the first pass saw
+would take two streams a layer. Streams take 3 d_T + d_S numbers a calibration token, in memory, or
+in temporary files beyond `calibration.IN_MEMORY`.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.initialise.calibration import Calibration, input_of, principal_basis
+from lrc.initialise.calibration import Calibration, TeacherLayer, input_of, principal_basis
 from lrc.initialise.head import head_metric, tied_head
 from lrc.initialise.least_squares import Rows, regress
+from lrc.initialise.start import Start
+from lrc.initialise.streams import Stream
 from lrc.projection import projection_key
 from lrc.teacher import Teacher
 
@@ -41,34 +46,34 @@ def solve_projections(
     hidden_size: int,
     shared_head: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> Start:
     """Solve every projection of a student, with gains folded.
 
     Args:
-        teacher: the teacher, float32 or wider.
+        teacher: the teacher.
         ids: calibration tokens, int64 [sequences, length], at least two sequences.
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
         progress: called with the layers done and their number.
 
-    Returns:
-        The projections [d_T, d_S] by their keys, and the weight of the final gain [d_S]; the gains
-        inside the layers are 1.
+    Raises:
+        UserError: the disk has no room for the streams.
     """
-    calibration = Calibration(teacher, ids, hidden_size)
-    basis, final = principal_basis(calibration)
-    metric = head_metric(calibration, final)
-    solver = _Solver(calibration, basis)
-    solved = {"embedding": basis}
-    for index, before, middle, after in calibration.teacher_streams():
-        solved |= solver.layer(index, before, middle, after)
-        if progress:
-            progress(index + 1, teacher.num_layers)
-    if not shared_head:
-        solved["head"] = solver.reader(after)
-        return solved, torch.ones(hidden_size, dtype=basis.dtype)
-    rotation, gains = tied_head(calibration, basis, solver.stream, after, metric)
-    return {key: value @ rotation for key, value in solved.items()}, gains
+    with Calibration(teacher, ids, hidden_size) as calibration:
+        solver = _Solver(calibration, principal_basis(calibration))
+        basis = solver.basis
+        solved = {"embedding": basis}
+        for layer in calibration.teacher_layers():
+            solved |= solver.layer(layer)
+            if progress:
+                progress(layer.index + 1, teacher.num_layers)
+        seconds, after = calibration.forward_seconds, layer.after
+        if not shared_head:
+            solved["head"] = solver.reader(after)
+            return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
+        metric = head_metric(calibration, after)
+        rotation, gains = tied_head(calibration, basis, solver.stream, after, metric)
+        return Start({key: value @ rotation for key, value in solved.items()}, gains, seconds)
 
 
 class _Solver:
@@ -77,37 +82,40 @@ class _Solver:
     def __init__(self, calibration: Calibration, basis: Tensor) -> None:
         self.calibration = calibration
         self.basis = basis
-        embedding = calibration.weight(calibration.family.embedding)
-        self.stream = functional.embedding(calibration.ids, embedding @ basis)
-
-    def layer(self, index: int, before: Tensor, middle: Tensor, after: Tensor) -> dict[str, Tensor]:
-        """The seven projections of a layer, from the teacher's streams [sequences, length, d_T]."""
-        calibration, family = self.calibration, self.calibration.family
-        layer = calibration.student_layer(index)
-
-        solved = dict.fromkeys(("q", "k", "v"), self.reader(before))
-        for name, projection in solved.items():
-            calibration.fill_reader(layer, (index, name), projection)
-        o = layer.get_submodule(family.linears["o"])
-        written = torch.empty_like(before)
+        self.stream = calibration.stream(calibration.hidden_size)
+        embedding = calibration.weight(calibration.family.embedding) @ basis
         for part in calibration.batches():
-            heads = input_of(o, layer, self.stream[part], **calibration.arguments[index])
-            written[part] = calibration.written((index, "o"), heads)
-        solved["o"] = self.writer(written, middle)
+            self.stream[part] = functional.embedding(calibration.ids[part], embedding)
 
-        solved |= dict.fromkeys(("gate", "up"), self.reader(middle))
+    def layer(self, teacher: TeacherLayer) -> dict[str, Tensor]:
+        """The seven projections of a layer."""
+        calibration, family = self.calibration, self.calibration.family
+        layer = calibration.student_layer(teacher.index, teacher.module)
+
+        solved = dict.fromkeys(("q", "k", "v"), self.reader(teacher.before))
+        for name, projection in solved.items():
+            calibration.fill_reader(layer, teacher, name, projection)
+        o = layer.get_submodule(family.linears["o"])
+        their_o = teacher.module.get_submodule(family.linears["o"])
+        written = teacher.before  # not needed any more
+        for part in calibration.batches():
+            arguments = calibration.arguments[teacher.index]
+            written[part] = their_o(input_of(o, layer, self.stream[part], **arguments))
+        solved["o"] = self.writer(written, teacher.middle)
+
+        solved |= dict.fromkeys(("gate", "up"), self.reader(teacher.middle))
         for name in ("gate", "up"):
-            calibration.fill_reader(layer, (index, name), solved[name])
+            calibration.fill_reader(layer, teacher, name, solved[name])
         down = layer.get_submodule(family.linears["down"])
+        their_down = teacher.module.get_submodule(family.linears["down"])
         ffn = layer.get_submodule(family.linears["down"].rpartition(".")[0])
         norm = layer.get_submodule(family.ffn_norm)
         for part in calibration.batches():
-            activations = input_of(down, ffn, norm(self.stream[part]))
-            written[part] = calibration.written((index, "down"), activations)
-        solved["down"] = self.writer(written, after)
-        return {projection_key(index, name): value for name, value in solved.items()}
+            written[part] = their_down(input_of(down, ffn, norm(self.stream[part])))
+        solved["down"] = self.writer(written, teacher.after)
+        return {projection_key(teacher.index, name): value for name, value in solved.items()}
 
-    def reader(self, teacher: Tensor) -> Tensor:
+    def reader(self, teacher: Stream) -> Tensor:
         """P [d_T, d_S] that gives the teacher's h from the student's z."""
         calibration = self.calibration
 
@@ -125,7 +133,7 @@ class _Solver:
         solved = regress(rows(0, solved_on), rows(solved_on, None), prior, READER_RIDGES)
         return solved.T.to(teacher.dtype).contiguous()
 
-    def writer(self, written: Tensor, teacher: Tensor) -> Tensor:
+    def writer(self, written: Stream, teacher: Stream) -> Tensor:
         """P [d_T, d_S] with written @ P nearest to teacher @ B - stream; then adds it to the
         stream."""
         calibration = self.calibration

@@ -1,10 +1,13 @@
 """The LM head of the closed-form start: its metric, and the rotation of a tied student."""
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from lrc.initialise.calibration import Calibration
 from lrc.initialise.least_squares import moments
+from lrc.initialise.streams import Stream
 
 METRIC_TOKENS = 4096
 """Tokens whose predictions form the metric."""
@@ -14,7 +17,7 @@ RIDGE = 1e-3
 """Ridge of the tied head, in units of the stream's mean square."""
 
 
-def head_metric(calibration: Calibration, final: Tensor) -> Tensor:
+def head_metric(calibration: Calibration, final: Stream) -> Tensor:
     """The second-order term of KL(teacher || student) in the final normalised state.
 
     K = E[H^T (diag p - p p^T) H] + mix Cov(H) with H = H_T diag(final gain), over the teacher's
@@ -29,8 +32,7 @@ def head_metric(calibration: Calibration, final: Tensor) -> Tensor:
     """
     family = calibration.family
     head = calibration.weight(family.head) * calibration.gain(family.final_norm)
-    rows = calibration.normalise(final)
-    rows = rows[:: max(1, len(rows) // METRIC_TOKENS)]
+    rows = torch.cat(list(_spread_rows(calibration, final)))
     mass, outer = torch.zeros_like(head[:, 0]), torch.zeros_like(head.T @ head)
     for start in range(0, len(rows), 512):
         p = torch.softmax(rows[start : start + 512] @ head.T, -1)
@@ -42,8 +44,18 @@ def head_metric(calibration: Calibration, final: Tensor) -> Tensor:
     return (metric + METRIC_MIX * centred.T @ centred / len(head)).double()
 
 
+def _spread_rows(calibration: Calibration, final: Stream) -> Iterator[Tensor]:
+    """Every n-th token's final normalised state, by batches, METRIC_TOKENS or more in all."""
+    length = calibration.ids.shape[1]
+    every = max(1, calibration.ids.numel() // METRIC_TOKENS)
+    for part in calibration.batches():
+        yield calibration.normalise(
+            final[part].flatten(0, 1)[-part.start * length % every :: every]
+        )
+
+
 def tied_head(
-    calibration: Calibration, basis: Tensor, stream: Tensor, final: Tensor, metric: Tensor
+    calibration: Calibration, basis: Tensor, stream: Stream, final: Stream, metric: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rotation R [d_S, d_S] of the student's basis and its final gain s [d_S].
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lrc.families import LINEARS
 from lrc.initialise.calibration import Calibration, principal_basis
+from lrc.initialise.start import Start
 from lrc.projection import projection_key
 from lrc.teacher import Teacher
 
@@ -24,19 +25,22 @@ def pca_projections(
     hidden_size: int,
     shared_head: bool,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[dict[str, Tensor], Tensor]:
+) -> Start:
     """Every projection of a student, with gains folded, from one pass of the teacher.
 
-    Arguments and what is returned are those of `lrc.initialise.closed_form.solve_projections`. A
+    Arguments and errors are those of `lrc.initialise.closed_form.solve_projections`. A
     head that shares the embedding's projection has no gain of the teacher's folded in: the
     student's final gain takes the diagonal of B^T diag(gain) B for it.
     """
-    calibration = Calibration(teacher, ids, hidden_size)
-    basis, _ = principal_basis(calibration, progress)
+    with Calibration(teacher, ids, hidden_size) as calibration:
+        basis = principal_basis(calibration, progress)
     layers = range(teacher.num_layers)
     solved = {projection_key(layer, name): basis for layer in layers for name in LINEARS}
     solved["embedding"] = basis
     if not shared_head:
-        return solved | {"head": basis}, torch.ones(hidden_size, dtype=basis.dtype)
-    gain = calibration.gain(calibration.family.final_norm)
-    return solved, (basis * gain[:, None] * basis).sum(0)
+        solved["head"] = basis
+        gains = torch.ones(hidden_size, dtype=basis.dtype)
+    else:
+        gain = calibration.gain(calibration.family.final_norm)
+        gains = (basis * gain[:, None] * basis).sum(0)
+    return Start(solved, gains, calibration.forward_seconds)

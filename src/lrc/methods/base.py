@@ -72,14 +72,19 @@ class Method(ABC):
         """Training tokens that `initialise` asks for; it gets whole sequences, at least two."""
         return 0
 
-    def initialise(self, calibration: Batch, progress: Progress) -> None:  # noqa: B027 - optional
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
         """Set the start of a new run, in place.
 
         Args:
             calibration: the first training sequences of the run; none where
                 `calibration_tokens` is 0.
             progress: to be told how far it is.
+
+        Returns:
+            Seconds in which the teacher's layers alone ran once over the calibration; 0 where that
+            is not known.
         """
+        return 0.0
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -121,11 +121,12 @@ class LlmPruner(PrunedStudent):
         after = sum(p.numel() for p in self.plain.parameters())
         return [f"Pruned from {before:,} to {after:,} parameters ({after / before - 1:+.1%})."]
 
-    def initialise(self, calibration: Batch, progress: Progress) -> None:
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
         kept = self.choose(calibration, progress)
         write_kept(self.plain, self.teacher.model, self.teacher.family, kept)
         if self.adapts:
             write_base(self.model, self.plain)
+        return 0.0
 
     def choose(self, calibration: Batch, progress: Progress) -> Kept:
         pruner, shape, whole = self.pruner, self.shape, keep_all(self.teacher.model)

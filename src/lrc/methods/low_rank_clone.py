@@ -74,8 +74,8 @@ class LowRankClone(Method):
     def calibration_tokens(self) -> int:
         return 0 if self.start.method == "random" else self.start.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> None:
-        initialise(self, self.start, calibration.input_ids, progress)
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
+        return initialise(self, self.start, calibration.input_ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}

@@ -50,10 +50,11 @@ class PrunedStudent(PlainStudent):
     def calibration_tokens(self) -> int:
         return self.recipe.initialise.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> None:
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
         kept = self.choose(calibration, progress)
         assert kept.shape == self.shape
         write_kept(self.model, self.teacher.model, self.teacher.family, kept)
+        return 0.0
 
     @abstractmethod
     def choose(self, calibration: Batch, progress: Progress) -> Kept:

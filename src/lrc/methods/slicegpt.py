@@ -22,7 +22,7 @@ trained, here the student's own weights.
 from transformers import PreTrainedModel
 
 from lrc.data.batch import Batch
-from lrc.initialise.calibration import Calibration, need_float32, principal_basis
+from lrc.initialise.calibration import Calibration, principal_basis
 from lrc.methods.base import Progress
 from lrc.methods.plain import PlainStudent, random_student
 from lrc.methods.pruned import PRUNED_SETTINGS
@@ -37,7 +37,6 @@ class SliceGpt(PlainStudent):
     honours = PRUNED_SETTINGS
 
     def make_student(self) -> PreTrainedModel:
-        need_float32(self.teacher, "method: slicegpt")
         student = self.recipe.student
         check_hidden_size(self.teacher, student.hidden_size, largest=self.teacher.hidden_size)
         return random_student(self.teacher, derive_config(self.teacher, student), seed=0)
@@ -45,8 +44,9 @@ class SliceGpt(PlainStudent):
     def calibration_tokens(self) -> int:
         return self.recipe.initialise.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> None:
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
         hidden_size = self.recipe.student.hidden_size
-        pass_over = Calibration(self.teacher, calibration.input_ids, hidden_size)
-        basis, _ = principal_basis(pass_over, progress)
+        with Calibration(self.teacher, calibration.input_ids, hidden_size) as pass_over:
+            basis = principal_basis(pass_over, progress)
         write_rotated(self.model, self.teacher, basis)
+        return pass_over.forward_seconds

@@ -50,6 +50,7 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         },
         "tokens": loop.tokens(),
         **loop.calibration(),
+        "calibration_forwards": calibration_forwards(loop),
         "step_seconds": round(loop.step_seconds, 3),
         "seconds": round(seconds, 1),
         "tokens_per_second": round(loop.tokens() / seconds, 1),
@@ -81,12 +82,15 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
 
 def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     """Greedy continuations of the start of the held-out text by both models."""
-    tokenizer = loop.setup.teacher.tokenizer
+    teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
     prompt = tokenizer.decode(start, skip_special_tokens=True)
+    theirs = "(not written: teacher.load is layers, and every token would read the whole model)"
+    if not teacher.on_disk:
+        theirs = generate_text(teacher.model, tokenizer, prompt, SAMPLE_TOKENS)
     return {
         "prompt": prompt,
-        "teacher": generate_text(loop.setup.teacher.model, tokenizer, prompt, SAMPLE_TOKENS),
+        "teacher": theirs,
         "student": generate_text(student, tokenizer, prompt, SAMPLE_TOKENS),
     }
 
@@ -107,6 +111,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     _add_row(table, "held-out perplexity", summary, "perplexity", ",.2f")
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
+    if ratio := summary.get("calibration_forwards"):
+        table.add_row("calibration / teacher forward", "", f"{ratio:.1f}x the time")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
     if summary["tokens"]:
         table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
@@ -121,6 +127,14 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:
     """A row of a figure that both models have."""
     table.add_row(label, *(format(values[f"{who}_{key}"], form) for who in ("teacher", "student")))
+
+
+def calibration_forwards(loop: Loop) -> float | None:
+    """Time of the calibration, as a multiple of the time in which the teacher's layers alone run
+    over the same tokens; None where that was not measured."""
+    if not loop.forward_seconds:
+        return None
+    return round(loop.calibration_seconds / loop.forward_seconds, 2)
 
 
 def flop_utilisation(loop: Loop) -> float | None:

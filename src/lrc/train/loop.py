@@ -45,6 +45,9 @@ class Loop:
     console: Console
     calibration_seconds: float = 0.0
     """Seconds that initialising the method took, where this process did it."""
+    forward_seconds: float = 0.0
+    """Seconds of them in which the teacher's layers alone ran once over the calibration tokens; 0
+    where not known."""
     share: Share = field(default_factory=Share)
     """The part of every step's sequences that this process takes."""
     seconds_before: float = 0.0
@@ -232,12 +235,16 @@ class Loop:
         return {"source_shares": shares}
 
     def calibration(self) -> dict[str, Any]:
-        """Tokens and seconds that the method was initialised with."""
+        """Tokens and seconds that the method was initialised with, and the seconds of the teacher's
+        layers alone over these tokens, where known."""
         sequences = calibration_sequences(self.setup.method, self.run.recipe)
-        return {
+        found = {
             "calibration_tokens": sequences * self.run.recipe.data.sequence_length,
             "calibration_seconds": round(self.calibration_seconds, 3),
         }
+        if self.forward_seconds:
+            found["calibration_forward_seconds"] = round(self.forward_seconds, 3)
+        return found
 
     def held_out(self) -> list[Batch]:
         """The held-out batches that are measured, the same all along the run."""
@@ -263,6 +270,7 @@ class Loop:
         self.step_seconds = max((line.get("step_seconds", 0.0) for line in lines), default=0.0)
         if lines:
             self.calibration_seconds = lines[0].get("calibration_seconds", 0.0)
+            self.forward_seconds = lines[0].get("calibration_forward_seconds", 0.0)
 
     def _log(self, line: dict[str, Any]) -> None:
         path = self.run.metrics_file

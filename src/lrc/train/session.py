@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from lrc.data import Batch, Reader, open_text
+from lrc.errors import UserError
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
@@ -20,18 +21,19 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """No calibration."""
 
 
-def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> float:
-    """Initialise the method from the head of the training stream; the seconds that it took."""
+def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
+    """Initialise the method from the head of the training stream; the seconds that it took, and
+    those of the teacher's layers alone on the same tokens (0 where not known)."""
     sequences = calibration_sequences(setup.method, recipe)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens = calibration.input_ids.numel()
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
-        setup.method.initialise(
+        forward_seconds = setup.method.initialise(
             calibration,
             lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
         )
-    return time.perf_counter() - started
+    return time.perf_counter() - started, forward_seconds
 
 
 class Interrupted(Exception):
@@ -61,6 +63,11 @@ def train(
         DivergedError: the loss or its gradient is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
+    if run.recipe.teacher.load == "layers":
+        raise UserError(
+            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
+            f"set teacher.load to full (of a run that has started, in {run.folder}/recipe.yaml)."
+        )
     loop = open_loop(run, console, teacher)
     stop = loop.go(run.recipe.steps())
     if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
@@ -91,9 +98,9 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
         text = open_text(
             run.recipe, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
-    seconds = 0.0
+    calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
     else:
-        seconds = start(setup, run.recipe, text, console)
-    return Loop(run, setup, text, console, seconds)
+        calibration = start(setup, run.recipe, text, console)
+    return Loop(run, setup, text, console, *calibration)

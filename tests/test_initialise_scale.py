@@ -1,0 +1,413 @@
+"""Starts from text beyond memory: streams in files, teachers on the disk or in low precision."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lrc.cli import main
+from lrc.errors import UserError
+from lrc.initialise import calibration, head, initialise_from_text
+from lrc.initialise.streams import Stream
+from lrc.methods import LowRankClone
+from lrc.run import Run
+from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.teacher import Teacher, load_teacher
+from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+
+Command = Callable[..., tuple[int, str, str]]
+
+
+def tokens(sequences: int, length: int = 12) -> Tensor:
+    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+
+
+def started(
+    teacher: Teacher, way: str = "closed-form", hidden_size: int = STUDENT_HIDDEN, **student: bool
+) -> dict[str, Tensor]:
+    """The weights of a student that was started from 26 sequences."""
+    section = StudentSection(hidden_size=hidden_size, **student)
+    method = LowRankClone(teacher, section, ObjectiveSection())
+    initialise_from_text(method, way, tokens(26))
+    return {name: value.clone() for name, value in method.student().state_dict().items()}
+
+
+def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+
+def saved(teacher: Teacher, folder: Path, shards: bool = True) -> Path:
+    """A model folder, by default with its layers over several files."""
+    teacher.model.save_pretrained(folder, max_shard_size=6000 if shards else "1GB")
+    teacher.tokenizer.save_pretrained(folder)
+    assert (folder / "model.safetensors.index.json").exists() == shards
+    return folder
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 60)  # five sequences
+
+
+@pytest.fixture
+def scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The system's folder for temporary files, to which all streams go."""
+    folder = tmp_path / "scratch"
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setattr(calibration, "IN_MEMORY", 0)
+    return folder
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    shape=st.tuples(st.integers(1, 9), st.integers(1, 5), st.integers(1, 4)),
+    cuts=st.lists(st.integers(1, 4), min_size=1, max_size=12),
+    wide=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_a_stream_in_a_file_is_the_tensor(
+    shape: tuple[int, int, int], cuts: list[int], wide: bool, seed: int
+) -> None:
+    dtype = torch.float64 if wide else torch.float32
+    generator = torch.Generator().manual_seed(seed)
+    expected = torch.zeros(shape, dtype=dtype)
+    streams = [Stream(shape, dtype, on_disk=on_disk) for on_disk in (False, True)]
+    everything = slice(0, shape[0])
+    for stream in streams:
+        stream[everything] = expected
+    first = 0
+    for cut in cuts:
+        part = slice(first % shape[0], min(first % shape[0] + cut, shape[0]))
+        first += cut
+        value = torch.randn(expected[part].shape, dtype=dtype, generator=generator)
+        turned = value.transpose(0, 2).contiguous().transpose(0, 2)  # not contiguous
+        expected[part] += turned
+        for stream in streams:
+            stream[part] += turned
+            assert torch.equal(stream[part], expected[part])
+    for stream in streams:
+        assert torch.equal(stream[everything], expected)
+        stream.close()
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("way", ["closed-form", "pca"])
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_streams_in_files_give_the_same_student(
+    case: Case, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, **changes)
+    in_memory = started(teacher, way)
+    monkeypatch.setattr(calibration, "IN_MEMORY", 0)
+    assert_equal(started(teacher, way), in_memory)
+
+
+def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head, "METRIC_TOKENS", 40)  # every seventh token: batches are no multiple
+    found = []
+    for batch in (60, 10_000):
+        monkeypatch.setattr(calibration, "BATCH_TOKENS", batch)
+        teacher = tiny_teacher("llama")
+        with torch.no_grad(), calibration.Calibration(teacher, tokens(26), STUDENT_HIDDEN) as ours:
+            *_, last = ours.teacher_layers()
+            found.append(head.head_metric(ours, last.after))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+def test_the_files_have_no_name_and_are_closed(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that is killed at any time leaves nothing; nor does one that goes on."""
+    made: list[Any] = []
+    make = tempfile.TemporaryFile
+
+    def keep(**options: Any) -> Any:
+        made.append(make(**options))
+        return made[-1]
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", keep)
+    method = LowRankClone(
+        tiny_teacher("llama"), StudentSection(hidden_size=STUDENT_HIDDEN), ObjectiveSection()
+    )
+
+    def look(done: int, layers: int) -> None:
+        assert len(made) == 4
+        assert not any(file.closed for file in made)
+        assert sum(os.fstat(file.fileno()).st_size for file in made) > 0
+        assert not list(scratch.iterdir())
+        if done == layers:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        initialise_from_text(method, "closed-form", tokens(26), look)
+    assert all(file.closed for file in made)
+
+
+def test_a_full_disk_is_told_before_the_work(
+    scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match=f"disk is full while writing {scratch}"):
+        started(tiny_teacher("llama"))
+
+
+class FullFile:
+    """A file on a disk that is full."""
+
+    def seek(self, _position: int) -> None: ...
+
+    def write(self, _data: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_disk_that_fills_up_is_told(scratch: Path) -> None:
+    stream = Stream((2, 3, 4), torch.float32, on_disk=True)
+    stream._file = FullFile()  # type: ignore[assignment]
+    with pytest.raises(UserError, match=f"disk is full while writing {scratch}"):
+        stream[slice(0, 1)] = torch.zeros(1, 3, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("way", ["closed-form", "pca"])
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_a_teacher_of_low_precision_gives_the_student_of_its_float32_copy(
+    case: Case, way: str, dtype: torch.dtype
+) -> None:
+    family, tied, changes = case
+    low = tiny_teacher(family, tied, dtype=dtype, **changes)
+    copy = tiny_teacher(family, tied, dtype=dtype, **changes)
+    copy.model.float()
+    student = started(low, way)
+    assert {value.dtype for value in student.values()} == {torch.float32}
+    assert_equal(student, started(copy, way))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_the_full_hidden_size_gives_a_teacher_of_low_precision_back(
+    case: Case, dtype: torch.dtype
+) -> None:
+    family, tied, changes = case
+    teacher = tiny_teacher(family, tied, dtype=dtype, **changes)
+    method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
+    initialise_from_text(method, "closed-form", tokens(26))
+    ids = tokens(3)
+    with torch.no_grad():
+        ours = method.student()(ids).logits
+        theirs = teacher.model(ids).logits.float()
+        exact = teacher.model.float()(ids).logits
+    largest = exact.abs().max()
+    assert (ours - exact).abs().max() < 3e-4 * largest
+    assert (ours - theirs).abs().max() < 16 * torch.finfo(dtype).eps * largest
+
+
+@pytest.mark.usefixtures("small_batches")
+@pytest.mark.parametrize("way", ["closed-form", "pca"])
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_a_teacher_on_the_disk_gives_the_same_student(case: Case, way: str, tmp_path: Path) -> None:
+    family, tied, changes = case
+    folder = saved(tiny_teacher(family, tied, **changes), tmp_path / "teacher")
+    whole, on_disk = (
+        load_teacher(TeacherSection(model=str(folder), dtype="float64", load=load))
+        for load in ("full", "layers")
+    )
+    assert on_disk.on_disk
+    assert not whole.on_disk
+    assert_equal(started(on_disk, way), started(whole, way))
+    for name, value in on_disk.model.named_parameters():
+        assert value.is_meta == (".layers." in name), name  # as before
+
+
+@pytest.mark.parametrize(("stored", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32")])
+def test_a_teacher_on_the_disk_has_the_dtype_that_is_asked_for(
+    stored: str, loaded: str, tmp_path: Path
+) -> None:
+    teacher = tiny_teacher("qwen2", tied=True, dtype=getattr(torch, stored))
+    folder = saved(teacher, tmp_path / "teacher", shards=False)
+    whole, on_disk = (
+        load_teacher(TeacherSection(model=str(folder), dtype=loaded, load=load))
+        for load in ("full", "layers")
+    )
+    path = "model.layers.1.mlp.down_proj.weight"
+    assert on_disk.parameter(path).dtype == getattr(torch, loaded)
+    assert torch.equal(on_disk.parameter(path), whole.parameter(path))
+    assert_equal(started(on_disk), started(whole))
+
+
+def test_what_cannot_be_read_by_layers_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(UserError, match=r"is a GGUF file: .*set teacher\.load to full"):
+        load_teacher(TeacherSection(model=str(tmp_path / "model.gguf"), load="layers"))
+    folder = saved(tiny_teacher("llama"), tmp_path / "teacher", shards=False)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"no file named model\.safetensors"):
+        load_teacher(TeacherSection(model=str(folder), load="layers"))
+
+
+@pytest.fixture
+def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, output, errors."""
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        return end.value.code, *capsys.readouterr()
+
+    return run
+
+
+def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: Command) -> None:
+    folder = saved(tiny_teacher("qwen3", tied=True, dtype=torch.float32), tmp_path / "teacher")
+    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    recipe = {
+        "teacher": {"model": str(folder)},
+        "student": {"hidden_size": 8},
+        "initialise": {"method": "closed-form", "calibration_tokens": 256},
+        "data": {
+            "text": [str(text)],
+            "held_out_fraction": 0.2,
+            "sequence_length": 16,
+            "cache": str(tmp_path / "cache"),
+        },
+        "train": {"tokens": 96, "micro_batch": 2},
+    }
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    whole, layers = Run(tmp_path / "whole", None), Run(tmp_path / "layers", None)
+    code, _, errors = lrc("init", file, "--out", whole.folder)
+    assert code == 0, errors
+    code, printed, errors = lrc(
+        "init", file, "--set", "teacher.load=layers", "--out", layers.folder
+    )
+    assert code == 0, errors
+    assert "calibration / teacher forward" in printed
+    assert_equal(layers.student().state_dict(), whole.student().state_dict())
+    ours, theirs = layers.summary(), whole.summary()
+    same = ("teacher_held_out_lm", "student_held_out_lm", "kl", "teacher_parameters", "shapes")
+    assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
+    assert "not written" in ours["samples"]["teacher"]
+    assert ours["samples"]["student"] == theirs["samples"]["student"]
+    for summary in (ours, theirs):  # the teacher runs twice, and that is not all
+        seconds = summary["calibration_forward_seconds"]
+        assert summary["calibration_seconds"] > 2 * seconds > 0
+        assert summary["calibration_forwards"] > 2
+
+    low = Run(tmp_path / "low", None)
+    low_layers = ["--set", "teacher.load=layers", "--set", "teacher.dtype=bfloat16"]
+    code, _, errors = lrc("init", file, *low_layers, "--out", low.folder)
+    assert code == 0, errors
+    assert low.student().dtype == torch.float32
+    assert abs(low.summary()["student_held_out_lm"] - theirs["student_held_out_lm"]) < 0.05
+
+    code, _, errors = lrc("resume", layers.folder)
+    assert code == 2
+    assert "needs the whole teacher in memory: set teacher.load to full" in errors
+    resolved = layers.folder / "recipe.yaml"
+    resolved.write_text(resolved.read_text().replace("load: layers", "load: full"))
+    code, _, errors = lrc("resume", layers.folder)
+    assert code == 0, errors
+    assert layers.summary()["tokens"] == 96
+    key = "calibration_forward_seconds"
+    assert layers.summary()[key] == ours[key]
+
+
+PEAK = """
+import torch
+from lrc.initialise import calibration, initialise_from_text
+from lrc.methods import LowRankClone
+from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.teacher import load_teacher
+
+def peak():  # not ru_maxrss, which a process inherits from the one that starts it
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmHWM"))
+
+def start(load, tokens, in_memory=2**30, folder="teacher"):
+    calibration.IN_MEMORY = in_memory
+    teacher = load_teacher(TeacherSection(model=folder, load=load))
+    method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
+    ids = torch.randint(3, 33, (tokens // 256, 256))
+    initialise_from_text(method, "closed-form", ids)
+    method.student()
+    return peak()
+"""
+
+
+def peaks(folder: Path, code: str) -> list[float]:
+    """What a process of its own prints about its memory, in MiB."""
+    if not Path("/proc/self/status").exists():
+        pytest.skip("peak memory is read from /proc")
+    result = subprocess.run(
+        [sys.executable, "-c", PEAK + textwrap.dedent(code)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return [float(word) for word in result.stdout.split()]
+
+
+def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> None:
+    teacher = tiny_teacher("llama", dtype=torch.float32, hidden_size=256, head_dim=16)
+    saved(teacher, tmp_path / "teacher")
+    few, many, held = peaks(
+        tmp_path,
+        """
+        start("full", 4096, in_memory=0)  # what torch sets aside the first time
+        print(start("full", 8192, in_memory=0))
+        print(start("full", 32768, in_memory=0))
+        print(start("full", 32768))
+        """,
+    )
+    streams = 32768 * (3 * 256 + 32) * 4 / 2**20
+    assert many - few < 10
+    assert held - many > 0.7 * streams
+
+
+def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
+    size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
+    teacher.model.save_pretrained(tmp_path / "teacher")
+    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
+    small = tiny_teacher(
+        "llama", tied=True, dtype=torch.float32, **shape | {"num_hidden_layers": 1}
+    )
+    saved(small, tmp_path / "small", shards=False)
+    before, by_layers, whole = peaks(
+        tmp_path,
+        """
+        print(start("layers", 512, folder="small"))  # what one layer takes, and the libraries
+        print(start("layers", 512))
+        print(start("full", 512))
+        """,
+    )
+    student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
+    assert by_layers - before < student + 0.2 * size
+    assert whole - before > size
