@@ -3,8 +3,8 @@
 Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models
 (arXiv 2305.11627). Importance is what a Taylor expansion says of the LM loss on calibration text
 (`lrc.pruning.taylor`). The hidden size stays: the paper's block-wise strategy, which it found far
-better than pruning channels. The defaults are what its best results were got with: first order by
-weight, summed over a group.
+better than pruning channels. The defaults are the official code's: first order by weight, summed
+over a group.
 
 Deviations:
 
