@@ -153,3 +153,8 @@ def test_files_that_are_no_recipe(tmp_path: Path) -> None:
 def test_shipped_recipe_is_valid(name: str) -> None:
     assert find_yaml(name, "recipe").is_file()
     load_recipe(name)
+
+
+def test_only_projections_start_from_a_teacher_on_the_disk() -> None:
+    with pytest.raises(UserError, match=r"layers is for starts of method lrc, not of minitron"):
+        make_recipe(smallest(method="minitron") | {"teacher": {"model": "x", "load": "layers"}})

@@ -81,6 +81,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _layers_on_disk(self) -> "Recipe":
+        if self.teacher.load == "layers" and not isinstance(self.method, LrcSection):
+            raise ValueError(
+                f"teacher.load: layers is for starts of method lrc, not of {self.method.name}; set "
+                "teacher.load to full"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _one_origin(self) -> "Recipe":
         given = [name for name in ORIGINS if getattr(self.data, name)]
         if len(given) != 1:
