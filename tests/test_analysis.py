@@ -372,7 +372,6 @@ def test_what_is_refused(
     assert "does not go with --questions" in call(*pair, *ask, "--data", tmp_path)
     assert "no file" in call(*pair, "--questions", tmp_path / "none.jsonl")
     assert "is a group of tasks" in call(*pair, "--task", "mmlu", "--data", tmp_path)
-    assert "There is no task" in call(*pair, "--task", "sciqq", "--data", tmp_path)
     write_rows(facts, [json.loads(facts.read_text().splitlines()[0])])
     assert "two or more" in call(*pair, *ask)
     assert not (tmp_path / "out").exists()
