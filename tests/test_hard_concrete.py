@@ -106,7 +106,7 @@ def test_ascent_meets_the_constraint() -> None:
         {"params": list(masks.multipliers()), "maximize": True},
     ]
     optimiser = torch.optim.SGD(groups, lr=0.5)
-    for _ in range(3000):
+    for _ in range(1500):
         optimiser.zero_grad()
         masks.lagrangian().backward()
         optimiser.step()

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -279,41 +278,54 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
 
 
 KILLED = """
-import os, signal, sys
-from lrc.train import loop
-when, step = sys.argv.pop(1), int(sys.argv.pop(1))
-name = {"stepping": "_step", "saving": "_save"}[when]
-real = getattr(loop.Loop, name)
-def killed(self, *arguments):
-    if self.setup.state.step == step:
-        if when == "stepping":
-            self.setup.method.begin_step()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(self, *arguments)
-setattr(loop.Loop, name, killed)
+import json, os, signal, sys
+import lrc.cli.training
 from lrc.cli import main
-main()
+from lrc.train import loop
+
+
+def killed(when, step, *arguments):
+    name = {"stepping": "_step", "saving": "_save"}[when]
+    real = getattr(loop.Loop, name)
+
+    def dies(self, *arguments):
+        if self.setup.state.step == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *arguments)
+
+    setattr(loop.Loop, name, dies)
+    sys.argv = ["lrc", *arguments]
+    main()
+
+
+for case in json.loads(sys.argv[1]):
+    child = os.fork()  # torch is imported once for all, and has started no threads yet
+    if not child:
+        killed(*case)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (case, status)
+    print(json.dumps(sorted(os.listdir(os.path.join(sys.argv[2], "checkpoints")))[-1:]))
 """
+"""Runs the command line in process after process, each killed before a step or a checkpoint."""
 
 
 def test_killed_in_both_stages_and_at_the_boundary(
-    recipe_file: Path, whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    recipe_file: Path, whole: Run, tmp_path: Path
 ) -> None:
     """The run that was killed again and again is the run that was not, bit by bit."""
     part = tmp_path / "part"
-
-    def lrc(*arguments: Any, killed: tuple[str, int]) -> int:
-        command = [sys.executable, "-c", KILLED, *map(str, killed), *map(str, arguments)]
-        offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=300, env=offline)
-        assert ended.returncode == -signal.SIGKILL, ended.stderr
-        return max(int(path.name[5:]) for path in Run.open(part).checkpoints.glob("step-*"))
-
-    assert lrc("train", recipe_file, "--out", part, killed=("stepping", 2)) == 2
-    # Pruned already, but the checkpoint of it is not written.
-    assert lrc("resume", part, killed=("saving", STAGE_ONE)) == STAGE_ONE - 1
-    assert lrc("resume", part, killed=("stepping", STAGE_ONE)) == STAGE_ONE
-    assert lrc("resume", part, killed=("saving", 7)) == 6
+    starts = [
+        ("stepping", 2, "train", recipe_file, "--out", part),
+        ("saving", STAGE_ONE, "resume", part),  # pruned, but its checkpoint is not written yet
+        ("stepping", STAGE_ONE, "resume", part),
+        ("saving", 7, "resume", part),
+    ]
+    command = [sys.executable, "-c", KILLED, json.dumps(starts, default=str), str(part)]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=offline)
+    assert ended.returncode == 0, ended.stderr
+    reached = [line for line in ended.stdout.splitlines() if line.startswith('["step-')]
+    assert [int(line[7:-2]) for line in reached] == [2, STAGE_ONE - 1, STAGE_ONE, 6]
     with mock.patch("lrc.train.closing.draw_curves"):
         train(Run.open(part), Console(quiet=True))
     assert without_times(Run.open(part).metrics()) == without_times(whole.metrics())
