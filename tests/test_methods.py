@@ -466,7 +466,7 @@ def test_every_method_is_complete() -> None:
         for key in method.honours or ():
             section, _, setting = key.partition(".")
             assert setting in type(getattr(sections, section)).model_fields, (name, key)
-        built = method.build(tiny_teacher("llama"), recipe_of(name))
+        built = method.build(tiny_teacher("llama", intermediate_size=64), recipe_of(name))
         assert not isinstance(built, PlainStudent) or method.honours
 
 

@@ -133,7 +133,7 @@ class Projections:
 
     def write_into(self, student: PreTrainedModel) -> None:
         """Write the projected weights into the student's parameters."""
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             for site, name, weight in self._weights():
                 projection: Tensor = self.values[site.projection]
                 if site.folded and site.norm:
@@ -152,7 +152,7 @@ class Projections:
 
     def backward(self, student: PreTrainedModel) -> None:
         """Bring the gradients gathered on the student's weights to the projections."""
-        with torch.no_grad():
+        with torch.no_grad(), self._full_precision():
             for site, name, weight in self._weights():
                 gradient = student.get_parameter(name).grad
                 if gradient is None:
@@ -162,6 +162,10 @@ class Projections:
                 if site.folded and site.norm:
                     moved *= self.gain(site.norm).to(moved.dtype)[:, None]
                 value.grad = moved if value.grad is None else value.grad.add_(moved)
+
+    def _full_precision(self) -> torch.autocast:
+        """Keeps an autocast around the step from the projections' products."""
+        return torch.autocast(self.teacher.model.device.type, enabled=False)
 
     def _weights(self) -> Iterator[tuple[Site, str, Tensor]]:
         """Every projected parameter: its site, its name in the student, and the teacher's."""
