@@ -34,17 +34,20 @@ from rich.table import Table
 
 from lrc.data.build.pool import default_workers
 from lrc.data.build.progress import BuildProgress
-from lrc.data.build.run import build_shards
 from lrc.data.mix import Mix
 from lrc.data.sources import read_documents
 from lrc.recipe import validated
-from lrc.teacher import load_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
+
+# Every process of a build imports this module anew, as Python's multiprocessing wants it: so what
+# is slow to import is imported where it is used.
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Interleaved rounds of `tokenizers` alone and of builds; medians, and medians of ratios."""
+    from lrc.teacher import load_tokenizer
+
     tokenizer = load_tokenizer(options.teacher)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -100,6 +103,8 @@ def alone(tokenizer: Any, texts: list[str]) -> float:
 
 def whole_build(folder: Path, tokenizer: Any, options: argparse.Namespace, full: bool) -> float:
     """Seconds of a build."""
+    from lrc.data.build.run import build_shards
+
     settings: dict[str, Any] = {
         "teacher": options.teacher,
         "root": str(folder),
