@@ -164,6 +164,17 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
         raise UserError(f"{what} has mistakes: {'; '.join(problems)}.") from error
 
 
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
 def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A copy of nested settings with some set by dotted key.
 

@@ -24,6 +24,12 @@ def ties_projections(teacher: Teacher, student: StudentSection) -> bool:
     return student.tie_projections
 
 
+def ties_weights(teacher: Teacher, student: StudentSection) -> bool:
+    """Whether the student's LM head is its embedding: where both the teacher's weights and the
+    projections are tied."""
+    return bool(teacher.config.tie_word_embeddings) and ties_projections(teacher, student)
+
+
 def student_config(teacher: Teacher, student: StudentSection) -> Any:
     """The teacher's configuration with the student's hidden size and an explicit head_dim.
 
@@ -75,7 +81,7 @@ def derive_config(teacher: Teacher, student: StudentSection) -> Any:
     config = copy.deepcopy(source)
     config.head_dim = head_dim(teacher)
     config.hidden_size = student.hidden_size
-    config.tie_word_embeddings = source.tie_word_embeddings and ties_projections(teacher, student)
+    config.tie_word_embeddings = ties_weights(teacher, student)
     forget_origin(config)
     return config
 

@@ -10,8 +10,9 @@ from lrc.compare.plan import Comparison, load_comparison
 from lrc.compare.results import EntryResult, Results, collect
 from lrc.compare.table import header, notes, row
 from lrc.errors import UserError
+from lrc.recipe import flatten
 from lrc.report.charts import DASHES, LARGE, RUN_COLOURS, Line, line_chart, run_colour
-from lrc.report.contents import NONE, flatten, time_unit, written
+from lrc.report.contents import NONE, time_unit, written
 from lrc.report.page import check_path, colour_variable, write_page
 from lrc.teacher import short_name
 

@@ -15,7 +15,6 @@ import time
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import yaml
 from rich.console import Console
@@ -27,7 +26,7 @@ from lrc.compare.results import Results, collect
 from lrc.compare.table import comparison_table, markdown
 from lrc.errors import DivergedError, UserError
 from lrc.files import is_taken, write_text
-from lrc.recipe import Recipe
+from lrc.recipe import Recipe, flatten
 from lrc.run import Run, is_run
 from lrc.teacher import Teacher, load_teacher
 from lrc.train.session import Interrupted, train
@@ -158,14 +157,5 @@ def open_run(folder: Path, recipe: Recipe) -> Run:
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
     """Dotted keys in which two recipes differ."""
-    ours, theirs = _flat(a.model_dump()), _flat(b.model_dump())
+    ours, theirs = flatten(a.model_dump()), flatten(b.model_dump())
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return found

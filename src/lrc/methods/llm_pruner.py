@@ -23,7 +23,6 @@ of heads; then the neurons make up for it.
 import copy
 import math
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,11 +35,12 @@ from lrc.methods.plain import random_student
 from lrc.methods.pruned import PrunedStudent
 from lrc.pruning.budget import Budget
 from lrc.pruning.cut import Kept, keep_all, write_kept
+from lrc.pruning.importance import largest
 from lrc.pruning.shape import Shape, pruned_config, teacher_shape
 from lrc.pruning.size import parameter_count
 from lrc.pruning.taylor import taylor_importance
 from lrc.recipe import Recipe
-from lrc.student import check_hidden_size, derive_config, ties_projections
+from lrc.student import check_hidden_size, derive_config, ties_weights
 from lrc.teacher import Teacher
 
 
@@ -76,7 +76,7 @@ class LlmPruner(PrunedStudent):
 
     def make_student(self) -> PreTrainedModel:
         teacher, student = self.teacher, self.recipe.student
-        tied = teacher.config.tie_word_embeddings and ties_projections(teacher, student)
+        tied = ties_weights(teacher, student)
         budget = Budget(teacher, tied)
         shape = self._by_ratio(budget) if self.pruner.ratio else self._beside_clone(budget)
         return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
@@ -154,4 +154,4 @@ def most_important(importance: Tensor, count: int) -> list[Tensor]:
         importance: [layers, parts].
         count: parts to keep of a layer.
     """
-    return [torch.topk(row, count).indices.sort().values for row in importance]
+    return [largest(row, count) for row in importance]

@@ -11,7 +11,7 @@ from lrc.methods.plain import PLAIN_SETTINGS, PlainStudent, random_student
 from lrc.pruning.cut import Kept, write_kept
 from lrc.pruning.shape import Shape, pruned_config, shape_of_config, target_shape
 from lrc.pruning.size import compare_sizes
-from lrc.student import ties_projections
+from lrc.student import ties_weights
 
 PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialise.calibration_tokens"}
 """What every pruned student takes from the recipe's sections. Nothing in its start is random, but
@@ -40,7 +40,7 @@ class PrunedStudent(PlainStudent):
     def make_student(self) -> PreTrainedModel:
         teacher, student = self.teacher, self.recipe.student
         shape = target_shape(teacher, student, self.section)
-        tied = teacher.config.tie_word_embeddings and ties_projections(teacher, student)
+        tied = ties_weights(teacher, student)
         return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
 
     def notes(self) -> list[str]:

@@ -57,7 +57,7 @@ from lrc.pruning.masked import MaskHooks
 from lrc.pruning.shape import pruned_config, target_shape, teacher_shape
 from lrc.pruning.size import compare_sizes
 from lrc.recipe import Recipe
-from lrc.student import ties_projections
+from lrc.student import ties_weights
 from lrc.teacher import Teacher
 
 CONSTRAINT_WARMUP = 0.2
@@ -210,8 +210,7 @@ class ShearedLlama(PlainStudent):
 
     def _tied(self) -> bool:
         """Whether the student's LM head is its embedding."""
-        tied = bool(self.teacher.config.tie_word_embeddings)
-        return tied and ties_projections(self.teacher, self.recipe.student)
+        return ties_weights(self.teacher, self.recipe.student)
 
     def _prune(self, kept: Kept) -> None:
         """Begin stage two."""

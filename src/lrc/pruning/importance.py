@@ -50,12 +50,12 @@ class Importance:
 
     def most_important(self, shape: Shape) -> Kept:
         """The parts of the highest scores, in their order in the teacher, to fill a shape."""
-        layers = _largest(self.layers, shape.layers).tolist()
+        layers = largest(self.layers, shape.layers).tolist()
         return Kept(
             layers,
-            _largest(self.hidden, shape.hidden),
-            [_largest(self.groups[layer], shape.kv_heads) for layer in layers],
-            [_largest(self.neurons[layer], shape.neurons) for layer in layers],
+            largest(self.hidden, shape.hidden),
+            [largest(self.groups[layer], shape.kv_heads) for layer in layers],
+            [largest(self.neurons[layer], shape.neurons) for layer in layers],
         )
 
 
@@ -181,6 +181,6 @@ def _parts(batch: Batch) -> Iterator[Batch]:
         yield Batch(batch.input_ids[some], *cut)
 
 
-def _largest(scores: Tensor, count: int) -> Tensor:
+def largest(scores: Tensor, count: int) -> Tensor:
     """Numbers of the largest scores, ascending."""
     return scores.topk(count).indices.sort().values

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 
+from lrc.recipe import flatten
 from lrc.report.charts import Line, colour_scale, heat_map, line_chart, run_colour
 from lrc.report.curves import PANELS
 from lrc.run import Run
@@ -237,17 +238,6 @@ def _status(story: Story) -> str:
 def _compression(story: Story) -> str:
     ratio = story.summary["teacher_parameters"] / story.summary["student_parameters"]
     return f"{ratio:.2f}x smaller"
-
-
-def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
-    flat: dict[str, Any] = {}
-    for name, value in section.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = value
-    return flat
 
 
 def written(value: Any) -> str:
