@@ -190,18 +190,29 @@ class Calibration:
 
 @torch.no_grad()
 def principal_basis(
-    calibration: Calibration, progress: Callable[[int, int], None] | None = None
+    calibration: Calibration,
+    progress: Callable[[int, int], None] | None = None,
+    final_share: float | None = None,
 ) -> Tensor:
     """The basis B [d_T, d_S], leading eigenvectors of the mean of E[h h^T] over all norms of the
-    teacher's stream, from one pass of the teacher."""
+    teacher's stream, from one pass of the teacher.
+
+    Args:
+        calibration: the calibration.
+        progress: called with the layers done and their number.
+        final_share: share of the final norm in that mean, below 1; None: that of any other norm.
+    """
     total: Tensor = torch.zeros(())
     layers = calibration.teacher.num_layers
+    final_weight = 1.0 if final_share is None else 2 * layers * final_share / (1 - final_share)
     for layer in calibration.teacher_layers():
-        last = layer.index == layers - 1
-        for stream in (layer.before, layer.middle, *([layer.after] if last else [])):
+        read = [(layer.before, 1.0), (layer.middle, 1.0)]
+        if layer.index == layers - 1:
+            read.append((layer.after, final_weight))
+        for stream, weight in read:
             for part in calibration.batches():
                 h = calibration.normalise(stream[part])
-                total = total + (h.T @ h).double()
+                total = total + weight * (h.T @ h).double()
         if progress:
             progress(layer.index + 1, layers)
     leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]

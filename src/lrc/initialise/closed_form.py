@@ -4,8 +4,9 @@ Notation: x_T [tokens, d_T] and x_S [tokens, d_S] are the residual streams of te
 h = x_T / rms(x_T) and z = x_S / rms(x_S) what the norms make of them before their gains. Gains are
 folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T [d_S, d_m].
 
-1. Basis. B [d_T, d_S]: leading eigenvectors of the mean of E[h h^T] over all norms of the stream.
-   The student's stream is meant to be x_T B.
+1. Basis. B [d_T, d_S]: leading eigenvectors of the mean of E[h h^T] over all norms of the stream,
+   the final one having FINAL_SHARE of the weight under a tied head, which can only rotate and scale
+   what the basis keeps. The student's stream is meant to be x_T B.
 2. Layer by layer, on the student's own stream as it was solved so far:
    readers  P = argmin sum |h - P z|^2 + ridge |P - c B|^2
    writers  P = argmin sum w |Z P - (x_T(after) B - x_S(before))|^2 + ridge |P - B|^2, Z being the
@@ -34,6 +35,8 @@ from lrc.initialise.streams import Stream
 from lrc.projection import projection_key
 from lrc.teacher import Teacher
 
+FINAL_SHARE = 1 / 4
+"""Share of the final norm in the basis of a student with a tied head."""
 READER_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 WRITER_RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 """Ridges tried, in units of the features' mean square."""
@@ -60,7 +63,8 @@ def solve_projections(
         UserError: the disk has no room for the streams.
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
-        solver = _Solver(calibration, principal_basis(calibration))
+        share = FINAL_SHARE if shared_head else None
+        solver = _Solver(calibration, principal_basis(calibration, final_share=share))
         basis = solver.basis
         solved = {"embedding": basis}
         for layer in calibration.teacher_layers():
