@@ -75,6 +75,10 @@ class InitialiseSection(Section):
     """Training tokens that a start from text is solved from. Their residual streams are in
     temporary files where they take more than 1 GiB (docs/initialise.md)."""
 
+    refine_epochs: int = Field(0, ge=0)
+    """Passes over the calibration tokens in which `closed-form` refines each FFN by gradients: a
+    better start for more time (docs/initialise.md)."""
+
 
 class CloneTerms(Section):
     """Which activations are cloned, by the linear map that gives them."""

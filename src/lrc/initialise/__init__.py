@@ -6,6 +6,7 @@ tokens that it is measured against.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -56,7 +57,7 @@ def initialise(
     if section.method == "random":
         initialise_random(method.projections, section.std, section.seed)
         return 0.0
-    return initialise_from_text(method, section.method, ids, progress)
+    return initialise_from_text(method, section.method, ids, progress, section.refine_epochs)
 
 
 def initialise_from_text(
@@ -64,18 +65,23 @@ def initialise_from_text(
     way: str,
     ids: Tensor,
     progress: Callable[[int, int], None] | None = None,
+    refine_epochs: int = 0,
 ) -> float:
     """Set a method's projections and final gain to what calibration tokens give, in place.
 
     Args:
-        way: a key of `FROM_TEXT`; the others, and what is returned, are those of `initialise`.
+        way: `closed-form` or `pca`; the others, and what is returned, are those of `initialise`.
+        refine_epochs: as in `lrc.initialise.closed_form.solve_projections`; nothing for `pca`.
 
     Raises:
         UserError: the disk has no room for the calibration's streams.
     """
     projections, teacher = method.projections, method.teacher
     shared_head = "head" not in projections.values
-    start = FROM_TEXT[way](teacher, ids, projections.hidden_size, shared_head, progress)
+    solve = (
+        pca_projections if way == "pca" else partial(solve_projections, refine_epochs=refine_epochs)
+    )
+    start = solve(teacher, ids, projections.hidden_size, shared_head, progress)
     with torch.no_grad():
         for site in projections.sites:
             value = start.projections[site.projection]
@@ -85,7 +91,3 @@ def initialise_from_text(
         final = method.model.get_submodule(teacher.family.final_norm).get_parameter("weight")
         final.copy_(start.final_gain - teacher.family.gain_offset)
     return start.forward_seconds
-
-
-FROM_TEXT = {"closed-form": solve_projections, "pca": pca_projections}
-"""Ways to start from calibration tokens."""

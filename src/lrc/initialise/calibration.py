@@ -149,7 +149,7 @@ class Calibration:
         attention are the teacher's, and the projected weights are still to be filled."""
         layer = type(teacher)(self._config, index)
         theirs = dict(teacher.named_parameters())
-        layer = layer.to(next(iter(theirs.values()))).eval()
+        layer = layer.to(next(iter(theirs.values()))).eval().requires_grad_(False)
         for name, own in layer.named_parameters():
             if name.removesuffix(".weight") in self.family.norms:
                 own.fill_(1 - self.family.gain_offset)
@@ -179,7 +179,7 @@ class Calibration:
             name: self.teacher.parameter(f"{path}.{name}").to(self.dtype) for name in parameters
         }
         layer.load_state_dict(weights, assign=True)
-        return layer.eval()
+        return layer.eval().requires_grad_(False)
 
     def _now(self) -> float:
         """Seconds of a clock, once the device has done what it was given."""
@@ -251,7 +251,7 @@ class _Reached(Exception):
     """Ends a module's forward pass once the tensor that was asked for is there."""
 
 
-def input_of(inner: nn.Module, outer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+def input_of(inner: nn.Module, outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Run `outer` until it calls `inner`, and return what it gives to it."""
     got: list[Tensor] = []
 

@@ -24,21 +24,24 @@ in temporary files beyond `calibration.IN_MEMORY`.
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.initialise.calibration import Calibration, TeacherLayer, input_of, principal_basis
 from lrc.initialise.head import head_metric, tied_head
 from lrc.initialise.least_squares import Rows, regress
+from lrc.initialise.refine import Ffn, refine_ffn
 from lrc.initialise.start import Start
 from lrc.initialise.streams import Stream
 from lrc.projection import projection_key
 from lrc.teacher import Teacher
 
+FFN_READERS = "gate", "up"
+
 FINAL_SHARE = 1 / 4
 """Share of the final norm in the basis of a student with a tied head."""
-READER_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-WRITER_RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
+READER_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+WRITER_RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
 """Ridges tried, in units of the features' mean square."""
 
 
@@ -49,6 +52,7 @@ def solve_projections(
     hidden_size: int,
     shared_head: bool,
     progress: Callable[[int, int], None] | None = None,
+    refine_epochs: int = 0,
 ) -> Start:
     """Solve every projection of a student, with gains folded.
 
@@ -58,13 +62,16 @@ def solve_projections(
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
         progress: called with the layers done and their number.
+        refine_epochs: passes over the tokens in which each FFN is refined; 0 leaves all solved.
 
     Raises:
         UserError: the disk has no room for the streams.
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
         share = FINAL_SHARE if shared_head else None
-        solver = _Solver(calibration, principal_basis(calibration, final_share=share))
+        solver = _Solver(
+            calibration, principal_basis(calibration, final_share=share), refine_epochs
+        )
         basis = solver.basis
         solved = {"embedding": basis}
         for layer in calibration.teacher_layers():
@@ -83,8 +90,9 @@ def solve_projections(
 class _Solver:
     """Solves the layers in order; `stream` is the student's residual stream so far."""
 
-    def __init__(self, calibration: Calibration, basis: Tensor) -> None:
+    def __init__(self, calibration: Calibration, basis: Tensor, refine_epochs: int) -> None:
         self.calibration = calibration
+        self.refine_epochs = refine_epochs
         self.basis = basis
         self.stream = calibration.stream(calibration.hidden_size)
         embedding = calibration.weight(calibration.family.embedding) @ basis
@@ -106,18 +114,49 @@ class _Solver:
             arguments = calibration.arguments[teacher.index]
             written[part] = their_o(input_of(o, layer, self.stream[part], **arguments))
         solved["o"] = self.writer(written, teacher.middle)
+        self._add(written, solved["o"])
 
-        solved |= dict.fromkeys(("gate", "up"), self.reader(teacher.middle))
-        for name in ("gate", "up"):
-            calibration.fill_reader(layer, teacher, name, solved[name])
-        down = layer.get_submodule(family.linears["down"])
-        their_down = teacher.module.get_submodule(family.linears["down"])
-        ffn = layer.get_submodule(family.linears["down"].rpartition(".")[0])
-        norm = layer.get_submodule(family.ffn_norm)
-        for part in calibration.batches():
-            written[part] = their_down(input_of(down, ffn, norm(self.stream[part])))
+        solved |= dict.fromkeys(FFN_READERS, self.reader(teacher.middle))
+        ffn = self._ffn(layer, teacher)
+        self._write_ffn(written, ffn, solved)
         solved["down"] = self.writer(written, teacher.after)
+        if self.refine_epochs:
+            target = teacher.after, self.basis
+            solved |= refine_ffn(calibration, ffn, self.stream, target, solved, self.refine_epochs)
+            self._write_ffn(written, ffn, solved)
+            solved["down"] = self.writer(written, teacher.after)
+        self._add(written, solved["down"])
         return {projection_key(teacher.index, name): value for name, value in solved.items()}
+
+    def _ffn(self, layer: nn.Module, teacher: TeacherLayer) -> Ffn:
+        """The FFN of a layer of the student and of the teacher."""
+        family = self.calibration.family
+        path, _, inner = family.linears["down"].rpartition(".")
+        gain = self.calibration.gain(family.norm_read_by(teacher.index, "gate"))
+        return Ffn(
+            layer.get_submodule(path),
+            layer.get_submodule(family.linears["down"]),
+            {
+                name: family.linears[name].removeprefix(f"{path}.") + ".weight"
+                for name in FFN_READERS
+            },
+            {
+                name: teacher.module.get_parameter(f"{family.linears[name]}.weight") * gain
+                for name in FFN_READERS
+            },
+            teacher.module.get_submodule(family.linears["down"]),
+        )
+
+    def _write_ffn(self, written: Stream, ffn: Ffn, projections: dict[str, Tensor]) -> None:
+        """Fill a stream with what the teacher's down projection writes on the student's FFN."""
+        for part in self.calibration.batches():
+            stream = self.stream[part]
+            written[part] = ffn.written(stream / self.calibration.rms(stream), projections)
+
+    def _add(self, written: Stream, projection: Tensor) -> None:
+        """Add what a solved writer writes to the student's stream."""
+        for part in self.calibration.batches():
+            self.stream[part] += written[part] @ projection
 
     def reader(self, teacher: Stream) -> Tensor:
         """P [d_T, d_S] that gives the teacher's h from the student's z."""
@@ -138,8 +177,7 @@ class _Solver:
         return solved.T.to(teacher.dtype).contiguous()
 
     def writer(self, written: Stream, teacher: Stream) -> Tensor:
-        """P [d_T, d_S] with written @ P nearest to teacher @ B - stream; then adds it to the
-        stream."""
+        """P [d_T, d_S] with written @ P nearest to teacher @ B - stream."""
         calibration = self.calibration
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
@@ -151,7 +189,4 @@ class _Solver:
         solved_on = calibration.solved_on
         prior = self.basis.double()
         solved = regress(rows(0, solved_on), rows(solved_on, None), prior, WRITER_RIDGES)
-        solved = solved.to(teacher.dtype)
-        for part in calibration.batches():
-            self.stream[part] += written[part] @ solved
-        return solved
+        return solved.to(teacher.dtype)

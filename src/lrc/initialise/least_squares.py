@@ -29,7 +29,8 @@ def regress(
 
     m is the mean diagonal of the features' second moment. The ridge is the one of `ridges` with the
     least error on `held_out`: a chain of solves that each correct the one before overfits as
-    boosting does, however many tokens it has.
+    boosting does, however many tokens it has. That error is sum sqrt(w) |u M - v|, not squared: one
+    token with a massive activation, missed or made up, would choose every ridge by itself.
 
     Args:
         fit: rows that are solved on.
@@ -41,16 +42,15 @@ def regress(
         M [p, q] in float64.
     """
     gram, cross = moments(fit)
-    held_gram, held_cross = moments(held_out)
     values, vectors = torch.linalg.eigh(gram)
     rest = vectors.T @ (cross - gram @ prior)
-    held_rest = vectors.T @ (held_cross - held_gram @ prior)
-    held_gram = vectors.T @ held_gram @ vectors
-
-    def step(ridge: float) -> Tensor:
-        return rest / (values.clamp_min(0) + ridge * values.mean())[:, None]
-
-    def error(move: Tensor) -> float:
-        return float(((held_gram @ move - 2 * held_rest) * move).sum())
-
-    return prior + vectors @ min((step(ridge) for ridge in ridges), key=error)
+    solved = [
+        prior + vectors @ (rest / (values.clamp_min(0) + ridge * values.mean())[:, None])
+        for ridge in ridges
+    ]
+    errors = torch.zeros(len(solved), dtype=gram.dtype, device=gram.device)
+    for u, v, w in held_out:
+        for i, found in enumerate(solved):
+            distances = (u @ found.to(u.dtype) - v).norm(dim=-1, keepdim=True)
+            errors[i] += (distances if w is None else distances * w.sqrt()).sum()
+    return solved[int(errors.argmin())]

@@ -2,8 +2,10 @@
 
 B [d_T, d_S] are the leading principal directions of the teacher's normalised residual stream, as in
 SliceGPT (arXiv 2401.15024) but one basis for all layers, since the clone has no rotations between
-its blocks. With folded gains every reader is W_T diag(gain) B, every writer B^T W_T and the
+its blocks. With folded gains every reader is W_T diag(gain) c B, every writer B^T W_T and the
 embedding E_T B: nothing answers for what is lost, unlike in `lrc.initialise.closed_form`.
+c = sqrt(d_T / d_S), since the student's RMS is a mean over d_S numbers that hold nearly the
+teacher's whole square sum.
 """
 
 from collections.abc import Callable
@@ -11,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrc.families import LINEARS
+from lrc.families import LINEARS, READERS
 from lrc.initialise.calibration import Calibration, principal_basis
 from lrc.initialise.start import Start
 from lrc.projection import projection_key
@@ -30,17 +32,22 @@ def pca_projections(
 
     Arguments and errors are those of `lrc.initialise.closed_form.solve_projections`. A
     head that shares the embedding's projection has no gain of the teacher's folded in: the
-    student's final gain takes the diagonal of B^T diag(gain) B for it.
+    student's final gain takes c times the diagonal of B^T diag(gain) B for it.
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
         basis = principal_basis(calibration, progress)
+    scale = (teacher.hidden_size / hidden_size) ** 0.5
     layers = range(teacher.num_layers)
-    solved = {projection_key(layer, name): basis for layer in layers for name in LINEARS}
+    solved = {
+        projection_key(layer, name): scale * basis if name in READERS else basis
+        for layer in layers
+        for name in LINEARS
+    }
     solved["embedding"] = basis
     if not shared_head:
-        solved["head"] = basis
+        solved["head"] = scale * basis
         gains = torch.ones(hidden_size, dtype=basis.dtype)
     else:
         gain = calibration.gain(calibration.family.final_norm)
-        gains = (basis * gain[:, None] * basis).sum(0)
+        gains = scale * (basis * gain[:, None] * basis).sum(0)
     return Start(solved, gains, calibration.forward_seconds)

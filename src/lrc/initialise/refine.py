@@ -1,0 +1,177 @@
+"""An FFN's readers refined by gradients on what the FFN writes.
+
+The closed form solves gate and up for the teacher's normalised stream, the best guess of it that is
+linear in the student's. What counts is their product behind the activation function: here both are
+moved by Adam so that the FFN's output comes nearer to the target of its writer,
+
+    sum w |down(act(gate) * up) P_down - t|^2,   w = 1 / rms(x_T), t = x_T(after) B - x_S(before).
+
+Both readers and the writer (which is solved anew afterwards) are moved in whitened coordinates,
+P = A^-1/2 Q C^-1/2 with A the metric of the teacher's weight, W_T^T W_T, and C the second moment of
+what is read: Adam's steps, as large in every coordinate, would else go mostly along the mean of
+the stream. After every epoch the tokens that no solve sees judge; the best readers are kept, be
+they the first.
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from lrc.initialise.calibration import Calibration, input_of
+from lrc.initialise.streams import Stream
+
+LEARNING_RATE = 2e-3
+"""Of Adam, in whitened coordinates, where the singular values of Q are about 1."""
+
+BETAS = 0.9, 0.99
+
+STEP_TOKENS = 1024
+"""Tokens of a step, in whole sequences."""
+
+RIDGE = 1e-2
+"""Added to the second moments, in units of their mean eigenvalue."""
+
+WARM_UP = 3
+"""Steps that warm up."""
+
+
+@dataclass(frozen=True)
+class Ffn:
+    """The FFN of a layer, in teacher and student."""
+
+    student: nn.Module
+    """The student's; its readers' weights are not used."""
+    inner: nn.Module
+    """Its down projection."""
+    names: Mapping[str, str]
+    """Parameters of the readers in `student`, by linear map."""
+    weights: Mapping[str, Tensor]
+    """The teacher's readers with the gain of their norm folded in, [d_ffn, d_T], by linear map."""
+    down: nn.Module
+    """The teacher's down projection."""
+
+    def written(self, z: Tensor, projections: Mapping[str, Tensor]) -> Tensor:
+        """What the teacher's down projection writes on the student's activations, [..., d_T].
+
+        Args:
+            z: the student's normalised stream, [..., d_S].
+            projections: of the readers, [d_T, d_S], by linear map.
+        """
+        readers = {
+            self.names[name]: self.weights[name] @ projections[name] for name in self.weights
+        }
+
+        def run() -> None:
+            functional_call(self.student, readers, (z,))
+
+        written: Tensor = self.down(input_of(self.inner, run))
+        return written
+
+
+def refine_ffn(
+    calibration: Calibration,
+    ffn: Ffn,
+    stream: Stream,
+    target: tuple[Stream, Tensor],
+    start: Mapping[str, Tensor],
+    epochs: int,
+) -> dict[str, Tensor]:
+    """The readers of an FFN, refined.
+
+    Args:
+        calibration: the tokens.
+        ffn: the FFN.
+        stream: the student's residual stream before it.
+        target: the teacher's stream after it, and the basis B [d_T, d_S].
+        start: projections of gate, up and down, [d_T, d_S], as they were solved.
+        epochs: passes over the tokens.
+
+    Returns:
+        The projections of gate and up, [d_T, d_S].
+    """
+    after, basis = target
+    solved_on = calibration.solved_on
+
+    def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's normalised stream, the writer's target and the root of its weight."""
+        student, teacher = stream[part], after[part]
+        rms = calibration.rms(teacher)
+        return student / calibration.rms(student), teacher @ basis - student, rms.rsqrt()
+
+    read: Tensor = torch.zeros(())
+    wrote: Tensor = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad():
+        for part in calibration.batches(0, solved_on):
+            z, wanted, root = rows(part)
+            written = ffn.written(z, start) * root
+            read = read + second_moment(z)
+            wrote = wrote + second_moment(written)
+            total += (wanted * root).square().sum()
+        whiten_read, colour_read = square_roots(read)
+        whiten_wrote, colour_wrote = square_roots(wrote)
+        left = {name: square_roots(second_moment(w)) for name, w in ffn.weights.items()}
+        values = {name: left[name][1] @ start[name] @ colour_read for name in left}
+        values["down"] = colour_wrote @ start["down"]
+    for value in values.values():
+        value.requires_grad_()
+
+    def readers() -> dict[str, Tensor]:
+        return {name: left[name][0] @ values[name] @ whiten_read for name in left}
+
+    def errors(part: slice) -> Tensor:
+        """Weighted errors of the FFN's output, [..., d_S]."""
+        z, wanted, root = rows(part)
+        output = ffn.written(z, readers()) @ (whiten_wrote @ values["down"])
+        return (output - wanted) * root
+
+    @torch.no_grad()
+    def judge() -> float:
+        parts = calibration.batches(solved_on)
+        return sum(float(errors(part).norm(dim=-1).sum()) for part in parts)
+
+    size = max(1, STEP_TOKENS // calibration.ids.shape[1])
+    steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
+    optimizer = torch.optim.Adam(values.values(), lr=LEARNING_RATE, betas=BETAS)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda done: min(1, (done + 1) / WARM_UP) * (1 - done / (epochs * len(steps)))
+    )
+    least, best = judge(), dict(start)
+    unit = float(total) / (solved_on * calibration.ids.shape[1])
+    for _ in range(epochs):
+        for part in steps:
+            tokens = (part.stop - part.start) * calibration.ids.shape[1]
+            with torch.enable_grad():
+                loss = errors(part).square().sum() / (tokens * unit)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        found = judge()
+        if found < least:
+            with torch.no_grad():
+                least, best = found, copy.deepcopy(readers())
+    return {name: best[name] for name in ffn.weights}
+
+
+def second_moment(rows: Tensor) -> Tensor:
+    """sum u^T u of rows [..., d], as [d, d] in float64."""
+    flat = rows.flatten(0, -2)
+    return (flat.T @ flat).double()
+
+
+def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
+    """M^-1/2 and M^1/2 of a second moment [d, d] scaled to a mean eigenvalue of 1 and raised by
+    `RIDGE`, in float32."""
+    values, vectors = torch.linalg.eigh(moment)
+    values = values.clamp_min(0)
+    values = values / values.mean() + RIDGE
+    return (
+        ((vectors * values.rsqrt()) @ vectors.T).float(),
+        ((vectors * values.sqrt()) @ vectors.T).float(),
+    )
