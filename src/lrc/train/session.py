@@ -24,9 +24,16 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
     """Initialise the method from the head of the training stream; the seconds that it took, and
     those of the teacher's layers alone on the same tokens (0 where not known)."""
-    sequences = calibration_sequences(setup.method, recipe)
+    sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
-    tokens = calibration.input_ids.numel()
+    tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
+    if tokens + recipe.data.sequence_length <= wanted:
+        console.print(
+            f"The training text is short: the student is initialised from {tokens:,} tokens of it, "
+            f"not from {wanted:,}.",
+            style="yellow",
+            soft_wrap=True,
+        )
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
         forward_seconds = setup.method.initialise(
