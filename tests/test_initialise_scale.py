@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrc.cli import main
+from command_line import Command
 from lrc.errors import UserError
 from lrc.initialise import calibration, head, initialise_from_text
 from lrc.initialise.streams import Stream
@@ -27,8 +26,6 @@ from lrc.run import Run
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import Teacher, load_teacher
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-Command = Callable[..., tuple[int, str, str]]
 
 
 def tokens(sequences: int, length: int = 12) -> Tensor:
@@ -262,20 +259,6 @@ def test_what_cannot_be_read_by_layers_is_refused(tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"no file named model\.safetensors"):
         load_teacher(TeacherSection(model=str(folder), load="layers"))
-
-
-@pytest.fixture
-def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, output, errors."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: Command) -> None:
