@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from command_line import Command
+from lrc.api import clone
 from lrc.errors import UserError
 from lrc.initialise import calibration, head, initialise_from_text
 from lrc.initialise.streams import Stream
@@ -305,6 +306,21 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
     assert code == 0, errors
     assert low.student().dtype == torch.float32
     assert abs(low.summary()["student_held_out_lm"] - theirs["student_held_out_lm"]) < 0.05
+
+    untouched = tmp_path / "untouched"
+    code, _, errors = lrc("train", file, "--set", "teacher.load=layers", "--out", untouched)
+    assert code == 2
+    assert "set teacher.load to full" in errors
+    assert not untouched.exists()
+    with pytest.raises(UserError, match=r"set teacher\.load to full"):
+        clone(
+            str(folder),
+            hidden_size=8,
+            text=str(text),
+            out=untouched,
+            settings={"teacher.load": "layers"},
+        )
+    assert not untouched.exists()
 
     code, _, errors = lrc("resume", layers.folder)
     assert code == 2

@@ -43,6 +43,21 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
     return time.perf_counter() - started, forward_seconds
 
 
+def need_whole_teacher(recipe: Recipe) -> None:
+    """Refuse to train with a teacher whose layers stay on the disk.
+
+    To be called before the folder of a new run is made, too.
+
+    Raises:
+        UserError: the recipe asks for that.
+    """
+    if recipe.teacher.load == "layers":
+        raise UserError(
+            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
+            "set teacher.load to full (of a run that has started, in recipe.yaml of its folder)."
+        )
+
+
 class Interrupted(Exception):
     """The run was asked to end by a signal, and has written a checkpoint."""
 
@@ -70,11 +85,7 @@ def train(
         DivergedError: the loss or its gradient is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
-    if run.recipe.teacher.load == "layers":
-        raise UserError(
-            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
-            f"set teacher.load to full (of a run that has started, in {run.folder}/recipe.yaml)."
-        )
+    need_whole_teacher(run.recipe)
     loop = open_loop(run, console, teacher)
     stop = loop.go(run.recipe.steps())
     if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
