@@ -35,7 +35,8 @@ from lrc.teacher import load_teacher
 folder, load, tokens, hidden_size, in_memory = sys.argv[1:]
 calibration.IN_MEMORY = int(in_memory)
 teacher = load_teacher(TeacherSection(model=folder, load=load))
-method = LowRankClone(teacher, StudentSection(hidden_size=int(hidden_size)), ObjectiveSection())
+student = StudentSection(hidden_size=int(hidden_size), fold_gains=False)
+method = LowRankClone(teacher, student, ObjectiveSection())
 ids = torch.randint(3, {vocabulary}, (int(tokens) // {length}, {length}))
 initialise_from_text(method, "closed-form", ids)
 method.student()

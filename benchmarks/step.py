@@ -95,7 +95,7 @@ def make_ours(
 ) -> LowRankClone:
     """Our method with the paper's settings."""
     student, objective = (
-        StudentSection(hidden_size=hidden_size),
+        StudentSection(hidden_size=hidden_size, fold_gains=False),
         ObjectiveSection(attn_out=attn_out),
     )
     method = LowRankClone(teacher, student, objective, checkpointing)

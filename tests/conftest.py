@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from command_line import Command, command_line
 from pages import Look, headless_browser
 from stories import save_stories, stories_source
 
@@ -17,6 +18,12 @@ def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stories") / "stories260K"
     save_stories(source, folder)
     return folder
+
+
+@pytest.fixture
+def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run the command line in this process: exit code, output, errors."""
+    return command_line(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -3,9 +3,30 @@
 import os
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+from lrc.teacher import Teacher
 from stories260k import save_stories
 
-__all__ = ["save_stories", "stories_source"]
+__all__ = ["sample", "save_stories", "stories_source"]
+
+
+def sample(teacher: Teacher, sequences: int, length: int) -> Tensor:
+    """Text that a teacher tells, the same every time: int64 [sequences, length], the first token
+    BOS; an end of text ends none."""
+    torch.manual_seed(0)
+    start = torch.full((sequences, 1), teacher.tokenizer.bos_token_id)
+    ids: Tensor = teacher.model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=length - 1,
+        do_sample=True,
+        top_k=0,
+        eos_token_id=teacher.config.vocab_size,
+        pad_token_id=0,
+    )
+    return ids
 
 
 def stories_source() -> Path:

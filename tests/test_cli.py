@@ -19,6 +19,7 @@ from lrc.cli import main
 from lrc.errors import UserError
 from lrc.recipe import load_recipe
 from lrc.run import Run
+from lrc.sections import FORMER_DEFAULTS
 from lrc.shipped import shipped
 from lrc.train import loop as training_loop
 from lrc.train import train
@@ -95,6 +96,9 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> No
     run = tmp_path / "run"
     trained = run_lrc("train", recipe_file, "--out", run)
     assert trained.returncode == 0, trained.stderr
+    tokens = Run.open(run).summary()["calibration_tokens"]
+    assert 1000 < tokens < 40 * 61, "more than the text holds"
+    assert f"is short: the student is initialised from {tokens:,} tokens" in trained.stdout
     assert "same top-1 prediction" in trained.stdout
     for name in ("recipe.yaml", "environment.json", "curves.png", "summary.json"):
         assert (run / name).stat().st_size > 0
@@ -149,6 +153,19 @@ def test_init_then_resume(
     assert opened.summary()["calibration_seconds"] == opened.metrics()[0]["calibration_seconds"] > 0
     trained = opened.student().state_dict()
     assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
+
+
+def test_a_recipe_that_lost_its_start_is_refused(
+    recipe_file: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    """A hand-made recipe.yaml of a time when another start was the default."""
+    run = Run.create(tmp_path / "run", load_recipe(recipe_file, FORMER_DEFAULTS))
+    train(run, Console(quiet=True))
+    resolved = run.folder / "recipe.yaml"
+    settings = yaml.safe_load(resolved.read_text())
+    del settings["student"]["fold_gains"], settings["initialise"]
+    resolved.write_text(yaml.safe_dump(settings))
+    assert "belongs to a run with another recipe" in refusal("resume", run.folder)
 
 
 def test_a_run_folder_is_never_overwritten(

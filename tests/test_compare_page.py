@@ -42,6 +42,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
         "recipe": {
             "teacher": {"model": str(folder / "some-teacher")},
             "student": {"hidden_size": 8},
+            "initialise": {"calibration_tokens": 32},
             "data": {
                 "text": [str(text)],
                 "held_out_fraction": 0.2,

@@ -23,6 +23,7 @@ from lrc.initialise.least_squares import moments, regress
 from lrc.methods import LowRankClone
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher
+from stories import sample
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -218,11 +219,7 @@ def test_a_trained_teacher_is_imitated_without_training(stories_folder: Path) ->
     teacher = load_teacher(TeacherSection(model=str(stories_folder)))
     section = StudentSection(hidden_size=48, fold_gains=True)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    start = torch.full((64, 1), teacher.tokenizer.bos_token_id)
-    torch.manual_seed(0)
-    text = teacher.model.generate(
-        start, max_new_tokens=127, do_sample=True, eos_token_id=None, pad_token_id=0
-    )
+    text = sample(teacher, 64, 128)
     held_out = [Batch(text[48:])]
 
     def loss() -> float:

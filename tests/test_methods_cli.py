@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from lrc.cli import main
+from command_line import Command
 from lrc.methods import METHODS
 from lrc.run import Run
 from lrc.train.setup import set_up
 from tiny import tiny_teacher
 
-Command = Callable[..., tuple[int, str, str]]
 STEPS = 12
 TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
 TIMES += ("calibration_forward_seconds",)
@@ -59,20 +56,6 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = folder / "tiny.yaml"
     file.write_text(yaml.safe_dump(settings))
     return file
-
-
-@pytest.fixture
-def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, output, errors."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -116,12 +99,12 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
 
 
 def test_settings_without_effect_are_told(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
-    options = ["--set", "student.fold_gains=true", "--set", "train.tokens=64"]
+    options = ["--set", "initialise=pca", "--set", "train.tokens=64"]
     code, output, _ = lrc(
         "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
     )
     assert code == 0
-    assert "No effect with method scratch: student.fold_gains." in output
+    assert "No effect with method scratch: initialise.method." in output
 
 
 def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:

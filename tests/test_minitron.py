@@ -18,6 +18,7 @@ from lrc.pruning.importance import Importance, measure_importance
 from lrc.pruning.shape import Shape, shape_of_config
 from lrc.recipe import Recipe, make_recipe
 from lrc.teacher import Teacher, as_teacher
+from stories import sample
 from tiny import FFN, HEAD_DIM, tiny_batch, tiny_teacher
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
@@ -229,17 +230,7 @@ def test_importance_tells_what_matters(stories_folder: Path) -> None:
     """On a trained model, a quarter of the parts costs more where it is the most important one."""
     model = AutoModelForCausalLM.from_pretrained(stories_folder)
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
-    torch.manual_seed(0)
-    start = torch.full((32, 1), teacher.tokenizer.bos_token_id)
-    ids = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=63,
-        do_sample=True,
-        top_k=0,
-        eos_token_id=model.config.vocab_size,  # none ends
-        pad_token_id=0,
-    )
+    ids = sample(teacher, 32, 64)
     importance = measure_importance(teacher, Batch(ids), "mean", "l2")
     opposite = Importance(
         -importance.hidden, -importance.groups, -importance.neurons, -importance.layers

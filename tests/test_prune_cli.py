@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +12,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.cli import main
+from command_line import Command
 from lrc.recipe import load_recipe
 from lrc.run import Run
 from lrc.train import train
 from tiny import tiny_teacher
 
-Command = Callable[..., tuple[int, str, str]]
 TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
 WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
 
@@ -49,21 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return folder
-
-
-@pytest.fixture
-def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, output, errors."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setenv("COLUMNS", "200")
-        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code, *capsys.readouterr()
-
-    return run
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import yaml
 
 from lrc.errors import UserError
 from lrc.recipe import Recipe, load_recipe, make_recipe, parse_override
+from lrc.sections import FORMER_DEFAULTS
 from lrc.shipped import find_yaml, shipped
 
 
@@ -28,14 +29,32 @@ def refusal(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -
     return str(caught.value)
 
 
-def test_defaults_are_the_published_settings() -> None:
+def test_defaults_are_the_published_settings_but_for_the_start() -> None:
     recipe = make_recipe(smallest())
+    assert recipe.initialise.method == "closed-form"
+    assert recipe.student.fold_gains
+    recipe = make_recipe(smallest(), FORMER_DEFAULTS)
     assert recipe.objective.alpha == 0.2
     assert recipe.objective.temperature == 40.0
     assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
-    assert recipe.initialise.method == "random"
     assert recipe.initialise.std == 0.02
     assert recipe.train.learning_rate == 1e-4
+    paper = load_recipe("paper-lrc-1.5b")
+    assert (paper.student.fold_gains, paper.initialise) == (False, recipe.initialise)
+
+
+def test_checkpoints_are_found_again_whatever_became_of_the_defaults() -> None:
+    """Fingerprints as they were taken when the start was random by default."""
+    settings = smallest(train={"learning_rate": 1e-5})
+    former = make_recipe(settings, FORMER_DEFAULTS).fingerprint()
+    assert former == "0ffbaff6c89dd4b4f0f0db153554b9179945462f414ccf8acbfa2ef926bcc56f"
+    present = make_recipe(settings)
+    assert (
+        present.fingerprint() == "97c90c34c1db5777651d01a4ed4784c8ec8ec85114ae9e47838442073ae42cdf"
+    )
+    elsewhere = make_recipe(settings, {"teacher.load": "layers"})
+    assert elsewhere.fingerprint() == present.fingerprint()
+    assert make_recipe(settings, {"train.seed": 1}).fingerprint() != present.fingerprint()
 
 
 def test_steps_are_rounded_up() -> None:

@@ -17,6 +17,7 @@ from lrc.methods.slicegpt import SliceGpt
 from lrc.pruning.rotate import write_rotated
 from lrc.recipe import Recipe, make_recipe
 from lrc.teacher import Teacher, as_teacher
+from stories import sample
 from tiny import HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher, use_exact_norms
 
 IDS = torch.randint(0, TOKENS, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -197,17 +198,7 @@ def test_what_one_rotation_costs(stories_folder: Path) -> None:
     """As the method's docstring says: a little, on a trained model."""
     model = AutoModelForCausalLM.from_pretrained(stories_folder)
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
-    torch.manual_seed(0)
-    start = torch.full((64, 1), teacher.tokenizer.bos_token_id)
-    ids = model.generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=95,
-        do_sample=True,
-        top_k=0,
-        eos_token_id=model.config.vocab_size,  # none ends
-        pad_token_id=0,
-    )
+    ids = sample(teacher, 64, 96)
     seen, width, fresh = 48, model.config.hidden_size, ids[48:]
     with torch.no_grad():
         theirs = loss_of(model(fresh).logits, fresh)

@@ -33,7 +33,7 @@ SECONDS = 240
 SAMPLES, SAMPLE_TOKENS = 300, 96
 
 LESSON = {
-    "student.fold_gains": True,
+    "initialise": "random",
     "data.sequence_length": 64,
     "data.held_out_fraction": 0.1,
     "train.tokens": 200 * 4 * 64,
@@ -51,7 +51,6 @@ being at 1.81."""
 
 STEPS, CHECKPOINT_EVERY = 40, 6
 SHORT = {
-    "student.fold_gains": True,
     "data.sequence_length": 32,
     "data.held_out_fraction": 0.1,
     "train.tokens": STEPS * 2 * 2 * 32,

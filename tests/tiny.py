@@ -102,10 +102,13 @@ def tiny_method(
     seed: int = 1,
     gradient_checkpointing: Checkpointing = False,
 ) -> LowRankClone:
-    """A clone of the teacher whose projections and gains are random and far from zero."""
+    """A clone of the teacher whose projections and gains are random and far from zero; gains are
+    folded only where `student` says so."""
     method = LowRankClone(
         teacher,
-        StudentSection.model_validate({"hidden_size": STUDENT_HIDDEN, **(student or {})}),
+        StudentSection.model_validate(
+            {"hidden_size": STUDENT_HIDDEN, "fold_gains": False, **(student or {})}
+        ),
         ObjectiveSection.model_validate({"chunk_tokens": 7, **(objective or {})}),
         gradient_checkpointing,
     )

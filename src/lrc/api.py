@@ -10,7 +10,7 @@ from rich.console import Console
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.teacher import Teacher, short_name
-from lrc.train import train
+from lrc.train import need_whole_teacher, train
 
 
 def clone(
@@ -48,6 +48,7 @@ def clone(
         },
         settings or {},
     )
+    need_whole_teacher(recipe)
     run = Run.create(Path(out) if out else default_folder(recipe), recipe)
     train(run, Console(quiet=quiet), loaded)
     return run

@@ -18,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lrc.families import Family
+from lrc.precision import wide_dtype
 
 OBSERVED = "lrc_observed"
 """Name of the observed attention among transformers' attention functions."""
@@ -52,7 +53,7 @@ class Heads:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of all pairs of rows, in float32 at least."""
-    dtype = torch.promote_types(a.dtype, torch.float32)
+    dtype = wide_dtype(a)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype).transpose(-1, -2)
 

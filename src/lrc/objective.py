@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lrc.precision import wide
+
 FAR = 20.0
 """Largest difference of scaled logits, less its mean, up to which the KL is summed by e^d - 1."""
 
@@ -117,11 +119,11 @@ class _Vocabulary(torch.autograd.Function):
             for start in range(0, len(student_hidden), weights.chunk_tokens):
                 rows = slice(start, start + weights.chunk_tokens)
                 hidden = student_hidden[rows].to(dtype)
-                logits = _wide(hidden @ head.T)
+                logits = wide(hidden @ head.T)
                 scaled = None
                 if weights.kl_weight:
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
-                    scaled = _wide(scaled @ frozen_head.T)
+                    scaled = wide(scaled @ frozen_head.T)
                 chunk_mask = None if mask is None else mask[rows]
                 chunk_token_lm = None if token_lm is None else token_lm[rows]
                 chunk_kl, chunk_lm = _differentiate(
@@ -145,11 +147,6 @@ class _Vocabulary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A tensor in float32 at least: softmax over a large vocabulary and long sums need it."""
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _differentiate(
@@ -310,10 +307,10 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         Weights [batch, sequence], zero where masked, in float32 at least.
     """
-    wide = _wide(target.detach())
-    mean_square = torch.linalg.vecdot(wide, wide) / target.shape[-1]
+    truth = wide(target.detach())
+    mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
     counted = mean_square if mask is None else mean_square[mask]
-    weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(wide.dtype).tiny)
+    weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(truth.dtype).tiny)
     return weight if mask is None else weight * mask
 
 
@@ -331,7 +328,7 @@ class _SquaredDifference(torch.autograd.Function):
         weight: Tensor | None,
         scale: float,
     ) -> tuple[Tensor, Tensor]:
-        difference = _wide(student - target)
+        difference = wide(student - target)
         weighted = difference if weight is None else difference * weight[..., None]
         unit = None  # the gradient of the projection for a loss that counts once
         if projection is not None and source is not None and ctx.needs_input_grad[2]:

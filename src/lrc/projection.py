@@ -126,18 +126,14 @@ class Projections:
                 )
                 self.values[site.projection] = nn.Parameter(zero)
 
-    def gain(self, norm: str) -> Tensor:
-        """The teacher's gain [d_T] of the norm at a module path."""
-        weight = self.teacher.parameter(f"{norm}.weight")
-        return weight + self.teacher.family.gain_offset
-
     def write_into(self, student: PreTrainedModel) -> None:
         """Write the projected weights into the student's parameters."""
         with torch.no_grad(), self._full_precision():
             for site, name, weight in self._weights():
                 projection: Tensor = self.values[site.projection]
                 if site.folded and site.norm:
-                    projection = self.gain(site.norm).to(projection.dtype)[:, None] * projection
+                    gain = self.teacher.gain(site.norm).to(projection.dtype)
+                    projection = gain[:, None] * projection
                 project(weight, projection, site.writes, out=student.get_parameter(name).data)
 
     def forget_gradients(self, student: PreTrainedModel) -> None:
@@ -160,7 +156,7 @@ class Projections:
                 moved = projection_gradient(weight, gradient, site.writes)
                 value = self.values[site.projection]
                 if site.folded and site.norm:
-                    moved *= self.gain(site.norm).to(moved.dtype)[:, None]
+                    moved *= self.teacher.gain(site.norm).to(moved.dtype)[:, None]
                 value.grad = moved if value.grad is None else value.grad.add_(moved)
 
     def _full_precision(self) -> torch.autocast:

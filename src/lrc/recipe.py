@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
@@ -19,6 +19,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from lrc.errors import UserError
 from lrc.method_sections import METHOD_SECTIONS, LrcSection, MethodSection
 from lrc.sections import (
+    FORMER_DEFAULTS,
     DataSection,
     InitialiseSection,
     ObjectiveSection,
@@ -108,15 +109,31 @@ class Recipe(Section):
         return -(-self.train.tokens // self.step_tokens())
 
     def fingerprint(self) -> str:
-        """A checksum of the recipe, which ties checkpoints to it; settings at their defaults are
-        left out, so that a setting added later leaves older checkpoints valid, and so is how the
-        teacher is loaded, which changes no result."""
-        settings = self.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
+        """A checksum of the recipe, which ties checkpoints to it; settings at their first defaults
+        are left out, so that a setting added later leaves older checkpoints valid, and so is how
+        the teacher is loaded, which changes no result."""
+        first = _FirstRecipe.model_validate(self.model_dump())
+        settings = first.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML text, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class _FirstStudent(StudentSection):
+    fold_gains: bool = FORMER_DEFAULTS["student.fold_gains"]
+
+
+class _FirstInitialise(InitialiseSection):
+    method: Literal["closed-form", "pca", "random"] = FORMER_DEFAULTS["initialise.method"]
+
+
+class _FirstRecipe(Recipe):
+    """A recipe with the defaults that fingerprints go by, whatever has become of them."""
+
+    student: _FirstStudent
+    initialise: _FirstInitialise = _FirstInitialise()
 
 
 def load_recipe(

@@ -3,12 +3,19 @@
 `lrc.recipe` puts them together, reads them from YAML and tells what is wrong with them.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Checkpointing = bool | Literal["elementwise"]
 """Whether and how a student's activations are computed again in the backward pass."""
+
+FORMER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
+    {"student.fold_gains": False, "initialise.method": "random"}
+)
+"""Defaults, by dotted key, that were others when fingerprints of recipes were first taken."""
 
 
 class Section(BaseModel):
@@ -52,18 +59,19 @@ class StudentSection(Section):
     """Whether embedding and LM head share one projection. Empty: as the teacher ties its weights.
     The student's own weights are tied where both the teacher's weights and the projections are."""
 
-    fold_gains: bool = False
+    fold_gains: bool = True
     """Multiply the teacher's RMSNorm gain into the weights that read it before projecting
-    (design of the parametrisation only: the same students can be reached). The paper does not."""
+    (design of the parametrisation only: the same students can be reached). A start from text has
+    to be trained with it: without, the first steps undo the start. The paper does not."""
 
 
 class InitialiseSection(Section):
     """How the projections start."""
 
-    method: Literal["closed-form", "pca", "random"] = "random"
-    """`random`: normal(0, std), the paper's. `closed-form`: solved from a short calibration pass
-    over training text, far ahead of it; use it with folded gains. `pca`: the leading directions of
-    the teacher's stream, from the same text."""
+    method: Literal["closed-form", "pca", "random"] = "closed-form"
+    """`closed-form`: solved from a short calibration pass over training text. `pca`: the leading
+    directions of the teacher's stream, from the same text. `random`: normal(0, std), the paper's,
+    far behind them. Those from text are trained with `student.fold_gains`."""
 
     std: float = Field(0.02, gt=0)
     """Standard deviation of the random start."""
@@ -72,8 +80,9 @@ class InitialiseSection(Section):
     """Seed of the random start."""
 
     calibration_tokens: int = Field(16_384, gt=0)
-    """Training tokens that a start from text is solved from. Their residual streams are in
-    temporary files where they take more than 1 GiB (docs/initialise.md)."""
+    """Training tokens that a start from text is solved from; all where the text holds fewer. Their
+    residual streams are in temporary files where they take more than 1 GiB
+    (docs/initialise.md)."""
 
     refine_epochs: int = Field(0, ge=0)
     """Passes over the calibration tokens in which `closed-form` refines each FFN by gradients: a

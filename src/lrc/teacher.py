@@ -66,6 +66,12 @@ class Teacher:
         value = self.model.get_parameter(name)
         return load_offloaded_parameter(self.model, name) if value.is_meta else value
 
+    def gain(self, norm: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The factor [d_T] by which the norm at a module path multiplies, computed in `dtype`;
+        None: in that of its weight."""
+        weight = self.parameter(f"{norm}.weight")
+        return weight.to(dtype or weight.dtype) + self.family.gain_offset
+
 
 def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") -> Teacher:
     """Load the teacher that a recipe names, in evaluation mode and without gradients.

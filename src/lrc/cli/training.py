@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from lrc.recipe import Recipe
     from lrc.run import Run
 
 
@@ -58,9 +59,12 @@ def train(
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
-    from lrc.train.session import train
+    from lrc.run import Run
+    from lrc.train.session import need_whole_teacher, train
 
-    carry_out(_new_run(recipe, settings, teacher, hidden_size, text, method, out), train)
+    folder, resolved = _resolve(recipe, settings, teacher, hidden_size, text, method, out)
+    need_whole_teacher(resolved)
+    carry_out(Run.create(folder, resolved), train)
 
 
 def init(
@@ -82,9 +86,11 @@ def init(
 
     `lrc resume` trains on from there.
     """
+    from lrc.run import Run
     from lrc.train.session import initialise_only
 
-    carry_out(_new_run(recipe, settings, teacher, hidden_size, text, method, out), initialise_only)
+    resolved = _resolve(recipe, settings, teacher, hidden_size, text, method, out)
+    carry_out(Run.create(*resolved), initialise_only)
 
 
 def resume(
@@ -100,7 +106,7 @@ def resume(
     carry_out(Run.open(run), train)
 
 
-def _new_run(
+def _resolve(
     recipe: str | None,
     settings: list[str] | None,
     teacher: str | None,
@@ -108,11 +114,10 @@ def _new_run(
     text: list[str] | None,
     method: str | None,
     out: Path | None,
-) -> "Run":
-    """The run that the options of a command ask for, in its new folder."""
+) -> "tuple[Path, Recipe]":
+    """The folder and the recipe of the new run that the options of a command ask for."""
     from lrc.api import default_folder
     from lrc.recipe import make_recipe, parse_override, read_yaml
-    from lrc.run import Run
     from lrc.shipped import find_yaml
 
     overrides: dict[str, Any] = {"method": method} if method else {}
@@ -132,7 +137,7 @@ def _new_run(
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     resolved = make_recipe(base, overrides)
     folder = out or default_folder(resolved, Path(recipe).stem if recipe else None)
-    return Run.create(folder, resolved)
+    return folder, resolved
 
 
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:

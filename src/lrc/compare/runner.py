@@ -29,7 +29,7 @@ from lrc.files import is_taken, write_text
 from lrc.recipe import Recipe, flatten
 from lrc.run import Run, is_run
 from lrc.teacher import Teacher, load_teacher
-from lrc.train.session import Interrupted, train
+from lrc.train.session import Interrupted, need_whole_teacher, train
 from lrc.train.setup import find_device
 
 
@@ -96,6 +96,7 @@ class Runner:
 
     def _finish(self, folder: Path, recipe: Recipe, what: str) -> bool:
         """Bring one run to its end; false where it is there already."""
+        need_whole_teacher(recipe)
         run = open_run(folder, recipe)
         if is_over(folder):
             return False

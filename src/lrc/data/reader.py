@@ -25,6 +25,10 @@ class Reader(Protocol):
     def sources(self) -> Sequence[str]:
         """Names of the sources that batches give numbers of; empty where they give none."""
 
+    @property
+    def training_sequences(self) -> int | None:
+        """Training sequences of an epoch; None where that is not known."""
+
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences that follow the first `position` ones of the run.
 
@@ -128,6 +132,11 @@ class TrainingText:
         self._seed = seed
         self._order: ShuffledOrder | WeightedOrder = ShuffledOrder(len(train), seed)
         self._identity = identity
+
+    @property
+    def training_sequences(self) -> int:
+        """Training sequences of an epoch."""
+        return len(self.train)
 
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences that follow the first `position` ones of the run."""

@@ -106,6 +106,7 @@ class StreamedText:
     """
 
     sources = ()
+    training_sequences = None
 
     def __init__(
         self,

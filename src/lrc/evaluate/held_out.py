@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from lrc.activations import last_hidden
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
+from lrc.precision import wide
 from lrc.teacher import Teacher
 
 CHUNK = 128
@@ -136,4 +137,4 @@ def _chunks(
     head = model.get_output_embeddings().weight[:vocab]
     for states, target in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
         logits = states.to(head.dtype) @ head.T
-        yield logits.to(torch.promote_types(logits.dtype, torch.float32)), target
+        yield wide(logits), target

@@ -86,7 +86,7 @@ def initialise_from_text(
         for site in projections.sites:
             value = start.projections[site.projection]
             if site.norm and not site.folded:  # solved for folded gains
-                value = projections.gain(site.norm)[:, None] * value
+                value = teacher.gain(site.norm)[:, None] * value
             projections.values[site.projection].copy_(value)
         final = method.model.get_submodule(teacher.family.final_norm).get_parameter("weight")
         final.copy_(start.final_gain - teacher.family.gain_offset)

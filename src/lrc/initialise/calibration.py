@@ -90,7 +90,7 @@ class Calibration:
 
     def gain(self, path: str) -> Tensor:
         """Gain [d_T] of the teacher's norm at a module path."""
-        return self.weight(path) + self.family.gain_offset
+        return self.teacher.gain(path, self.dtype)
 
     def rms(self, rows: Tensor) -> Tensor:
         """Root mean square of rows [tokens, d], as [tokens, 1]."""

@@ -2,21 +2,25 @@
 
 from lrc.methods.base import Method
 from lrc.recipe import Recipe
-from lrc.sections import Section
+from lrc.sections import FORMER_DEFAULTS, Section
 
 SHARED = ("student", "initialise", "objective")
 """Sections that a method may use in part; `data` and `train` are the loop's own."""
 
 
 def unused_settings(method: type[Method], recipe: Recipe) -> list[str]:
-    """Settings, by dotted key, that differ from their default and have no effect."""
+    """Settings, by dotted key, that have no effect and differ from their default, now and formerly:
+    older runs and recipes that share a base with the paper's state the former one."""
     if method.honours is None:
         return []
     found = []
     for name in SHARED:
         section: Section = getattr(recipe, name)
         for key, field in type(section).model_fields.items():
-            used = f"{name}.{key}" in method.honours
-            if not used and not field.is_required() and getattr(section, key) != field.default:
-                found.append(f"{name}.{key}")
+            dotted = f"{name}.{key}"
+            if dotted in method.honours or field.is_required():
+                continue
+            former = FORMER_DEFAULTS.get(dotted, field.default)
+            if getattr(section, key) not in (field.default, former):
+                found.append(dotted)
     return found

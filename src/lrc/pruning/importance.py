@@ -24,6 +24,7 @@ from torch.nn import functional
 from lrc.activations import Place, last_hidden, observe
 from lrc.data.batch import Batch
 from lrc.method_sections import Aggregation
+from lrc.precision import wide
 from lrc.pruning.cut import Kept
 from lrc.pruning.shape import Shape
 from lrc.teacher import Teacher
@@ -100,11 +101,6 @@ def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
     if how == "l2":
         return torch.linalg.vector_norm(scores, dim=0)
     return scores.abs().mean(0)
-
-
-def wide(values: Tensor) -> Tensor:
-    """Values in float32 at least, to be summed up."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 class _Watch:

@@ -31,7 +31,7 @@ def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> 
     basis = basis.double()
     final_gain = torch.ones_like(basis[0])
     if student.config.tie_word_embeddings:
-        gain = _gain(teacher, teacher.family.final_norm)
+        gain = teacher.gain(teacher.family.final_norm, torch.double)
         final_gain, turn = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
         basis = basis @ turn
     parameters = dict(student.named_parameters())
@@ -48,7 +48,7 @@ def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tu
     """The parameters that a rotation changes, by name, one after the other."""
     family, layers = teacher.family, teacher.num_layers
     yield f"{family.embedding}.weight", _weight(teacher, family.embedding) @ basis
-    head = _weight(teacher, family.head) * _gain(teacher, family.final_norm)
+    head = _weight(teacher, family.head) * teacher.gain(family.final_norm, torch.double)
     yield f"{family.head}.weight", head @ basis
     unit = (basis.shape[0] / basis.shape[1]) ** 0.5
     for norm in family.stream_norms(layers):
@@ -57,7 +57,8 @@ def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tu
     for layer in range(layers):
         for name in READERS:
             path = family.linear(layer, name)
-            fused = _weight(teacher, path) * _gain(teacher, family.norm_read_by(layer, name))
+            gain = teacher.gain(family.norm_read_by(layer, name), torch.double)
+            fused = _weight(teacher, path) * gain
             yield f"{path}.weight", fused @ basis
         for name in WRITERS:
             path = family.linear(layer, name)
@@ -69,7 +70,3 @@ def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tu
 
 def _weight(teacher: Teacher, path: str) -> Tensor:
     return teacher.model.get_submodule(path).get_parameter("weight").double()
-
-
-def _gain(teacher: Teacher, norm: str) -> Tensor:
-    return _weight(teacher, norm) + teacher.family.gain_offset

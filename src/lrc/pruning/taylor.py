@@ -33,6 +33,7 @@ from lrc.data.batch import Batch
 from lrc.families import LINEARS, READERS
 from lrc.method_sections import Grouping, Taylor
 from lrc.objective import VocabularyWeights, vocabulary_losses
+from lrc.precision import wide, wide_dtype
 from lrc.teacher import Teacher
 
 HEADS = ("q", "k", "v", "o")
@@ -114,7 +115,10 @@ def lm_gradients(
     """
     parameters = _coupled_parameters(teacher)
     zeros = [
-        {name: torch.zeros_like(value, dtype=_wide(value)) for name, value in parameters.items()}
+        {
+            name: torch.zeros_like(value, dtype=wide_dtype(value))
+            for name, value in parameters.items()
+        }
         for _ in range(1 + squared)
     ]
     found = Gradients(zeros[0], zeros[1] if squared else {})
@@ -127,7 +131,7 @@ def lm_gradients(
     def gather(name: str, parameter: Tensor) -> None:
         """Add the gradient of a part's mean loss as soon as it is there, and free it."""
         assert parameter.grad is not None
-        gradient = parameter.grad.to(_wide(parameter))
+        gradient = parameter.grad.to(wide_dtype(parameter))
         parameter.grad = None
         found.mean[name].add_(gradient, alpha=share)
         if squared:
@@ -214,18 +218,13 @@ def _vectors(
 
 def _salience(weight: Tensor, name: str, gradients: Gradients, taylor: Taylor) -> Tensor:
     """Salience of every weight of a parameter, in float32 at least."""
-    weight = weight.detach().to(_wide(weight))
+    weight = wide(weight.detach())
     if taylor == "param_second":
         return weight.square() * gradients.squared[name]
     first = weight * gradients.mean[name]
     if taylor == "param_mix":
         return first - weight.square() * gradients.squared[name] / 2
     return first
-
-
-def _wide(value: Tensor) -> torch.dtype:
-    """The tensor's element type, or float32 where that is wider."""
-    return torch.promote_types(value.dtype, torch.float32)
 
 
 def _together(shares: Tensor, grouping: Grouping) -> Tensor:

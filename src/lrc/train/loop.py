@@ -237,7 +237,7 @@ class Loop:
     def calibration(self) -> dict[str, Any]:
         """Tokens and seconds that the method was initialised with, and the seconds of the teacher's
         layers alone over these tokens, where known."""
-        sequences = calibration_sequences(self.setup.method, self.run.recipe)
+        sequences = calibration_sequences(self.setup.method, self.run.recipe, self.text)
         found = {
             "calibration_tokens": sequences * self.run.recipe.data.sequence_length,
             "calibration_seconds": round(self.calibration_seconds, 3),

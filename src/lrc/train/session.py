@@ -24,9 +24,16 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
     """Initialise the method from the head of the training stream; the seconds that it took, and
     those of the teacher's layers alone on the same tokens (0 where not known)."""
-    sequences = calibration_sequences(setup.method, recipe)
+    sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
-    tokens = calibration.input_ids.numel()
+    tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
+    if tokens + recipe.data.sequence_length <= wanted:
+        console.print(
+            f"The training text is short: the student is initialised from {tokens:,} tokens of it, "
+            f"not from {wanted:,}.",
+            style="yellow",
+            soft_wrap=True,
+        )
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
         forward_seconds = setup.method.initialise(
@@ -34,6 +41,21 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
         )
     return time.perf_counter() - started, forward_seconds
+
+
+def need_whole_teacher(recipe: Recipe) -> None:
+    """Refuse to train with a teacher whose layers stay on the disk.
+
+    To be called before the folder of a new run is made, too.
+
+    Raises:
+        UserError: the recipe asks for that.
+    """
+    if recipe.teacher.load == "layers":
+        raise UserError(
+            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
+            "set teacher.load to full (of a run that has started, in recipe.yaml of its folder)."
+        )
 
 
 class Interrupted(Exception):
@@ -63,11 +85,7 @@ def train(
         DivergedError: the loss or its gradient is not finite.
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
-    if run.recipe.teacher.load == "layers":
-        raise UserError(
-            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
-            f"set teacher.load to full (of a run that has started, in {run.folder}/recipe.yaml)."
-        )
+    need_whole_teacher(run.recipe)
     loop = open_loop(run, console, teacher)
     stop = loop.go(run.recipe.steps())
     if stop.signal is not None and loop.setup.state.step < run.recipe.steps():

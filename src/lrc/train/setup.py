@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 from transformers import get_scheduler
 
+from lrc.data import Reader
 from lrc.errors import UserError
 from lrc.methods import METHODS, Method
 from lrc.methods.unused import unused_settings
@@ -60,10 +61,14 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     return Setup(teacher, method, state or new_state(method, recipe), device, state is not None)
 
 
-def calibration_sequences(method: Method, recipe: Recipe) -> int:
-    """Training sequences that a new run of the method is initialised from."""
+def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
+    """Training sequences that a new run of the method is initialised from: none twice, since some
+    check what others were solved on, but for a text of a single one."""
     tokens = method.calibration_tokens()
-    return max(2, tokens // recipe.data.sequence_length) if tokens else 0
+    if not tokens:
+        return 0
+    wanted = tokens // recipe.data.sequence_length
+    return max(2, min(wanted, text.training_sequences or wanted))
 
 
 def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:

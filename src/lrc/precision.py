@@ -1,0 +1,14 @@
+"""Arithmetic that needs float32 at least, whatever the element type of a model's weights."""
+
+import torch
+from torch import Tensor
+
+
+def wide_dtype(tensor: Tensor) -> torch.dtype:
+    """The tensor's element type, or float32 where that is wider."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32 at least: softmax over a large vocabulary and long sums need it."""
+    return tensor.to(wide_dtype(tensor))
