@@ -11,15 +11,18 @@ from torch import Tensor
 
 from lrc.data.batch import Batch
 from lrc.evaluate.held_out import held_out_loss
+from lrc.families import READERS
 from lrc.initialise import (
     initialise_from_text,
     initialise_random,
     pca_projections,
+    refine,
     solve_projections,
 )
 from lrc.initialise.calibration import Calibration, principal_basis
 from lrc.initialise.closed_form import FINAL_SHARE
 from lrc.initialise.least_squares import moments, regress
+from lrc.initialise.refine import RIDGE, second_moment, square_roots
 from lrc.methods import LowRankClone
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher
@@ -33,19 +36,23 @@ def tokens(sequences: int, length: int = 12) -> Tensor:
     return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
 
 
-def closed_form(case: Case, hidden_size: int, ids: Tensor, **student: bool) -> LowRankClone:
+def closed_form(
+    case: Case, hidden_size: int, ids: Tensor, epochs: int = 0, **student: bool
+) -> LowRankClone:
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, **changes)
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_from_text(method, "closed-form", ids)
+    initialise_from_text(method, "closed-form", ids, refine_epochs=epochs)
     return method
 
 
 @pytest.mark.parametrize("case", TINY_CASES)
-@pytest.mark.parametrize("fold", [False, True], ids=["plain", "folded"])
-def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool) -> None:
-    method = closed_form(case, HIDDEN, tokens(24), fold_gains=fold)
+@pytest.mark.parametrize(
+    ("fold", "epochs"), [(False, 0), (True, 0), (True, 1)], ids=["plain", "folded", "refined"]
+)
+def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool, epochs: int) -> None:
+    method = closed_form(case, HIDDEN, tokens(24), epochs, fold_gains=fold)
     ids = tokens(3)
     with torch.no_grad():
         theirs = method.teacher.model(ids).logits
@@ -206,6 +213,36 @@ def test_one_massive_row_does_not_choose_the_ridge() -> None:
     assert squared[0] > squared[1]
     assert regress(fit, [missed], nothing, ridges).norm() < 0.01
     assert regress(fit, [*fit, missed], nothing, ridges).norm() > 0.1
+
+
+def test_square_roots_whiten() -> None:
+    rows = torch.randn(50, 6).double() @ torch.randn(6, 6).double() + 3
+    moment = second_moment(rows)
+    whiten, colour = square_roots(moment)
+    eye = torch.eye(6, dtype=torch.float64)
+    torch.testing.assert_close(whiten @ colour, eye)
+    torch.testing.assert_close(colour @ colour, 6 * moment / moment.trace() + RIDGE * eye)
+
+
+def test_refining_starts_further_ahead(
+    stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where it does not, the tokens that no solve sees keep what was solved."""
+    teacher = load_teacher(TeacherSection(model=str(stories_folder)))
+    text = sample(teacher, 64, 128)
+    method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
+
+    def start(epochs: int) -> tuple[float, dict[str, Tensor]]:
+        initialise_from_text(method, "closed-form", text[:48], refine_epochs=epochs)
+        values = {key: value.detach().clone() for key, value in method.projections.values.items()}
+        return held_out_loss(method.student(), [Batch(text[48:])], teacher.vocab_size), values
+
+    (solved, solved_values), (refined, _) = start(0), start(4)
+    assert refined < solved - 0.05
+    monkeypatch.setattr(refine, "LEARNING_RATE", 1e3)
+    diverged, values = start(1)
+    assert diverged == solved
+    assert all(torch.equal(value, solved_values[key]) for key, value in values.items())
 
 
 def test_moments_do_not_depend_on_the_batches() -> None:

@@ -131,7 +131,7 @@ class _Solver:
     def _ffn(self, layer: nn.Module, teacher: TeacherLayer) -> Ffn:
         """The FFN of a layer of the student and of the teacher."""
         family = self.calibration.family
-        path, _, inner = family.linears["down"].rpartition(".")
+        path = family.linears["down"].rpartition(".")[0]
         gain = self.calibration.gain(family.norm_read_by(teacher.index, "gate"))
         return Ffn(
             layer.get_submodule(path),
