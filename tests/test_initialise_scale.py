@@ -350,7 +350,7 @@ def start(load, tokens, in_memory=2**30, folder="teacher"):
     teacher = load_teacher(TeacherSection(model=folder, load=load))
     method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
     ids = torch.randint(3, 33, (tokens // 256, 256))
-    initialise_from_text(method, "closed-form", ids)
+    initialise_from_text(method, "closed-form", ids, refine_epochs=1)
     method.student()
     return peak()
 """
@@ -385,7 +385,7 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
         """,
     )
     streams = 32768 * (3 * 256 + 32) * 4 / 2**20
-    assert many - few < 10
+    assert many - few < 0.3 * streams
     assert held - many > 0.7 * streams
 
 

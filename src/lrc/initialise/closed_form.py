@@ -12,6 +12,8 @@ folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T
    writers  P = argmin sum w |Z P - (x_T(after) B - x_S(before))|^2 + ridge |P - B|^2, Z being the
    teacher's o or down on the student's heads or FFN activations; each writer thus corrects the
    error gathered so far. w = 1 / rms(x_T), since massive activations must not rule.
+   Then gate and up are refined by gradients on what the FFN writes (`lrc.initialise.refine`), and
+   down is solved anew.
 3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
    its final gain set (`lrc.initialise.head`).
 
