@@ -157,14 +157,17 @@ class Calibration:
                 own.copy_(theirs[name])
         return layer
 
+    def folded_reader(self, teacher: TeacherLayer, name: str) -> Tensor:
+        """W_T diag(gain) [out, d_T] of a reader of the teacher's layer."""
+        gain = self.gain(self.family.norm_read_by(teacher.index, name))
+        return teacher.module.get_parameter(f"{self.family.linears[name]}.weight") * gain
+
     def fill_reader(
         self, student: nn.Module, teacher: TeacherLayer, name: str, projection: Tensor
     ) -> None:
         """Give a student's layer the reader W_T diag(gain) P in place of a linear map."""
-        gain = self.gain(self.family.norm_read_by(teacher.index, name))
-        path = f"{self.family.linears[name]}.weight"
-        weight = teacher.module.get_parameter(path) * gain
-        student.get_parameter(path).copy_(weight @ projection)
+        weight = student.get_parameter(f"{self.family.linears[name]}.weight")
+        weight.copy_(self.folded_reader(teacher, name) @ projection)
 
     def _layer(self, index: int) -> nn.Module:
         """The teacher's layer where it is in memory in the calibration's dtype; else a copy."""

@@ -134,7 +134,6 @@ class _Solver:
         """The FFN of a layer of the student and of the teacher."""
         family = self.calibration.family
         path = family.linears["down"].rpartition(".")[0]
-        gain = self.calibration.gain(family.norm_read_by(teacher.index, "gate"))
         return Ffn(
             layer.get_submodule(path),
             layer.get_submodule(family.linears["down"]),
@@ -142,18 +141,16 @@ class _Solver:
                 name: family.linears[name].removeprefix(f"{path}.") + ".weight"
                 for name in FFN_READERS
             },
-            {
-                name: teacher.module.get_parameter(f"{family.linears[name]}.weight") * gain
-                for name in FFN_READERS
-            },
+            {name: self.calibration.folded_reader(teacher, name) for name in FFN_READERS},
             teacher.module.get_submodule(family.linears["down"]),
         )
 
     def _write_ffn(self, written: Stream, ffn: Ffn, projections: dict[str, Tensor]) -> None:
         """Fill a stream with what the teacher's down projection writes on the student's FFN."""
+        readers = ffn.readers(projections)
         for part in self.calibration.batches():
             stream = self.stream[part]
-            written[part] = ffn.written(stream / self.calibration.rms(stream), projections)
+            written[part] = ffn.written(stream / self.calibration.rms(stream), readers)
 
     def _add(self, written: Stream, projection: Tensor) -> None:
         """Add what a solved writer writes to the student's stream."""

@@ -54,19 +54,21 @@ class Ffn:
     down: nn.Module
     """The teacher's down projection."""
 
-    def written(self, z: Tensor, projections: Mapping[str, Tensor]) -> Tensor:
+    def readers(self, projections: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The student's readers [d_ffn, d_S] by their parameters, from projections [d_T, d_S] by
+        linear map."""
+        return {self.names[name]: self.weights[name] @ projections[name] for name in self.weights}
+
+    def written(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
         """What the teacher's down projection writes on the student's activations, [..., d_T].
 
         Args:
             z: the student's normalised stream, [..., d_S].
-            projections: of the readers, [d_T, d_S], by linear map.
+            readers: as `readers` gives them.
         """
-        readers = {
-            self.names[name]: self.weights[name] @ projections[name] for name in self.weights
-        }
 
         def run() -> None:
-            functional_call(self.student, readers, (z,))
+            functional_call(self.student, dict(readers), (z,))
 
         written: Tensor = self.down(input_of(self.inner, run))
         return written
@@ -106,9 +108,10 @@ def refine_ffn(
     wrote: Tensor = torch.zeros(())
     energy = 0.0
     with torch.no_grad():
+        solved = ffn.readers(start)
         for part in calibration.batches(0, solved_on):
             z, wanted, root = rows(part)
-            written = ffn.written(z, start) * root
+            written = ffn.written(z, solved) * root
             read = read + second_moment(z)
             wrote = wrote + second_moment(written)
             energy += float((wanted * root).square().sum())
@@ -124,19 +127,20 @@ def refine_ffn(
     for value in values.values():
         value.requires_grad_()
 
-    def readers() -> dict[str, Tensor]:
-        return {name: left[name][0] @ values[name] @ whiten_read for name in left}
+    def projections() -> dict[str, Tensor]:
+        moved = {name: left[name][0] @ values[name] @ whiten_read for name in left}
+        return moved | {"down": whiten_wrote @ values["down"]}
 
-    def errors(part: slice) -> Tensor:
+    def errors(part: slice, readers: Mapping[str, Tensor], down: Tensor) -> Tensor:
         """Weighted errors of the FFN's output, [..., d_S]."""
         z, wanted, root = rows(part)
-        output = ffn.written(z, readers()) @ (whiten_wrote @ values["down"])
-        return (output - wanted) * root
+        return (ffn.written(z, readers) @ down - wanted) * root
 
     @torch.no_grad()
-    def judge() -> float:
+    def judge(moved: Mapping[str, Tensor]) -> float:
+        readers = ffn.readers(moved)
         parts = calibration.batches(solved_on)
-        return sum(float(errors(part).norm(dim=-1).sum()) for part in parts)
+        return sum(float(errors(part, readers, moved["down"]).norm(dim=-1).sum()) for part in parts)
 
     size = max(1, STEP_TOKENS // calibration.ids.shape[1])
     steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
@@ -145,20 +149,23 @@ def refine_ffn(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1, (done + 1) / WARM_UP) * (1 - done / (epochs * len(steps)))
     )
-    least, best = judge(), dict(start)
+    least, best = judge(start), dict(start)
     for _ in range(epochs):
         for part in steps:
             share = (part.stop - part.start) / solved_on
             with torch.enable_grad():
-                loss = errors(part).square().sum() / (share * energy)
+                moved = projections()
+                wrong = errors(part, ffn.readers(moved), moved["down"])
+                loss = wrong.square().sum() / (share * energy)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
-        found = judge()
+        with torch.no_grad():
+            moved = projections()
+        found = judge(moved)
         if found < least:
-            with torch.no_grad():
-                least, best = found, readers()
+            least, best = found, moved
     return {name: best[name] for name in ffn.weights}
 
 
