@@ -13,8 +13,10 @@ from lrc.data.batch import Batch
 from lrc.evaluate.held_out import held_out_loss
 from lrc.families import READERS
 from lrc.initialise import (
+    calibration,
     initialise_from_text,
     initialise_random,
+    least_squares,
     pca_projections,
     refine,
     solve_projections,
@@ -179,40 +181,70 @@ def test_regress_is_weighted_ridge_regression(p: int, q: int, n: int, seed: int)
     )
     w = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
     rows = [(u[: n // 2], v[: n // 2], w[: n // 2]), (u[n // 2 :], v[n // 2 :], w[n // 2 :])]
-    found = regress(rows, rows, prior, [0.3])
-    ridge = 0.3 * (w * u * u).sum().item() / p
+    found = regress(rows, rows, prior)  # the rows themselves take nothing back
+    ridge = least_squares.RIDGE * (w * u * u).sum().item() / p
     stacked = np.vstack([(w.sqrt() * u).numpy(), ridge**0.5 * np.eye(p)])
     targets = np.vstack([(w.sqrt() * v).numpy(), ridge**0.5 * prior.numpy()])
     expected = np.linalg.lstsq(stacked, targets, rcond=None)[0]
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_the_ridge_is_chosen_on_the_held_out_rows() -> None:
+def test_noise_is_not_followed() -> None:
     generator = torch.Generator().manual_seed(0)
-    u = torch.randn(12, 8, dtype=torch.float64, generator=generator)
-    noise = torch.randn(12, 1, dtype=torch.float64, generator=generator)
-    fresh = torch.randn(400, 8, dtype=torch.float64, generator=generator)
-    nothing = torch.zeros(8, 1, dtype=torch.float64)
-    fit, held_out = [(u, noise, None)], [(fresh, torch.zeros(400, 1).double(), None)]
-    ridges = [1e-6, 1e3]
-    assert regress(fit, held_out, nothing, ridges).norm() < 0.01
-    assert regress(fit, fit, nothing, ridges).norm() > 0.1
+    u, noise = torch.randn(2, 40, 8, dtype=torch.float64, generator=generator)
+    fresh, other = torch.randn(2, 4000, 8, dtype=torch.float64, generator=generator)
+    nothing = torch.zeros(8, 8, dtype=torch.float64)
+    fit, held_out = [(u, noise, None)], [(fresh, other, None)]
+    assert regress(fit, fit, nothing).norm() > 0.5
+    assert regress(fit, held_out, nothing).norm() < 0.1
 
 
-def test_one_massive_row_does_not_choose_the_ridge() -> None:
+def test_each_direction_is_as_strong_as_the_held_out_rows_say() -> None:
+    """But never stronger than the rows that it was solved on say."""
     generator = torch.Generator().manual_seed(0)
-    u = torch.randn(12, 8, dtype=torch.float64, generator=generator)
-    v = u @ torch.randn(8, 1, dtype=torch.float64, generator=generator)
-    fit, nothing = [(u, v, None)], torch.zeros(8, 1, dtype=torch.float64)
-    missed = 5 * u[:1], torch.zeros(1, 1, dtype=torch.float64), None
-    ridges = [1e-6, 1e3]  # the row that is missed wants the large one, all others the small one
-    squared = [
-        float(sum((u @ m - v).square().sum() for u, v, _ in (*fit, missed)))
-        for m in (regress(fit, fit, nothing, [ridge]) for ridge in ridges)
-    ]
-    assert squared[0] > squared[1]
-    assert regress(fit, [missed], nothing, ridges).norm() < 0.01
-    assert regress(fit, [*fit, missed], nothing, ridges).norm() > 0.1
+
+    def orthogonal(rows: int, columns: int) -> Tensor:
+        drawn = torch.randn(rows, columns, dtype=torch.float64, generator=generator)
+        return torch.linalg.qr(drawn).Q
+
+    u, fresh = orthogonal(30, 5), orthogonal(50, 5)  # so that the directions do not mix
+    left, right = orthogonal(5, 3), orthogonal(4, 3)
+    solved, seen = torch.tensor([3.0, 2.0, 1.0]).double(), torch.tensor([0.6, 5.0, -1.0]).double()
+    prior = torch.randn(5, 4, dtype=torch.float64, generator=generator)
+    found = regress(
+        [(u, u @ (prior + left * solved @ right.T), None)],
+        [(fresh, fresh @ (prior + left * seen @ right.T), None)],
+        prior,
+    )
+    expected = torch.tensor([0.6, 2 / (1 + least_squares.RIDGE), 0.0]).double()
+    torch.testing.assert_close(found, prior + left * expected @ right.T)
+
+
+def test_the_prior_is_scaled_where_it_is_asked() -> None:
+    u, prior = torch.randn(30, 5).double(), torch.randn(5, 4).double()
+    rows = [(u, 2 * u @ prior, None)]
+    torch.testing.assert_close(regress(rows, rows, prior, scale_prior=True), 2 * prior)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_the_scale_of_the_logits_is_the_best_on_the_unseen_tokens(
+    stories_folder: Path, shared: bool
+) -> None:
+    teacher = load_teacher(TeacherSection(model=str(stories_folder)))
+    text = sample(teacher, 32, 128)
+    section = StudentSection(hidden_size=32, tie_projections=shared)
+    method = LowRankClone(teacher, section, ObjectiveSection())
+    initialise_from_text(method, "closed-form", text)
+    unseen = text[-round(len(text) * calibration.HELD_OUT) :]
+    with torch.no_grad():
+        theirs = torch.log_softmax(teacher.model(unseen).logits, -1)
+        logits = method.student()(unseen).logits
+
+    def divergence(scale: float) -> float:
+        ours = torch.log_softmax(scale * logits, -1)
+        return float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+
+    assert divergence(1.0) < min(divergence(scale) for scale in (0.5, 0.8, 1.25, 2.0))
 
 
 def test_square_roots_whiten() -> None:

@@ -30,7 +30,7 @@ IN_MEMORY = 2**30
 written and read about ten times a layer, some 100 kB, for hundreds of millions of operations."""
 
 HELD_OUT = 1 / 8
-"""Share of the sequences that enter no solve and choose the ridges."""
+"""Share of the sequences that enter no solve and tell how far each may be followed."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Calibration:
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
         self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device)
         self.solved_on = len(ids) - max(1, round(len(ids) * HELD_OUT))
-        """Sequences before this one are solved on; the others choose the ridges."""
+        """Sequences before this one are solved on; the others measure."""
         self.forward_seconds = 0.0
         """Seconds in which the teacher's layers alone ran over all tokens, once."""
         self._batch = max(1, BATCH_TOKENS // ids.shape[1])

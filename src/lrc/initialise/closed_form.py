@@ -8,14 +8,16 @@ folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T
    the final one having FINAL_SHARE of the weight under a tied head, which can only rotate and scale
    what the basis keeps. The student's stream is meant to be x_T B.
 2. Layer by layer, on the student's own stream as it was solved so far:
-   readers  P = argmin sum |h - P z|^2 + ridge |P - c B|^2
-   writers  P = argmin sum w |Z P - (x_T(after) B - x_S(before))|^2 + ridge |P - B|^2, Z being the
-   teacher's o or down on the student's heads or FFN activations; each writer thus corrects the
-   error gathered so far. w = 1 / rms(x_T), since massive activations must not rule.
+   readers  P z nearest to h, drawn to c B z
+   writers  Z P nearest to x_T(after) B - x_S(before), drawn to Z B, Z being the teacher's o or down
+   on the student's heads or FFN activations; each writer thus corrects the error gathered so far.
+   Tokens weigh w = 1 / rms(x_T), since massive activations must not rule.
+   How far the tokens are followed is measured on others (`lrc.initialise.least_squares`).
    Then gate and up are refined by gradients on what the FFN writes (`lrc.initialise.refine`), and
    down is solved anew.
 3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
-   its final gain set (`lrc.initialise.head`).
+   its final gain set to come near that reader. The logits are scaled at last
+   (`lrc.initialise.head`).
 
 Where d_S = d_T the student is the teacher. The teacher runs twice, layer by layer: for the basis,
 and for the solving, which needs the basis from the first layer on; to keep what the first pass saw
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lrc.initialise.calibration import Calibration, TeacherLayer, input_of, principal_basis
-from lrc.initialise.head import head_metric, tied_head
+from lrc.initialise.head import folded_head, head_metric, logit_scale, tied_head
 from lrc.initialise.least_squares import Rows, regress
 from lrc.initialise.refine import Ffn, refine_ffn
 from lrc.initialise.start import Start
@@ -42,9 +44,6 @@ FFN_READERS = "gate", "up"
 
 FINAL_SHARE = 1 / 4
 """Share of the final norm in the basis of a student with a tied head."""
-READER_RIDGES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-WRITER_RIDGES = (1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0)
-"""Ridges tried, in units of the features' mean square."""
 
 
 @torch.no_grad()
@@ -81,11 +80,15 @@ def solve_projections(
             if progress:
                 progress(layer.index + 1, teacher.num_layers)
         seconds, after = calibration.forward_seconds, layer.after
+        read = solver.reader(after)
         if not shared_head:
-            solved["head"] = solver.reader(after)
+            scale = logit_scale(calibration, folded_head(calibration) @ read, solver.stream, after)
+            solved["head"] = scale * read
             return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
         metric = head_metric(calibration, after)
-        rotation, gains = tied_head(calibration, basis, solver.stream, after, metric)
+        rotation, gains = tied_head(calibration, basis, solver.stream, read, metric)
+        head = calibration.weight(teacher.family.head) @ basis @ rotation * gains @ rotation.T
+        gains = gains * logit_scale(calibration, head, solver.stream, after)
         return Start({key: value @ rotation for key, value in solved.items()}, gains, seconds)
 
 
@@ -167,12 +170,8 @@ class _Solver:
                 yield z, calibration.normalise(teacher[part]), None
 
         solved_on = calibration.solved_on
-        across = along = 0.0
-        for z, h, _ in rows(0, solved_on):
-            across += float(((h @ self.basis) * z).sum())
-            along += float(z.pow(2).sum())
-        prior = self.basis.double().T * (across / along)
-        solved = regress(rows(0, solved_on), rows(solved_on, None), prior, READER_RIDGES)
+        prior = self.basis.double().T
+        solved = regress(rows(0, solved_on), rows(solved_on, None), prior, scale_prior=True)
         return solved.T.to(teacher.dtype).contiguous()
 
     def writer(self, written: Stream, teacher: Stream) -> Tensor:
@@ -187,5 +186,5 @@ class _Solver:
 
         solved_on = calibration.solved_on
         prior = self.basis.double()
-        solved = regress(rows(0, solved_on), rows(solved_on, None), prior, WRITER_RIDGES)
+        solved = regress(rows(0, solved_on), rows(solved_on, None), prior)
         return solved.to(teacher.dtype)

@@ -1,4 +1,4 @@
-"""The LM head of the closed-form start: its metric, and the rotation of a tied student."""
+"""The LM head of the closed-form start: a tied student's rotation, and the scale of the logits."""
 
 from collections.abc import Iterator
 
@@ -15,6 +15,16 @@ METRIC_MIX = 0.05
 """Share of the covariance of the head's rows in the metric, for tokens that are never predicted."""
 RIDGE = 1e-3
 """Ridge of the tied head, in units of the stream's mean square."""
+LOGIT_SCALES = tuple(percent / 100 for percent in range(50, 121, 5))
+"""Factors of the student's logits that are tried."""
+CHUNK = 512
+"""Tokens whose logits are held at a time."""
+
+
+def folded_head(calibration: Calibration) -> Tensor:
+    """H_T diag(final gain), [vocabulary, d_T]."""
+    family = calibration.family
+    return calibration.weight(family.head) * calibration.gain(family.final_norm)
 
 
 def head_metric(calibration: Calibration, final: Stream) -> Tensor:
@@ -30,12 +40,11 @@ def head_metric(calibration: Calibration, final: Stream) -> Tensor:
     Returns:
         K [d_T, d_T] in float64.
     """
-    family = calibration.family
-    head = calibration.weight(family.head) * calibration.gain(family.final_norm)
+    head = folded_head(calibration)
     rows = torch.cat(list(_spread_rows(calibration, final)))
     mass, outer = torch.zeros_like(head[:, 0]), torch.zeros_like(head.T @ head)
-    for start in range(0, len(rows), 512):
-        p = torch.softmax(rows[start : start + 512] @ head.T, -1)
+    for start in range(0, len(rows), CHUNK):
+        p = torch.softmax(rows[start : start + CHUNK] @ head.T, -1)
         mass += p.sum(0)
         mean = p @ head
         outer += mean.T @ mean
@@ -44,41 +53,66 @@ def head_metric(calibration: Calibration, final: Stream) -> Tensor:
     return (metric + METRIC_MIX * centred.T @ centred / len(head)).double()
 
 
-def _spread_rows(calibration: Calibration, final: Stream) -> Iterator[Tensor]:
-    """Every n-th token's final normalised state, by batches, METRIC_TOKENS or more in all."""
-    length = calibration.ids.shape[1]
-    every = max(1, calibration.ids.numel() // METRIC_TOKENS)
-    for part in calibration.batches():
-        yield calibration.normalise(
-            final[part].flatten(0, 1)[-part.start * length % every :: every]
-        )
+def logit_scale(calibration: Calibration, rows: Tensor, stream: Stream, final: Stream) -> float:
+    """The factor of the student's logits that brings KL(teacher || student) lowest on tokens that
+    no solve sees: a student that errs must not be as sure as its teacher.
+
+    Args:
+        calibration: the calibration.
+        rows: what gives the student's logits from its final normalised state, [vocabulary, d_S].
+        stream: the student's last residual stream, [sequences, length, d_S].
+        final: the teacher's, [sequences, length, d_T].
+
+    Returns:
+        One of `LOGIT_SCALES`.
+    """
+    head, unseen = folded_head(calibration), calibration.solved_on
+    z_all, h_all = (torch.cat(list(_spread_rows(calibration, x, unseen))) for x in (stream, final))
+    divergence = torch.zeros(len(LOGIT_SCALES), dtype=torch.float64)
+    for start in range(0, len(z_all), CHUNK):
+        z, h = z_all[start : start + CHUNK], h_all[start : start + CHUNK]
+        logits = z @ rows.T
+        expected = (torch.softmax(h @ head.T, -1) * logits).sum(-1)
+        for i, scale in enumerate(LOGIT_SCALES):  # but for the teacher's entropy
+            divergence[i] += float(((scale * logits).logsumexp(-1) - scale * expected).sum())
+    return LOGIT_SCALES[int(divergence.argmin())]
+
+
+def _spread_rows(calibration: Calibration, stream: Stream, first: int = 0) -> Iterator[Tensor]:
+    """Every n-th token's normalised state from a sequence on, by batches, METRIC_TOKENS or more in
+    all."""
+    sequences, length = calibration.ids.shape
+    every = max(1, (sequences - first) * length // METRIC_TOKENS)
+    for part in calibration.batches(first):
+        skipped = -(part.start - first) * length % every
+        yield calibration.normalise(stream[part].flatten(0, 1)[skipped::every])
 
 
 def tied_head(
-    calibration: Calibration, basis: Tensor, stream: Stream, final: Stream, metric: Tensor
+    calibration: Calibration, basis: Tensor, stream: Stream, read: Tensor, metric: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rotation R [d_S, d_S] of the student's basis and its final gain s [d_S].
 
     RMSNorm commutes with rotations, so the basis B of the student is free up to an orthogonal R.
     Its logits H_T B R diag(s) R^T z come nearest to the teacher's in the metric K where, with
-    Q = diag(gain)^-1 B and S = R diag(s) R^T, E |h - Q S z|_K^2 is least over symmetric S:
-    A S C + C S A = G + G^T with A = Q^T K Q, C = E[z z^T], G = Q^T K E[h z^T], solved in the basis
+    Q = diag(gain)^-1 B and S = R diag(s) R^T, E |P z - Q S z|_K^2 is least over symmetric S, P z
+    being what z tells of the teacher's state:
+    A S C + C S A = G + G^T with A = Q^T K Q, C = E[z z^T], G = Q^T K P C, solved in the basis
     M where M^T C M = 1 and M^T A M is diagonal. The ridge adds observations (z, c B z).
 
     Args:
         calibration: the calibration.
         basis: B [d_T, d_S].
         stream: the student's last residual stream, [sequences, length, d_S].
-        final: the teacher's, [sequences, length, d_T].
+        read: P [d_T, d_S] that gives the teacher's final h from the student's z.
         metric: K [d_T, d_T].
     """
-    second, cross = moments(
-        (calibration.normalise(stream[part]), calibration.normalise(final[part]), None)
-        for part in calibration.batches(0, calibration.solved_on)
-    )
+    states = (calibration.normalise(stream[part]) for part in calibration.batches())
+    second, _ = moments((z, z, None) for z in states)
     wide = basis.double()
     ridge = RIDGE * second.diagonal().mean()
-    cross = cross.T + ridge * wide * ((wide * cross.T).sum() / second.trace())
+    cross = read.double() @ second
+    cross = cross + ridge * wide * ((wide * cross).sum() / second.trace())
     second = second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
     gain = calibration.gain(calibration.family.final_norm).double()
     q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide

@@ -1,12 +1,15 @@
-"""Ridge regression on streamed second moments, with the ridge chosen on tokens of its own."""
+"""Regression on streamed second moments, with its strength measured on tokens of its own."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """Features [tokens, p], targets [tokens, q], and weights [tokens, 1] or None for 1."""
+
+RIDGE = 1e-2
+"""Added to the features' second moment, in units of their mean square."""
 
 
 def moments(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
@@ -23,34 +26,35 @@ def moments(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
 
 
 def regress(
-    fit: Iterable[Rows], held_out: Iterable[Rows], prior: Tensor, ridges: Sequence[float]
+    fit: Iterable[Rows], held_out: Iterable[Rows], prior: Tensor, scale_prior: bool = False
 ) -> Tensor:
-    """argmin over M [p, q] of sum w |u M - v|^2 + ridge m |M - prior|^2.
+    """A regression M [p, q] of v on u whose strength is measured on rows of its own.
 
-    m is the mean diagonal of the features' second moment. The ridge is the one of `ridges` with the
-    least error on `held_out`: a chain of solves that each correct the one before overfits as
-    boosting does, however many tokens it has. That error is sum sqrt(w) |u M - v|, not squared: one
-    token with a massive activation, missed or made up, would choose every ridge by itself.
+    A chain of solves that each correct the one before overfits as boosting does, however many rows
+    it has, and reads rows that fit better than any others will. So `fit` gives only the directions
+    of M - prior, the singular vectors in coordinates where the features are white; each singular
+    value is what explains most of the residual on `held_out` along its pair of vectors, from 0 to
+    what `fit` says. Benaych-Georges, Bouchaud and Potters (arXiv 1901.05543) derive from
+    random matrices what such cleaning of singular values can reach; here it is simply measured.
 
     Args:
-        fit: rows that are solved on.
-        held_out: rows that choose the ridge.
-        prior: what M is drawn to, [p, q], float64.
-        ridges: those tried.
+        fit: rows that directions are solved on.
+        held_out: rows that give the strength of each.
+        prior: M where nothing is known, [p, q], float64.
+        scale_prior: whether the prior's scale is measured on `held_out` too.
 
     Returns:
         M [p, q] in float64.
     """
     gram, cross = moments(fit)
+    held_gram, held_cross = moments(held_out)
+    if scale_prior:
+        prior = prior * ((prior * held_cross).sum() / (prior * (held_gram @ prior)).sum())
     values, vectors = torch.linalg.eigh(gram)
-    rest = vectors.T @ (cross - gram @ prior)
-    solved = [
-        prior + vectors @ (rest / (values.clamp_min(0) + ridge * values.mean())[:, None])
-        for ridge in ridges
-    ]
-    errors = torch.zeros(len(solved), dtype=gram.dtype, device=gram.device)
-    for u, v, w in held_out:
-        for i, found in enumerate(solved):
-            distances = (u @ found.to(u.dtype) - v).norm(dim=-1, keepdim=True)
-            errors[i] += (distances if w is None else distances * w.sqrt()).sum()
-    return solved[int(errors.argmin())]
+    white = vectors * (values.clamp_min(0) + RIDGE * values.mean()).rsqrt()
+    left, strength, right = torch.linalg.svd(white.T @ (cross - gram @ prior), full_matrices=False)
+    features = white @ left
+    along = ((features.T @ (held_cross - held_gram @ prior)) * right).sum(1)
+    energy = ((features.T @ held_gram) * features.T).sum(1)
+    measured = torch.where(energy > 0, along / energy, 0.0).clamp_min(0).minimum(strength)
+    return prior + (features * measured) @ right
