@@ -5,9 +5,9 @@
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Checkpointing = bool | Literal["elementwise"]
 """Whether and how a student's activations are computed again in the backward pass."""
@@ -260,6 +260,11 @@ class TrainSection(Section):
     `elementwise` all that is no matrix product and no attention, which costs little time, `true`
     whole layers."""
 
+    compile: bool = False
+    """Compile norms and activation functions of both models by torch.compile, which needs a C++
+    compiler: 2% faster on two CPU cores, after 15 s of compilation. Not with
+    `gradient_checkpointing`."""
+
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""
 
@@ -285,6 +290,14 @@ class TrainSection(Section):
         if isinstance(value, str):
             return [] if value == "none" else [value]
         return value
+
+    @model_validator(mode="after")
+    def _compiles_what_is_kept(self) -> Self:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile and gradient_checkpointing cannot be used together: turn one of them off"
+            )
+        return self
 
     def step_sequences(self) -> int:
         """Sequences of one optimiser step."""

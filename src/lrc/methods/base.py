@@ -55,6 +55,9 @@ class Method(ABC):
     clock: Clock
     """Methods count the time of their parts here."""
 
+    model: PreTrainedModel
+    """What runs as the student in training."""
+
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":

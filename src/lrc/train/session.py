@@ -12,6 +12,7 @@ from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
+from lrc.train.compiling import compile_small_modules
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, set_up
@@ -121,4 +122,7 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
         text.load_state(setup.state.text)
     else:
         calibration = start(setup, run.recipe, text, console)
+    if run.recipe.train.compile:
+        for model in (setup.teacher.model, setup.method.model):
+            compile_small_modules(model, setup.teacher.family)
     return Loop(run, setup, text, console, *calibration)

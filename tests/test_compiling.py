@@ -1,0 +1,73 @@
+"""`train.compile`: the same run, through torch.compile."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch._inductor import config as inductor
+
+from lrc.errors import UserError
+from lrc.families import FAMILIES
+from lrc.train.compiling import check_compiler, small_modules
+from tiny import tiny_teacher
+from tiny_runs import go, new_run
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_small_modules_are_norms_and_activation_functions(family: str) -> None:
+    teacher = tiny_teacher(family)
+    paths = {module: path for path, module in teacher.model.named_modules()}
+    found = [paths[module] for module in small_modules(teacher.model, teacher.family)]
+    inside = {"input_layernorm", "post_attention_layernorm", "mlp.act_fn"}
+    if family == "qwen3":
+        inside |= {"self_attn.q_norm", "self_attn.k_norm"}
+    expected = {f"model.layers.{i}.{name}" for i in range(teacher.num_layers) for name in inside}
+    assert set(found) == expected | {"model.norm"}
+    assert len(found) == len(set(found))
+
+
+def test_a_compiled_run_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, compiled = new_run(tmp_path), new_run(tmp_path, name="compiled", compile=True)
+    compilations: list[int] = []
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        lambda self, **options: (compilations.append(1), compile_(self, **options)),
+    )
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    go(plain)
+    assert not compilations
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        go(compiled)
+    counters = torch._dynamo.utils.counters
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+
+    def losses(run: Path) -> list[float]:
+        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        return [line["loss"] for line in lines if "loss" in line]
+
+    assert len(losses(compiled.folder)) == 10
+    assert losses(compiled.folder) == pytest.approx(losses(plain.folder), rel=1e-6)
+    ours, theirs = (
+        load_file(run.folder / "student" / "model.safetensors") for run in (compiled, plain)
+    )
+    assert set(ours) == set(theirs)
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_it_is_refused_with_gradient_checkpointing(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be used together"):
+        new_run(tmp_path, compile=True, gradient_checkpointing=True)
+
+
+def test_a_machine_without_a_compiler_is_told() -> None:
+    torch._dynamo.reset()
+    missing = {"cpp.cxx": (None, "/no/such/compiler"), "force_disable_caches": True}
+    with inductor.patch(missing), pytest.raises(UserError, match=r"install a C\+\+ compiler"):
+        check_compiler(torch.device("cpu"))
