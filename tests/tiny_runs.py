@@ -33,6 +33,6 @@ def new_run(folder: Path, *trackers: str, name: str = "run", **changes: Any) -> 
     return Run.create(folder / name, make_recipe(SETTINGS, overrides))
 
 
-def go(run: Run) -> None:
+def go(run: Run, family: str = "llama") -> None:
     """Train a run to its end."""
-    train(run, Console(quiet=True), tiny_teacher("llama"))
+    train(run, Console(quiet=True), tiny_teacher(family))

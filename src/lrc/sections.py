@@ -261,9 +261,9 @@ class TrainSection(Section):
     whole layers."""
 
     compile: bool = False
-    """Compile norms and activation functions of both models by torch.compile, which needs a C++
-    compiler: 2% faster on two CPU cores, after 15 s of compilation. Not with
-    `gradient_checkpointing`."""
+    """Compile norms and activation functions of both models, as they are when training begins, by
+    torch.compile, which needs a C++ compiler: 2% faster on two CPU cores, after 15 s of
+    compilation. Not with `gradient_checkpointing`."""
 
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""

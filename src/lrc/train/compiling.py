@@ -15,6 +15,10 @@ from transformers import PreTrainedModel
 from lrc.errors import UserError
 from lrc.families import Family
 
+VARIANTS = 64
+"""Compiled variants that a class of modules may have, by grad mode, rank and width of what it is
+given. Qwen3's norms come to 14; torch would stop at 8."""
+
 
 def compile_small_modules(model: PreTrainedModel, family: Family) -> None:
     """Compile a model's RMSNorms and activation functions, for any batch and sequence length.
@@ -22,11 +26,9 @@ def compile_small_modules(model: PreTrainedModel, family: Family) -> None:
     Args:
         model: a model of the family, changed in place. Compilation happens at its first passes.
         family: where its parts live.
-
-    Raises:
-        UserError: torch.compile does not work on this machine.
     """
-    check_compiler(model.device)
+    limits = torch._dynamo.config  # an argument of torch.compile only in late versions
+    limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     for module in small_modules(model, family):
         module.compile(dynamic=True)
 
@@ -34,8 +36,9 @@ def compile_small_modules(model: PreTrainedModel, family: Family) -> None:
 def small_modules(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
     """Modules of the decoder layers that hold no other and no matrix, and the final norm."""
     layers = model.get_submodule(family.layers)
+    linears = tuple(f"{name}." for name in family.linears.values())  # and adapters inside them
     for path, module in layers.named_modules():
-        linear = path.partition(".")[2] in family.linears.values()
+        linear = f"{path.partition('.')[2]}.".startswith(linears)
         if not linear and next(module.children(), None) is None:
             yield module
     yield model.get_submodule(family.final_norm)

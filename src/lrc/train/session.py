@@ -12,10 +12,10 @@ from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
-from lrc.train.compiling import compile_small_modules
+from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
-from lrc.train.setup import Setup, calibration_sequences, set_up
+from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.trackers import check_installed
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
@@ -110,6 +110,8 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     check_installed(run.recipe.train.report_to)
+    if run.recipe.train.compile:
+        check_compiler(find_device(run.recipe.train.device))
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
     with phase(console, loading):
         setup = set_up(run, console, teacher)
