@@ -57,6 +57,7 @@ def test_a_compiled_run_is_the_same(tmp_path: Path, family: str) -> None:
 
 
 def test_adapters_are_no_small_modules() -> None:
+    pytest.importorskip("peft")
     teacher = tiny_teacher("llama")
     before = list(small_modules(teacher.model, teacher.family))
     add_adapters(teacher.model, teacher.family, rank=2, alpha=4.0, seed=0)

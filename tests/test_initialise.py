@@ -23,8 +23,8 @@ from lrc.initialise import (
 )
 from lrc.initialise.calibration import Calibration, principal_basis
 from lrc.initialise.closed_form import FINAL_SHARE
-from lrc.initialise.least_squares import moments, regress
-from lrc.initialise.refine import RIDGE, second_moment, square_roots
+from lrc.initialise.least_squares import moments, regress, second_moment
+from lrc.initialise.refine import RIDGE, square_roots
 from lrc.methods import LowRankClone
 from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher

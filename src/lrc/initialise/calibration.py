@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
 from lrc.student import head_dim
 from lrc.teacher import Teacher
@@ -214,8 +215,7 @@ def principal_basis(
             read.append((layer.after, final_weight))
         for stream, weight in read:
             for part in calibration.batches():
-                h = calibration.normalise(stream[part])
-                total = total + weight * (h.T @ h).double()
+                total = total + weight * second_moment(calibration.normalise(stream[part]))
         if progress:
             progress(layer.index + 1, layers)
     leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]

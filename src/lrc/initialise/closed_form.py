@@ -87,7 +87,8 @@ def solve_projections(
             return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
         metric = head_metric(calibration, after)
         rotation, gains = tied_head(calibration, basis, solver.stream, read, metric)
-        head = calibration.weight(teacher.family.head) @ basis @ rotation * gains @ rotation.T
+        reached = basis @ rotation * gains @ rotation.T  # what a tied head can make of `read`
+        head = calibration.weight(teacher.family.head) @ reached
         gains = gains * logit_scale(calibration, head, solver.stream, after)
         return Start({key: value @ rotation for key, value in solved.items()}, gains, seconds)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lrc.initialise.calibration import Calibration
-from lrc.initialise.least_squares import moments
+from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
 
 METRIC_TOKENS = 4096
@@ -107,8 +107,9 @@ def tied_head(
         read: P [d_T, d_S] that gives the teacher's final h from the student's z.
         metric: K [d_T, d_T].
     """
-    states = (calibration.normalise(stream[part]) for part in calibration.batches())
-    second, _ = moments((z, z, None) for z in states)
+    second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
+    for part in calibration.batches():
+        second += second_moment(calibration.normalise(stream[part]))
     wide = basis.double()
     ridge = RIDGE * second.diagonal().mean()
     cross = read.double() @ second

@@ -12,6 +12,12 @@ RIDGE = 1e-2
 """Added to the features' second moment, in units of their mean square."""
 
 
+def second_moment(rows: Tensor) -> Tensor:
+    """sum u^T u of rows [..., d], as [d, d] in float64."""
+    flat = rows.flatten(0, -2)
+    return (flat.T @ flat).double()
+
+
 def moments(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
     """sum w u^T u [p, p] and sum w u^T v [p, q] in float64, added up a batch at a time."""
     gram: Tensor | None = None

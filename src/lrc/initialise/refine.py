@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lrc.initialise.calibration import Calibration, input_of
+from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
 
 LEARNING_RATE = 0.04
@@ -167,12 +168,6 @@ def refine_ffn(
         if found < least:
             least, best = found, moved
     return {name: best[name] for name in ffn.weights}
-
-
-def second_moment(rows: Tensor) -> Tensor:
-    """sum u^T u of rows [..., d], as [d, d] in float64."""
-    flat = rows.flatten(0, -2)
-    return (flat.T @ flat).double()
 
 
 def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
