@@ -21,8 +21,8 @@ from lrc.initialise import (
     refine,
     solve_projections,
 )
-from lrc.initialise.calibration import Calibration, principal_basis
-from lrc.initialise.closed_form import FINAL_SHARE
+from lrc.initialise.basis import predictive_basis, stream_statistics
+from lrc.initialise.calibration import Calibration
 from lrc.initialise.least_squares import moments, regress, second_moment
 from lrc.initialise.refine import RIDGE, square_roots
 from lrc.methods import LowRankClone
@@ -30,8 +30,6 @@ from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import load_teacher
 from stories import sample
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 def tokens(sequences: int, length: int = 12) -> Tensor:
@@ -103,38 +101,15 @@ def test_readers_are_least_squares_of_the_students_own_stream() -> None:
 
 
 def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
-    teacher = tiny_teacher("llama", tied=True)
+    teacher, ids = tiny_teacher("llama", tied=True), tokens(24)
     one = torch.eye(STUDENT_HIDDEN, dtype=torch.float64)
     for shared in (False, True):
-        start = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared)
-        basis = start.projections["embedding"]
+        basis = solve_projections(teacher, ids, STUDENT_HIDDEN, shared).projections["embedding"]
         torch.testing.assert_close(basis.T @ basis, one)
-        with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
-            expected = principal_basis(calibration, final_share=FINAL_SHARE if shared else None)
+        with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
+            gain = calibration.gain(teacher.family.final_norm) if shared else None
+            expected = predictive_basis(stream_statistics(calibration), STUDENT_HIDDEN, gain)
         torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-9)
-
-
-@pytest.mark.parametrize("share", [None, 0.25, 0.9])
-def test_the_final_norm_has_its_share_of_the_basis(share: float | None) -> None:
-    teacher, ids = tiny_teacher("llama"), tokens(24)
-    read: list[Tensor] = []
-    layers = range(teacher.num_layers)
-    inside = [f"{teacher.family.layers}.{i}.{norm}" for i in layers for norm in NORMS]
-    for path in (*inside, teacher.family.final_norm):
-        norm = teacher.model.get_submodule(path)
-        norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].flatten(0, 1)))
-    with torch.no_grad():
-        teacher.model(ids)
-    eps = teacher.config.rms_norm_eps
-    normed = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in read]
-    seconds = [h.T @ h for h in normed]
-    weight = 1 / len(read) if share is None else share
-    mean = torch.stack(seconds[:-1]).mean(0) * (1 - weight) + seconds[-1] * weight
-    expected = torch.linalg.eigh(mean).eigenvectors[:, -STUDENT_HIDDEN:]
-
-    with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration, torch.no_grad():
-        basis = principal_basis(calibration, final_share=share)
-    torch.testing.assert_close(basis @ basis.T, expected @ expected.T, rtol=0, atol=1e-6)
 
 
 def test_the_principal_start_keeps_most_of_the_stream() -> None:

@@ -408,5 +408,6 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
         """,
     )
     student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
-    assert by_layers - before < student + 0.4 * size
+    moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of groups of norms, for one layer three
+    assert by_layers - before < student + moments + 0.4 * size
     assert whole - before > 0.8 * size  # a part was in `before` already

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
 from lrc.student import head_dim
 from lrc.teacher import Teacher
@@ -97,6 +96,13 @@ class Calibration:
         """Root mean square of rows [tokens, d], as [tokens, 1]."""
         return (rows.pow(2).mean(-1, keepdim=True) + self._eps).sqrt()
 
+    def weights(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """What an error in the student's stream counts, [..., 1]: the inverse of the RMS of the
+        teacher's [..., d_T] or, where it is larger, of the student's [..., d_S] over as many
+        numbers. Massive activations rule no solve, be they the teacher's or the student's own."""
+        ours = student.norm(dim=-1, keepdim=True) * teacher.shape[-1] ** -0.5
+        return 1 / self.rms(teacher).maximum(ours)
+
     def normalise(self, stream: Tensor) -> Tensor:
         """A residual stream [..., d] as rows [tokens, d] that an RMSNorm of gain 1 gives."""
         rows = stream.reshape(-1, stream.shape[-1])
@@ -123,12 +129,11 @@ class Calibration:
         if not self._teacher_streams:
             self._teacher_streams = [self.stream(self.teacher.hidden_size) for _ in range(3)]
         before, middle, after = self._teacher_streams
-        embedding = self.teacher.parameter(f"{self.family.embedding}.weight")
         for part in self.batches():
-            before[part] = functional.embedding(self.ids[part], embedding).to(self.dtype)
+            before[part] = self._embedded(part)
         self.forward_seconds = 0.0
         for index in range(self.teacher.num_layers):
-            layer = self._layer(index)
+            layer = self.layer(index)
             norm = layer.get_submodule(self.family.ffn_norm)
             for part in self.batches():
                 kept: list[Tensor] = []
@@ -137,13 +142,28 @@ class Calibration:
                 )
                 states = before[part]
                 started = self._now()
-                result = layer(states, **self.arguments[index])
+                result = self.run(layer, index, states)
                 self.forward_seconds += self._now() - started
                 hook.remove()
-                after[part] = result[0] if isinstance(result, tuple) else result
+                after[part] = result
                 middle[part] = kept[0]
             yield TeacherLayer(index, layer, before, middle, after)
             before, after = after, before
+
+    def teacher_states(self, part: slice) -> Iterator[Tensor]:
+        """The teacher's residual stream [b, length, d_T] of a few sequences, before every layer and
+        after the last."""
+        states = self._embedded(part)
+        for index in range(self.teacher.num_layers):
+            yield states
+            states = self.run(self.layer(index), index, states)
+        yield states
+
+    def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
+        """A decoder layer of teacher or student on a residual stream [b, length, d]."""
+        result = layer(states, **self.arguments[index])
+        states = result[0] if isinstance(result, tuple) else result
+        return states
 
     def student_layer(self, index: int, teacher: nn.Module) -> nn.Module:
         """A decoder layer of the student with gains of 1; biases of q, k, v and norms inside the
@@ -170,7 +190,7 @@ class Calibration:
         weight = student.get_parameter(f"{self.family.linears[name]}.weight")
         weight.copy_(self.folded_reader(teacher, name) @ projection)
 
-    def _layer(self, index: int) -> nn.Module:
+    def layer(self, index: int) -> nn.Module:
         """The teacher's layer where it is in memory in the calibration's dtype; else a copy."""
         path = f"{self.family.layers}.{index}"
         own = self.teacher.model.get_submodule(path)
@@ -185,41 +205,16 @@ class Calibration:
         layer.load_state_dict(weights, assign=True)
         return layer.eval().requires_grad_(False)
 
+    def _embedded(self, part: slice) -> Tensor:
+        """The teacher's residual stream [b, length, d_T] before its first layer."""
+        embedding = self.teacher.parameter(f"{self.family.embedding}.weight")
+        return functional.embedding(self.ids[part], embedding).to(self.dtype)
+
     def _now(self) -> float:
         """Seconds of a clock, once the device has done what it was given."""
         if self.ids.is_cuda:
             torch.cuda.synchronize(self.ids.device)
         return time.perf_counter()
-
-
-@torch.no_grad()
-def principal_basis(
-    calibration: Calibration,
-    progress: Callable[[int, int], None] | None = None,
-    final_share: float | None = None,
-) -> Tensor:
-    """The basis B [d_T, d_S], leading eigenvectors of the mean of E[h h^T] over all norms of the
-    teacher's stream, from one pass of the teacher.
-
-    Args:
-        calibration: the calibration.
-        progress: called with the layers done and their number.
-        final_share: share of the final norm in that mean, below 1; None: that of any other norm.
-    """
-    total: Tensor = torch.zeros(())
-    layers = calibration.teacher.num_layers
-    final_weight = 1.0 if final_share is None else 2 * layers * final_share / (1 - final_share)
-    for layer in calibration.teacher_layers():
-        read = [(layer.before, 1.0), (layer.middle, 1.0)]
-        if layer.index == layers - 1:
-            read.append((layer.after, final_weight))
-        for stream, weight in read:
-            for part in calibration.batches():
-                total = total + weight * second_moment(calibration.normalise(stream[part]))
-        if progress:
-            progress(layer.index + 1, layers)
-    leading = torch.linalg.eigh(total).eigenvectors.flip(1)[:, : calibration.hidden_size]
-    return leading.to(calibration.dtype).contiguous()
 
 
 class _Passed(nn.Module):

@@ -4,14 +4,13 @@ Notation: x_T [tokens, d_T] and x_S [tokens, d_S] are the residual streams of te
 h = x_T / rms(x_T) and z = x_S / rms(x_S) what the norms make of them before their gains. Gains are
 folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T [d_S, d_m].
 
-1. Basis. B [d_T, d_S]: leading eigenvectors of the mean of E[h h^T] over all norms of the stream,
-   the final one having FINAL_SHARE of the weight under a tied head, which can only rotate and scale
-   what the basis keeps. The student's stream is meant to be x_T B.
+1. Basis. B [d_T, d_S], orthonormal, keeps what the teacher's predictions need of its stream
+   (`lrc.initialise.basis`). The student's stream is meant to be x_T B.
 2. Layer by layer, on the student's own stream as it was solved so far:
    readers  P z nearest to h, drawn to c B z
    writers  Z P nearest to x_T(after) B - x_S(before), drawn to Z B, Z being the teacher's o or down
    on the student's heads or FFN activations; each writer thus corrects the error gathered so far.
-   Tokens weigh w = 1 / rms(x_T), since massive activations must not rule.
+   Tokens weigh w = 1 / max(rms(x_T), |x_S| d_T^-1/2), since massive activations must not rule.
    How far the tokens are followed is measured on others (`lrc.initialise.least_squares`).
    Then gate and up are refined by gradients on what the FFN writes (`lrc.initialise.refine`), and
    down is solved anew.
@@ -31,19 +30,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.initialise.calibration import Calibration, TeacherLayer, input_of, principal_basis
+from lrc.initialise.basis import predictive_basis, stream_statistics
+from lrc.initialise.calibration import Calibration, TeacherLayer, input_of
 from lrc.initialise.head import folded_head, head_metric, logit_scale, tied_head
 from lrc.initialise.least_squares import Rows, regress
-from lrc.initialise.refine import Ffn, refine_ffn
+from lrc.initialise.refine import Ffn, Target, refine_ffn
 from lrc.initialise.start import Start
 from lrc.initialise.streams import Stream
 from lrc.projection import projection_key
 from lrc.teacher import Teacher
 
 FFN_READERS = "gate", "up"
-
-FINAL_SHARE = 1 / 4
-"""Share of the final norm in the basis of a student with a tied head."""
 
 
 @torch.no_grad()
@@ -69,11 +66,12 @@ def solve_projections(
         UserError: the disk has no room for the streams.
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
-        share = FINAL_SHARE if shared_head else None
-        solver = _Solver(
-            calibration, principal_basis(calibration, final_share=share), refine_epochs
-        )
-        basis = solver.basis
+        gain = calibration.gain(teacher.family.final_norm) if shared_head else None
+        statistics = stream_statistics(calibration)
+        basis = predictive_basis(statistics, hidden_size, gain)
+        metrics = statistics.fisher_after_layers(basis)
+        del statistics
+        solver = _Solver(calibration, basis, metrics, refine_epochs)
         solved = {"embedding": basis}
         for layer in calibration.teacher_layers():
             solved |= solver.layer(layer)
@@ -96,8 +94,15 @@ def solve_projections(
 class _Solver:
     """Solves the layers in order; `stream` is the student's residual stream so far."""
 
-    def __init__(self, calibration: Calibration, basis: Tensor, refine_epochs: int) -> None:
+    def __init__(
+        self,
+        calibration: Calibration,
+        basis: Tensor,
+        metrics: list[Tensor],
+        refine_epochs: int,
+    ) -> None:
         self.calibration = calibration
+        self.metrics = metrics
         self.refine_epochs = refine_epochs
         self.basis = basis
         self.stream = calibration.stream(calibration.hidden_size)
@@ -127,7 +132,7 @@ class _Solver:
         self._write_ffn(written, ffn, solved)
         solved["down"] = self.writer(written, teacher.after)
         if self.refine_epochs:
-            target = teacher.after, self.basis
+            target = Target(teacher.after, self.basis, self.metrics[teacher.index])
             solved |= refine_ffn(calibration, ffn, self.stream, target, solved, self.refine_epochs)
             self._write_ffn(written, ffn, solved)
             solved["down"] = self.writer(written, teacher.after)
@@ -181,9 +186,9 @@ class _Solver:
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
             for part in calibration.batches(start, stop):
-                target = (teacher[part] @ self.basis - self.stream[part]).flatten(0, 1)
-                weights = 1 / calibration.rms(teacher[part].flatten(0, 1))
-                yield written[part].flatten(0, 1), target, weights
+                theirs, ours = teacher[part].flatten(0, 1), self.stream[part].flatten(0, 1)
+                weights = calibration.weights(theirs, ours)
+                yield written[part].flatten(0, 1), theirs @ self.basis - ours, weights
 
         solved_on = calibration.solved_on
         prior = self.basis.double()

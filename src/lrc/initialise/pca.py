@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from lrc.families import LINEARS, READERS
-from lrc.initialise.calibration import Calibration, principal_basis
+from lrc.initialise.basis import principal_basis
+from lrc.initialise.calibration import Calibration
 from lrc.initialise.start import Start
 from lrc.projection import projection_key
 from lrc.teacher import Teacher

@@ -4,7 +4,10 @@ The closed form solves gate and up for the teacher's normalised stream, the best
 linear in the student's. What counts is their product behind the activation function: here both are
 moved by Adam so that the FFN's output comes nearer to the target of its writer,
 
-    sum w |down(act(gate) * up) P_down - t|^2,   w = 1 / rms(x_T), t = x_T(after) B - x_S(before).
+    sum w |down(act(gate) * up) P_down - t|_F^2,   t = x_T(after) B - x_S(before),
+
+w as in the closed form, in the metric of the Fisher information that the teacher's predictions hold
+about the stream.
 
 Both readers and the writer (which is solved anew afterwards) are moved in whitened coordinates,
 P = A^-1/2 Q C^-1/2 with A the metric of the teacher's weight, W_T^T W_T, and C the second moment of
@@ -75,11 +78,24 @@ class Ffn:
         return written
 
 
+@dataclass(frozen=True)
+class Target:
+    """What the student's residual stream is meant to be after an FFN."""
+
+    stream: Stream
+    """The teacher's, [sequences, length, d_T]."""
+    basis: Tensor
+    """B [d_T, d_S]."""
+    metric: Tensor
+    """F [d_S, d_S] of the errors, up to a factor: the Fisher information that the teacher's
+    predictions hold about them."""
+
+
 def refine_ffn(
     calibration: Calibration,
     ffn: Ffn,
     stream: Stream,
-    target: tuple[Stream, Tensor],
+    target: Target,
     start: Mapping[str, Tensor],
     epochs: int,
 ) -> dict[str, Tensor]:
@@ -89,21 +105,25 @@ def refine_ffn(
         calibration: the tokens.
         ffn: the FFN.
         stream: the student's residual stream before it.
-        target: the teacher's stream after it, and the basis B [d_T, d_S].
+        target: what the stream is meant to be after it.
         start: projections of gate, up and down, [d_T, d_S], as they were solved.
         epochs: passes over the tokens.
 
     Returns:
         The projections of gate and up, [d_T, d_S].
     """
-    after, basis = target
     solved_on = calibration.solved_on
+
+    def roots(moment: Tensor) -> tuple[Tensor, ...]:
+        return tuple(root.to(calibration.dtype) for root in square_roots(moment))
+
+    _, metric_root = roots(target.metric.double())
 
     def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         """The student's normalised stream, the writer's target and the root of its weight."""
-        student, teacher = stream[part], after[part]
-        rms = calibration.rms(teacher)
-        return student / calibration.rms(student), teacher @ basis - student, rms.rsqrt()
+        student, teacher = stream[part], target.stream[part]
+        root = calibration.weights(teacher, student).sqrt()
+        return student / calibration.rms(student), teacher @ target.basis - student, root
 
     read: Tensor = torch.zeros(())
     wrote: Tensor = torch.zeros(())
@@ -115,10 +135,7 @@ def refine_ffn(
             written = ffn.written(z, solved) * root
             read = read + second_moment(z)
             wrote = wrote + second_moment(written)
-            energy += float((wanted * root).square().sum())
-
-        def roots(moment: Tensor) -> tuple[Tensor, ...]:
-            return tuple(root.to(calibration.dtype) for root in square_roots(moment))
+            energy += float((wanted * root @ metric_root).square().sum())
 
         whiten_read, colour_read = roots(read)
         whiten_wrote, colour_wrote = roots(wrote)
@@ -133,9 +150,9 @@ def refine_ffn(
         return moved | {"down": whiten_wrote @ values["down"]}
 
     def errors(part: slice, readers: Mapping[str, Tensor], down: Tensor) -> Tensor:
-        """Weighted errors of the FFN's output, [..., d_S]."""
+        """Weighted errors of the FFN's output in the metric, [..., d_S]."""
         z, wanted, root = rows(part)
-        return (ffn.written(z, readers) @ down - wanted) * root
+        return ((ffn.written(z, readers) @ down - wanted) * root) @ metric_root
 
     @torch.no_grad()
     def judge(moved: Mapping[str, Tensor]) -> float:
@@ -145,7 +162,7 @@ def refine_ffn(
 
     size = max(1, STEP_TOKENS // calibration.ids.shape[1])
     steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
-    rate = LEARNING_RATE * float(basis.numel()) ** -0.25
+    rate = LEARNING_RATE * float(target.basis.numel()) ** -0.25
     optimizer = torch.optim.Adam(values.values(), lr=rate, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min(1, (done + 1) / WARM_UP) * (1 - done / (epochs * len(steps)))

@@ -22,7 +22,8 @@ trained, here the student's own weights.
 from transformers import PreTrainedModel
 
 from lrc.data.batch import Batch
-from lrc.initialise.calibration import Calibration, principal_basis
+from lrc.initialise.basis import principal_basis
+from lrc.initialise.calibration import Calibration
 from lrc.methods.base import Progress
 from lrc.methods.plain import PlainStudent, random_student
 from lrc.methods.pruned import PRUNED_SETTINGS
