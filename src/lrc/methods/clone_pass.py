@@ -126,7 +126,12 @@ class ClonePass:
                 sides = self.sides(place, inputs, output, target)
                 weight = self._token_weight(sides.teacher, mask)
                 compared, terms[place] = clone_term(
-                    sides.student, sides.teacher, weight, counts.tokens, sides.factors
+                    sides.student,
+                    sides.teacher,
+                    weight,
+                    counts.tokens,
+                    sides.factors,
+                    spend=not self.recomputes,
                 )
             return compared if sides.student is output else output
 
