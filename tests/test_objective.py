@@ -114,6 +114,14 @@ def test_vocabulary_losses(chunk_tokens: int, temperature: float, masked: bool) 
     compare(inputs, weights)
 
 
+@pytest.mark.parametrize("rows", [1, 2, 1000])
+def test_rows_that_a_processor_works_on_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change nothing, whether they divide the chunk or not."""
+    monkeypatch.setattr("lrc.objective.CACHED_ROWS", rows)
+    inputs = random_inputs(23)
+    compare(inputs, weights_for(inputs, chunk_tokens=7))
+
+
 @pytest.mark.parametrize(("kl_weight", "lm_weight"), [(0, 1), (1, 0), (0.3, 2.5)])
 def test_loss_weights(kl_weight: float, lm_weight: float) -> None:
     inputs = random_inputs()
@@ -342,6 +350,31 @@ def test_clone_term_leaves_its_inputs_alone() -> None:
     clone_term(ours, theirs, mask, 7)[1].backward()
     assert torch.equal(ours, copies[0])
     assert torch.equal(theirs, copies[1])
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
+    """Same loss and gradient, and no buffer beside the target's own."""
+    ours, theirs, mask = sides(4)
+    target = theirs.detach().clone()
+    weight = relative_weight(target, mask) if weighted else None
+    _, expected = clone_term(ours, theirs.detach(), weight, tokens=7)
+    (expected_grad,) = torch.autograd.grad(expected, ours)
+    _, term = clone_term(ours, target, weight, tokens=7, spend=True)
+    assert torch.equal(target, (ours - theirs).detach())
+    assert torch.equal(term, expected)
+    assert torch.equal(torch.autograd.grad(term, ours)[0], expected_grad)
+
+
+def test_a_target_is_spent_only_where_it_can_be() -> None:
+    """Not where it takes a gradient, and not where the difference needs another precision."""
+    ours, theirs, _ = sides()
+    copy = theirs.detach().clone()
+    clone_term(ours, theirs, None, 10, spend=True)
+    assert torch.equal(theirs, copy)
+    half = copy.bfloat16()
+    clone_term(ours.bfloat16(), half, None, 10, spend=True)
+    assert torch.equal(half, copy.bfloat16())
 
 
 def test_clone_term_of_bfloat16_sums_in_float32() -> None:

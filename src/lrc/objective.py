@@ -138,6 +138,7 @@ class _Vocabulary(torch.autograd.Function):
                     grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
                 else:
                     grad_head[: weights.vocab] += grad_logits.T @ hidden
+                del logits, scaled, grad_logits  # so that the next chunk's take their place
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(kl, lm)
         weighted = weights.kl_weight * kl + weights.lm_weight * lm

@@ -1,0 +1,113 @@
+"""FFNs that form their activation and product again, against transformers' FFNs as they are."""
+
+import copy
+
+import pytest
+import torch
+from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.families import FAMILIES
+from lrc.methods.recomputing import recompute_inside_ffns
+
+
+def student_and_twin(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model whose FFNs recompute, and the same one as it is."""
+    teacher = tiny_teacher(family)
+    twin = teacher.model.requires_grad_(True)
+    student = copy.deepcopy(twin)
+    recompute_inside_ffns(student, teacher.family)
+    return student, twin
+
+
+def loss_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
+    ids = tiny_batch(seed=seed).input_ids
+    return model(ids, labels=ids, use_cache=False).loss
+
+
+def assert_same_gradients(student: PreTrainedModel, twin: PreTrainedModel) -> None:
+    for (name, mine), (_, theirs) in zip(
+        student.named_parameters(), twin.named_parameters(), strict=True
+    ):
+        assert (mine.grad is None) == (theirs.grad is None)
+        if mine.grad is not None:
+            assert torch.equal(mine.grad, theirs.grad), name
+
+
+def ffn_of(model: PreTrainedModel, layer: int = 0) -> nn.Module:
+    return model.model.layers[layer].mlp
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_losses_and_gradients_are_the_same(family: str) -> None:
+    student, twin = student_and_twin(family)
+    mine, theirs = loss_of(student), loss_of(twin)
+    assert torch.equal(mine, theirs)
+    mine.backward()
+    theirs.backward()
+    assert_same_gradients(student, twin)
+
+
+@pytest.mark.parametrize("frozen", ["down_proj", "gate_proj", "up_proj"])
+def test_linear_maps_without_gradient(frozen: str) -> None:
+    """Autograd then saves less, and asks for less."""
+    student, twin = student_and_twin("llama")
+    for model in (student, twin):
+        for layer in range(LAYERS):
+            getattr(ffn_of(model, layer), frozen).requires_grad_(False)
+        loss_of(model).backward()
+    assert_same_gradients(student, twin)
+
+
+def test_two_passes_before_one_backward_pass() -> None:
+    student, twin = student_and_twin("llama")
+    for model in (student, twin):
+        (loss_of(model, 1) + loss_of(model, 2)).backward()
+    assert_same_gradients(student, twin)
+
+
+def test_autocast() -> None:
+    student, twin = student_and_twin("llama")
+    for model in (student.float(), twin.float()):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(model)
+        loss.backward()
+    assert_same_gradients(student, twin)
+
+
+def test_neither_activation_nor_product_is_kept() -> None:
+    """Of tensors as wide as the FFN autograd saves the gate's output for the activation function
+    and up's for the product, and forms the activation once more."""
+    student, _ = student_and_twin("llama")
+    ffn, calls = ffn_of(student), []
+    ffn.act_fn.register_forward_hook(lambda *_: calls.append(1))
+    x = torch.randn(2, 3, student.config.hidden_size, dtype=torch.float64, requires_grad=True)
+    output = ffn(x)
+    kept: dict[int, Tensor] = {}
+    pending, seen = [output.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        pending += [following for following, _ in node.next_functions]
+        for name in (name for name in dir(node) if name.startswith("_raw_saved_")):
+            saved = getattr(node, name).data if hasattr(getattr(node, name), "data") else None
+            if isinstance(saved, Tensor) and saved.shape[-1] == FFN and saved.ndim == 3:
+                kept[saved.data_ptr()] = saved
+    assert len(kept) == 2
+    assert len(calls) == 1
+    output.sum().backward()
+    assert len(calls) == 2
+
+
+def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind() -> None:
+    student, twin = student_and_twin("llama")
+    with torch.no_grad():
+        loss_of(student)
+    with pytest.raises(RuntimeError):
+        ffn_of(student)(torch.randn(1, 2, 3, dtype=torch.float64))
+    for model in (student, twin):
+        loss_of(model).backward()
+    assert_same_gradients(student, twin)
