@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.families import FAMILIES
 from lrc.methods.recomputing import recompute_inside_ffns
+from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
 
 
 def student_and_twin(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
