@@ -18,6 +18,7 @@ from lrc.initialise import (
     initialise_random,
     least_squares,
     pca_projections,
+    predictions,
     refine,
     solve_projections,
 )
@@ -247,6 +248,9 @@ def test_refining_starts_further_ahead(
     (solved, solved_values), (refined, _) = start(0), start(4)
     assert refined < solved - 0.05
     monkeypatch.setattr(refine, "LEARNING_RATE", 1e3)
+    last, _ = start(2)
+    assert last < solved - 0.05  # the last layers and the head alone
+    monkeypatch.setattr(predictions, "LEARNING_RATE", 1e4)
     diverged, values = start(1)
     assert diverged == solved
     assert all(torch.equal(value, solved_values[key]) for key, value in values.items())

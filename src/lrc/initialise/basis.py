@@ -27,6 +27,9 @@ FISHER_SHARE = 0.7
 """Share of the Fisher information in F; the rest is the identity, since a gradient does not see
 what only matters once all of it is gone."""
 
+MOMENT_TOKENS = 16_384
+"""Tokens that second moments are measured on, in whole sequences."""
+
 GRADIENT_TOKENS = 2048
 """Tokens that the Fisher information is measured on, in whole sequences."""
 
@@ -83,7 +86,7 @@ def principal_basis(
     """
     total: Tensor = torch.zeros(())
     for layer in calibration.teacher_layers():
-        for site in _read(calibration, layer):
+        for site in _read(calibration, layer, len(calibration.ids)):
             total = total + site
         if progress:
             progress(layer.index + 1, calibration.teacher.num_layers)
@@ -92,7 +95,9 @@ def principal_basis(
 
 @torch.no_grad()
 def stream_statistics(calibration: Calibration) -> StreamStatistics:
-    """From one pass of the teacher, and one there and back over `GRADIENT_TOKENS`."""
+    """From a pass of the teacher over `MOMENT_TOKENS`, and one there and back over
+    `GRADIENT_TOKENS`."""
+    stop = min(len(calibration.ids), max(1, MOMENT_TOKENS // calibration.ids.shape[1]))
     inside = 2 * calibration.teacher.num_layers
     groups = min(GROUPS, inside)
     width = calibration.teacher.hidden_size
@@ -100,7 +105,8 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
     moments, fisher = (torch.zeros(shape, dtype=calibration.dtype) for _ in range(2))
     moments, fisher = moments.to(calibration.ids.device), fisher.to(calibration.ids.device)
     sizes = torch.zeros(groups + 1, dtype=calibration.dtype, device=calibration.ids.device)
-    forward = (site for layer in calibration.teacher_layers() for site in _read(calibration, layer))
+    layers = calibration.teacher_layers(stop)
+    forward = (site for layer in layers for site in _read(calibration, layer, stop))
     for site, moment in enumerate(forward):
         moments[site * groups // inside] += (moment / moment.trace()).to(calibration.dtype)
         sizes[site * groups // inside] += 1
@@ -207,14 +213,17 @@ def _gradient_of_predictions(calibration: Calibration, final: Tensor) -> Tensor:
     return gradient
 
 
-def _read(calibration: Calibration, layer: TeacherLayer) -> Iterator[Tensor]:
-    """sum h h^T [d_T, d_T] in float64 at the norms of a layer, after the last at the final one."""
+def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[Tensor]:
+    """sum h h^T [d_T, d_T] in float64 at the norms of a layer, after the last at the final one.
+
+    Over the sequences before `stop`.
+    """
     read = [layer.before, layer.middle]
     if layer.index == calibration.teacher.num_layers - 1:
         read.append(layer.after)
     for stream in read:
         total: Tensor = torch.zeros(())
-        for part in calibration.batches():
+        for part in calibration.batches(0, stop):
             total = total + second_moment(calibration.normalise(stream[part]))
         yield total
 

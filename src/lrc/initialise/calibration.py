@@ -69,7 +69,7 @@ class Calibration:
         self.forward_seconds = 0.0
         """Seconds in which the teacher's layers alone ran over all tokens, once."""
         self._batch = max(1, BATCH_TOKENS // ids.shape[1])
-        widths = 3 * teacher.hidden_size + hidden_size
+        widths = 3 * teacher.hidden_size + 2 * hidden_size
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
         self._opened = ExitStack()
         self._teacher_streams: list[Stream] = []
@@ -121,21 +121,22 @@ class Calibration:
         self._opened.callback(stream.close)
         return stream
 
-    def teacher_layers(self) -> Iterator[TeacherLayer]:
-        """One pass of the teacher over all tokens, layer by layer.
+    def teacher_layers(self, stop: int | None = None) -> Iterator[TeacherLayer]:
+        """One pass of the teacher, layer by layer, over all sequences or those before `stop`.
 
         The streams are used again at the next layer and in the next pass.
         """
         if not self._teacher_streams:
             self._teacher_streams = [self.stream(self.teacher.hidden_size) for _ in range(3)]
         before, middle, after = self._teacher_streams
-        for part in self.batches():
+        parts = list(self.batches(0, stop))
+        for part in parts:
             before[part] = self._embedded(part)
         self.forward_seconds = 0.0
         for index in range(self.teacher.num_layers):
             layer = self.layer(index)
             norm = layer.get_submodule(self.family.ffn_norm)
-            for part in self.batches():
+            for part in parts:
                 kept: list[Tensor] = []
                 hook = norm.register_forward_pre_hook(
                     lambda _, inputs, kept=kept: kept.append(inputs[0])
@@ -178,17 +179,17 @@ class Calibration:
                 own.copy_(theirs[name])
         return layer
 
-    def folded_reader(self, teacher: TeacherLayer, name: str) -> Tensor:
-        """W_T diag(gain) [out, d_T] of a reader of the teacher's layer."""
-        gain = self.gain(self.family.norm_read_by(teacher.index, name))
-        return teacher.module.get_parameter(f"{self.family.linears[name]}.weight") * gain
+    def folded_reader(self, index: int, module: nn.Module, name: str) -> Tensor:
+        """W_T diag(gain) [out, d_T] of a reader of the teacher's layer, `module`."""
+        gain = self.gain(self.family.norm_read_by(index, name))
+        return module.get_parameter(f"{self.family.linears[name]}.weight") * gain
 
     def fill_reader(
         self, student: nn.Module, teacher: TeacherLayer, name: str, projection: Tensor
     ) -> None:
         """Give a student's layer the reader W_T diag(gain) P in place of a linear map."""
         weight = student.get_parameter(f"{self.family.linears[name]}.weight")
-        weight.copy_(self.folded_reader(teacher, name) @ projection)
+        weight.copy_(self.folded_reader(teacher.index, teacher.module, name) @ projection)
 
     def layer(self, index: int) -> nn.Module:
         """The teacher's layer where it is in memory in the calibration's dtype; else a copy."""

@@ -15,13 +15,14 @@ folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T
    Then gate and up are refined by gradients on what the FFN writes (`lrc.initialise.refine`), and
    down is solved anew.
 3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
-   its final gain set to come near that reader. The logits are scaled at last
-   (`lrc.initialise.head`).
+   its final gain set to come near that reader. The logits are scaled
+   (`lrc.initialise.head`), the last layers and the head refined by gradients on the predictions
+   (`lrc.initialise.predictions`), and the logits scaled again.
 
-Where d_S = d_T the student is the teacher. The teacher runs twice, layer by layer: for the basis,
-and for the solving, which needs the basis from the first layer on; to keep what the first pass saw
-would take two streams a layer. Streams take 3 d_T + d_S numbers a calibration token, in memory, or
-in temporary files beyond `calibration.IN_MEMORY`.
+Where d_S = d_T the student is the teacher. The teacher runs layer by layer: over the first tokens
+for the basis, and over all for the solving, which needs the basis from the first layer on. Streams
+take 3 d_T + 2 d_S numbers a calibration token, in memory, or in temporary files beyond
+`calibration.IN_MEMORY`.
 """
 
 from collections.abc import Callable, Iterator
@@ -32,8 +33,17 @@ from torch.nn import functional
 
 from lrc.initialise.basis import predictive_basis, stream_statistics
 from lrc.initialise.calibration import Calibration, TeacherLayer, input_of
-from lrc.initialise.head import folded_head, head_metric, logit_scale, tied_head
+from lrc.initialise.head import (
+    OwnHead,
+    StudentHead,
+    TiedHead,
+    folded_head,
+    head_metric,
+    logit_scale,
+    tied_head,
+)
 from lrc.initialise.least_squares import Rows, regress
+from lrc.initialise.predictions import LastLayers
 from lrc.initialise.refine import Ffn, Target, refine_ffn
 from lrc.initialise.start import Start
 from lrc.initialise.streams import Stream
@@ -60,7 +70,8 @@ def solve_projections(
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
         progress: called with the layers done and their number.
-        refine_epochs: passes over the tokens in which each FFN is refined; 0 leaves all solved.
+        refine_epochs: passes over the tokens in which each FFN is refined, and as many for the last
+            layers and the head; 0 leaves all solved.
 
     Raises:
         UserError: the disk has no room for the streams.
@@ -72,23 +83,54 @@ def solve_projections(
         metrics = statistics.fisher_after_layers(basis)
         del statistics
         solver = _Solver(calibration, basis, metrics, refine_epochs)
+        last = LastLayers(calibration) if refine_epochs else None
         solved = {"embedding": basis}
         for layer in calibration.teacher_layers():
+            if last and layer.index == last.first:
+                last.begin(solver.stream)
             solved |= solver.layer(layer)
             if progress:
                 progress(layer.index + 1, teacher.num_layers)
         seconds, after = calibration.forward_seconds, layer.after
         read = solver.reader(after)
-        if not shared_head:
-            scale = logit_scale(calibration, folded_head(calibration) @ read, solver.stream, after)
-            solved["head"] = scale * read
+        head, value = _solved_head(calibration, basis, solver.stream, read, after, shared_head)
+        value = value * logit_scale(calibration, head, value, solver.stream, after)
+        if last:
+            refined = last.refine(solved, after, head, value, refine_epochs)
+            value = refined.pop(head.key)
+            solved |= refined
+            last.write(solver.stream, solved)
+            value = value * logit_scale(calibration, head, value, solver.stream, after)
+        if isinstance(head, OwnHead):
+            solved[head.key] = value
             return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
-        metric = head_metric(calibration, after)
-        rotation, gains = tied_head(calibration, basis, solver.stream, read, metric)
-        reached = basis @ rotation * gains @ rotation.T  # what a tied head can make of `read`
-        head = calibration.weight(teacher.family.head) @ reached
-        gains = gains * logit_scale(calibration, head, solver.stream, after)
-        return Start({key: value @ rotation for key, value in solved.items()}, gains, seconds)
+        turned = {key: projection @ head.rotation for key, projection in solved.items()}
+        return Start(turned, value, seconds)
+
+
+def _solved_head(
+    calibration: Calibration,
+    basis: Tensor,
+    stream: Stream,
+    read: Tensor,
+    after: Stream,
+    shared: bool,
+) -> tuple[StudentHead, Tensor]:
+    """The student's head and what it takes.
+
+    Args:
+        basis: B [d_T, d_S].
+        stream: the student's last residual stream.
+        read: P [d_T, d_S] that gives the teacher's final h from the student's z.
+        after: the teacher's last residual stream.
+        shared: whether the head has the embedding's projection.
+    """
+    if not shared:
+        return OwnHead(folded_head(calibration)), read
+    metric = head_metric(calibration, after)
+    rotation, gains = tied_head(calibration, basis, stream, read, metric)
+    rows = calibration.weight(calibration.family.head) @ (basis @ rotation)
+    return TiedHead(rotation, rows), gains
 
 
 class _Solver:
@@ -133,7 +175,9 @@ class _Solver:
         solved["down"] = self.writer(written, teacher.after)
         if self.refine_epochs:
             target = Target(teacher.after, self.basis, self.metrics[teacher.index])
-            solved |= refine_ffn(calibration, ffn, self.stream, target, solved, self.refine_epochs)
+            solved |= refine_ffn(
+                calibration, ffn, self.stream, written, target, solved, self.refine_epochs
+            )
             self._write_ffn(written, ffn, solved)
             solved["down"] = self.writer(written, teacher.after)
         self._add(written, solved["down"])
@@ -150,7 +194,10 @@ class _Solver:
                 name: family.linears[name].removeprefix(f"{path}.") + ".weight"
                 for name in FFN_READERS
             },
-            {name: self.calibration.folded_reader(teacher, name) for name in FFN_READERS},
+            {
+                name: self.calibration.folded_reader(teacher.index, teacher.module, name)
+                for name in FFN_READERS
+            },
             teacher.module.get_submodule(family.linears["down"]),
         )
 

@@ -1,6 +1,8 @@
 """The LM head of the closed-form start: a tied student's rotation, and the scale of the logits."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -19,6 +21,45 @@ LOGIT_SCALES = tuple(percent / 100 for percent in range(50, 121, 5))
 """Factors of the student's logits that are tried."""
 CHUNK = 512
 """Tokens whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """An LM head with a projection P of its own, whose rows are H_T diag(final gain) P."""
+
+    key: ClassVar[str] = "head"
+    """What is solved, and refined, by the name of its projection."""
+    rows: Tensor
+    """H_T diag(final gain), [vocabulary, d_T]."""
+
+    def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """States [n, d] and rows [vocabulary, d] whose products are the student's logits.
+
+        Args:
+            value: P [d_T, d_S].
+            z: the student's last residual stream, normalised, [n, d_S].
+        """
+        return z, self.rows @ value
+
+
+@dataclass(frozen=True)
+class TiedHead:
+    """An LM head tied to the embedding of a student whose basis is rotated by R, behind a final
+    norm with gain s."""
+
+    key: ClassVar[str] = "final gain"
+    """What is solved besides R, and refined."""
+    rotation: Tensor
+    """R [d_S, d_S]."""
+    rows: Tensor
+    """H_T B R [vocabulary, d_S]."""
+
+    def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As `OwnHead`, but for `value`, which is s [d_S]. z is not rotated yet."""
+        return z @ self.rotation * value, self.rows
+
+
+StudentHead = OwnHead | TiedHead
 
 
 def folded_head(calibration: Calibration) -> Tensor:
@@ -53,26 +94,30 @@ def head_metric(calibration: Calibration, final: Stream) -> Tensor:
     return (metric + METRIC_MIX * centred.T @ centred / len(head)).double()
 
 
-def logit_scale(calibration: Calibration, rows: Tensor, stream: Stream, final: Stream) -> float:
+def logit_scale(
+    calibration: Calibration, head: StudentHead, value: Tensor, stream: Stream, final: Stream
+) -> float:
     """The factor of the student's logits that brings KL(teacher || student) lowest on tokens that
     no solve sees: a student that errs must not be as sure as its teacher.
 
     Args:
         calibration: the calibration.
-        rows: what gives the student's logits from its final normalised state, [vocabulary, d_S].
+        head: the student's.
+        value: what it takes.
         stream: the student's last residual stream, [sequences, length, d_S].
         final: the teacher's, [sequences, length, d_T].
 
     Returns:
         One of `LOGIT_SCALES`.
     """
-    head, unseen = folded_head(calibration), calibration.solved_on
+    teacher_head, unseen = folded_head(calibration), calibration.solved_on
     z_all, h_all = (torch.cat(list(_spread_rows(calibration, x, unseen))) for x in (stream, final))
     divergence = torch.zeros(len(LOGIT_SCALES), dtype=torch.float64)
-    for start in range(0, len(z_all), CHUNK):
-        z, h = z_all[start : start + CHUNK], h_all[start : start + CHUNK]
-        logits = z @ rows.T
-        expected = (torch.softmax(h @ head.T, -1) * logits).sum(-1)
+    states, rows = head(value, z_all)
+    for start in range(0, len(states), CHUNK):
+        logits = states[start : start + CHUNK] @ rows.T
+        h = h_all[start : start + CHUNK]
+        expected = (torch.softmax(h @ teacher_head.T, -1) * logits).sum(-1)
         for i, scale in enumerate(LOGIT_SCALES):  # but for the teacher's entropy
             divergence[i] += float(((scale * logits).logsumexp(-1) - scale * expected).sum())
     return LOGIT_SCALES[int(divergence.argmin())]

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional
 
 from lrc.initialise.calibration import Calibration, input_of
 from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
+from lrc.projection import project
 
 LEARNING_RATE = 0.04
 """Of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values of Q are
@@ -71,11 +73,27 @@ class Ffn:
             readers: as `readers` gives them.
         """
 
-        def run() -> None:
-            functional_call(self.student, dict(readers), (z,))
-
-        written: Tensor = self.down(input_of(self.inner, run))
+        written: Tensor = self.down(self._neurons(z, readers))
         return written
+
+    def output(self, z: Tensor, readers: Mapping[str, Tensor], projection: Tensor) -> Tensor:
+        """What the student's own down projection writes, [..., d_S]: its weight is projected, which
+        costs less than to project what the teacher's writes.
+
+        Args:
+            z: the student's normalised stream, [..., d_S].
+            readers: as `readers` gives them.
+            projection: that of down, [d_T, d_S].
+        """
+        own = {
+            name: project(value, projection, writes=True)
+            for name, value in self.down.named_parameters()
+        }
+        return functional.linear(self._neurons(z, readers), own["weight"], own.get("bias"))
+
+    def _neurons(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
+        """What down takes in the student, [..., d_ffn]."""
+        return input_of(self.inner, lambda: functional_call(self.student, dict(readers), (z,)))
 
 
 @dataclass(frozen=True)
@@ -95,6 +113,7 @@ def refine_ffn(
     calibration: Calibration,
     ffn: Ffn,
     stream: Stream,
+    wrote: Stream,
     target: Target,
     start: Mapping[str, Tensor],
     epochs: int,
@@ -105,6 +124,7 @@ def refine_ffn(
         calibration: the tokens.
         ffn: the FFN.
         stream: the student's residual stream before it.
+        wrote: what the teacher's down projection writes on it as it was solved.
         target: what the stream is meant to be after it.
         start: projections of gate, up and down, [d_T, d_S], as they were solved.
         epochs: passes over the tokens.
@@ -126,19 +146,17 @@ def refine_ffn(
         return student / calibration.rms(student), teacher @ target.basis - student, root
 
     read: Tensor = torch.zeros(())
-    wrote: Tensor = torch.zeros(())
+    written: Tensor = torch.zeros(())
     energy = 0.0
     with torch.no_grad():
-        solved = ffn.readers(start)
         for part in calibration.batches(0, solved_on):
             z, wanted, root = rows(part)
-            written = ffn.written(z, solved) * root
             read = read + second_moment(z)
-            wrote = wrote + second_moment(written)
+            written = written + second_moment(wrote[part] * root)
             energy += float((wanted * root @ metric_root).square().sum())
 
         whiten_read, colour_read = roots(read)
-        whiten_wrote, colour_wrote = roots(wrote)
+        whiten_wrote, colour_wrote = roots(written)
         left = {name: roots(second_moment(weight)) for name, weight in ffn.weights.items()}
         values = {name: left[name][1] @ start[name] @ colour_read for name in left}
         values["down"] = colour_wrote @ start["down"]
@@ -152,7 +170,7 @@ def refine_ffn(
     def errors(part: slice, readers: Mapping[str, Tensor], down: Tensor) -> Tensor:
         """Weighted errors of the FFN's output in the metric, [..., d_S]."""
         z, wanted, root = rows(part)
-        return ((ffn.written(z, readers) @ down - wanted) * root) @ metric_root
+        return ((ffn.output(z, readers, down) - wanted) * root) @ metric_root
 
     @torch.no_grad()
     def judge(moved: Mapping[str, Tensor]) -> float:
