@@ -384,9 +384,9 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
         print(start("full", 32768))
         """,
     )
-    streams = 32768 * (3 * 256 + 32) * 4 / 2**20
+    streams = 32768 * (3 * 256 + 2 * 32) * 4 / 2**20
     assert many - few < 0.3 * streams
-    assert held - many > 0.7 * streams
+    assert held - many > 0.5 * streams  # a part reuses what was freed before
 
 
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
@@ -409,5 +409,8 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
     )
     student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
     moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of groups of norms, for one layer three
-    assert by_layers - before < student + moments + 0.4 * size
+    # Of three last layers, for one layer one: five numbers for each of their projections', and
+    # the student's weights with their gradients.
+    refined = 2 * (5 * 7 * 512 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 512)
+    assert by_layers - before < student + moments + refined + 0.4 * size
     assert whole - before > 0.8 * size  # a part was in `before` already

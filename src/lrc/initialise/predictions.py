@@ -4,26 +4,26 @@ The closed form aims at the teacher's residual stream, and so does `lrc.initiali
 last layers write is read by the head alone, or nearly so: they need not come near to the stream,
 but to what is predicted from it. Here their projections and the head's are moved by Adam so that
 KL(teacher || student) falls on the calibration tokens. The layers before them are as they were
-solved, so that their part of the student runs no more. After every epoch the tokens that no solve
+solved, so that their part of the student runs no more. As in training, the student's weights are
+leaves whose gradients are brought to the projections, one layer of the teacher at a time
+(`lrc.projection`). After every epoch the tokens that no solve
 sees judge; the best projections are kept, be they the first.
 """
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lrc.families import LINEARS, READERS
 from lrc.initialise.calibration import Calibration
 from lrc.initialise.head import CHUNK, StudentHead, folded_head
 from lrc.initialise.streams import Stream
 from lrc.objective import VocabularyWeights, vocabulary_losses
-from lrc.projection import project, projection_key
+from lrc.projection import project, projection_gradient, projection_key
 
 SHARE = 1 / 3
-"""Share of the layers, from the last, that are refined. They are held at once."""
+"""Share of the layers, from the last, that are refined."""
 
 LEARNING_RATE = 0.12
 """Of Adam, times (d_T d_S)^(-1/2): 3e-4 for 576 to 288, near the best of what was tried."""
@@ -50,18 +50,18 @@ class LastLayers:
         self.first = count - max(1, round(SHARE * count))
         """The first of them."""
         self._before = calibration.stream(calibration.hidden_size)
-        self._layers: list[tuple[int, nn.Module, nn.Module]] = []
-        """Each with its module in the teacher, and one of the student to run with weights of the
-        projections."""
+        self._layers: list[nn.Module] = []
 
     def begin(self, stream: Stream) -> None:
         """Keep the student's residual stream before the first of the layers."""
-        for part in self.calibration.batches():
+        calibration = self.calibration
+        for part in calibration.batches():
             self._before[part] = stream[part]
-        for index in self._indices():
-            module = self.calibration.layer(index)
-            layer = self.calibration.student_layer(index, module)
-            self._layers.append((index, module, layer))
+        for index in range(self.first, calibration.teacher.num_layers):
+            layer = calibration.student_layer(index, calibration.layer(index))
+            self._layers.append(layer)
+        for parameter, *_ in self._weights():
+            parameter.requires_grad_()
 
     def refine(
         self,
@@ -84,10 +84,9 @@ class LastLayers:
         solved_on = calibration.solved_on
         teacher_head = folded_head(calibration)
 
-        def divergence(part: slice, values: Mapping[str, Tensor]) -> Tensor:
+        def divergence(part: slice, value: Tensor) -> Tensor:
             """Mean KL(teacher || student) over the tokens of some sequences."""
-            z = calibration.normalise(self._run(part, values))
-            states, rows = head(values[head.key], z)
+            states, rows = head(value, calibration.normalise(self._run(part)))
             h = calibration.normalise(final[part])
             weights = VocabularyWeights(1.0, 0.0, 1.0, len(h), 1, len(rows), CHUNK)
             labels = torch.full((len(h),), -1, device=h.device)
@@ -96,11 +95,14 @@ class LastLayers:
 
         @torch.no_grad()
         def judge(values: Mapping[str, Tensor]) -> float:
+            self._project(values)
             parts = calibration.batches(solved_on)
-            return sum(float(divergence(p, values)) * (p.stop - p.start) for p in parts)
+            return sum(
+                float(divergence(part, values[head.key])) * (part.stop - part.start)
+                for part in parts
+            )
 
-        keys = [projection_key(i, name) for i in self._indices() for name in LINEARS]
-        start = {key: solved[key] for key in keys} | {head.key: value}
+        start = {key: solved[key] for key in self._keys()} | {head.key: value}
         values = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
         size = max(1, STEP_TOKENS // calibration.ids.shape[1])
         steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
@@ -113,10 +115,12 @@ class LastLayers:
         least, best = judge(start), start
         for _ in range(epochs):
             for part in steps:
-                with torch.enable_grad():
-                    loss = divergence(part, values)
                 optimizer.zero_grad()
+                self._project(values)
+                with torch.enable_grad():
+                    loss = divergence(part, values[head.key])
                 loss.backward()  # type: ignore[no-untyped-call]
+                self._gather(values)
                 optimizer.step()
                 schedule.step()
             found = judge(values)
@@ -124,42 +128,51 @@ class LastLayers:
                 least, best = found, {key: v.detach().clone() for key, v in values.items()}
         return best
 
+    @torch.no_grad()
     def write(self, stream: Stream, solved: Mapping[str, Tensor]) -> None:
         """Overwrite the student's last residual stream by what these projections make it."""
+        self._project(solved)
         for part in self.calibration.batches():
-            stream[part] = self._run(part, solved)
+            stream[part] = self._run(part)
 
-    def _indices(self) -> range:
-        return range(self.first, self.calibration.teacher.num_layers)
-
-    def _run(self, part: slice, values: Mapping[str, Tensor]) -> Tensor:
-        """The student's last residual stream, [b, length, d_S].
-
-        Args:
-            part: sequences.
-            values: the projections by their keys.
-        """
+    def _run(self, part: slice) -> Tensor:
+        """The student's last residual stream of some sequences, [b, length, d_S]."""
         states = self._before[part]
-        for index, module, layer in self._layers:
-            weights = self._weights(index, module, values)
-            arguments: dict[str, Any] = self.calibration.arguments[index]
-            result = functional_call(layer, weights, (states,), arguments)
-            states = result[0] if isinstance(result, tuple) else result
+        for index, layer in enumerate(self._layers, self.first):
+            states = self.calibration.run(layer, index, states)
         return states
 
-    def _weights(
-        self, index: int, module: nn.Module, values: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
-        """The projected parameters of a student's layer, by their names in it."""
+    @torch.no_grad()
+    def _project(self, values: Mapping[str, Tensor]) -> None:
+        """Write the layers' weights from projections by their keys."""
+        for parameter, key, weight, writes in self._weights():
+            project(weight, values[key].detach(), writes, out=parameter.data)
+
+    @torch.no_grad()
+    def _gather(self, values: Mapping[str, Tensor]) -> None:
+        """Bring the gradients of the layers' weights to projections by their keys."""
+        for parameter, key, weight, writes in self._weights():
+            assert parameter.grad is not None
+            moved = projection_gradient(weight, parameter.grad, writes)
+            before = values[key].grad
+            values[key].grad = moved if before is None else before.add_(moved)
+            parameter.grad = None
+
+    def _keys(self) -> list[str]:
+        count = self.calibration.teacher.num_layers
+        return [projection_key(i, name) for i in range(self.first, count) for name in LINEARS]
+
+    def _weights(self) -> Iterator[tuple[nn.Parameter, str, Tensor, bool]]:
+        """Every projected parameter of the layers: itself, the key of its projection, the teacher's
+        weight, and whether it writes to the residual stream."""
         calibration = self.calibration
-        weights = {}
-        for name, path in calibration.family.linears.items():
-            projection = values[projection_key(index, name)]
-            if name in READERS:
-                weights[f"{path}.weight"] = (
-                    calibration.folded_reader(index, module, name) @ projection
-                )
-                continue
-            for own, value in module.get_submodule(path).named_parameters():
-                weights[f"{path}.{own}"] = project(value, projection, writes=True)
-        return weights
+        for index, layer in enumerate(self._layers, self.first):
+            theirs = calibration.layer(index)
+            for name, path in calibration.family.linears.items():
+                key = projection_key(index, name)
+                if name in READERS:
+                    weight = calibration.folded_reader(index, theirs, name)
+                    yield layer.get_parameter(f"{path}.weight"), key, weight, False
+                    continue
+                for own, weight in theirs.get_submodule(path).named_parameters():
+                    yield layer.get_parameter(f"{path}.{own}"), key, weight, True

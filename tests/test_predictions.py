@@ -1,0 +1,90 @@
+"""The last layers and the head of a solved start, refined on the teacher's predictions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrc.data.batch import Batch
+from lrc.evaluate.held_out import measure_agreement
+from lrc.families import FAMILIES, LINEARS
+from lrc.initialise import closed_form, initialise_from_text, predictions
+from lrc.initialise.calibration import Calibration
+from lrc.methods import LowRankClone
+from lrc.projection import projection_key
+from lrc.sections import ObjectiveSection, StudentSection
+from lrc.teacher import Teacher
+from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
+
+LAYERS = 4
+REFINED = 1
+"""Of four layers, the last."""
+
+
+def tokens(sequences: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, TOKENS, (sequences, 12), generator=generator)
+
+
+def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is refined is then the last layers and the head alone."""
+
+    def solved(*arguments: Any) -> dict[str, Tensor]:
+        start: Mapping[str, Tensor] = arguments[5]
+        return {name: start[name] for name in closed_form.FFN_READERS}
+
+    monkeypatch.setattr(closed_form, "refine_ffn", solved)
+
+
+def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClone:
+    section = StudentSection(hidden_size=STUDENT_HIDDEN, tie_projections=tied)
+    method = LowRankClone(teacher, section, ObjectiveSection())
+    initialise_from_text(method, "closed-form", ids, refine_epochs=epochs)
+    return method
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the tokens that no solve sees, by the exported student; and nothing before the last
+    layers changes."""
+    leave_ffns_alone(monkeypatch)
+    monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
+    teacher = tiny_teacher(family, tied=tied, num_hidden_layers=LAYERS)
+    ids = tokens(400)
+    solved, refined = (start(teacher, ids, tied, epochs) for epochs in (0, 3))
+    unseen = [Batch(ids[350:])]
+    before, after = (measure_agreement(teacher, m.student(), unseen).kl for m in (solved, refined))
+    assert after < 0.985 * before
+    for layer in range(LAYERS if not tied else 0):  # a tied student is rotated anew
+        for name in LINEARS:
+            key = projection_key(layer, name)
+            same = torch.equal(solved.projections.values[key], refined.projections.values[key])
+            assert same == (layer < LAYERS - REFINED)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("biases", [False, True])
+def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> None:
+    """The stream that refining sees is that of the student with the same projections."""
+    changes = {"attention_bias": True, "mlp_bias": True} if biases and family == "llama" else {}
+    teacher = tiny_teacher(family, num_hidden_layers=LAYERS, **changes)
+    ids = tokens(8)
+    method = start(teacher, ids, False, 0)
+    student = method.student()
+    with torch.no_grad():
+        states = student.model(ids, output_hidden_states=True, use_cache=False).hidden_states
+        final: list[Tensor] = []
+        hook = student.model.norm.register_forward_pre_hook(lambda _, x: final.append(x[0]))
+        student.model(ids, use_cache=False)
+        hook.remove()
+    with torch.no_grad(), Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
+        last = predictions.LastLayers(calibration)
+        assert last.first == LAYERS - REFINED
+        stream = calibration.stream(STUDENT_HIDDEN)
+        stream[slice(0, len(ids))] = states[last.first]
+        last.begin(stream)
+        last.write(stream, method.projections.values)
+        torch.testing.assert_close(stream[slice(0, len(ids))], final[0], rtol=1e-5, atol=1e-6)
