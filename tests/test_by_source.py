@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from data_helpers import Document, write_shards
 from lrc.cli import main
-from lrc.data import Batch, StreamedText
+from lrc.data import Batch, StreamedText, TrainingText
 from lrc.data.by_source import SourceLosses
 from lrc.data.identity import tokenizer_identity
 from lrc.evaluate.held_out import held_out_loss, measure_agreement
@@ -229,6 +229,21 @@ def test_run_on_shards(recipe: Recipe, tmp_path: Path) -> None:
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+def test_training_begins_after_what_the_start_was_solved_on(recipe: Recipe, tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", recipe)
+    read = TrainingText.training_batch
+    with (
+        mock.patch("lrc.train.closing.draw_curves", lambda _, path: path.touch()),
+        mock.patch.object(TrainingText, "training_batch", autospec=True, side_effect=read) as taken,
+    ):
+        train(run, Console(quiet=True))
+    (first, calibration), *trained = (call.args[1:] for call in taken.call_args_list)
+    assert (first, calibration) == (0, 256 // recipe.data.sequence_length)
+    positions = [p for position, many in trained for p in range(position, position + many)]
+    sequences = recipe.steps() * recipe.train.step_sequences()
+    assert positions == list(range(calibration, calibration + sequences))
+
+
 def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
     """The same way, with documents that are read, shuffled and packed as they come."""
     source = tmp_path / "text.jsonl"
@@ -252,7 +267,9 @@ def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
     load = StreamedText.load_state
     with mock.patch.object(StreamedText, "load_state", autospec=True, side_effect=load) as loaded:
         resumed = go_on(run, tmp_path / "resumed")
-    assert loaded.call_args.args[1]["position"] == 7 * streamed.train.step_sequences()
+    calibration = 256 // streamed.data.sequence_length
+    taken = calibration + 7 * streamed.train.step_sequences()
+    assert loaded.call_args.args[1]["position"] == taken
     assert without_times(resumed.metrics()) == without_times(lines)
     files = [r.student_folder / "model.safetensors" for r in (run, resumed)]
     assert files[0].read_bytes() == files[1].read_bytes()

@@ -170,12 +170,18 @@ class Loop:
         """The micro-batches of the next step; data order depends on the step number alone."""
         train = self.run.recipe.train
         own = self.share.positions(self.setup.state.step, train.step_sequences())
+        seen = self._calibration_sequences()
         return [
-            self.text.training_batch(first, min(train.micro_batch, own.stop - first)).to(
+            self.text.training_batch(seen + first, min(train.micro_batch, own.stop - first)).to(
                 self.setup.device
             )
             for first in range(own.start, own.stop, train.micro_batch)
         ]
+
+    def _calibration_sequences(self) -> int:
+        """Sequences at the head of the text that the method was initialised from. Training begins
+        after them: there is more to learn from text that the start does not fit already."""
+        return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
     def _clip(self) -> float:
         """Clip the gradients as the recipe says; their norm before."""
@@ -231,13 +237,14 @@ class Loop:
             return {}
         teacher = self.run.metrics()[0][TEACHER_BY_SOURCE]
         shares = method.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
-        text.set_shares(self.setup.state.step * self.run.recipe.train.step_sequences(), shares)
+        done = self.setup.state.step * self.run.recipe.train.step_sequences()
+        text.set_shares(self._calibration_sequences() + done, shares)
         return {"source_shares": shares}
 
     def calibration(self) -> dict[str, Any]:
         """Tokens and seconds that the method was initialised with, and the seconds of the teacher's
         layers alone over these tokens, where known."""
-        sequences = calibration_sequences(self.setup.method, self.run.recipe, self.text)
+        sequences = self._calibration_sequences()
         found = {
             "calibration_tokens": sequences * self.run.recipe.data.sequence_length,
             "calibration_seconds": round(self.calibration_seconds, 3),
