@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lrc.families import LINEARS, READERS
 from lrc.initialise.calibration import Calibration
+from lrc.initialise.descent import descend
 from lrc.initialise.head import CHUNK, StudentHead, folded_head
 from lrc.initialise.streams import Stream
 from lrc.objective import VocabularyWeights, vocabulary_losses
@@ -28,13 +29,8 @@ SHARE = 1 / 3
 LEARNING_RATE = 0.12
 """Of Adam, times (d_T d_S)^(-1/2): 3e-4 for 576 to 288, near the best of what was tried."""
 
-BETAS = 0.9, 0.99
-
 STEP_TOKENS = 2048
 """Tokens of a step, in whole sequences."""
-
-WARM_UP = 3
-"""Steps that warm up."""
 
 
 class LastLayers:
@@ -81,7 +77,6 @@ class LastLayers:
             epochs: passes over the tokens.
         """
         calibration = self.calibration
-        solved_on = calibration.solved_on
         teacher_head = folded_head(calibration)
 
         def divergence(part: slice, value: Tensor) -> Tensor:
@@ -93,40 +88,31 @@ class LastLayers:
             found = vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
             return found.weighted
 
-        @torch.no_grad()
-        def judge(values: Mapping[str, Tensor]) -> float:
+        def differentiate(part: slice) -> None:
             self._project(values)
-            parts = calibration.batches(solved_on)
+            divergence(part, values[head.key]).backward()  # type: ignore[no-untyped-call]
+            self._gather(values)
+
+        def judge(reached: Mapping[str, Tensor]) -> float:
+            self._project(reached)
             return sum(
-                float(divergence(part, values[head.key])) * (part.stop - part.start)
-                for part in parts
+                float(divergence(part, reached[head.key])) * (part.stop - part.start)
+                for part in calibration.batches(calibration.solved_on)
             )
 
         start = {key: solved[key] for key in self._keys()} | {head.key: value}
         values = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
-        size = max(1, STEP_TOKENS // calibration.ids.shape[1])
-        steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
-        total = epochs * len(steps)
-        rate = LEARNING_RATE * (calibration.teacher.hidden_size * calibration.hidden_size) ** -0.5
-        optimizer = torch.optim.Adam(values.values(), lr=rate, betas=BETAS)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda done: min(1, (done + 1) / WARM_UP) * (1 - done / total)
+        return descend(
+            calibration,
+            values.values(),
+            LEARNING_RATE * (calibration.teacher.hidden_size * calibration.hidden_size) ** -0.5,
+            STEP_TOKENS,
+            epochs,
+            differentiate,
+            lambda: {key: tensor.detach().clone() for key, tensor in values.items()},
+            judge,
+            start,
         )
-        least, best = judge(start), start
-        for _ in range(epochs):
-            for part in steps:
-                optimizer.zero_grad()
-                self._project(values)
-                with torch.enable_grad():
-                    loss = divergence(part, values[head.key])
-                loss.backward()  # type: ignore[no-untyped-call]
-                self._gather(values)
-                optimizer.step()
-                schedule.step()
-            found = judge(values)
-            if found < least:
-                least, best = found, {key: v.detach().clone() for key, v in values.items()}
-        return best
 
     @torch.no_grad()
     def write(self, stream: Stream, solved: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,7 @@ from torch.func import functional_call
 from torch.nn import functional
 
 from lrc.initialise.calibration import Calibration, input_of
+from lrc.initialise.descent import descend
 from lrc.initialise.least_squares import second_moment
 from lrc.initialise.streams import Stream
 from lrc.projection import project
@@ -33,16 +34,11 @@ LEARNING_RATE = 0.04
 """Of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values of Q are
 about 1. Near the best of what was tried with 64 to 32 and with 576 to 288."""
 
-BETAS = 0.9, 0.99
-
 STEP_TOKENS = 1024
 """Tokens of a step, in whole sequences."""
 
 RIDGE = 1e-2
 """Added to the second moments, in units of their mean eigenvalue."""
-
-WARM_UP = 3
-"""Steps that warm up."""
 
 
 @dataclass(frozen=True)
@@ -172,36 +168,29 @@ def refine_ffn(
         z, wanted, root = rows(part)
         return ((ffn.output(z, readers, down) - wanted) * root) @ metric_root
 
-    @torch.no_grad()
+    def differentiate(part: slice) -> None:
+        moved = projections()
+        share = (part.stop - part.start) / solved_on
+        wrong = errors(part, ffn.readers(moved), moved["down"])
+        (wrong.square().sum() / (share * energy)).backward()
+
     def judge(moved: Mapping[str, Tensor]) -> float:
         readers = ffn.readers(moved)
         parts = calibration.batches(solved_on)
         return sum(float(errors(part, readers, moved["down"]).norm(dim=-1).sum()) for part in parts)
 
-    size = max(1, STEP_TOKENS // calibration.ids.shape[1])
-    steps = [slice(i, min(i + size, solved_on)) for i in range(0, solved_on, size)]
     rate = LEARNING_RATE * float(target.basis.numel()) ** -0.25
-    optimizer = torch.optim.Adam(values.values(), lr=rate, betas=BETAS)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda done: min(1, (done + 1) / WARM_UP) * (1 - done / (epochs * len(steps)))
+    best = descend(
+        calibration,
+        values.values(),
+        rate,
+        STEP_TOKENS,
+        epochs,
+        differentiate,
+        projections,
+        judge,
+        start,
     )
-    least, best = judge(start), dict(start)
-    for _ in range(epochs):
-        for part in steps:
-            share = (part.stop - part.start) / solved_on
-            with torch.enable_grad():
-                moved = projections()
-                wrong = errors(part, ffn.readers(moved), moved["down"])
-                loss = wrong.square().sum() / (share * energy)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-        with torch.no_grad():
-            moved = projections()
-        found = judge(moved)
-        if found < least:
-            least, best = found, moved
     return {name: best[name] for name in ffn.weights}
 
 
