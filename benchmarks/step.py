@@ -1,11 +1,12 @@
 """What a training step costs beside its floor and beside the straightforward formulation.
 
-Five steps on the same tokens, measured in turn in one run:
+Six steps on the same tokens, measured in turn in one run:
 
     floor     teacher forward without gradients, and forward and backward of a plain exported
               student with the LM loss: the least that distilling from logits can cost
     ours      a full Low-Rank Clone step: projection, all clone terms, KL, LM, clipping and AdamW
-    frugal    the same with `gradient_checkpointing: elementwise`
+    compiled  the same with `train.compile`
+    frugal    ours with `gradient_checkpointing: elementwise`
     matched   ours with attention outputs compared in the teacher's space, as `official` does
     official  the formulation of the paper's official code, written here independently: for q, k, v
               and o the student's activations pass the projection and then the teacher's full-size
@@ -22,6 +23,7 @@ machine; ratios are taken round by round.
 """
 
 import argparse
+import copy
 import itertools
 import json
 import platform
@@ -50,6 +52,7 @@ from lrc.memory import keep_freed_memory
 from lrc.methods import LowRankClone
 from lrc.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
 from lrc.teacher import Teacher, as_teacher, load_teacher
+from lrc.train.compiling import compile_small_modules
 from lrc.train.loop import count
 
 KL_WEIGHT, TEMPERATURE, ALPHA = 1.28, 40.0, 0.2
@@ -125,8 +128,15 @@ class Floor:
 class Ours:
     """A whole step of the project's method, as the training loop does it."""
 
-    def __init__(self, teacher: Teacher, hidden_size: int, **options: Any) -> None:
+    def __init__(
+        self, teacher: Teacher, hidden_size: int, compiled: bool = False, **options: Any
+    ) -> None:
+        if compiled:  # a copy: the others share the teacher
+            teacher = replace(teacher, model=copy.deepcopy(teacher.model))
         self.method = make_ours(teacher, hidden_size, **options)
+        if compiled:
+            for model in (teacher.model, self.method.model):
+                compile_small_modules(model, teacher.family)
         self.clock = self.method.clock
         self.parameters = list(self.method.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)
@@ -287,6 +297,7 @@ class Official:
 KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
     "floor": Floor,
     "ours": Ours,
+    "compiled": partial(Ours, compiled=True),
     "frugal": partial(Ours, checkpointing="elementwise"),
     "matched": partial(Ours, attn_out="teacher"),
     "official": Official,

@@ -6,8 +6,8 @@ but to what is predicted from it. Here their projections and the head's are move
 KL(teacher || student) falls on the calibration tokens. The layers before them are as they were
 solved, so that their part of the student runs no more. As in training, the student's weights are
 leaves whose gradients are brought to the projections, one layer of the teacher at a time
-(`lrc.projection`). After every epoch the tokens that no solve
-sees judge; the best projections are kept, be they the first.
+(`lrc.projection`). After every epoch the tokens that no solve sees judge; the best projections are
+kept, be they the first.
 """
 
 from collections.abc import Iterator, Mapping
