@@ -1,6 +1,8 @@
 """FFNs that form their activation and product again, against transformers' FFNs as they are."""
 
 import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -11,14 +13,22 @@ from lrc.families import FAMILIES
 from lrc.methods.recomputing import recompute_inside_ffns
 from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
 
+Pair = tuple[PreTrainedModel, PreTrainedModel]
 
-def student_and_twin(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+
+@pytest.fixture
+def student_and_twin() -> Iterator[Callable[[str], Pair]]:
     """A model whose FFNs recompute, and the same one as it is."""
-    teacher = tiny_teacher(family)
-    twin = teacher.model.requires_grad_(True)
-    student = copy.deepcopy(twin)
-    recompute_inside_ffns(student, teacher.family)
-    return student, twin
+    with ExitStack() as stack:
+
+        def pair(family: str) -> Pair:
+            teacher = tiny_teacher(family)
+            twin = teacher.model.requires_grad_(True)
+            student = copy.deepcopy(twin)
+            stack.enter_context(recompute_inside_ffns(student, teacher.family))
+            return student, twin
+
+        yield pair
 
 
 def loss_of(model: PreTrainedModel, seed: int = 0) -> Tensor:
@@ -40,7 +50,9 @@ def ffn_of(model: PreTrainedModel, layer: int = 0) -> nn.Module:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_losses_and_gradients_are_the_same(family: str) -> None:
+def test_losses_and_gradients_are_the_same(
+    family: str, student_and_twin: Callable[[str], Pair]
+) -> None:
     student, twin = student_and_twin(family)
     mine, theirs = loss_of(student), loss_of(twin)
     assert torch.equal(mine, theirs)
@@ -50,7 +62,7 @@ def test_losses_and_gradients_are_the_same(family: str) -> None:
 
 
 @pytest.mark.parametrize("frozen", ["down_proj", "gate_proj", "up_proj"])
-def test_linear_maps_without_gradient(frozen: str) -> None:
+def test_linear_maps_without_gradient(frozen: str, student_and_twin: Callable[[str], Pair]) -> None:
     """Autograd then saves less, and asks for less."""
     student, twin = student_and_twin("llama")
     for model in (student, twin):
@@ -60,14 +72,14 @@ def test_linear_maps_without_gradient(frozen: str) -> None:
     assert_same_gradients(student, twin)
 
 
-def test_two_passes_before_one_backward_pass() -> None:
+def test_two_passes_before_one_backward_pass(student_and_twin: Callable[[str], Pair]) -> None:
     student, twin = student_and_twin("llama")
     for model in (student, twin):
         (loss_of(model, 1) + loss_of(model, 2)).backward()
     assert_same_gradients(student, twin)
 
 
-def test_autocast() -> None:
+def test_autocast(student_and_twin: Callable[[str], Pair]) -> None:
     student, twin = student_and_twin("llama")
     for model in (student.float(), twin.float()):
         with torch.autocast("cpu", torch.bfloat16):
@@ -76,7 +88,7 @@ def test_autocast() -> None:
     assert_same_gradients(student, twin)
 
 
-def test_neither_activation_nor_product_is_kept() -> None:
+def test_neither_activation_nor_product_is_kept(student_and_twin: Callable[[str], Pair]) -> None:
     """Of tensors as wide as the FFN autograd saves the gate's output for the activation function
     and up's for the product, and forms the activation once more."""
     student, _ = student_and_twin("llama")
@@ -102,7 +114,9 @@ def test_neither_activation_nor_product_is_kept() -> None:
     assert len(calls) == 2
 
 
-def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind() -> None:
+def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind(
+    student_and_twin: Callable[[str], Pair],
+) -> None:
     student, twin = student_and_twin("llama")
     with torch.no_grad():
         loss_of(student)
@@ -110,4 +124,17 @@ def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind() -> N
         ffn_of(student)(torch.randn(1, 2, 3, dtype=torch.float64))
     for model in (student, twin):
         loss_of(model).backward()
+    assert_same_gradients(student, twin)
+
+
+def test_nothing_stays_on_the_model() -> None:
+    """And the backward pass may come after the context."""
+    teacher = tiny_teacher("llama")
+    twin = teacher.model.requires_grad_(True)
+    student = copy.deepcopy(twin)
+    with recompute_inside_ffns(student, teacher.family):
+        loss = loss_of(student)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in student.modules())
+    loss.backward()
+    loss_of(twin).backward()
     assert_same_gradients(student, twin)

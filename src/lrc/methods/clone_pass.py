@@ -16,6 +16,7 @@ from lrc.activations import Observer, Place, last_hidden, observe
 from lrc.clock import Clock
 from lrc.data.batch import Batch
 from lrc.methods.base import Counts
+from lrc.methods.recomputing import recompute_inside_ffns
 from lrc.methods.vocabulary import learn_vocabulary
 from lrc.objective import clone_term, relative_weight
 from lrc.sections import ObjectiveSection
@@ -135,6 +136,8 @@ class ClonePass:
                 )
             return compared if sides.student is output else output
 
+        if not self.recomputes:
+            self._observing.enter_context(recompute_inside_ffns(self.model, self.teacher.family))
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
         self._observing.enter_context(self._observe(self.model, compare))
         hidden = last_hidden(self.model, batch)

@@ -20,7 +20,7 @@ from lrc.initialise import initialise
 from lrc.methods.alignment import align, writer_alignment
 from lrc.methods.base import Counts, Method, Progress
 from lrc.methods.clone_pass import ClonePass, Sides
-from lrc.methods.recomputing import recompute, recompute_inside_ffns
+from lrc.methods.recomputing import recompute
 from lrc.projection import Projections, projection_key
 from lrc.recipe import Recipe
 from lrc.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
@@ -58,10 +58,7 @@ class LowRankClone(Method):
         self.alignment: dict[str, nn.Parameter] = {}
         if objective.alignment == "explicit":
             self.alignment = writer_alignment(teacher, self.model, self.clone.places, start.seed)
-        if gradient_checkpointing:
-            recompute(self.model, gradient_checkpointing)
-        else:
-            recompute_inside_ffns(self.model, teacher.family)
+        recompute(self.model, gradient_checkpointing)
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":

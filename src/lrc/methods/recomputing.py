@@ -1,7 +1,7 @@
 """Gradient checkpointing, of whole layers or of cheap operations alone."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -52,22 +52,31 @@ def _policy(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> Check
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def recompute_inside_ffns(student: PreTrainedModel, family: Family) -> None:
-    """Let every FFN of a student keep what gate and up give, and neither the activation nor the
-    product, which the backward pass forms again from them: two numbers of six a token and neuron,
-    for one pass of the activation function and one product.
+@contextmanager
+def recompute_inside_ffns(student: PreTrainedModel, family: Family) -> Iterator[None]:
+    """While the context is open, let every FFN of a student keep what gate and up give, and neither
+    the activation nor the product, which the backward pass forms again from them: two numbers of
+    six a token and neuron, for one pass of the activation function and one product.
 
     Args:
-        student: changed in place, by hooks. Not to be used with `recompute`.
+        student: runs forward in the context. Not to be used with `recompute`.
         family: where its parts live.
     """
+    hooked = []
     for layer in range(student.config.num_hidden_layers):
         up, down = (family.linear(layer, name) for name in ("up", "down"))
         ffn = student.get_submodule(down.rpartition(".")[0])
         (activation,) = (
             child for child in ffn.children() if next(child.parameters(), None) is None
         )
-        _Inside(ffn, activation, student.get_submodule(up), student.get_submodule(down))
+        hooked.append(
+            _Inside(ffn, activation, student.get_submodule(up), student.get_submodule(down))
+        )
+    try:
+        yield
+    finally:
+        for inside in hooked:
+            inside.remove()
 
 
 class _Kept:
@@ -97,17 +106,23 @@ class _Inside:
     def __init__(
         self, ffn: nn.Module, activation: nn.Module, up: nn.Module, down: nn.Module
     ) -> None:
-        ffn.register_forward_pre_hook(self._begin)
-        activation.register_forward_hook(self._activate)
-        up.register_forward_hook(self._read_up)
-        down.register_forward_pre_hook(self._multiply)
-        ffn.register_forward_hook(self._end, always_call=True)
+        self._hooks = (
+            ffn.register_forward_pre_hook(self._begin),
+            activation.register_forward_hook(self._activate),
+            up.register_forward_hook(self._read_up),
+            down.register_forward_pre_hook(self._multiply),
+            ffn.register_forward_hook(self._end, always_call=True),
+        )
         self._saving: saved_tensors_hooks | None = None
         self._kept: _Kept | None = None
         self._again: dict[int, Callable[[], Tensor]] = {}
         """How to form a tensor again, by its address."""
         self._alive: list[Tensor] = []
         """These tensors, so that no other gets the address of one while the FFN runs."""
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self, *_: Any) -> None:
         self._saving = saved_tensors_hooks(self._pack, self._unpack)
@@ -120,7 +135,7 @@ class _Inside:
             self._saving = None
 
     def _activate(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if self._saving is not None:  # not in the backward pass
+        if self._saving is not None:  # not in a backward pass while the context is open
             self._kept = _Kept(module, inputs[0])
             self._forget(output, self._kept.activated)
 
