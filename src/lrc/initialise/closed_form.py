@@ -99,7 +99,7 @@ def solve_projections(
             refined = last.refine(solved, after, head, value, refine_epochs)
             value = refined.pop(head.key)
             solved |= refined
-            last.write(solver.stream, solved)
+            last.write(solver.stream, solved, calibration.solved_on)
             value = value * logit_scale(calibration, head, value, solver.stream, after)
         if isinstance(head, OwnHead):
             solved[head.key] = value

@@ -115,10 +115,11 @@ class LastLayers:
         )
 
     @torch.no_grad()
-    def write(self, stream: Stream, solved: Mapping[str, Tensor]) -> None:
-        """Overwrite the student's last residual stream by what these projections make it."""
+    def write(self, stream: Stream, solved: Mapping[str, Tensor], first: int = 0) -> None:
+        """Overwrite the student's last residual stream, from sequence `first` on, by what these
+        projections make it."""
         self._project(solved)
-        for part in self.calibration.batches():
+        for part in self.calibration.batches(first):
             stream[part] = self._run(part)
 
     def _run(self, part: slice) -> Tensor:
