@@ -26,6 +26,9 @@ from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.shipped import shipped
 from lrc.train import loop as training_loop
+from lrc.train import session as session_module
+from lrc.train.session import train
+from lrc.train.starts import Starts
 from tiny import tiny_teacher
 
 Settings = dict[str, Any]
@@ -129,9 +132,53 @@ def test_whole_comparison_and_its_second_start(
     assert data["entries"][1]["tries"]["1e+30"] is None
     assert (out / "curves.png").stat().st_size > 10_000
 
-    monkeypatch.setattr(runner_module, "train", lambda *_: pytest.fail("it ran again"))
+    monkeypatch.setattr(runner_module, "train", lambda *_, **__: pytest.fail("it ran again"))
     again = compare(comparison, out, Console(quiet=True))
     assert again == results
+
+
+def test_runs_share_their_start(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tries of several rates solve their start once, and train as if each had solved it."""
+    solved: list[str] = []
+    solve = session_module.start
+
+    def counted(setup: Any, recipe: Any, *rest: Any) -> tuple[float, float]:
+        solved.append(recipe.initialise.method)
+        return solve(setup, recipe, *rest)
+
+    monkeypatch.setattr(session_module, "start", counted)
+    plan |= {
+        "entries": plan["entries"][:1],
+        "seeds": [0],
+        "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96},
+    }
+    out, comparison = tmp_path / "out", load_comparison(write(plan, tmp_path))
+    results = compare(comparison, out, Console(quiet=True))
+    assert solved == ["closed-form"]
+    entry = comparison.entries[0]
+    [run] = results.entries[0].runs
+    alone = Run.create(tmp_path / "alone", Run.open(out / run.folder).recipe)
+    train(alone, Console(quiet=True), report=False)
+    assert solved == ["closed-form"] * 2
+    mine, shared = (r.metrics() for r in (alone, Run.open(out / run.folder)))
+    for figure in ("held_out_lm", "loss", "grad_norm", "learning_rate", "calibration_tokens"):
+        assert [line.get(figure) for line in mine] == [line.get(figure) for line in shared]
+    seconds = [
+        Run.open(folder).metrics()[0]["calibration_seconds"]
+        for folder in (*(out / "grid").iterdir(), out / run.folder)
+    ]
+    assert len(set(seconds)) == 1  # charged to each of them
+    assert seconds[0] > 0
+
+    # A damaged start is solved anew, and one of another seed is another.
+    [kept] = (out / "starts").glob("*/step-00000000/state.safetensors")
+    kept.write_bytes(kept.read_bytes()[:-8])
+    for seed, name in ((0, "damaged"), (1, "seed")):
+        other = Run.create(tmp_path / name, comparison.run_recipe(entry, 1e-3, seed))
+        train(other, Console(quiet=True), report=False, starts=Starts(out / "starts"))
+    assert solved == ["closed-form"] * 4
 
 
 @pytest.mark.parametrize(
@@ -204,6 +251,20 @@ def test_command_line_overrides(
         main()
     assert end.value.code == 2
     assert "decided by the comparison's `tokens`" in capsys.readouterr().err
+
+
+def test_some_entries_alone(plan: Settings, tmp_path: Path, capsys: Any) -> None:
+    """Entries can be run apart, by processes side by side; the ablation brings its rate's entry."""
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
+    comparison, out = load_comparison(write(plan, tmp_path)), tmp_path / "out"
+    results = compare(comparison, out, Console(quiet=True), only=["no-kl"])
+    assert sorted(f.name for f in (out / "grid").iterdir()) == ["scratch-lr0.001", "scratch-lr0.01"]
+    assert [f.name for f in (out / "runs").iterdir()] == ["no-kl-seed0"]
+    assert [len(entry.runs) for entry in results.entries] == [0, 0, 1]
+    results = compare(comparison, out, Console(quiet=True))
+    assert [len(entry.runs) for entry in results.entries] == [1, 1, 1]
+    with pytest.raises(UserError, match=r"no entry 'nokl'.*lrc, scratch, no-kl"):
+        compare(comparison, out, Console(quiet=True), only=["nokl"])
 
 
 def signalled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:

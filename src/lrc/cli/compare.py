@@ -19,6 +19,10 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(help="The comparison's folder; default: below runs/.")
     ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Run this entry alone, for now; can be given several times."),
+    ] = None,
 ) -> None:
     """Train several systems on the same budget, each at its best learning rate, and tabulate them.
 
@@ -28,6 +32,7 @@ def compare(
     * `lrc compare initialisation --text corpus/ --out runs/starts`
     * `lrc compare mine.yaml --set train.micro_batch=4`
 
+    Entries can be run side by side by processes with the same `--out`, each with its own `--only`.
     The same command goes on where it was stopped, and only tabulates where nothing is left to run.
     """
     from lrc.compare import compare, load_comparison
@@ -42,7 +47,7 @@ def compare(
     overrides |= {key: value for key, value in shorthands.items() if value}
     folder = out or Path("runs") / f"compare-{Path(comparison).stem}"
     try:
-        compare(load_comparison(comparison, overrides), folder, console)
+        compare(load_comparison(comparison, overrides), folder, console, only or ())
     except Interrupted as stop:
         console.print(str(stop), highlight=False, soft_wrap=True)
         raise typer.Exit(128 + stop.signal) from None

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,11 @@ class Folders:
         """Folder of a run on the whole budget."""
         return self.out / "runs" / f"{entry.name}-seed{seed}"
 
-    def all(self) -> Iterator[tuple[Path, int]]:
-        """Folder and training tokens of every run, tries first."""
-        for entry, rate in self.comparison.searches():
+    def all(self, names: Collection[str]) -> Iterator[tuple[Path, int]]:
+        """Folder and training tokens of every run of some entries, tries first."""
+        for entry, rate in self.comparison.searches(names):
             yield self.of_try(entry, rate), self.comparison.grid.tokens
-        for entry in self.comparison.entries:
+        for entry in self.comparison.named(names):
             for seed in self.comparison.seeds:
                 yield self.of_run(entry, seed), self.comparison.tokens
 

@@ -5,7 +5,7 @@ with the lowest held-out loss after a short budget; then it trains on the whole 
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
 from typing import Annotated, Any
 
@@ -113,10 +113,17 @@ class Comparison(Section):
         """Entry that the others' parameters are compared with."""
         return self.reference or self.entries[0].name
 
-    def searches(self) -> Iterator[tuple[Entry, float]]:
-        """Every entry and rate that has to be tried."""
+    def named(self, names: Collection[str]) -> list[Entry]:
+        """The entries of some names, in their order."""
+        return [entry for entry in self.entries if entry.name in names]
+
+    def searches(self, names: Collection[str] = ()) -> Iterator[tuple[Entry, float]]:
+        """Every entry and rate that has to be tried, for the entries of some names or for all."""
+        needed = {entry.rate_of or entry.name for entry in self.named(names)}
         for entry in self.entries:
             rates = self.rates(entry)
+            if names and entry.name not in needed:
+                continue
             if entry.rate_of is None and len(rates) > 1:
                 yield from ((entry, rate) for rate in rates)
 

@@ -1,6 +1,7 @@
 """Running a comparison: one run after the other, each in a run folder of its own.
 
     OUT/comparison.yaml        the comparison as it was resolved
+    OUT/starts/                starts from calibration tokens, which the runs share
     OUT/grid/NAME-lrRATE/      a try of a learning rate
     OUT/runs/NAME-seedN/       a run on the whole budget
     OUT/comparison.json, .md   the table, written anew after every run
@@ -12,6 +13,7 @@ that the same command continues a comparison. A run whose loss is no longer fini
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -31,26 +33,34 @@ from lrc.run import Run, is_run
 from lrc.teacher import Teacher, load_teacher
 from lrc.train.session import Interrupted, need_whole_teacher, train
 from lrc.train.setup import find_device
+from lrc.train.starts import Starts
 
 
-def compare(comparison: Comparison, out: Path, console: Console) -> Results:
+def compare(
+    comparison: Comparison, out: Path, console: Console, only: Sequence[str] = ()
+) -> Results:
     """Run what is left of a comparison, and write and print its table.
 
     Args:
         comparison: what is compared.
         out: folder of the comparison, new or of an earlier start of it.
         console: where progress and the table are shown.
+        only: names of the entries that are run now; none: all.
 
     Raises:
-        UserError: an entry cannot be run, or `out` holds something else.
+        UserError: an entry cannot be run or is not there, or `out` holds something else.
         Interrupted: SIGINT or SIGTERM asked to stop.
     """
+    names = [entry.name for entry in comparison.entries]
+    for name in only:
+        if name not in names:
+            raise UserError(f"The comparison has no entry '{name}'; it has {', '.join(names)}.")
     marker = out / "comparison.yaml"
     if is_taken(out) and not marker.is_file():
         raise UserError(f"{out} holds something else; choose another folder with --out.")
     plan = comparison.model_dump(mode="json", by_alias=True)
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
-    results = Runner(Folders(comparison, out), console).go()
+    results = Runner(Folders(comparison, out), console, only or names).go()
     console.print(comparison_table(results))
     console.print(f"Everything is in {out}.", highlight=False, soft_wrap=True)
     return results
@@ -62,6 +72,8 @@ class Runner:
 
     folders: Folders
     console: Console
+    only: Sequence[str]
+    """Names of the entries that are run."""
     _teachers: dict[str, Teacher] = field(default_factory=dict)
     _tokens: int = 0
     """Tokens trained by this process."""
@@ -71,11 +83,11 @@ class Runner:
     def go(self) -> Results:
         """Search the rates, then run every seed of every entry."""
         folders, comparison = self.folders, self.folders.comparison
-        for entry, rate in comparison.searches():
+        for entry, rate in comparison.searches(self.only):
             recipe = comparison.grid_recipe(entry, rate)
             self._finish(folders.of_try(entry, rate), recipe, f"{entry.name}, rate {rate:g}")
         for seed in comparison.seeds:
-            for entry in comparison.entries:
+            for entry in comparison.named(self.only):
                 chosen = folders.chosen(entry)
                 if chosen is None:
                     self.console.print(f"{entry.name}: no rate of the grid stayed finite.")
@@ -103,7 +115,8 @@ class Runner:
         self.console.rule(f"{what}: {self._position()}", style="dim")
         started = time.perf_counter()
         try:
-            train(run, self.console, self._teacher(recipe), report=False)
+            starts = Starts(self.folders.out / "starts")
+            train(run, self.console, self._teacher(recipe), report=False, starts=starts)
         except DivergedError as error:
             write_text(folder / "diverged.json", json.dumps({"message": str(error)}))
             self.console.print(str(error), style="yellow", markup=False, soft_wrap=True)
@@ -119,7 +132,7 @@ class Runner:
 
     def _position(self) -> str:
         """Number of the next run, and the time left at the pace so far."""
-        plan = list(self.folders.all())
+        plan = list(self.folders.all(self.only))
         left = [tokens for folder, tokens in plan if not is_over(folder)]
         text = f"run {len(plan) - len(left) + 1} of {len(plan)}"
         if not self._tokens:

@@ -84,6 +84,23 @@ def fill_state(
     Raises:
         UserError: it holds other parameters; `state` is then unchanged.
     """
+    fill_parameters(state, path, tensors)
+    state.optimizer.load_state_dict(_optimizer_state(state, tensors))
+    state.scheduler.load_state_dict(header["scheduler"])
+    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimiser's rates alone
+    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    state.step = int(header["step"])
+    state.text = header.get("text", {})
+
+
+def fill_parameters(state: State, path: Path, tensors: dict[str, Tensor]) -> None:
+    """Bring the parameters of `state`, in place, and torch's random numbers to a checkpoint that
+    was read.
+
+    Raises:
+        UserError: it holds other parameters; `state` is then unchanged.
+    """
     expected = {f"parameter.{name}": p.shape for name, p in state.parameters.items()}
     found = {name: t.shape for name, t in tensors.items() if name.startswith("parameter.")}
     if expected != found:
@@ -91,14 +108,7 @@ def fill_state(
     with torch.no_grad():
         for name, parameter in state.parameters.items():
             parameter.copy_(tensors[f"parameter.{name}"])
-    state.optimizer.load_state_dict(_optimizer_state(state, tensors))
-    state.scheduler.load_state_dict(header["scheduler"])
-    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimiser's rates alone
-    for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
     torch.set_rng_state(tensors["rng"])
-    state.step = int(header["step"])
-    state.text = header.get("text", {})
 
 
 def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -16,6 +16,7 @@ from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
+from lrc.train.starts import Starts
 from lrc.train.trackers import check_installed
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
@@ -68,7 +69,11 @@ class Interrupted(Exception):
 
 
 def train(
-    run: Run, console: Console, teacher: Teacher | None = None, report: bool = True
+    run: Run,
+    console: Console,
+    teacher: Teacher | None = None,
+    report: bool = True,
+    starts: Starts | None = None,
 ) -> dict[str, Any]:
     """Train a run to its end, from its newest checkpoint or from the start.
 
@@ -77,6 +82,7 @@ def train(
         console: where progress and the closing table are shown.
         teacher: a teacher that is loaded already; None: the one that the recipe names.
         report: print the closing table and samples.
+        starts: where starts are kept for other runs, and taken from.
 
     Returns:
         The closing table, as in summary.json.
@@ -87,7 +93,7 @@ def train(
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
     need_whole_teacher(run.recipe)
-    loop = open_loop(run, console, teacher)
+    loop = open_loop(run, console, teacher, starts)
     stop = loop.go(run.recipe.steps())
     if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
         raise Interrupted(
@@ -107,7 +113,9 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
     return close_run(loop, console)
 
 
-def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
+def open_loop(
+    run: Run, console: Console, teacher: Teacher | None, starts: Starts | None = None
+) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
     check_installed(run.recipe.train.report_to)
     if run.recipe.train.compile:
@@ -122,8 +130,12 @@ def open_loop(run: Run, console: Console, teacher: Teacher | None) -> Loop:
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
+    elif kept := starts and starts.fill(setup, run.recipe):
+        calibration = kept
     else:
         calibration = start(setup, run.recipe, text, console)
+        if starts:
+            starts.keep(setup, run.recipe, calibration)
     if run.recipe.train.compile:
         for model in (setup.teacher.model, setup.method.model):
             compile_small_modules(model, setup.teacher.family)

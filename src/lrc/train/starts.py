@@ -1,0 +1,80 @@
+"""Starts that runs share, so that a comparison solves each of them once.
+
+A start hangs on the teacher, the student, the method, `initialise`, the text and the seed, not on
+how the run goes on: tries of several learning rates begin from the same one.
+
+    FOLDER/KEY/step-00000000/   the start, as a checkpoint
+    FOLDER/KEY/seconds.json     what it took to solve
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrc.errors import UserError
+from lrc.files import write_text
+from lrc.recipe import Recipe
+from lrc.train.checkpoint import (
+    checkpoint_folder,
+    fill_parameters,
+    read_checkpoint,
+    save_checkpoint,
+)
+from lrc.train.setup import Setup, new_state
+
+SECONDS = "seconds.json"
+
+
+@dataclass(frozen=True)
+class Starts:
+    """Starts from calibration tokens, kept in a folder."""
+
+    folder: Path
+
+    def keep(self, setup: Setup, recipe: Recipe, seconds: tuple[float, float]) -> None:
+        """Keep the start of a method that was just initialised.
+
+        Args:
+            setup: the run before its first step.
+            recipe: its recipe.
+            seconds: those that the start took, and those of the teacher's layers alone.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if not setup.method.calibration_tokens():
+            return  # solved in no time
+        key = start_key(setup, recipe)
+        setup.state.method = setup.method.state()
+        write_text(self.folder / key / SECONDS, json.dumps(seconds))
+        save_checkpoint(self.folder / key, setup.state, key, keep=1)
+
+    def fill(self, setup: Setup, recipe: Recipe) -> tuple[float, float] | None:
+        """Bring a new run to the start that was kept for runs like it.
+
+        Returns:
+            The seconds that were kept with it; None where there is none, or it is damaged.
+        """
+        key = start_key(setup, recipe)
+        path = checkpoint_folder(self.folder / key, 0)
+        if not path.exists():
+            return None
+        try:
+            header, tensors = read_checkpoint(path, key)
+            solving, forward = json.loads((self.folder / key / SECONDS).read_text())
+        except (UserError, OSError, ValueError):
+            return None
+        setup.method.load_state(header.get("method", {}))
+        setup.state = new_state(setup.method, recipe)
+        fill_parameters(setup.state, path, tensors)
+        return solving, forward
+
+
+def start_key(setup: Setup, recipe: Recipe) -> str:
+    """What a run's start hangs on, as a checksum."""
+    sections = recipe.model_dump(mode="json", include={"teacher", "student", "method", "data"})
+    sections["initialise"] = recipe.initialise.model_dump(mode="json")
+    shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
+    parts = [sections, recipe.train.seed, str(setup.device), shapes]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
