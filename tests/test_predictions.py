@@ -19,8 +19,8 @@ from lrc.teacher import Teacher
 from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
 
 LAYERS = 4
-REFINED = 1
-"""Of four layers, the last."""
+REFINED = 2
+"""Of four layers, the last two."""
 
 
 def tokens(sequences: int) -> Tensor:
@@ -28,14 +28,18 @@ def tokens(sequences: int) -> Tensor:
     return torch.randint(0, TOKENS, (sequences, 12), generator=generator)
 
 
-def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is refined is then the last layers and the head alone."""
+def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> list[None]:
+    """What is refined is then the last layers and the head alone. One item for each FFN that would
+    have been refined."""
+    asked: list[None] = []
 
     def solved(*arguments: Any) -> dict[str, Tensor]:
+        asked.append(None)
         start: Mapping[str, Tensor] = arguments[5]
         return {name: start[name] for name in closed_form.FFN_READERS}
 
     monkeypatch.setattr(closed_form, "refine_ffn", solved)
+    return asked
 
 
 def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClone:
@@ -50,11 +54,12 @@ def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClon
 def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tokens that no solve sees, by the exported student; and nothing before the last
     layers changes."""
-    leave_ffns_alone(monkeypatch)
+    ffns = leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher(family, tied=tied, num_hidden_layers=LAYERS)
     ids = tokens(400)
     solved, refined = (start(teacher, ids, tied, epochs) for epochs in (0, 3))
+    assert len(ffns) == LAYERS - REFINED
     unseen = [Batch(ids[350:])]
     before, after = (measure_agreement(teacher, m.student(), unseen).kl for m in (solved, refined))
     assert after < 0.985 * before

@@ -85,9 +85,9 @@ class InitialiseSection(Section):
     (docs/initialise.md)."""
 
     refine_epochs: int = Field(2, ge=0)
-    """Passes over the calibration tokens in which `closed-form` refines each FFN by gradients, and
-    as many for the last third of the layers with the head; 0 solves everything by least squares
-    alone, in half the time, and starts less far ahead."""
+    """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
+    of the layers by gradients, and as many for the second half with the head; 0 solves everything
+    by least squares alone, in half the time, and starts less far ahead."""
 
 
 class CloneTerms(Section):

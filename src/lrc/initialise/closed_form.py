@@ -12,12 +12,12 @@ folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T
    on the student's heads or FFN activations; each writer thus corrects the error gathered so far.
    Tokens weigh w = 1 / max(rms(x_T), |x_S| d_T^-1/2), since massive activations must not rule.
    How far the tokens are followed is measured on others (`lrc.initialise.least_squares`).
-   Then gate and up are refined by gradients on what the FFN writes (`lrc.initialise.refine`), and
-   down is solved anew.
+   In the first half of the layers gate and up are then refined by gradients on what the FFN writes
+   (`lrc.initialise.refine`), and down is solved anew.
 3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
    its final gain set to come near that reader. The logits are scaled
-   (`lrc.initialise.head`), the last layers and the head refined by gradients on the predictions
-   (`lrc.initialise.predictions`), and the logits scaled again.
+   (`lrc.initialise.head`), the second half of the layers and the head refined by gradients on the
+   predictions (`lrc.initialise.predictions`), and the logits scaled again.
 
 Where d_S = d_T the student is the teacher. The teacher runs layer by layer: over the first tokens
 for the basis, and over all for the solving, which needs the basis from the first layer on. Streams
@@ -70,8 +70,8 @@ def solve_projections(
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
         progress: called with the layers done and their number.
-        refine_epochs: passes over the tokens in which each FFN is refined, and as many for the last
-            layers and the head; 0 leaves all solved.
+        refine_epochs: passes over the tokens in which each FFN of the first half of the layers is
+            refined, and as many for the second half and the head; 0 leaves all solved.
 
     Raises:
         UserError: the disk has no room for the streams.
@@ -82,8 +82,8 @@ def solve_projections(
         basis = predictive_basis(statistics, hidden_size, gain)
         metrics = statistics.fisher_after_layers(basis)
         del statistics
-        solver = _Solver(calibration, basis, metrics, refine_epochs)
         last = LastLayers(calibration) if refine_epochs else None
+        solver = _Solver(calibration, basis, metrics, refine_epochs, last.first if last else 0)
         solved = {"embedding": basis}
         for layer in calibration.teacher_layers():
             if last and layer.index == last.first:
@@ -142,10 +142,13 @@ class _Solver:
         basis: Tensor,
         metrics: list[Tensor],
         refine_epochs: int,
+        refined: int,
     ) -> None:
         self.calibration = calibration
         self.metrics = metrics
         self.refine_epochs = refine_epochs
+        self.refined = refined
+        """Layers, from the first, whose FFNs are refined on what they write."""
         self.basis = basis
         self.stream = calibration.stream(calibration.hidden_size)
         embedding = calibration.weight(calibration.family.embedding) @ basis
@@ -173,7 +176,7 @@ class _Solver:
         ffn = self._ffn(layer, teacher)
         self._write_ffn(written, ffn, solved)
         solved["down"] = self.writer(written, teacher.after)
-        if self.refine_epochs:
+        if teacher.index < self.refined:
             target = Target(teacher.after, self.basis, self.metrics[teacher.index])
             solved |= refine_ffn(
                 calibration, ffn, self.stream, written, target, solved, self.refine_epochs

@@ -23,11 +23,11 @@ from lrc.initialise.streams import Stream
 from lrc.objective import VocabularyWeights, vocabulary_losses
 from lrc.projection import project, projection_gradient, projection_key
 
-SHARE = 1 / 3
+SHARE = 1 / 2
 """Share of the layers, from the last, that are refined."""
 
-LEARNING_RATE = 0.12
-"""Of Adam, times (d_T d_S)^(-1/2): 3e-4 for 576 to 288, near the best of what was tried."""
+LEARNING_RATE = 0.08
+"""Of Adam, times (d_T d_S)^(-1/2): 2e-4 for 576 to 288, near the best of what was tried."""
 
 STEP_TOKENS = 2048
 """Tokens of a step, in whole sequences."""
