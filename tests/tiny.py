@@ -102,14 +102,16 @@ def tiny_method(
     seed: int = 1,
     gradient_checkpointing: Checkpointing = False,
 ) -> LowRankClone:
-    """A clone of the teacher whose projections and gains are random and far from zero; gains are
-    folded only where `student` says so."""
+    """A clone of the teacher whose projections and gains are random and far from zero, with the
+    paper's clone loss; gains are folded only where `student` says so."""
     method = LowRankClone(
         teacher,
         StudentSection.model_validate(
             {"hidden_size": STUDENT_HIDDEN, "fold_gains": False, **(student or {})}
         ),
-        ObjectiveSection.model_validate({"chunk_tokens": 7, **(objective or {})}),
+        ObjectiveSection.model_validate(
+            {"chunk_tokens": 7, "clone_scale": "none", **(objective or {})}
+        ),
         gradient_checkpointing,
     )
     randomise(method.parameters(), seed)

@@ -129,11 +129,16 @@ class _FirstInitialise(InitialiseSection):
     method: Literal["closed-form", "pca", "random"] = FORMER_DEFAULTS["initialise.method"]
 
 
+class _FirstObjective(ObjectiveSection):
+    clone_scale: Literal["none", "relative"] = FORMER_DEFAULTS["objective.clone_scale"]
+
+
 class _FirstRecipe(Recipe):
     """A recipe with the defaults that fingerprints go by, whatever has become of them."""
 
     student: _FirstStudent
     initialise: _FirstInitialise = _FirstInitialise()
+    objective: _FirstObjective = _FirstObjective()
 
 
 def load_recipe(

@@ -13,7 +13,11 @@ Checkpointing = bool | Literal["elementwise"]
 """Whether and how a student's activations are computed again in the backward pass."""
 
 FORMER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
-    {"student.fold_gains": False, "initialise.method": "random"}
+    {
+        "student.fold_gains": False,
+        "initialise.method": "random",
+        "objective.clone_scale": "none",
+    }
 )
 """Defaults, by dotted key, that were others when fingerprints of recipes were first taken."""
 
@@ -131,10 +135,10 @@ class ObjectiveSection(Section):
     clone: CloneTerms = CloneTerms()
     """Which clone terms are on."""
 
-    clone_scale: Literal["none", "relative"] = "none"
-    """`none`: plain mean squared differences (the paper), which a few tokens with massive
-    activations rule. `relative`: each token's divided by the mean square of the teacher's side
-    plus its median over tokens."""
+    clone_scale: Literal["none", "relative"] = "relative"
+    """`relative`: each token's squared differences divided by the mean square of the teacher's side
+    plus its median over tokens. `none`: plain mean squared differences (the paper), which a few
+    tokens with massive activations rule."""
 
     attn_out: Literal["student", "teacher"] = "student"
     """Where attention outputs are compared: in the student's space (the paper's formula) or in the
