@@ -137,31 +137,33 @@ def test_whole_comparison_and_its_second_start(
     assert again == results
 
 
+@pytest.mark.parametrize("name", ["lrc", "minitron", "llm-pruner"])
 def test_runs_share_their_start(
-    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tries of several rates solve their start once, and train as if each had solved it."""
     solved: list[str] = []
     solve = session_module.start
 
     def counted(setup: Any, recipe: Any, *rest: Any) -> tuple[float, float]:
-        solved.append(recipe.initialise.method)
+        solved.append(recipe.method.name)
         return solve(setup, recipe, *rest)
 
     monkeypatch.setattr(session_module, "start", counted)
+    settings = {"method": name, "initialise.calibration_tokens": 64}
     plan |= {
-        "entries": plan["entries"][:1],
+        "entries": [{"name": name, "set": settings}],
         "seeds": [0],
         "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96},
     }
     out, comparison = tmp_path / "out", load_comparison(write(plan, tmp_path))
     results = compare(comparison, out, Console(quiet=True))
-    assert solved == ["closed-form"]
+    assert solved == [name]
     entry = comparison.entries[0]
     [run] = results.entries[0].runs
     alone = Run.create(tmp_path / "alone", Run.open(out / run.folder).recipe)
     train(alone, Console(quiet=True), report=False)
-    assert solved == ["closed-form"] * 2
+    assert solved == [name] * 2
     mine, shared = (r.metrics() for r in (alone, Run.open(out / run.folder)))
     for figure in ("held_out_lm", "loss", "grad_norm", "learning_rate", "calibration_tokens"):
         assert [line.get(figure) for line in mine] == [line.get(figure) for line in shared]
@@ -175,10 +177,10 @@ def test_runs_share_their_start(
     # A damaged start is solved anew, and one of another seed is another.
     [kept] = (out / "starts").glob("*/step-00000000/state.safetensors")
     kept.write_bytes(kept.read_bytes()[:-8])
-    for seed, name in ((0, "damaged"), (1, "seed")):
-        other = Run.create(tmp_path / name, comparison.run_recipe(entry, 1e-3, seed))
+    for seed, folder in ((0, "damaged"), (1, "seed")):
+        other = Run.create(tmp_path / folder, comparison.run_recipe(entry, 1e-3, seed))
         train(other, Console(quiet=True), report=False, starts=Starts(out / "starts"))
-    assert solved == ["closed-form"] * 4
+    assert solved == [name] * 4
 
 
 @pytest.mark.parametrize(
