@@ -409,8 +409,8 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
     )
     student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
     moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of groups of norms, for one layer three
-    # Of three last layers, for one layer one: five numbers for each of their projections', and
+    # Of four last layers, for one layer one: five numbers for each of their projections', and
     # the student's weights with their gradients.
-    refined = 2 * (5 * 7 * 512 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 512)
-    assert by_layers - before < student + moments + refined + 0.4 * size
+    refined = 3 * (5 * 7 * 512 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 512)
+    assert by_layers - before < student + moments + refined + 0.5 * size
     assert whole - before > 0.8 * size  # a part was in `before` already
