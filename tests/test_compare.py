@@ -255,7 +255,7 @@ def test_command_line_overrides(
     assert "decided by the comparison's `tokens`" in capsys.readouterr().err
 
 
-def test_some_entries_alone(plan: Settings, tmp_path: Path, capsys: Any) -> None:
+def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
     """Entries can be run apart, by processes side by side; the ablation brings its rate's entry."""
     plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
     comparison, out = load_comparison(write(plan, tmp_path)), tmp_path / "out"

@@ -73,8 +73,8 @@ class Starts:
 
 def start_key(setup: Setup, recipe: Recipe) -> str:
     """What a run's start hangs on, as a checksum."""
-    sections = recipe.model_dump(mode="json", include={"teacher", "student", "method", "data"})
-    sections["initialise"] = recipe.initialise.model_dump(mode="json")
+    names = {"teacher", "student", "method", "initialise", "data"}
+    sections = recipe.model_dump(mode="json", include=names)
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
     parts = [sections, recipe.train.seed, str(setup.device), shapes]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
