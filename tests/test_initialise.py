@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lrc.data.batch import Batch
 from lrc.evaluate.held_out import held_out_loss
-from lrc.families import READERS
+from lrc.families import FAMILIES, READERS
 from lrc.initialise import (
     calibration,
     initialise_from_text,
@@ -24,6 +24,7 @@ from lrc.initialise import (
 )
 from lrc.initialise.basis import predictive_basis, stream_statistics
 from lrc.initialise.calibration import Calibration
+from lrc.initialise.closed_form import cut_sequences
 from lrc.initialise.least_squares import moments, regress, second_moment
 from lrc.initialise.refine import RIDGE, square_roots
 from lrc.methods import LowRankClone
@@ -99,6 +100,39 @@ def test_readers_are_least_squares_of_the_students_own_stream() -> None:
     least = (z @ best - h).square().sum()
     ours = (z @ solved["layers.0.q"].T - h).square().sum()
     assert least < ours < 1.1 * least
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
+    """Teacher and student run on them as if they were a sequence of their own."""
+    teacher, ids, restart = tiny_teacher(family), tokens(6), 4
+    long, short = slice(0, ids.shape[1] - restart), slice(ids.shape[1] - restart, None)
+    with torch.no_grad(), Calibration(teacher, ids, STUDENT_HIDDEN, restart) as calibration:
+        *_, last = calibration.teacher_layers()
+        found = last.after[slice(0, 6)]
+    for part in (long, short):
+        with torch.no_grad(), Calibration(teacher, ids[:, part], STUDENT_HIDDEN) as calibration:
+            *_, last = calibration.teacher_layers()
+            torch.testing.assert_close(found[:, part], last.after[slice(0, 6)])
+
+
+def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher = tiny_teacher("llama")
+    whole = tokens(24)
+    length = whole.shape[1] // 2
+    before = solve_projections(teacher, whole, STUDENT_HIDDEN, shared_head=False).projections
+    monkeypatch.setattr("lrc.initialise.closed_form.LENGTH", length)
+    monkeypatch.setattr("lrc.initialise.closed_form.RESTART", 2)
+    halves = whole.reshape(-1, length)
+    starts = [
+        solve_projections(teacher, ids, STUDENT_HIDDEN, shared_head=False).projections
+        for ids in (whole, halves)
+    ]
+    for key, value in starts[0].items():
+        assert torch.equal(value, starts[1][key])
+    assert not torch.equal(starts[0]["layers.1.q"], before["layers.1.q"])
+    sequences, restart = cut_sequences(torch.arange(3 * 7).view(3, 7))
+    assert (sequences.tolist(), restart) == (torch.arange(3 * length).view(3, -1).tolist(), 2)
 
 
 def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:

@@ -57,13 +57,15 @@ class Calibration:
         teacher: the teacher.
         ids: calibration tokens, int64 [sequences, length]; at least two sequences.
         hidden_size: d_S.
+        restart: tokens at the end of each sequence that see none before them; the first of them is
+            a first token, too.
     """
 
-    def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int) -> None:
+    def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int, restart: int = 0) -> None:
         self.teacher, self.family, self.ids = teacher, teacher.family, ids
         self.hidden_size = hidden_size
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
-        self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device)
+        self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device, restart)
         self.solved_on = len(ids) - max(1, round(len(ids) * HELD_OUT))
         """Sequences before this one are solved on; the others measure."""
         self.forward_seconds = 0.0
@@ -229,18 +231,22 @@ class _Passed(nn.Module):
 
 
 def layer_arguments(
-    teacher: Teacher, length: int, dtype: torch.dtype, device: torch.device
+    teacher: Teacher, length: int, dtype: torch.dtype, device: torch.device, restart: int = 0
 ) -> list[dict[str, Any]]:
     """What the model gives each decoder layer besides the stream (rotary embedding, mask), for one
-    sequence of a length; it broadcasts over a batch of equally long ones. No layer runs."""
+    sequence of a length, the last `restart` tokens of which begin anew; it broadcasts over a batch
+    of equally long ones. No layer runs."""
     parent, _, name = teacher.family.layers.rpartition(".")
     base = teacher.model.get_submodule(parent)
     layers = base.get_submodule(name)
     stand_ins = [_Passed() for _ in range(teacher.num_layers)]
     states = torch.zeros(1, length, teacher.hidden_size, dtype=dtype, device=device)
+    positions = torch.arange(length, device=device)[None]
+    if 0 < restart < length:  # transformers lets no token attend across a restart
+        positions[:, -restart:] -= length - restart
     setattr(base, name, nn.ModuleList(stand_ins))
     try:
-        base(inputs_embeds=states, use_cache=False)
+        base(inputs_embeds=states, use_cache=False, position_ids=positions)
     finally:
         setattr(base, name, layers)
     return [layer.arguments for layer in stand_ins]

@@ -52,6 +52,14 @@ from lrc.teacher import Teacher
 
 FFN_READERS = "gate", "up"
 
+LENGTH = 128
+"""Tokens of a calibration sequence, where the text's are not shorter. What follows in a sequence
+rests on its first token, to which many teachers give massive activations. A student that misses
+some of the first tokens loses these sequences, and more of them make it miss fewer."""
+
+RESTART = 8
+"""Tokens at the end of a calibration sequence that begin anew, for one first token more."""
+
 
 @torch.no_grad()
 def solve_projections(
@@ -66,7 +74,8 @@ def solve_projections(
 
     Args:
         teacher: the teacher.
-        ids: calibration tokens, int64 [sequences, length], at least two sequences.
+        ids: calibration tokens, int64 [sequences, length], at least two sequences. Long ones
+            are cut (`LENGTH`).
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
         progress: called with the layers done and their number.
@@ -76,7 +85,8 @@ def solve_projections(
     Raises:
         UserError: the disk has no room for the streams.
     """
-    with Calibration(teacher, ids, hidden_size) as calibration:
+    sequences, restart = cut_sequences(ids)
+    with Calibration(teacher, sequences, hidden_size, restart) as calibration:
         gain = calibration.gain(teacher.family.final_norm) if shared_head else None
         statistics = stream_statistics(calibration)
         basis = predictive_basis(statistics, hidden_size, gain)
@@ -106,6 +116,15 @@ def solve_projections(
             return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
         turned = {key: projection @ head.rotation for key, projection in solved.items()}
         return Start(turned, value, seconds)
+
+
+def cut_sequences(ids: Tensor) -> tuple[Tensor, int]:
+    """Sequences [sequences, length] cut into such of `LENGTH` tokens, what is left at the end being
+    dropped, and how many of the last tokens of each begin anew; shorter ones stay as they are."""
+    if ids.shape[1] < LENGTH:
+        return ids, 0
+    whole = ids.numel() // LENGTH * LENGTH
+    return ids.flatten()[:whole].view(-1, LENGTH), RESTART
 
 
 def _solved_head(
