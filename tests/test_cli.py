@@ -155,16 +155,22 @@ def test_init_then_resume(
     assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
 
 
-def test_a_recipe_that_lost_its_start_is_refused(
+def test_a_run_that_is_older_than_some_settings_goes_on(
     recipe_file: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
-    """A hand-made recipe.yaml of a time when another start was the default."""
-    run = Run.create(tmp_path / "run", load_recipe(recipe_file, FORMER_DEFAULTS))
+    """What its recipe lacks is as it was when there was no such setting, whatever the default is
+    now."""
+    recipe = load_recipe(recipe_file, {**FORMER_DEFAULTS, "train.checkpoint_every": 2})
+    run = Run.create(tmp_path / "run", recipe)
     train(run, Console(quiet=True))
     resolved = run.folder / "recipe.yaml"
     settings = yaml.safe_load(resolved.read_text())
-    del settings["student"]["fold_gains"], settings["initialise"]
+    for key in FORMER_DEFAULTS:
+        section, name = key.split(".")
+        del settings[section][name]
     resolved.write_text(yaml.safe_dump(settings))
+    assert Run.open(run.folder).recipe == recipe
+    resolved.write_text(yaml.safe_dump({**settings, "train": {"learning_rate": 1.0}}))
     assert "belongs to a run with another recipe" in refusal("resume", run.folder)
 
 

@@ -133,12 +133,28 @@ class _FirstObjective(ObjectiveSection):
     clone_scale: Literal["none", "relative"] = FORMER_DEFAULTS["objective.clone_scale"]
 
 
+class _FirstTrain(TrainSection):
+    token_grad_clip: float = FORMER_DEFAULTS["train.token_grad_clip"]
+
+
 class _FirstRecipe(Recipe):
     """A recipe with the defaults that fingerprints go by, whatever has become of them."""
 
     student: _FirstStudent
     initialise: _FirstInitialise = _FirstInitialise()
     objective: _FirstObjective = _FirstObjective()
+    train: _FirstTrain = _FirstTrain()
+
+
+def load_recorded_recipe(path: Path) -> Recipe:
+    """The recipe in the folder of a run: a setting that it lacks is younger than the run, and as it
+    was before there was one.
+
+    Raises:
+        UserError: as in `load_recipe`.
+    """
+    first = validated(_FirstRecipe, read_yaml(path), "The recipe")
+    return Recipe.model_validate(first.model_dump())
 
 
 def load_recipe(

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lrc.environment import describe_environment
 from lrc.errors import UserError
 from lrc.files import is_taken, new_file, write_text
-from lrc.recipe import Recipe, load_recipe
+from lrc.recipe import Recipe, load_recorded_recipe
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Run:
         """
         if not is_run(folder):
             raise UserError(f"{folder} is not a run's folder: it has no recipe.yaml.")
-        return cls(folder, load_recipe(folder / "recipe.yaml"))
+        return cls(folder, load_recorded_recipe(folder / "recipe.yaml"))
 
     @property
     def checkpoints(self) -> Path:

@@ -17,6 +17,7 @@ FORMER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "student.fold_gains": False,
         "initialise.method": "random",
         "objective.clone_scale": "none",
+        "train.token_grad_clip": 0.0,
     }
 )
 """Defaults, by dotted key, that were others when fingerprints of recipes were first taken."""
@@ -250,6 +251,11 @@ class TrainSection(Section):
 
     grad_clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""
+
+    token_grad_clip: float = Field(5.0, ge=0)
+    """Largest gradient norm of a token at the output of a linear map of the student, in units of
+    the median over the micro-batch's tokens; a sequence's first token is spared. 0 turns it off, as
+    in the paper."""
 
     seed: int = 0
     """Seed of the order of the data."""

@@ -41,6 +41,17 @@ class Batch:
         """Bool [batch, sequence], true where a token is not padding; None where nothing is."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
+    def first_tokens(self) -> Tensor:
+        """Bool [batch, sequence], true where a token sees none before it: at the beginning of a
+        sequence, and of a document where documents are masked from each other."""
+        if self.position_ids is not None:
+            return self.position_ids == 0
+        first = torch.zeros_like(self.input_ids, dtype=torch.bool)
+        if self.attention_mask is None:
+            first[:, 0] = True
+            return first
+        return first.scatter_(1, self.attention_mask.argmax(1, keepdim=True), True)
+
     def labels(self) -> Tensor:
         """Next tokens, int64 [batch, sequence]; -100 where there is none to learn: at the end of
         a sequence, where this or the next token is padding, and across a document boundary where

@@ -25,6 +25,7 @@ from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_check
 from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
 from lrc.train.signals import StopRequest, stop_on_signals
+from lrc.train.token_clipping import clipped_tokens
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
 LAYERWISE_LINES = 100
@@ -121,7 +122,10 @@ class Loop:
         sums: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
         for batch in batches:
-            with autocast(train, setup.device):
+            clipped = clipped_tokens(
+                method.model, setup.teacher.family, batch, train.token_grad_clip
+            )
+            with autocast(train, setup.device), clipped:
                 losses = method.losses(batch, counts)
             with method.clock.part("student"):
                 losses["loss"].backward()  # type: ignore[no-untyped-call]
