@@ -99,7 +99,7 @@ def make_ours(
     """Our method with the paper's settings."""
     student, objective = (
         StudentSection(hidden_size=hidden_size, fold_gains=False),
-        ObjectiveSection(attn_out=attn_out, clone_scale="none"),
+        ObjectiveSection(kl_weight=1.28, temperature=40, attn_out=attn_out, clone_scale="none"),
     )
     method = LowRankClone(teacher, student, objective, checkpointing)
     initialise_random(method.projections, 0.02, seed=0)

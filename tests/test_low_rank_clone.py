@@ -180,7 +180,7 @@ def test_total(case: Case, padded: bool) -> None:
 
 
 def test_total_with_the_papers_weights() -> None:
-    method = clone_of(("llama", True, {}))
+    method = clone_of(("llama", True, {}), {"kl_weight": 1.28, "temperature": 40})
     expected = direct_total(method, tiny_batch())
     losses, _ = gradients(method, tiny_batch())
     close(losses["loss"], expected["loss"])
@@ -189,11 +189,11 @@ def test_total_with_the_papers_weights() -> None:
 
 
 def test_alpha_0_leaves_the_clone_out() -> None:
-    method = clone_of(("qwen3", True, {}), {"alpha": 0.0})
+    method = clone_of(("qwen3", True, {}), {"alpha": 0.0, "kl_weight": 1.28})
     losses, grads = gradients(method, tiny_batch())
     assert set(losses) == {"loss", "kl", "lm"}
     close(losses["loss"], 1.28 * losses["kl"] + losses["lm"])
-    silent = clone_of(("qwen3", True, {}), {"clone": NO_TERMS})
+    silent = clone_of(("qwen3", True, {}), {"clone": NO_TERMS, "kl_weight": 1.28})
     same, same_grads = gradients(silent, tiny_batch())
     close(same["loss"], losses["loss"])
     close(same_grads, grads)

@@ -29,11 +29,12 @@ def refusal(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -
     return str(caught.value)
 
 
-def test_defaults_are_the_published_settings_but_for_four() -> None:
+def test_defaults_are_the_published_settings_but_for_some() -> None:
     recipe = make_recipe(smallest())
     assert recipe.initialise.method == "closed-form"
     assert recipe.student.fold_gains
     assert recipe.objective.clone_scale == "relative"
+    assert (recipe.objective.temperature, recipe.objective.kl_weight) == (1, 1)
     assert recipe.train.token_grad_clip == 5
     recipe = make_recipe(smallest(), FORMER_DEFAULTS)
     assert recipe.objective.alpha == 0.2
@@ -49,18 +50,22 @@ def test_defaults_are_the_published_settings_but_for_four() -> None:
 
 def test_checkpoints_are_found_again_whatever_became_of_the_defaults() -> None:
     """Fingerprints as they were taken when the start was random by default, when the clone loss was
-    the paper's, and when no token's gradient was clipped."""
+    the paper's, and when no token's gradient was clipped and the KL had the paper's temperature."""
     settings = smallest(train={"learning_rate": 1e-5})
     former = make_recipe(settings, FORMER_DEFAULTS).fingerprint()
     assert former == "0ffbaff6c89dd4b4f0f0db153554b9179945462f414ccf8acbfa2ef926bcc56f"
-    off = {"train.token_grad_clip": 0}
+    off = {
+        "train.token_grad_clip": 0,
+        "objective.temperature": 40,
+        "objective.kl_weight": 1.28,
+    }
     later = make_recipe(settings, {"objective.clone_scale": "none", **off}).fingerprint()
     assert later == "97c90c34c1db5777651d01a4ed4784c8ec8ec85114ae9e47838442073ae42cdf"
     latest = make_recipe(settings, off).fingerprint()
     assert latest == "439a4be75bec16c6ad77def817b4d8a54d09c084b9d22f54c1e30cb828885bf9"
     present = make_recipe(settings)
     assert (
-        present.fingerprint() == "9248849345892fd26a67a357ea0eb607d83724d2c04984c9e83a999d2115a7cd"
+        present.fingerprint() == "f265b288422ac095fc5d3f1429fccaaa3203f6d5b5b2ddf030bf8258e6918182"
     )
     elsewhere = make_recipe(settings, {"teacher.load": "layers"})
     assert elsewhere.fingerprint() == present.fingerprint()

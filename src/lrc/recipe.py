@@ -130,6 +130,8 @@ class _FirstInitialise(InitialiseSection):
 
 
 class _FirstObjective(ObjectiveSection):
+    kl_weight: float = FORMER_DEFAULTS["objective.kl_weight"]
+    temperature: float = FORMER_DEFAULTS["objective.temperature"]
     clone_scale: Literal["none", "relative"] = FORMER_DEFAULTS["objective.clone_scale"]
 
 

@@ -16,6 +16,8 @@ FORMER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
     {
         "student.fold_gains": False,
         "initialise.method": "random",
+        "objective.kl_weight": 1.28,
+        "objective.temperature": 40.0,
         "objective.clone_scale": "none",
         "train.token_grad_clip": 0.0,
     }
@@ -124,11 +126,12 @@ class ObjectiveSection(Section):
     alpha: float = Field(0.2, ge=0)
     """Weight of the activation clone loss."""
 
-    kl_weight: float = Field(1.28, ge=0)
+    kl_weight: float = Field(1.0, ge=0)
     """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
 
-    temperature: float = Field(40.0, gt=0)
-    """T of the softmax in the KL term."""
+    temperature: float = Field(1.0, gt=0)
+    """T of the softmax in the KL term. The paper's 40 asks for logits near the teacher's over the
+    whole vocabulary, likely token or not; a short run is better off with 1."""
 
     lm_weight: float = Field(1.0, ge=0)
     """Weight of the next-token cross-entropy."""

@@ -14,10 +14,6 @@ OF_THE_RUN = ("device", "precision", "micro_batch", "accumulate", "eval_sequence
 """Training settings that are taken over from the run whose student is pruned: those of the machine,
 and those that make held-out losses comparable."""
 
-NEAR = {"temperature": 1.0, "kl_weight": 1.0}
-"""Objective of the recovery: the student starts near its teacher, so that the plain KL tells most.
-The paper's temperature of 40 is for a student that starts from nothing."""
-
 
 def prune_recipe(
     model: str,
@@ -57,7 +53,6 @@ def prune_recipe(
         "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
         "teacher": {"model": model},
         "student": {"hidden_size": int(load_skeleton(model).config.hidden_size)},
-        "objective": NEAR,
     }
     overrides: dict[str, Any] = {"data.text": list(text)} if text else {}
     if tokens is not None:
