@@ -47,7 +47,7 @@ def main(
     first = set_up(Run.open(runs[0]), quiet)
     text = open_text(Run.open(runs[0]).recipe, first.teacher.tokenizer)
     batches = text.held_out_batches(SEQUENCES, 8)
-    ids = torch.cat([batch.input_ids.reshape(-1, LENGTH) for batch in batches])
+    ids = torch.cat([batch.input_ids.reshape(-1, LENGTH) for batch in batches]).to(first.device)
     theirs = norms(first.teacher.model, ids)
     beside = theirs.flatten(1).amax(1) / theirs.flatten(1).median(1).values
     layer = int(beside.argmax())
