@@ -44,8 +44,9 @@ def main(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs of one teacher.")],
 ) -> None:
     quiet = Console(quiet=True)
-    first = set_up(Run.open(runs[0]), quiet)
-    text = open_text(Run.open(runs[0]).recipe, first.teacher.tokenizer)
+    run = Run.open(runs[0])
+    first = set_up(run, quiet)
+    text = open_text(run.recipe, first.teacher.tokenizer)
     batches = text.held_out_batches(SEQUENCES, 8)
     ids = torch.cat([batch.input_ids.reshape(-1, LENGTH) for batch in batches]).to(first.device)
     theirs = norms(first.teacher.model, ids)

@@ -160,7 +160,7 @@ def test_a_run_that_is_older_than_some_settings_goes_on(
 ) -> None:
     """What its recipe lacks is as it was when there was no such setting, whatever the default is
     now."""
-    recipe = load_recipe(recipe_file, {**FORMER_DEFAULTS, "train.checkpoint_every": 2})
+    recipe = load_recipe(recipe_file, FORMER_DEFAULTS)
     run = Run.create(tmp_path / "run", recipe)
     train(run, Console(quiet=True))
     resolved = run.folder / "recipe.yaml"
@@ -172,6 +172,8 @@ def test_a_run_that_is_older_than_some_settings_goes_on(
     assert Run.open(run.folder).recipe == recipe
     resolved.write_text(yaml.safe_dump({**settings, "train": {"learning_rate": 1.0}}))
     assert "belongs to a run with another recipe" in refusal("resume", run.folder)
+    resolved.write_text(yaml.safe_dump({**settings, "train": {"token_grad_clip": -1.0}}))
+    assert "train.token_grad_clip" in refusal("resume", run.folder)
 
 
 def test_a_run_folder_is_never_overwritten(

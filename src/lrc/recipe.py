@@ -156,7 +156,7 @@ def load_recorded_recipe(path: Path) -> Recipe:
         UserError: as in `load_recipe`.
     """
     first = validated(_FirstRecipe, read_yaml(path), "The recipe")
-    return Recipe.model_validate(first.model_dump())
+    return make_recipe(first.model_dump())
 
 
 def load_recipe(

@@ -241,9 +241,8 @@ def layer_arguments(
     layers = base.get_submodule(name)
     stand_ins = [_Passed() for _ in range(teacher.num_layers)]
     states = torch.zeros(1, length, teacher.hidden_size, dtype=dtype, device=device)
-    positions = torch.arange(length, device=device)[None]
-    if 0 < restart < length:  # transformers lets no token attend across a restart
-        positions[:, -restart:] -= length - restart
+    pieces = [torch.arange(size, device=device) for size in (length - restart, restart)]
+    positions = torch.cat(pieces)[None]  # transformers lets no token attend across a restart
     setattr(base, name, nn.ModuleList(stand_ins))
     try:
         base(inputs_embeds=states, use_cache=False, position_ids=positions)
