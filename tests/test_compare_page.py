@@ -17,6 +17,7 @@ from rich.console import Console
 
 from lrc.cli import main
 from lrc.compare import compare, load_comparison
+from lrc.compare.figure import comparison_figure
 from lrc.compare.page import rate_grid, write_comparison_page
 from lrc.compare.results import EntryResult, Point, Results, RunResult
 from lrc.compare.table import header, notes, row
@@ -115,6 +116,28 @@ def test_curves_are_means_over_seeds_with_their_range(compared: tuple[Path, Resu
             assert curve.seconds[number] == pytest.approx(sum(p.seconds for p in points) / 2)
             assert curve.tokens[number] == points[0].tokens
         assert curve.high != curve.low
+
+
+@pytest.mark.parametrize("teacher_loss", [1.0, 3.5, None])
+def test_the_picture_shows_what_is_above_the_teacher(teacher_loss: float | None) -> None:
+    """On a logarithmic scale where every student is, so that a bad start flattens nothing."""
+
+    def entry(name: str, *losses: float) -> EntryResult:
+        curve = [Point(100 * i, float(i), loss) for i, loss in enumerate(losses)]
+        run = RunResult(0, name, curve, losses[-1], 0.1, 0.5, [])
+        return EntryResult(name, "lrc", {}, 1e-4, {}, False, 10, 200, 0, [run])
+
+    entries = [entry("good", 5.0, 3.2, 3.0), entry("bad", 30.0, 9.0, 3.1)]
+    results = Results([], [0], 10, "good", teacher_loss, 20, entries)
+    axes = comparison_figure(results).axes[0]
+    drawn = {str(line.get_label()): list(np.asarray(line.get_ydata())) for line in axes.lines}
+    above = teacher_loss == 1.0
+    assert axes.get_yscale() == ("log" if above else "linear")
+    assert drawn["bad"] == ([29.0, 8.0, 2.1] if above else [30.0, 9.0, 3.1])
+    assert ("teacher" in drawn) == (teacher_loss == 3.5)
+    low, high = axes.get_ylim()
+    assert low < min(drawn["good"])
+    assert high > max(drawn["bad"])
 
 
 def test_a_comparison_under_way(compared: tuple[Path, Results], tmp_path: Path) -> None:

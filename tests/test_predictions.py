@@ -93,3 +93,20 @@ def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> No
         last.begin(stream)
         last.write(stream, method.projections.values)
         torch.testing.assert_close(stream[slice(0, len(ids))], final[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the text is not what the teacher expects, a larger weight of the LM loss brings the
+    student nearer to the text and leaves it farther from the teacher."""
+    leave_ffns_alone(monkeypatch)
+    monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
+    teacher = tiny_teacher("llama", tied=False, num_hidden_layers=LAYERS)
+    ids = (tokens(400)[:, :1] + torch.arange(12)) % TOKENS  # every token is the last one plus one
+    found = []
+    for weight in (0.0, 3.0):
+        monkeypatch.setattr(predictions, "LM_WEIGHT", weight)
+        student = start(teacher, ids, False, 3).student()
+        found.append(measure_agreement(teacher, student, [Batch(ids[350:])]))
+    without, with_lm = found
+    assert with_lm.student_loss < without.student_loss - 0.02
+    assert with_lm.kl > without.kl

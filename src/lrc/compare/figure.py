@@ -6,14 +6,14 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lrc.compare.results import EntryResult, Results
+from lrc.compare.results import MeanCurve, Results
 from lrc.files import new_file
 
 STYLES = ("-", "--", ":", "-.")
 
 
 def draw_comparison(results: Results, path: Path) -> None:
-    """Draw every entry's mean curve over seeds, with a band from the lowest to the highest.
+    """Draw every entry's mean curve over seeds, as `comparison_figure` does.
 
     Args:
         results: what was found so far.
@@ -22,37 +22,64 @@ def draw_comparison(results: Results, path: Path) -> None:
     Raises:
         UserError: the disk is full.
     """
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
-    for number, entry in enumerate(results.entries):
-        colour, style = colours[number % 10], STYLES[number // 10 % len(STYLES)]
-        _draw(by_tokens, entry, "tokens", colour, style)
-        _draw(by_time, entry, "seconds", colour, style)
-    for axes, name in ((by_tokens, "training and calibration tokens"), (by_time, "seconds")):
-        if results.teacher_held_out_lm is not None:
-            axes.axhline(
-                results.teacher_held_out_lm, color="black", linestyle="--", label="teacher"
-            )
-        axes.set_xlabel(name)
-        axes.grid(alpha=0.3)
-    start = results.highest_start()
-    if start is not None:
-        by_tokens.set_ylim(top=1.05 * start)
-    by_tokens.set_ylabel("held-out LM loss (nats)")
-    handles, labels = by_tokens.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper")
+    figure = comparison_figure(results)
     with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
         figure.savefig(temporary, format="png")
 
 
+def comparison_figure(results: Results) -> Figure:
+    """Every entry's mean curve over seeds, with a band from the lowest to the highest.
+
+    Drawn is what a loss is above the teacher's, on a logarithmic scale, so that bad starts do not
+    flatten what is close at the end; or the loss itself, where the teacher's is not known or some
+    student is better.
+
+    Args:
+        results: what was found so far.
+    """
+    figure = Figure(figsize=(13, 6), layout="constrained")
+    by_tokens, by_time = figure.subplots(1, 2, sharey=True)
+    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    curves = [entry.curve() for entry in results.entries]
+    teacher = results.teacher_held_out_lm
+    lowest = min((min(curve.low) for curve in curves if curve), default=0.0)
+    above = teacher is not None and lowest > teacher
+    floor = teacher if teacher is not None and above else 0.0
+    for number, (entry, curve) in enumerate(zip(results.entries, curves, strict=True)):
+        if curve is None:
+            continue
+        colour, style = colours[number % 10], STYLES[number // 10 % len(STYLES)]
+        for axes, x in ((by_tokens, curve.tokens), (by_time, curve.seconds)):
+            _draw(axes, x, curve, floor, entry.name, colour, style)
+    for axes, name in ((by_tokens, "training and calibration tokens"), (by_time, "seconds")):
+        if teacher is not None and not above:
+            axes.axhline(teacher, color="black", linestyle="--", label="teacher")
+        axes.set_xlabel(name)
+        axes.grid(alpha=0.3, which="both")
+    if above:
+        by_tokens.set_yscale("log")
+        by_tokens.yaxis.set_major_formatter("{x:g}")
+        by_tokens.yaxis.set_minor_formatter("{x:g}")
+    start = results.highest_start()
+    if start is not None:
+        by_tokens.set_ylim(top=1.05 * (start - floor))
+    by_tokens.set_ylabel(f"held-out LM loss{' above the teacher' if above else ''} (nats)")
+    handles, labels = by_tokens.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")
+    return figure
+
+
 def _draw(
-    axes: Axes, entry: EntryResult, along: str, colour: tuple[float, ...], style: str
+    axes: Axes,
+    x: list[float],
+    curve: MeanCurve,
+    floor: float,
+    name: str,
+    colour: tuple[float, ...],
+    style: str,
 ) -> None:
-    curve = entry.curve()
-    if curve is None:
-        return
-    x = getattr(curve, along)
-    axes.plot(x, curve.loss, color=colour, linestyle=style, marker=".", label=entry.name)
-    axes.fill_between(x, curve.low, curve.high, color=colour, alpha=0.15, linewidth=0)
+    """Draw a curve with its band, `floor` taken off."""
+    loss, low, high = ([y - floor for y in ys] for ys in (curve.loss, curve.low, curve.high))
+    axes.plot(x, loss, color=colour, linestyle=style, marker=".", label=name)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
