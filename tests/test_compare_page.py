@@ -118,23 +118,38 @@ def test_curves_are_means_over_seeds_with_their_range(compared: tuple[Path, Resu
         assert curve.high != curve.low
 
 
-@pytest.mark.parametrize("teacher_loss", [1.0, 3.5, None])
+def entry_of(name: str, *curves: list[float]) -> EntryResult:
+    """An entry of runs with such held-out losses."""
+    runs = [
+        RunResult(
+            seed, name, [Point(9 * i, 1.0 * i, x) for i, x in enumerate(losses)], 3.0, 0, 0, []
+        )
+        for seed, losses in enumerate(curves)
+    ]
+    return EntryResult(name, "lrc", {}, 1e-4, {}, False, 10, 200, 0, runs)
+
+
+def test_a_loss_that_rises_on_the_way_is_told() -> None:
+    entries = [
+        entry_of("falls", [5.0, 4.0, 4.04, 3.0]),
+        entry_of("rises", [5.0, 4.0, 3.9], [5.0, 4.5, 4.9, 4.6, 3.0]),
+    ]
+    told = "\n".join(notes(Results([], [0, 1], 10, "falls", 1.0, 20, entries)))
+    assert "rises: the held-out loss stood 0.40 above its best" in told
+    assert "falls:" not in told
+
+
+@pytest.mark.parametrize("teacher_loss", [1.0, 3.05, None])
 def test_the_picture_shows_what_is_above_the_teacher(teacher_loss: float | None) -> None:
     """On a logarithmic scale where every student is, so that a bad start flattens nothing."""
-
-    def entry(name: str, *losses: float) -> EntryResult:
-        curve = [Point(100 * i, float(i), loss) for i, loss in enumerate(losses)]
-        run = RunResult(0, name, curve, losses[-1], 0.1, 0.5, [])
-        return EntryResult(name, "lrc", {}, 1e-4, {}, False, 10, 200, 0, [run])
-
-    entries = [entry("good", 5.0, 3.2, 3.0), entry("bad", 30.0, 9.0, 3.1)]
+    entries = [entry_of("good", [5.0, 3.2, 3.0]), entry_of("bad", [30.0, 9.0, 3.1])]
     results = Results([], [0], 10, "good", teacher_loss, 20, entries)
     axes = comparison_figure(results).axes[0]
     drawn = {str(line.get_label()): list(np.asarray(line.get_ydata())) for line in axes.lines}
     above = teacher_loss == 1.0
     assert axes.get_yscale() == ("log" if above else "linear")
     assert drawn["bad"] == ([29.0, 8.0, 2.1] if above else [30.0, 9.0, 3.1])
-    assert ("teacher" in drawn) == (teacher_loss == 3.5)
+    assert ("teacher" in drawn) == (teacher_loss == 3.05)
     low, high = axes.get_ylim()
     assert low < min(drawn["good"])
     assert high > max(drawn["bad"])

@@ -12,6 +12,9 @@ from lrc.run import Run
 CLOSE = 0.03
 """Largest relative difference of parameter counts that counts as the same size."""
 
+RISE = 0.05
+"""Nats that a held-out loss may stand above its best on the way without being told of."""
+
 
 @dataclass(frozen=True)
 class Point:
@@ -96,6 +99,16 @@ class EntryResult:
         found = [run.tokens_to_reach[threshold] for run in self.runs]
         reached = [tokens for tokens in found if tokens is not None]
         return (statistics.fmean(reached) if reached else None), len(reached)
+
+    def largest_rise(self) -> float:
+        """How far the held-out loss of any run has stood above its best so far, in nats."""
+        rises = [0.0]
+        for run in self.runs:
+            best = math.inf
+            for point in run.curve:
+                best = min(best, point.loss)
+                rises.append(point.loss - best)
+        return max(rises)
 
     def curve(self) -> MeanCurve | None:
         """The mean curve over the runs; None where there is none."""

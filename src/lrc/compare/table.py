@@ -2,7 +2,7 @@
 
 from rich.table import Table
 
-from lrc.compare.results import CLOSE, EntryResult, Results
+from lrc.compare.results import CLOSE, RISE, EntryResult, Results
 
 MISSING = "-"
 
@@ -58,6 +58,11 @@ def notes(results: Results) -> list[str]:
             found.append(
                 f"Not the same size: {entry.name} has {difference:+.1%} parameters beside "
                 f"{results.reference}."
+            )
+        rise = entry.largest_rise()
+        if rise > RISE:
+            found.append(
+                f"{entry.name}: the held-out loss stood {rise:.2f} above its best on the way."
             )
         diverged = sum(run.held_out_lm is None for run in entry.runs)
         if diverged:
