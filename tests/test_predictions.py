@@ -110,3 +110,22 @@ def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     without, with_lm = found
     assert with_lm.student_loss < without.student_loss - 0.02
     assert with_lm.kl > without.kl
+
+
+def test_every_token_counts_once_in_two_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    leave_ffns_alone(monkeypatch)
+    monkeypatch.setattr(predictions, "STEP_TOKENS", 36)
+    ids = tokens(40)
+    learnt: list[Tensor] = []
+    plain = predictions.vocabulary_losses
+
+    def seen(*arguments: Any) -> Any:
+        if torch.is_grad_enabled():
+            learnt.append(arguments[4])
+        return plain(*arguments)
+
+    monkeypatch.setattr(predictions, "vocabulary_losses", seen)
+    start(tiny_teacher("llama", num_hidden_layers=LAYERS), ids, False, 2)
+    first, second = learnt[: len(learnt) // 2], learnt[len(learnt) // 2 :]
+    both = [torch.stack(pair, 1).flatten() for pair in zip(first, second, strict=True)]
+    torch.testing.assert_close(torch.cat(both), Batch(ids[:35]).labels().flatten())

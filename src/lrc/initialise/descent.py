@@ -19,7 +19,7 @@ def descend(
     rate: float,
     step_tokens: int,
     epochs: int,
-    differentiate: Callable[[slice], None],
+    differentiate: Callable[[slice, int], None],
     now: Callable[[], Mapping[str, Tensor]],
     judge: Callable[[Mapping[str, Tensor]], float],
     start: Mapping[str, Tensor],
@@ -32,7 +32,7 @@ def descend(
         rate: Adam's largest.
         step_tokens: tokens of a step, in whole sequences.
         epochs: passes over the tokens.
-        differentiate: given sequences, adds gradients of their loss to `values`.
+        differentiate: given sequences and the epoch, adds gradients of their loss to `values`.
         now: what the values of now stand for, in memory of its own.
         judge: how bad that is on the tokens that no solve sees.
         start: what the values stand for at first.
@@ -47,11 +47,11 @@ def descend(
     )
     with torch.no_grad():
         least, best = judge(start), dict(start)
-    for _ in range(epochs):
+    for epoch in range(epochs):
         for part in steps:
             optimizer.zero_grad()
             with torch.enable_grad():
-                differentiate(part)
+                differentiate(part, epoch)
             optimizer.step()
             schedule.step()
         with torch.no_grad():

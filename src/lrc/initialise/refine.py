@@ -168,7 +168,7 @@ def refine_ffn(
         z, wanted, root = rows(part)
         return ((ffn.output(z, readers, down) - wanted) * root) @ metric_root
 
-    def differentiate(part: slice) -> None:
+    def differentiate(part: slice, _epoch: int) -> None:
         moved = projections()
         share = (part.stop - part.start) / solved_on
         wrong = errors(part, ffn.readers(moved), moved["down"])
