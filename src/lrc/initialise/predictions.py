@@ -6,9 +6,9 @@ but to what is predicted from it. Here their projections and the head's are move
 KL(teacher || student), and with a smaller weight the LM loss, fall on the calibration tokens. The
 layers before them are as they were solved, so that their part of the student runs no more. As in
 training, the student's weights are leaves whose gradients are brought to the projections, one layer
-of the teacher at a time (`lrc.projection`). In a step every other token's prediction counts, in the
-next epoch those of the others: logits are half of the work. After every epoch the tokens that no
-solve sees judge; the best projections are kept, be they the first.
+of the teacher at a time (`lrc.projection`). Predictions of every other token count, in the next
+epoch those of the others: logits are half of the work. After every epoch the tokens that no solve
+sees judge; the best projections are kept, be they the first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -85,8 +85,9 @@ class LastLayers:
         calibration = self.calibration
         teacher_head = folded_head(calibration)
 
-        def loss(part: slice, value: Tensor, counted: slice = slice(None)) -> Tensor:
-            """KL and weighted LM loss of some sequences, means over those tokens that count."""
+        def loss(part: slice, value: Tensor, first: int = 0) -> Tensor:
+            """KL and weighted LM loss of some sequences, means over every other token."""
+            counted = slice(first, None, 2)
             states, rows = head(value, calibration.normalise(self._run(part))[counted])
             h = calibration.normalise(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
@@ -97,8 +98,7 @@ class LastLayers:
 
         def differentiate(part: slice, epoch: int) -> None:
             self._project(values)
-            every_other = slice(epoch % 2, None, 2)
-            loss(part, values[head.key], every_other).backward()  # type: ignore[no-untyped-call]
+            loss(part, values[head.key], epoch % 2).backward()  # type: ignore[no-untyped-call]
             self._gather(values)
 
         def judge(reached: Mapping[str, Tensor]) -> float:
