@@ -103,12 +103,12 @@ def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama", tied=False, num_hidden_layers=LAYERS)
     ids = (tokens(400)[:, :1] + torch.arange(12)) % TOKENS  # every token is the last one plus one
     found = []
-    for weight in (0.0, 3.0):
+    for weight in (0.0, 0.2):
         monkeypatch.setattr(predictions, "LM_WEIGHT", weight)
         student = start(teacher, ids, False, 3).student()
         found.append(measure_agreement(teacher, student, [Batch(ids[350:])]))
     without, with_lm = found
-    assert with_lm.student_loss < without.student_loss - 0.02
+    assert with_lm.student_loss < without.student_loss - 0.2
     assert with_lm.kl > without.kl
 
 

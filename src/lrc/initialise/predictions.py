@@ -7,8 +7,9 @@ KL(teacher || student), and with a smaller weight the LM loss, fall on the calib
 layers before them are as they were solved, so that their part of the student runs no more. As in
 training, the student's weights are leaves whose gradients are brought to the projections, one layer
 of the teacher at a time (`lrc.projection`). Predictions of every other token count, in the next
-epoch those of the others: logits are half of the work. After every epoch the tokens that no solve
-sees judge; the best projections are kept, be they the first.
+epoch those of the others: logits are half of the work. After every epoch the KL on tokens that no
+solve sees judges; the best projections are kept, be they the first: a student as wide as its
+teacher stays the teacher.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,7 +23,7 @@ from lrc.initialise.calibration import Calibration
 from lrc.initialise.descent import descend
 from lrc.initialise.head import CHUNK, StudentHead, folded_head
 from lrc.initialise.streams import Stream
-from lrc.objective import VocabularyWeights, vocabulary_losses
+from lrc.objective import VocabularyLosses, VocabularyWeights, vocabulary_losses
 from lrc.projection import project, projection_gradient, projection_key
 
 SHARE = 1 / 2
@@ -85,26 +86,26 @@ class LastLayers:
         calibration = self.calibration
         teacher_head = folded_head(calibration)
 
-        def loss(part: slice, value: Tensor, first: int = 0) -> Tensor:
-            """KL and weighted LM loss of some sequences, means over every other token."""
+        def losses(part: slice, value: Tensor, first: int = 0) -> VocabularyLosses:
+            """The losses of some sequences, means over every other token."""
             counted = slice(first, None, 2)
             states, rows = head(value, calibration.normalise(self._run(part))[counted])
             h = calibration.normalise(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
             learnt = int((labels >= 0).sum())
             weights = VocabularyWeights(1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK)
-            found = vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
-            return found.weighted
+            return vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
 
         def differentiate(part: slice, epoch: int) -> None:
             self._project(values)
-            loss(part, values[head.key], epoch % 2).backward()  # type: ignore[no-untyped-call]
+            found = losses(part, values[head.key], epoch % 2)
+            found.weighted.backward()  # type: ignore[no-untyped-call]
             self._gather(values)
 
         def judge(reached: Mapping[str, Tensor]) -> float:
             self._project(reached)
             return sum(
-                float(loss(part, reached[head.key])) * (part.stop - part.start)
+                float(losses(part, reached[head.key]).kl) * (part.stop - part.start)
                 for part in calibration.batches(calibration.solved_on)
             )
 
