@@ -3,10 +3,9 @@
 from pathlib import Path
 
 import matplotlib
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lrc.compare.results import MeanCurve, Results
+from lrc.compare.results import Results
 from lrc.files import new_file
 
 STYLES = ("-", "--", ":", "-.")
@@ -43,14 +42,16 @@ def comparison_figure(results: Results) -> Figure:
     curves = [entry.curve() for entry in results.entries]
     teacher = results.teacher_held_out_lm
     lowest = min((min(curve.low) for curve in curves if curve), default=0.0)
-    above = teacher is not None and lowest > teacher
-    floor = teacher if teacher is not None and above else 0.0
+    floor = teacher if teacher is not None and teacher < lowest else 0.0
+    above = floor > 0
     for number, (entry, curve) in enumerate(zip(results.entries, curves, strict=True)):
         if curve is None:
             continue
         colour, style = colours[number % 10], STYLES[number // 10 % len(STYLES)]
+        loss, low, high = ([y - floor for y in ys] for ys in (curve.loss, curve.low, curve.high))
         for axes, x in ((by_tokens, curve.tokens), (by_time, curve.seconds)):
-            _draw(axes, x, curve, floor, entry.name, colour, style)
+            axes.plot(x, loss, color=colour, linestyle=style, marker=".", label=entry.name)
+            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
     for axes, name in ((by_tokens, "training and calibration tokens"), (by_time, "seconds")):
         if teacher is not None and not above:
             axes.axhline(teacher, color="black", linestyle="--", label="teacher")
@@ -68,18 +69,3 @@ def comparison_figure(results: Results) -> Figure:
     if handles:
         figure.legend(handles, labels, loc="outside right upper")
     return figure
-
-
-def _draw(
-    axes: Axes,
-    x: list[float],
-    curve: MeanCurve,
-    floor: float,
-    name: str,
-    colour: tuple[float, ...],
-    style: str,
-) -> None:
-    """Draw a curve with its band, `floor` taken off."""
-    loss, low, high = ([y - floor for y in ys] for ys in (curve.loss, curve.low, curve.high))
-    axes.plot(x, loss, color=colour, linestyle=style, marker=".", label=name)
-    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
