@@ -1,8 +1,19 @@
-"""The one kind of error that a user can mend."""
+"""Errors that a user can fix, and how any other error becomes a sentence about it."""
+
+import errno
+import json
+import os
+import re
+
+SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
+"""How libraries written in Rust (safetensors, tokenizers) name an error of the operating system."""
+
+LONGEST_REASON = 300
+"""Characters of a library's own message that are repeated."""
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend.
+    """A mistake that the user can fix.
 
     The message is one sentence that says what is wrong and what to do. The command line prints it
     without a traceback and exits with code 2.
@@ -11,3 +22,54 @@ class UserError(ValueError):
 
 class DivergedError(UserError):
     """The loss or its gradient was not finite."""
+
+
+def reason(error: BaseException) -> str:
+    """What a library's error says, in a few words on one line, without a full stop."""
+    if isinstance(error, UnicodeError):
+        return "not UTF-8 text"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON: {error}"
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, MemoryError):
+        return "it asks for more memory than this machine has"
+    if isinstance(error, KeyError):
+        return f"there is no {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = lines.pop(0) if lines else type(error).__name__
+    while text.endswith(":") and lines:  # the message itself is on the next line
+        text = f"{text} {lines.pop(0)}"
+    return text[:LONGEST_REASON].rstrip(".:")
+
+
+def system_errno(error: BaseException) -> int | None:
+    """The number of the operating system's error behind an error; None where there is none."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = SYSTEM_ERROR.search(str(error))
+    return int(found[1]) if found else None
+
+
+def system_sentence(error: BaseException, place: str | os.PathLike[str] | None = None) -> str:
+    """An error of the operating system as one sentence that says what to do.
+
+    Args:
+        error: the error.
+        place: what was read or written; None: what the error names.
+    """
+    place = place or getattr(error, "filename", None) or "A file"
+    number = system_errno(error)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return f"The disk is full while writing {place}: free some space and try again."
+    if number == errno.EFBIG:
+        return f"{place} is larger than this system allows: raise `ulimit -f` and try again."
+    if number in (errno.EMFILE, errno.ENFILE):
+        return "Too many files are open: raise the limit with `ulimit -n 1024` and try again."
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{place} cannot be read or written: choose a file or folder that you own."
+    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
+        return f"{place} is not a usable path ({reason(error)}): choose a folder or file elsewhere."
+    return f"{place} cannot be read or written ({reason(error)}): check it and try again."

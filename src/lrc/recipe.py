@@ -8,7 +8,7 @@ import copy
 import difflib
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType, NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -29,6 +29,7 @@ from lrc.sections import (
     TrainSection,
 )
 from lrc.shipped import find_yaml
+from lrc.yaml_files import parse_yaml, read_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
 
@@ -238,25 +239,31 @@ def parse_override(text: str) -> tuple[str, Any]:
     if not equals or not key:
         raise UserError(f"'{text}' is not a setting; write it as section.key=value.")
     try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise UserError(f"The value of '{text}' is not valid YAML.") from error
+        return key, parse_yaml(value)
+    except UserError as error:
+        raise UserError(f"The value of '{text}' is not valid YAML ({error}).") from error
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a YAML mapping.
+def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Settings from `section.key=value` texts and from flags of the command line.
+
+    Args:
+        texts: as for `parse_override`.
+        flags: by dotted key, the flag that stands for it and its value; None or empty: not given.
 
     Raises:
-        UserError: the text is not YAML or not a mapping.
+        UserError: a text is not of that form, or a key is given twice.
     """
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = " ".join(str(error).split())
-        raise UserError(f"{path} is not valid YAML ({where}); mend it and try again.") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings; a recipe is a mapping of sections.")
-    return settings
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    pairs = [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
+    pairs += [(flag, key, value) for key, (flag, value) in flags.items() if value]
+    for how, key, value in pairs:
+        if key in given:
+            twice = f"{given[key]} twice" if given[key] == how else f"{given[key]} and {how}"
+            raise UserError(f"'{key}' is given more than once ({twice}): give it once.")
+        given[key], found[key] = how, value
+    return found
 
 
 def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:

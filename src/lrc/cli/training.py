@@ -117,8 +117,9 @@ def _resolve(
 ) -> "tuple[Path, Recipe]":
     """The folder and the recipe of the new run that the options of a command ask for."""
     from lrc.api import default_folder
-    from lrc.recipe import make_recipe, parse_override, read_yaml
+    from lrc.recipe import make_recipe, parse_override
     from lrc.shipped import find_yaml
+    from lrc.yaml_files import read_yaml
 
     overrides: dict[str, Any] = {"method": method} if method else {}
     overrides |= dict(parse_override(setting) for setting in settings or [])

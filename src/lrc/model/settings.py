@@ -1,0 +1,135 @@
+"""A model's configuration, checked before anything is built from it.
+
+Only the raw JSON is read, and nothing heavy is imported: a wrong name or size is told at once, and
+no number in a file can make this process work or allocate without end.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from lrc.errors import UserError
+from lrc.families import family_of
+from lrc.files import read_json, reading
+from lrc.limits import check_size
+from lrc.model.locate import ModelFiles
+from lrc.model.stored import refuse_pointer
+
+LIMITS = {
+    "hidden_size": 1 << 17,
+    "num_hidden_layers": 2_000,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+    "head_dim": 1 << 14,
+    "max_position_embeddings": 1 << 40,
+}
+"""Sizes in a configuration and the largest that counts as meant; real models stay far below."""
+
+NEEDED = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "intermediate_size",
+    "vocab_size",
+)
+"""Sizes without which transformers would take another model's."""
+
+POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
+"""Numbers that are finite and positive where they are given."""
+
+QUANTIZED = ("quantization_config", "compression_config", "quantization")
+"""Keys of a configuration that describe quantized weights."""
+
+QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files beside a configuration that do."""
+
+
+def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
+    """The raw configuration of a transformers folder, with its sizes checked.
+
+    Args:
+        files: the model's files.
+        any_family: whether models of families that cannot be cloned will do.
+
+    Raises:
+        UserError: it cannot be read, is of a family that is not supported, holds an impossible
+            size, or belongs to quantized weights or to an adapter.
+    """
+    path = files.folder / "config.json"
+    refuse_pointer(path)
+    with reading(path, "give a model folder with a valid configuration"):
+        check_size(path, "configuration")
+    config = read_json(path, "give a model folder with a valid configuration")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise UserError(f"{path} names no model_type: give the folder of a transformers model.")
+    if not any_family:
+        family_of(model_type)
+    problems = list(size_problems(config, () if any_family else NEEDED))
+    if problems:
+        raise UserError(f"{path} cannot be a model's ({'; '.join(problems)}): give another model.")
+    _refuse_quantized(files, config)
+    if (files.folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"'{files.name}' holds a LoRA adapter (adapter_config.json) beside its weights, which "
+            "would be left out: merge it first (peft's merge_and_unload), or remove it."
+        )
+    return config
+
+
+def size_problems(config: dict[str, Any], needed: Sequence[str] = NEEDED) -> Iterator[str]:
+    """What is impossible about the sizes in a configuration, a clause each.
+
+    Args:
+        config: the raw configuration.
+        needed: sizes that it may not leave out.
+    """
+    for name, largest in LIMITS.items():
+        value = config.get(name)
+        if value is None:
+            if name in needed:
+                yield f"{name} is missing"
+        elif isinstance(value, bool) or not isinstance(value, int):
+            yield f"{name} is {_shown(value)}, not a whole number"
+        elif not 0 < value <= largest:
+            yield f"{name} is {_shown(value)}"
+    for name in POSITIVE:
+        value = config.get(name)
+        if value is not None and not _is_positive(value):
+            yield f"{name} is {_shown(value)}"
+    heads, pairs = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(pairs, int) and pairs > 0 and heads % pairs:
+        yield f"{heads} attention heads cannot share {pairs} key/value heads"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _is_positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
+    """Refuse weights that mean nothing without scales which transformers may not apply.
+
+    Raises:
+        UserError: the configuration or a file beside it says that the weights are quantized.
+    """
+    described: dict[str, Any] = {}
+    for name in QUANTIZED:
+        if config.get(name):
+            described = {"quant_method": "of an unknown kind"}
+            if isinstance(config[name], dict):
+                described |= config[name]
+    beside = [name for name in QUANTIZED_FILES if (files.folder / name).is_file()]
+    if described or beside:
+        how = described.get("quant_method") if described else f"see {beside[0]}"
+        raise UserError(
+            f"The weights of '{files.name}' are quantized ({how}): give the original model, a copy "
+            "that was dequantized and saved as bfloat16, or a GGUF file."
+        )

@@ -1,0 +1,177 @@
+"""The tensors that a model's files hold: names, shapes, element types and checksums.
+
+Nothing is converted or renamed here: these are the files themselves, to hold against the model that
+transformers makes of them.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from gguf import GGUFReader
+from safetensors import safe_open
+from torch import Tensor
+
+from lrc.errors import UserError
+from lrc.files import read_json, reading
+from lrc.model.locate import ModelFiles
+
+SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
+
+LFS_POINTER = b"version https://git-lfs"
+
+AGAIN = "download it again, or give another model"
+
+
+class StoredTensor(NamedTuple):
+    """A tensor as a file holds it."""
+
+    file: Path
+    dtype: str
+    """The file's own word for the element type: `BF16`, `F8_E4M3`, `torch.float16`, `Q4_K`."""
+    shape: tuple[int, ...]
+
+
+def weight_files(files: ModelFiles) -> list[Path]:
+    """The files of the weights that transformers would read: safetensors before pickled ones.
+
+    Raises:
+        UserError: there are none, one that the index names is missing, or one is a pointer of Git
+            LFS in place of the file.
+    """
+    found = [files.gguf_path] if files.gguf_path is not None else _of_folder(files.folder)
+    if not found:
+        raise UserError(
+            f"'{files.name}' holds no weights (no {SAFETENSORS}, no {PICKLED} and no index of "
+            "several): give a folder with the model's weights."
+        )
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"{path} is missing: {AGAIN}.")
+        refuse_pointer(path)
+    return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS would replace by the real one.
+
+    Raises:
+        UserError: it is such a pointer, or cannot be read.
+    """
+    with reading(path, "check the file"), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path} is only a pointer of Git LFS, not the file itself: run `git lfs pull` in "
+                f"{path.parent}."
+            )
+
+
+def _of_folder(folder: Path) -> list[Path]:
+    for name in (SAFETENSORS, PICKLED):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            refuse_pointer(index)
+            entries = read_json(index, AGAIN).get("weight_map")
+            if not isinstance(entries, dict) or not entries:
+                raise UserError(f"{index} names no weights (no weight_map): {AGAIN}.")
+            names = sorted({str(value) for value in entries.values()})
+            outside = [name for name in names if Path(name).name != name]
+            if outside:
+                raise UserError(f"{index} names '{outside[0]}' outside its folder: {AGAIN}.")
+            return [folder / name for name in names]
+    return []
+
+
+def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
+    """Every tensor of the files by its name there; headers alone are read.
+
+    Raises:
+        UserError: a file is missing or damaged.
+    """
+    found: dict[str, StoredTensor] = {}
+    for path in weight_files(files):
+        for name, tensor in _headers(path):
+            if name in found:
+                raise UserError(
+                    f"The tensor '{name}' stands in {found[name].file.name} and in {path.name}: "
+                    f"{AGAIN}."
+                )
+            found[name] = tensor
+    return found
+
+
+def stored_tensor(tensor: StoredTensor, name: str) -> Tensor:
+    """One tensor of a safetensors or pickled file, read.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with reading(tensor.file, AGAIN):
+        if tensor.file.suffix == ".safetensors":
+            with safe_open(tensor.file, framework="pt") as opened:
+                return opened.get_tensor(name)
+        return _pickled(tensor.file)[name]
+
+
+def file_checksums(path: Path) -> dict[str, str]:
+    """SHA-256 of every tensor of a file of weights: of its name's own bytes, type and shape.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    with reading(path, AGAIN):
+        if path.suffix == ".gguf":
+            return {
+                tensor.name: _digest(tensor.tensor_type.name, _shape_of(tensor), tensor.data)
+                for tensor in GGUFReader(path).tensors
+            }
+        if path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                return {name: tensor_checksum(opened.get_tensor(name)) for name in opened.keys()}  # noqa: SIM118
+        return {name: tensor_checksum(value) for name, value in _pickled(path).items()}
+
+
+def tensor_checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's element type, shape and bytes."""
+    data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return _digest(str(tensor.dtype), tuple(tensor.shape), data.numpy())
+
+
+def _digest(dtype: str, shape: tuple[int, ...], data: Any) -> str:
+    digest = hashlib.sha256(f"{dtype} {list(shape)}\n".encode())
+    digest.update(np.ascontiguousarray(data).view(np.uint8).data)
+    return digest.hexdigest()
+
+
+def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
+    with reading(path, AGAIN):
+        if path.suffix == ".gguf":
+            for tensor in GGUFReader(path).tensors:
+                shape = _shape_of(tensor)
+                yield tensor.name, StoredTensor(path, tensor.tensor_type.name, shape)
+        elif path.suffix == ".safetensors":
+            with safe_open(path, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    part = opened.get_slice(name)
+                    yield name, StoredTensor(path, part.get_dtype(), tuple(part.get_shape()))
+        else:
+            for name, value in _pickled(path, "meta").items():
+                yield name, StoredTensor(path, str(value.dtype), tuple(value.shape))
+
+
+def _shape_of(tensor: Any) -> tuple[int, ...]:
+    """The shape of a GGUF tensor as torch orders it."""
+    return tuple(int(size) for size in reversed(tensor.shape))
+
+
+def _pickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
+    """The tensors of a pickled file; nothing in it is executed."""
+    value = torch.load(path, map_location=device, weights_only=True)
+    if not isinstance(value, dict):
+        raise ValueError(f"it holds no tensors by name but a {type(value).__name__}")
+    return {str(name): item for name, item in value.items() if isinstance(item, Tensor)}
