@@ -8,10 +8,11 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from lrc.data import PackedPart, Tokens
+from lrc.data import PackedPart, Tokens, packing
 from lrc.data.cache import PartWriter
 from lrc.data.identity import TokenizerIdentity
 from lrc.data.shards import Shard, Shards, ShardWriter, Split, write_shards_index
@@ -21,16 +22,24 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 
 class ByteTokenizer(PreTrainedTokenizerFast):
-    """One token a byte, then bos and eos; counts its calls and can be told what to do at one."""
+    """One token a byte, then bos and eos; `watch_encoding` counts its uses and does what it is told
+    at one."""
 
     calls = 0
     at_call: Any = None
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        if self.at_call is not None:
-            self.at_call(self.calls)
-        return super().__call__(*args, **kwargs)
+
+def watch_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every `ByteTokenizer` count how often documents are packed with it."""
+    real = packing.encode
+
+    def counted(tokenizer: ByteTokenizer, *arguments: Any) -> list[list[int]]:
+        tokenizer.calls += 1
+        if tokenizer.at_call is not None:
+            tokenizer.at_call(tokenizer.calls)
+        return real(tokenizer, *arguments)
+
+    monkeypatch.setattr(packing, "encode", counted)
 
 
 def byte_tokenizer(
@@ -43,6 +52,11 @@ def byte_tokenizer(
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return ByteTokenizer(tokenizer_object=backend, bos_token=bos, eos_token=eos)
+
+
+def wide_tokenizer() -> ByteTokenizer:
+    """A tokenizer with a thousand tokens more, for documents whose tokens are numbered."""
+    return byte_tokenizer(extra=[f"<{number}>" for number in range(1000)])
 
 
 def data_section(folder: Path, *text: Path | str, **settings: Any) -> DataSection:

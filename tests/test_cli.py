@@ -271,7 +271,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
     with pytest.raises(UserError, match="disk is full"):
         train(run, Console(quiet=True))
-    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000003"]
+    assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000000"]
 
 
 def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import yaml
-from rich.console import Console
 
 from build_helpers import write_rows
 from data_helpers import byte_tokenizer
 from lrc.cli import data as commands
 from lrc.cli import main
+from lrc.console import TextConsole
 from lrc.data.build import splitting
 from lrc.data.shards import open_shards
 from lrc.teacher import load_tokenizer
@@ -32,7 +32,7 @@ def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
     def run(*arguments: Any) -> str:
-        monkeypatch.setattr(commands, "console", Console(width=160))
+        monkeypatch.setattr(commands, "console", TextConsole(width=160))
         monkeypatch.setattr(sys, "argv", ["lrc", "data", *map(str, arguments)])
         capsys.readouterr()
         with pytest.raises(SystemExit) as end:
@@ -83,7 +83,7 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     assert shards.sources == ("prose", "chat")
     documents_in = shards.documents("train") + shards.documents("held_out")
     assert documents_in == 79 + 20
-    steps = {line.split("│")[2].strip() for line in printed.splitlines() if line.count("│") > 5}
+    steps = {line.split("|")[2].strip() for line in printed.splitlines() if line.count("|") > 5}
     assert {"characters 200 to ∞", "near-duplicates", "tokens 16 to 4096"} <= steps
     assert f"{shards.tokens('train'):,} training tokens in 1 shard are" in printed
 

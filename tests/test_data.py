@@ -26,13 +26,20 @@ from data_helpers import (
     one_text,
     packed_part,
     unpack,
+    watch_encoding,
     write_jsonl,
 )
+from lrc.checksums import cache_root
 from lrc.data import Batch, PackedText, Sequences, ShuffledOrder, TrainingText, packing, prepare
-from lrc.data.cache import PartWriter, cache_root
+from lrc.data.cache import PartWriter
 from lrc.errors import UserError
 
 TEXTS = [f"Document number {i} of a few." for i in range(40)]
+
+
+@pytest.fixture(autouse=True)
+def watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch_encoding(monkeypatch)
 
 
 def both(packed: PackedText, tokenizer: ByteTokenizer) -> tuple[list[str], list[str]]:
@@ -333,12 +340,27 @@ def test_positions_restart_with_documents(lengths: list[int], sequence_length: i
     assert [int(p) for batch in positions for p in batch.flatten()] == expected
 
 
+def test_special_tokens_in_the_text_are_text(tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    text = f"ab{EOS}cd{BOS}ef"
+    source = write_jsonl(tmp_path / "a.jsonl", [text, "ghi"])
+    held = write_jsonl(tmp_path / "b.jsonl", [f"Held {EOS} out."])
+    section = data_section(tmp_path, source, held_out=[str(held)])
+    train, held_out = both(prepare(section, tokenizer), tokenizer)
+    assert (train, held_out) == ([text, "ghi"], [f"Held {EOS} out."])
+    packed = prepare(section, tokenizer)
+    assert [len(d) for d in unpack(packed.train)] == [len(text) + 2, 5]
+    parsed = prepare(section.model_copy(update={"parse_special_tokens": True}), tokenizer)
+    assert [len(d) for d in unpack(parsed.train)] == [10, 5]
+
+
 def test_special_token_in_the_text_is_no_boundary(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     texts = [f"ab{EOS}cd{BOS}ef", "ghi"]
     source = write_jsonl(tmp_path / "a.jsonl", texts)
     held = write_jsonl(tmp_path / "b.jsonl", ["Held out."])
-    packed = prepare(data_section(tmp_path, source, held_out=[str(held)]), tokenizer)
+    section = data_section(tmp_path, source, held_out=[str(held)], parse_special_tokens=True)
+    packed = prepare(section, tokenizer)
     batch = Sequences(one_text(packed.train), 15, document_mask=True).batch([0])
     assert (batch.input_ids == tokenizer.bos_token_id).sum() == 3
     assert batch.position_ids.tolist() == [[*range(10), *range(5)]]

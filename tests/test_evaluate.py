@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
 from benchmarks_data import ROWS, save_byte_model, write_rows
 from lrc.cli import main
+from lrc.console import TextConsole
 from lrc.data import open_text
 from lrc.errors import UserError
 from lrc.evaluate import evaluation as evaluation_module
@@ -34,7 +34,7 @@ from lrc.run import Run
 from lrc.sections import DataSection
 from lrc.train.session import initialise_only
 
-QUIET = Console(quiet=True)
+QUIET = TextConsole(quiet=True)
 
 cli_module = importlib.import_module("lrc.cli.evaluate")  # `lrc.cli` has a function of that name
 
@@ -104,7 +104,7 @@ def test_published_averages_are_means() -> None:
 def test_published_results_are_listed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
     assert lrc(monkeypatch, "eval", "--published") == 0
     printed = capsys.readouterr().out
     assert all(
@@ -120,7 +120,7 @@ def test_command_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     other = save_byte_model(tmp_path / "other", seed=1)
-    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
     out = tmp_path / "out"
     command = [
         "eval",
@@ -238,7 +238,7 @@ def test_kept_results_belong_to_all_settings(byte_model: Path, tmp_path: Path) -
 def test_held_out_of_a_run_is_its_closing_table(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli_module, "console", Console(width=200))
+    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
     code = lrc(monkeypatch, "eval", run.folder, "--tasks", "heldout", "--compare", "teacher")
     assert code == 0
     assert "same top-1 prediction" in capsys.readouterr().out

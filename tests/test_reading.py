@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_helpers import Document, byte_tokenizer, write_shards
+from data_helpers import Document, byte_tokenizer, wide_tokenizer, write_shards
 from lrc.data import Batch, Sequences, Share, Tokens, TrainingText, open_text, tokens
 from lrc.data.identity import tokenizer_identity
 from lrc.data.shards import Shards
 from lrc.errors import UserError
 from lrc.recipe import Recipe, make_recipe
 
-IDENTITY = tokenizer_identity(byte_tokenizer())
+IDENTITY = tokenizer_identity(wide_tokenizer())
 
 documents_of_shards = st.lists(
     st.lists(st.tuples(st.sampled_from("ab"), st.integers(1, 25)), max_size=8),
@@ -128,7 +128,7 @@ def test_folders_are_read_together(tmp_path: Path) -> None:
     write_shards(one, [("train", side("a", 0)), ("held_out", side("b", 300))], IDENTITY)
     order = ("c", "b", "a")
     write_shards(two, [("held_out", side("c", 400)), ("train", side("b", 100))], IDENTITY, order)
-    text = open_text(recipe(one, two), byte_tokenizer())
+    text = open_text(recipe(one, two), wide_tokenizer())
     assert list(text.sources) == ["a", "b", "c"]
     names = {}
     for position in range(10):
@@ -144,7 +144,7 @@ def test_measured_sequences_stand_for_the_whole(tmp_path: Path) -> None:
     """Not the first documents alone, which may all be of one source."""
     held = ("held_out", side("a", 300, 30) + side("b", 700, 10))
     write_shards(tmp_path, [("train", side("a", 0)), held], IDENTITY)
-    text = open_text(recipe(tmp_path), byte_tokenizer())
+    text = open_text(recipe(tmp_path), wide_tokenizer())
     batches = list(text.held_out_batches(10, 4))
     assert [len(batch.input_ids) for batch in batches] == [4, 4, 2]
     starts = [int(ids[0]) for batch in batches for ids in batch.input_ids]
@@ -156,7 +156,7 @@ def test_measured_sequences_stand_for_the_whole(tmp_path: Path) -> None:
 def test_one_source_is_not_told_apart(tmp_path: Path) -> None:
     sides = [("train", side("a", 0)), ("held_out", side("a", 300))]
     write_shards(tmp_path, sides, IDENTITY, ("a",))
-    text = open_text(recipe(tmp_path), byte_tokenizer())
+    text = open_text(recipe(tmp_path), wide_tokenizer())
     assert not text.sources
     assert text.training_batch(0, 2).source_ids is None
 
@@ -175,7 +175,7 @@ def test_many_shards_open_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def refused(recipe: Recipe, **tokenizer: Any) -> str:
     with pytest.raises(UserError) as error:
-        open_text(recipe, byte_tokenizer(**tokenizer))
+        open_text(recipe, byte_tokenizer(**tokenizer) if tokenizer else wide_tokenizer())
     assert "\n" not in str(error.value)
     return str(error.value)
 
@@ -208,11 +208,11 @@ def test_damaged_shards_are_refused(tmp_path: Path, name: str) -> None:
 def test_changed_shards_do_not_continue_a_run(tmp_path: Path) -> None:
     sides = [("train", side("a", 0)), ("held_out", side("a", 300))]
     write_shards(tmp_path, sides, IDENTITY)
-    state = open_text(recipe(tmp_path), byte_tokenizer()).state()
-    open_text(recipe(tmp_path), byte_tokenizer()).load_state(state)
+    state = open_text(recipe(tmp_path), wide_tokenizer()).state()
+    open_text(recipe(tmp_path), wide_tokenizer()).load_state(state)
     write_shards(tmp_path, [("train", side("a", 1)), sides[1]], IDENTITY)
     with pytest.raises(UserError, match="no longer the one that this run began with"):
-        open_text(recipe(tmp_path), byte_tokenizer()).load_state(state)
+        open_text(recipe(tmp_path), wide_tokenizer()).load_state(state)
 
 
 def test_one_origin_is_given() -> None:

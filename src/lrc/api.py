@@ -5,8 +5,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from lrc.console import TextConsole
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.teacher import Teacher, short_name
@@ -50,7 +49,7 @@ def clone(
     )
     need_whole_teacher(recipe)
     run = Run.create(Path(out) if out else default_folder(recipe), recipe)
-    train(run, Console(quiet=quiet), loaded)
+    train(run, TextConsole(quiet=quiet), loaded, report=not quiet)
     return run
 
 

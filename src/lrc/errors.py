@@ -8,6 +8,14 @@ import re
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How libraries written in Rust (safetensors, tokenizers) name an error of the operating system."""
 
+_ELSEWHERE = frozenset(
+    {
+        *(errno.EACCES, errno.EPERM, errno.EROFS),
+        *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
+    }
+)
+"""Errors of a place that is of no use, whatever is done to it."""
+
 LONGEST_REASON = 300
 """Characters of a library's own message that are repeated."""
 
@@ -53,12 +61,15 @@ def system_errno(error: BaseException) -> int | None:
     return int(found[1]) if found else None
 
 
-def system_sentence(error: BaseException, place: str | os.PathLike[str] | None = None) -> str:
+def system_sentence(
+    error: BaseException, place: str | os.PathLike[str] | None = None, done: str = "read or written"
+) -> str:
     """An error of the operating system as one sentence that says what to do.
 
     Args:
         error: the error.
         place: what was read or written; None: what the error names.
+        done: what could not be done to it.
     """
     place = place or getattr(error, "filename", None) or "A file"
     number = system_errno(error)
@@ -68,8 +79,5 @@ def system_sentence(error: BaseException, place: str | os.PathLike[str] | None =
         return f"{place} is larger than this system allows: raise `ulimit -f` and try again."
     if number in (errno.EMFILE, errno.ENFILE):
         return "Too many files are open: raise the limit with `ulimit -n 1024` and try again."
-    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return f"{place} cannot be read or written: choose a file or folder that you own."
-    if number in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG):
-        return f"{place} is not a usable path ({reason(error)}): choose a folder or file elsewhere."
-    return f"{place} cannot be read or written ({reason(error)}): check it and try again."
+    advice = "choose a folder that you own" if number in _ELSEWHERE else "check it and try again"
+    return f"{place} cannot be {done} ({reason(error)}): {advice}."

@@ -78,7 +78,7 @@ def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
         # Libraries in Rust raise errors of their own types.
         if not isinstance(error, OSError) and system_errno(error) is None:
             raise
-        raise UserError(system_sentence(error, _place(error, Path(path)))) from error
+        raise UserError(system_sentence(error, _place(error, Path(path)), "written")) from error
 
 
 def _place(error: Exception, path: Path) -> str:
@@ -260,13 +260,15 @@ def hold(folder: Path, held: str) -> Iterator[None]:
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
-        lock = os.open(folder / LOCK, flags, 0o666)
+        lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(held) from None
+            same = os.path.samestat(os.fstat(lock), (folder / LOCK).stat())
+        except OSError:
+            same = False
+        if not same:  # another process holds it, or has just removed it
+            raise UserError(held)
         yield
     finally:
         os.close(lock)

@@ -2,6 +2,7 @@
 
     recipe.yaml        the resolved recipe, with every default
     environment.json   versions, commit, machine
+    inputs.json        checksums of teacher, tokenizer and text, which a resumed run must find again
     metrics.jsonl      one line per logged step
     curves.png         the losses against tokens
     summary.json       the closing table
@@ -12,18 +13,33 @@ Resuming and exporting need this folder only (and the teacher that the recipe na
 """
 
 import json
+import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.environment import describe_environment
 from lrc.errors import UserError
-from lrc.files import is_taken, new_file, write_text
+from lrc.files import (
+    LOCK,
+    disk_errors,
+    hold,
+    is_left_over,
+    is_taken,
+    new_file,
+    read_json,
+    reading,
+    remove_left_overs,
+    write_text,
+)
 from lrc.recipe import Recipe, load_recorded_recipe
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 
 
 @dataclass(frozen=True)
@@ -34,32 +50,71 @@ class Run:
     recipe: Recipe
 
     @classmethod
-    def create(cls, folder: Path, recipe: Recipe) -> "Run":
-        """Start a run in a new folder.
+    def create(cls, folder: str | os.PathLike[str], recipe: Recipe) -> "Run":
+        """A new run; its folder is made when it begins (`begin`), not before.
 
         Raises:
             UserError: the folder already holds something.
         """
-        if is_taken(folder):
-            raise UserError(
-                f"{folder} already exists: choose another folder for the new run, or continue an "
-                f"old one with `lrc resume {folder}`."
-            )
-        run = cls(folder, recipe)
-        write_text(folder / "recipe.yaml", recipe.to_yaml())
-        write_text(folder / "environment.json", json.dumps(describe_environment(), indent=2))
+        run = cls(Path(folder), recipe)
+        if is_taken(run.folder, _is_no_runs):
+            raise run._taken()
         return run
 
     @classmethod
-    def open(cls, folder: Path) -> "Run":
+    def open(cls, folder: str | os.PathLike[str]) -> "Run":
         """Open the folder of an earlier run.
 
         Raises:
             UserError: it is not a run's folder, or its recipe is not valid.
         """
+        folder = Path(folder)
         if not is_run(folder):
-            raise UserError(f"{folder} is not a run's folder: it has no recipe.yaml.")
-        return cls(folder, load_recorded_recipe(folder / "recipe.yaml"))
+            raise UserError(f"{folder} is not a run's folder: it has no {RECIPE}.")
+        return cls(folder, load_recorded_recipe(folder / RECIPE))
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep other processes from training this run; what killed ones left is removed. Where the
+        run does not begin, nothing is left of its folder.
+
+        Raises:
+            UserError: another process is training it.
+        """
+        new = not self.folder.exists()
+        held = f"Another process is working on {self.folder}: wait for it, or stop it first."
+        with hold(self.folder, held):
+            try:
+                for folder in (self.folder, self.checkpoints):
+                    remove_left_overs(folder)
+                yield
+            finally:
+                if new and [file.name for file in self.folder.iterdir()] == [LOCK]:
+                    (self.folder / LOCK).unlink()
+                    self.folder.rmdir()
+
+    def begin(self) -> bool:
+        """Write what a new run starts with; to be called while it is held.
+
+        Returns:
+            Whether the run is new.
+
+        Raises:
+            UserError: another run was begun in the folder meanwhile, or the disk is full.
+        """
+        if is_run(self.folder):
+            if load_recorded_recipe(self.folder / RECIPE) != self.recipe:
+                raise self._taken()
+            return False
+        write_text(self.folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
+        write_text(self.folder / RECIPE, self.recipe.to_yaml())
+        return True
+
+    def _taken(self) -> UserError:
+        return UserError(
+            f"{self.folder} already exists: choose another folder for the new run, or continue an "
+            f"old one with `lrc resume {self.folder}`."
+        )
 
     @property
     def checkpoints(self) -> Path:
@@ -81,41 +136,88 @@ class Run:
         """File of the closing table; it is there once the run has ended."""
         return self.folder / "summary.json"
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps, oldest first; a line cut short by a crash is left out."""
-        return list(_whole_lines(self.metrics_file))
+    @property
+    def inputs_file(self) -> Path:
+        """File of the checksums of what the run learns from."""
+        return self.folder / "inputs.json"
 
-    def keep_metrics_until(self, step: int) -> None:
-        """Drop the lines after a step, which a resumed run will write again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
+    def metrics(self) -> list[dict[str, Any]]:
+        """The logged steps, oldest first; damaged lines are left out.
+
+        Raises:
+            UserError: the file cannot be read.
+        """
+        return [line for line in self._lines() if line is not None]
+
+    def keep_metrics_until(self, step: int) -> Path | None:
+        """Drop the lines after a step, which a resumed run will write again.
+
+        Returns:
+            Where the file as it was is kept, if it held damaged lines before its last one, which a
+            crash may cut short; else None.
+
+        Raises:
+            UserError: the file cannot be read, or the disk is full.
+        """
+        lines = list(self._lines())
+        aside = None
+        if None in lines[:-1]:
+            numbers = (n for n in range(1, len(lines) + 2))
+            places = (self.metrics_file.with_suffix(f".damaged-{n}.jsonl") for n in numbers)
+            aside = next(place for place in places if not place.exists())
+            with disk_errors(aside):
+                os.rename(self.metrics_file, aside)
+        kept = [line for line in lines if line is not None and line["step"] <= step]
         with new_file(self.metrics_file) as temporary:
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        return aside
+
+    def _lines(self) -> Iterator[dict[str, Any] | None]:
+        """The lines of the metrics; None for a damaged one."""
+        if not self.metrics_file.is_file():
+            return
+        with reading(self.metrics_file, "check the file"):
+            lines = self.metrics_file.read_bytes().splitlines()
+        for text in lines:
+            try:
+                line = json.loads(text)
+            except (ValueError, RecursionError):
+                yield None
+                continue
+            step = line.get("step") if isinstance(line, dict) else None
+            yield line if isinstance(step, int) else None
 
     def summary(self) -> dict[str, Any]:
         """The closing table.
 
         Raises:
-            UserError: the run has not ended yet.
+            UserError: the run has not ended yet, or the table is damaged.
         """
         if not self.summary_file.is_file():
             raise UserError(f"{self.folder} has not ended; continue it with `lrc resume`.")
-        return json.loads(self.summary_file.read_text())
+        return read_json(
+            self.summary_file, f"remove it and write it again with `lrc resume {self.folder}`"
+        )
 
     def student(self) -> PreTrainedModel:
         """The exported student.
 
         Raises:
-            UserError: the run has not ended yet.
+            UserError: the run has not ended yet, or the student's files are damaged.
         """
-        return AutoModelForCausalLM.from_pretrained(self.need_student())
+        from lrc.teacher import load_model
+
+        return load_model(str(self.need_student()))[0]
 
     def tokenizer(self) -> Tokenizer:
         """The student's tokenizer, which is the teacher's.
 
         Raises:
-            UserError: the run has not ended yet.
+            UserError: the run has not ended yet, or its files are damaged.
         """
-        return AutoTokenizer.from_pretrained(self.need_student())
+        from lrc.teacher import load_tokenizer
+
+        return load_tokenizer(str(self.need_student()))
 
     def need_student(self) -> Path:
         """Folder of the exported student.
@@ -133,14 +235,9 @@ class Run:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
-    return (folder / "recipe.yaml").is_file()
+    return (folder / RECIPE).is_file()
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        return
-    for line in path.read_text().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+def _is_no_runs(name: str) -> bool:
+    """Whether a file in the folder of a run that never began may be written over."""
+    return name == ENVIRONMENT or is_left_over(name)

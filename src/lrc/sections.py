@@ -207,6 +207,10 @@ class DataSection(Section):
     text_field: str = "text"
     """Field of JSONL rows and data sets that holds the text."""
 
+    parse_special_tokens: bool = False
+    """Whether special tokens that are written out in the text (`</s>`, `<|im_start|>`) become the
+    control tokens themselves. Off: they are text like any other, whoever wrote them there."""
+
     sequence_length: int = Field(256, ge=8)
     """Tokens of a training sequence."""
 
@@ -293,7 +297,11 @@ class TrainSection(Section):
     """Held-out sequences that are measured."""
 
     checkpoint_every: int = Field(100, gt=0)
-    """Steps between two checkpoints (one is always written at the end)."""
+    """Steps between two checkpoints. One is always written before the first step, and one at the
+    end."""
+
+    checkpoint_minutes: float = Field(5.0, ge=0)
+    """Minutes after which another checkpoint is written, too; 0: steps alone decide."""
 
     keep_checkpoints: int = Field(2, gt=0)
     """Checkpoints that are kept."""

@@ -247,7 +247,7 @@ class _Teller:
 
     def line(self, text: str) -> None:
         """A line that stays."""
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self._console.print(text)
 
 
 def _pair(model: str, teacher: str | None) -> tuple[Subject, Subject]:

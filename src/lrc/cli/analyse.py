@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import Dtype, ModelArgument
+from lrc.console import console, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -116,4 +116,4 @@ def neurons(
     draw_layers(result, folder / "neurons.png")
     console.print(table(result))
     where = f"neurons.json, neurons.md and neurons.png are in {folder}."
-    console.print(where, highlight=False, soft_wrap=True)
+    console.print(where)

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
 from lrc.cli.training import Settings, TeacherOption, Text
+from lrc.console import console, quiet_libraries
 
 
 def compare(
@@ -49,5 +49,5 @@ def compare(
     try:
         compare(load_comparison(comparison, overrides), folder, console, only or ())
     except Interrupted as stop:
-        console.print(str(stop), highlight=False, soft_wrap=True)
+        console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None

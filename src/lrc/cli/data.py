@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.console import console, quiet_libraries
 from lrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def build(
         with build_progress(console) as progress:
             shards = build_shards(loaded, tokenizer, out, workers or default_workers(), progress)
     except KeyboardInterrupt:
-        console.print("Stopped; the same command goes on from here.", highlight=False)
+        console.print("Stopped; the same command goes on from here.")
         raise typer.Exit(130) from None
     _print_summary(shards)
 
@@ -104,7 +104,6 @@ def inspect(
 
     A file whose content has changed is named, and the exit code is 2.
     """
-    from rich.markup import escape
     from rich.table import Table
 
     from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
@@ -119,11 +118,11 @@ def inspect(
         column.justify = "right"
     for row in count_sources(shards):
         numbers = (f"{row.documents:,}", f"{row.tokens:,}", f"{row.share:.1%}")
-        table.add_row(row.split, escape(row.source), *numbers)
+        table.add_row(row.split, row.source, *numbers)
     console.print(table)
     count = len(shards.shards)
     words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
-    console.print(words, highlight=False, soft_wrap=True)
+    console.print(words)
     if checksums:
         damaged: list[Path] = []
         with phase(console, "checking every file") as tell:
@@ -143,10 +142,10 @@ def inspect(
         shards.require_tokenizer(tokenizer, teacher)
     for sample in sample_documents(shards, tokenizer, documents, seed) if tokenizer else ():
         where = f"{sample.shard}, document {sample.document}"
-        console.rule(f"{where}: {escape(sample.source)}, {sample.tokens:,} tokens")
+        console.rule(f"{where}: {sample.source}, {sample.tokens:,} tokens")
         text = sample.text[: characters or None]
         more = " ..." if len(text) < len(sample.text) else ""
-        console.print(text + more, highlight=False, markup=False, soft_wrap=True)
+        console.print(text + more)
 
 
 def _print_summary(shards: "Shards") -> None:
@@ -158,13 +157,10 @@ def _print_summary(shards: "Shards") -> None:
     for table in tables(summary):
         console.print(table)
     for warning in warnings_of(summary):
-        console.print(f"Note: {warning}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"Note: {warning}")
     count = len(shards.of_split("train"))
     files = f"{count} shard{'s' * (count > 1)}"
     console.print(
         f"{summary['tokens']['train']:,} training tokens in {files} are in {shards.folder}; "
         f"look at them with `lrc data inspect {shards.folder}`.",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
     )

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import Dtype
+from lrc.console import console, quiet_libraries
 from lrc.errors import UserError
 
 
@@ -103,11 +103,11 @@ def evaluate(
     for table in result_tables(evaluation):
         console.print(table)
     for note in notes(evaluation):
-        console.print(note, style="yellow", markup=False)
+        console.print(note, style="yellow")
     if any("acc_norm" in result.metrics for result in evaluation.models[0].tasks.values()):
-        console.print(METRIC_NOTE, highlight=False)
+        console.print(METRIC_NOTE)
     where = f"results.json and results.md are in {folder}."
-    console.print(where, highlight=False, soft_wrap=True)
+    console.print(where)
 
 
 def folder_for(model: str, in_run: str, elsewhere: str) -> Path:

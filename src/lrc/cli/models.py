@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.console import console, quiet_libraries
 from lrc.errors import UserError
 
 
@@ -74,7 +74,7 @@ def export(
         raise UserError("A .gguf file and q8_0 need --format gguf.")
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
     step = export_run(Run.open(Path(model)), out, console, element)
-    console.print(f"The student of step {step} is in {out}.", highlight=False, soft_wrap=True)
+    console.print(f"The student of step {step} is in {out}.")
 
 
 def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
@@ -98,8 +98,8 @@ def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
             notes = convert_to_gguf(model, out, kind, detail)
         told = f"{model} is in {out}."
     for note in notes:
-        console.print(f"Note: {note}", style="yellow", highlight=False, soft_wrap=True)
-    console.print(told, highlight=False, soft_wrap=True)
+        console.print(f"Note: {note}", style="yellow")
+    console.print(told)
 
 
 def info(
@@ -167,4 +167,4 @@ def generate(
         messages = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text)

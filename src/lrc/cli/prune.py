@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument
 from lrc.cli.training import Out, Settings, Text, carry_out
+from lrc.console import console, quiet_libraries
 
 if TYPE_CHECKING:
     from lrc.run import Run

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.console import console, quiet_libraries
 from lrc.errors import UserError
 
 
@@ -58,4 +58,4 @@ def report(
         opened = [Run.open(folder) for folder in runs]
         with phase(console, f"Writing {path}") as detail:
             write_report(opened, path, prompt or (), detail)
-    console.print(f"The report is in {path}.", highlight=False, soft_wrap=True)
+    console.print(f"The report is in {path}.")

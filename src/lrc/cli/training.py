@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.console import console, quiet_libraries
 from lrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -151,5 +151,5 @@ def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
     try:
         action(run, console)
     except Interrupted as stop:
-        console.print(str(stop), highlight=False, soft_wrap=True)
+        console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None

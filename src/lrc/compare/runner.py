@@ -62,7 +62,7 @@ def compare(
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
     results = Runner(Folders(comparison, out), console, only or names).go()
     console.print(comparison_table(results))
-    console.print(f"Everything is in {out}.", highlight=False, soft_wrap=True)
+    console.print(f"Everything is in {out}.")
     return results
 
 
@@ -119,7 +119,7 @@ class Runner:
             train(run, self.console, self._teacher(recipe), report=False, starts=starts)
         except DivergedError as error:
             write_text(folder / "diverged.json", json.dumps({"message": str(error)}))
-            self.console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+            self.console.print(str(error), style="yellow")
         except Interrupted as stop:
             raise Interrupted(
                 stop.signal, f"Stopped in {folder}; the same command goes on from there."

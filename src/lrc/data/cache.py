@@ -10,7 +10,6 @@ once the first one wins and the work of the others is lost: let one build and th
 import errno
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -24,9 +23,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from lrc.checksums import file_sha256, remembered
 from lrc.files import disk_errors, flush
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the same inputs would give other files: caches of old formats are ignored."""
 
 INDEX = "index.json"
@@ -60,6 +60,10 @@ class PackedPart:
         """File of the positions of each document's first token, ascending int64 [documents]."""
         return self.folder / f"{self.name}.offsets.bin"
 
+    def file_names(self) -> tuple[str, str]:
+        """Names of the two files."""
+        return self.tokens_path.name, self.offsets_path.name
+
     def is_whole(self) -> bool:
         """Whether both files have the sizes that the counts ask for."""
         return (
@@ -75,6 +79,8 @@ class PackedText:
     folder: Path
     train: PackedPart
     held_out: PackedPart
+    sha256: dict[str, str]
+    """Checksum of every file, by the file's name."""
 
 
 class PartWriter:
@@ -118,14 +124,6 @@ class PartWriter:
         return {"tokens": self.tokens, "documents": self.documents, "sha256": checksums}
 
 
-def cache_root(setting: str | None) -> Path:
-    """The folder of all caches: the recipe's, else $LRC_CACHE, else `lrc` in the user's cache."""
-    chosen = setting or os.environ.get("LRC_CACHE")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrc"
-
-
 def cache_key(inputs: dict[str, Any]) -> str:
     """Name of the cache folder that belongs to these inputs (JSON values)."""
     text = json.dumps({"format": FORMAT, **inputs}, sort_keys=True)
@@ -140,10 +138,14 @@ def open_cache(folder: Path) -> PackedText | None:
             PackedPart(folder, name, index["dtype"], part["tokens"], part["documents"])
             for name, part in ((n, index["parts"][n]) for n in ("train", "held_out"))
         )
+        sha256 = {**index["parts"]["train"]["sha256"], **index["parts"]["held_out"]["sha256"]}
         whole = index["format"] == FORMAT and train.is_whole() and held_out.is_whole()
-    except (OSError, ValueError, KeyError, TypeError):
+        # Whether a byte has changed since is found out once.
+        for name, checksum in sha256.items():
+            whole = whole and remembered(folder / name, "sha256", file_sha256) == checksum
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    return PackedText(folder, train, held_out) if whole else None
+    return PackedText(folder, train, held_out, sha256) if whole else None
 
 
 @contextmanager

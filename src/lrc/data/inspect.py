@@ -89,12 +89,7 @@ def check_files(shards: Shards) -> Iterator[tuple[str, list[Path]]]:
         yield shard.name, damaged
         if damaged or not shard.documents:
             continue
-        offsets = shard.offsets()
-        ordered = offsets[0] == 0 and bool((np.diff(offsets) > 0).all())
-        if not ordered or offsets[-1] >= shard.tokens:
-            raise UserError(f"{shard.offsets_path} has documents out of order; build it again.")
-        if int(shard.source_ids().max()) >= len(shards.sources):
-            raise UserError(f"{shard.source_path} names an unknown source; build it again.")
+        shard.check_documents(len(shards.sources))
 
 
 def own_tokenizer(shards: Shards) -> "Tokenizer":

@@ -157,6 +157,10 @@ class Source(Section):
     """Field of the conversation, in place of `text`: a list of `{role, content}` (`messages`) or
     of `{from, value}` (ShareGPT). It is rendered with the teacher's chat template."""
 
+    parse_special_tokens: bool = False
+    """Whether special tokens that are written out in `text` (`</s>`, `<|im_start|>`) become the
+    control tokens themselves; in conversations, those of the chat template always do."""
+
     weight: float | None = Field(None, gt=0)
     """Share of the mix's tokens."""
 

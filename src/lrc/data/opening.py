@@ -1,12 +1,11 @@
 """The text that a recipe names, ready for the training loop."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lrc.checksums import json_sha256
 from lrc.data.identity import tokenizer_identity
 from lrc.data.packing import SHORTEST_SEQUENCE, Progress, prepare
 from lrc.data.reader import Reader, Sequences, TrainingText
@@ -36,18 +35,26 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
         folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]
         for folder in folders:
             folder.require_tokenizer(tokenizer, recipe.teacher.model)
-        identity = _identity(folders)
     else:
         packed = prepare(data, tokenizer, progress)
         folders = [Shards.of_cache(packed, tokenizer_identity(tokenizer), data.origin())]
-        identity = None  # The cache's key already holds all that it was made from.
+    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    for folder in folders:
+        for shard in folder.shards:
+            shard.check(vocabulary, len(folder.sources))
     sequences: dict[Split, Sequences] = {
         split: Sequences(_tokens(folders, split), data.sequence_length, data.document_mask)
         for split in SPLITS
     }
     for split, text in sequences.items():
         _check_length(text, split, data.origin())
-    return TrainingText(sequences["train"], sequences["held_out"], train.seed, identity)
+    return TrainingText(
+        sequences["train"],
+        sequences["held_out"],
+        train.seed,
+        _identity(folders),
+        spread=bool(data.shards),
+    )
 
 
 def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
@@ -63,8 +70,7 @@ def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
 
 def _identity(folders: Sequence[Shards]) -> str:
     """A checksum of all that decides which token stands where."""
-    content = [[s.split, s.tokens, s.sha256] for folder in folders for s in folder.shards]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_sha256([[s.split, s.tokens, s.sha256] for f in folders for s in f.shards])
 
 
 def _check_length(text: Sequences, split: Split, origin: str) -> None:

@@ -13,16 +13,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lrc.checksums import cache_root
 from lrc.data.cache import (
     PackedPart,
     PackedText,
     PartWriter,
     cache_key,
-    cache_root,
     new_cache,
     open_cache,
     write_index,
 )
+from lrc.data.encoding import encode_texts
 from lrc.data.identity import HASH_RANGE, text_hash, token_dtype, tokenizer_identity
 from lrc.data.sources import read_documents, source_files
 from lrc.errors import UserError
@@ -61,17 +62,20 @@ def prepare(
     return packed
 
 
-def encode(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    """Token ids of documents, each between bos and eos; empty where a text has no tokens."""
+def encode(
+    tokenizer: Tokenizer, texts: list[str], parse_special_tokens: bool = False
+) -> list[list[int]]:
+    """Token ids of documents, each between bos and eos; empty where a text has no tokens.
+
+    Args:
+        tokenizer: the teacher's.
+        texts: the documents.
+        parse_special_tokens: whether special tokens that are written out in a text become control
+            tokens; else they are text like any other.
+    """
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )["input_ids"]
+    encoded = encode_texts(tokenizer.backend_tokenizer, texts, parse_special_tokens)
     # A tokenizer may take a text for nothing at all.
     return [[*before, *ids, *after] if ids else [] for ids in encoded]
 
@@ -81,9 +85,10 @@ def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
     identity = asdict(tokenizer_identity(tokenizer))
     return {
         "text": source_files(data.text),
-        "held_out": source_files(data.held_out),
+        "held_out": source_files(data.held_out, held_out=True),
         "held_out_fraction": None if data.held_out else data.held_out_fraction,
         "text_field": data.text_field,
+        "parse_special_tokens": data.parse_special_tokens,
         **identity,
     }
 
@@ -99,7 +104,7 @@ def _build(
     dtype = token_dtype(tokenizer)
     writers = {name: PartWriter(folder, name, dtype) for name in ("train", "held_out")}
     for batch in _batches(_split(data)):
-        encoded = encode(tokenizer, [text for _, text in batch])
+        encoded = encode(tokenizer, [text for _, text in batch], data.parse_special_tokens)
         sides = [side for side, _ in batch]
         for name, writer in writers.items():
             writer.write([d for side, d in zip(sides, encoded, strict=True) if d and side == name])
@@ -131,7 +136,7 @@ def _split(data: DataSection) -> Iterator[tuple[str, str]]:
             yield ("held_out" if text_hash(text) < limit else "train"), text
         return
     held_out = set()
-    for text in read_documents(data.held_out, data.text_field):
+    for text in read_documents(data.held_out, data.text_field, held_out=True):
         held_out.add(text_hash(text))
         yield "held_out", text
     if not held_out:

@@ -29,6 +29,10 @@ class Reader(Protocol):
     def training_sequences(self) -> int | None:
         """Training sequences of an epoch; None where that is not known."""
 
+    @property
+    def identity(self) -> str | None:
+        """A checksum of the text; None where it is not known."""
+
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences that follow the first `position` ones of the run.
 
@@ -119,19 +123,25 @@ class TrainingText:
         train: the training sequences.
         held_out: the held-out sequences.
         seed: decides the order of the training sequences.
-        identity: checksum of shards, by which a run that resumes finds that they have changed;
-            None: the text is a recipe's own.
+        identity: checksum of the tokens, by which a run that resumes finds that they have changed.
+        spread: measure held-out sequences at even distances; else the first ones.
     """
 
     def __init__(
-        self, train: Sequences, held_out: Sequences, seed: int, identity: str | None = None
+        self,
+        train: Sequences,
+        held_out: Sequences,
+        seed: int,
+        identity: str | None = None,
+        spread: bool = False,
     ) -> None:
         self.train = train
         self.held_out = held_out
         self.sources = train.tokens.sources
         self._seed = seed
         self._order: ShuffledOrder | WeightedOrder = ShuffledOrder(len(train), seed)
-        self._identity = identity
+        self.identity = identity
+        self._spread = spread
 
     @property
     def training_sequences(self) -> int:
@@ -158,14 +168,14 @@ class TrainingText:
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
         """`count` held-out sequences in batches, the same at every call."""
-        if self._identity is None:
-            return self.held_out.first(count, batch_size)
-        return self.held_out.spread(count, batch_size)
+        if self._spread:
+            return self.held_out.spread(count, batch_size)
+        return self.held_out.first(count, batch_size)
 
     def state(self) -> dict[str, Any]:
         """The text's identity, and the place in every source where shares were set; else the
         position follows from the step."""
-        state: dict[str, Any] = {} if self._identity is None else {"identity": self._identity}
+        state: dict[str, Any] = {} if self.identity is None else {"identity": self.identity}
         if isinstance(self._order, WeightedOrder):
             state["by_source"] = self._order.state()
         return state
@@ -176,7 +186,7 @@ class TrainingText:
         Raises:
             UserError: it is another.
         """
-        if state.get("identity") != self._identity:
+        if state.get("identity") != self.identity:
             raise UserError(
                 "The training text is no longer the one that this run began with, so it cannot be "
                 "continued exactly; put the old text back, or start a new run."

@@ -27,10 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from lrc.checksums import file_sha256, remembered
 from lrc.data.cache import OFFSET_DTYPE, PackedPart, PackedText, PartWriter
 from lrc.data.identity import TokenizerIdentity, tokenizer_identity
 from lrc.errors import UserError
-from lrc.files import flush, write_text
+from lrc.files import flush, reading, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -55,7 +56,7 @@ class Shard(PackedPart):
     """Tokens of every source that has documents here, by the source's name."""
 
     sha256: dict[str, str]
-    """Checksum of every file, by the file's name; empty for a recipe's cache."""
+    """Checksum of every file, by the file's name."""
 
     @property
     def source_path(self) -> Path:
@@ -73,7 +74,7 @@ class Shard(PackedPart):
     def source_ids(self) -> NDArray[np.uint16]:
         """Each document's source, mapped from the file, uint16 [documents]; zeros where there is
         no such file (a recipe's cache)."""
-        if not self.sha256:
+        if self.source_path.name not in self.sha256:
             return np.zeros(self.documents, SOURCE_DTYPE)
         return _map(self.source_path, SOURCE_DTYPE, self.documents)
 
@@ -87,13 +88,59 @@ class Shard(PackedPart):
             self.tokens_path: self.tokens * np.dtype(self.dtype).itemsize,
             self.offsets_path: self.documents * OFFSET_DTYPE.itemsize,
         }
-        if self.sha256:
+        if self.source_path.name in self.sha256:
             sizes[self.source_path] = self.documents * SOURCE_DTYPE.itemsize
         for path, size in sizes.items():
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
                 raise UserError(f"{path} {what}: build the shards again, or copy the file anew.")
+
+    def check(self, vocabulary: int, sources: int) -> None:
+        """Check every byte, once for as long as the files stay unchanged.
+
+        Args:
+            vocabulary: number of token ids in use.
+            sources: number of sources that the index names.
+
+        Raises:
+            UserError: a file is not what was written, a token is none of the vocabulary, or
+                documents are out of order or of no known source.
+        """
+        for name, checksum in self.sha256.items():
+            path = self.folder / name
+            with reading(path, "build the shards again, or copy the file anew"):
+                found = remembered(path, "sha256", file_sha256)
+            if found != checksum:
+                raise UserError(
+                    f"{path} is not what was written: copy it anew, or build the shards again."
+                )
+        if self.tokens:
+            largest = remembered(self.tokens_path, "largest", lambda _: int(self.token_ids().max()))
+            if largest >= vocabulary:
+                raise UserError(
+                    f"{self.tokens_path} holds the token {largest}, but the tokenizer has "
+                    f"{vocabulary} tokens: build the shards again with it."
+                )
+        self.check_documents(sources)
+
+    def check_documents(self, sources: int) -> None:
+        """Check what readers rely on, which checksums in a rewritten index would not show.
+
+        Args:
+            sources: number of sources that the index names.
+
+        Raises:
+            UserError: documents do not begin in order inside the shard, or are of no known source.
+        """
+        offsets = self.offsets()
+        if not len(offsets):
+            return
+        ordered = offsets[0] == 0 and bool((np.diff(offsets) > 0).all())
+        if not ordered or offsets[-1] >= self.tokens:
+            raise UserError(f"{self.offsets_path} has documents out of order; build it again.")
+        if int(self.source_ids().max()) >= sources:
+            raise UserError(f"{self.source_path} names an unknown source; build it again.")
 
     def damaged_files(self) -> list[Path]:
         """Files whose content is not what was written, by their checksums (reads all of them)."""
@@ -132,7 +179,7 @@ class Shards:
                 *(part.folder, part.name, part.dtype, part.tokens, part.documents),
                 split=split,
                 tokens_by_source={source: part.tokens},
-                sha256={},
+                sha256={name: packed.sha256[name] for name in part.file_names()},
             )
             for split, part in zip(SPLITS, (packed.train, packed.held_out), strict=True)
         )
@@ -303,12 +350,6 @@ class ShardWriter:
             tokens_by_source={name: count for name, count in pairs if count},
             sha256=checksums,
         )
-
-
-def file_sha256(path: Path) -> str:
-    """Checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def documents_of(shard: Shard) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:

@@ -6,6 +6,7 @@ read in full is an error, never a shorter text.
 
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from lrc.data import stdlib_docs
 from lrc.data.text_files import COMPRESSED_SUFFIXES, open_text
-from lrc.errors import UserError
+from lrc.errors import UserError, reason
+from lrc.limits import LONGEST_LINE
 
 STDLIB_DOCS = "stdlib-docs"
 """The source that reads Python's own documentation."""
@@ -29,6 +31,12 @@ LONGEST_PIECE = 16_000
 """Characters after which a text file without blank lines is cut at the end of a line."""
 
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
+
+_EVALUATION = re.compile(r"(test|validation|valid|val)([-_.]?\d.*)?|.*[-_.](test|validation)")
+"""Names, without endings, of files and folders of a data set that are not to be trained on."""
+
+_ABOUT = ("readme", "license", "licence", "changelog", "contributing", "citation")
+"""Names, without endings, of files that tell of a data set and are none of its text."""
 
 
 class SourceFile(NamedTuple):
@@ -46,14 +54,18 @@ class TextSource(NamedTuple):
     path: Path
 
 
-def source_files(sources: Sequence[str]) -> list[SourceFile]:
+def source_files(sources: Sequence[str], held_out: bool = False) -> list[SourceFile]:
     """The files behind the sources, in reading order: absolute path, bytes, time of change [ns].
+
+    Args:
+        sources: as for `read_documents`.
+        held_out: as for `read_documents`.
 
     Raises:
         UserError: a source does not exist, is of no known kind, or is an empty folder.
     """
     files: list[SourceFile] = []
-    for kind, path in expand_sources(sources):
+    for kind, path in expand_sources(sources, held_out):
         if kind == "stdlib":
             paths = stdlib_docs.source_files()
         elif kind == "dataset":
@@ -71,7 +83,9 @@ def source_files(sources: Sequence[str]) -> list[SourceFile]:
     return files
 
 
-def read_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
+def read_documents(
+    sources: Sequence[str], text_field: str, held_out: bool = False
+) -> Iterator[str]:
     """Stream the documents of all sources, one after another; blank documents are left out.
 
     - Text files (.txt, .md, .rst), plain or compressed (.gz, .zst), are cut at blank lines into
@@ -80,16 +94,22 @@ def read_documents(sources: Sequence[str], text_field: str) -> Iterator[str]:
       characters, and a single line longer than that is cut inside.
     - JSONL files (.jsonl, .json with one object a line), plain or compressed: field `text_field`.
     - Parquet files (.parquet): column `text_field`.
-    - Folders: all such files and data sets in them, sorted by name, folder by folder; hidden ones
-      and other kinds of files are left out.
+    - Folders: all such files and data sets in them, sorted by name, folder by folder; hidden ones,
+      other kinds of files, and those that `left_out` tells of are left out.
     - Data sets saved by `datasets` (`save_to_disk`): column `text_field`, split `train`.
     - `stdlib-docs`: see `lrc.data.stdlib_docs`.
+
+    Args:
+        sources: files, folders, patterns, or `stdlib-docs`.
+        text_field: field or column of the text.
+        held_out: whether it is not to be trained on: folders then give their test and validation
+            files, too.
 
     Raises:
         UserError: at once, where a source does not exist or is of no known kind; while reading,
             where a file is not UTF-8, damaged, or a row has no text.
     """
-    return _read_all(expand_sources(sources), text_field)
+    return _read_all(expand_sources(sources, held_out), text_field)
 
 
 def _read_all(sources: Iterable[TextSource], text_field: str) -> Iterator[str]:
@@ -107,8 +127,10 @@ def _read_all(sources: Iterable[TextSource], text_field: str) -> Iterator[str]:
         yield from (document for document in documents if not document.isspace() and document)
 
 
-def expand_sources(sources: Sequence[str]) -> list[TextSource]:
+def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextSource]:
     """The files and data sets of the sources: folders are searched, patterns (`*.jsonl`) matched.
+
+    Arguments are those of `read_documents`.
 
     Raises:
         UserError: a source does not exist, is of no known kind, or is an empty folder.
@@ -119,7 +141,7 @@ def expand_sources(sources: Sequence[str]) -> list[TextSource]:
         if source == STDLIB_DOCS:
             expanded.append(TextSource("stdlib", path))
         elif not path.exists() and (matches := sorted(glob.glob(str(path), recursive=True))):
-            expanded.extend(expand_sources(matches))
+            expanded.extend(expand_sources(matches, held_out))
         elif not path.exists():
             raise UserError(
                 f"There is no file or folder '{source}'; give text, JSONL or Parquet files, "
@@ -127,7 +149,7 @@ def expand_sources(sources: Sequence[str]) -> list[TextSource]:
             )
         else:
             try:
-                found = list(_expand(path))
+                found = list(_expand(path, held_out))
             except OSError as error:
                 raise UserError(f"'{source}' cannot be read ({error}); mend it.") from error
             if not found:
@@ -137,21 +159,55 @@ def expand_sources(sources: Sequence[str]) -> list[TextSource]:
     return expanded
 
 
+def left_out(sources: Sequence[str]) -> list[Path]:
+    """Readable files and folders in the folders of some sources that are left out: those named
+    after a test or validation split, and those that tell of the data (README.md). A source that
+    names such a file itself reads it."""
+    found: list[Path] = []
+    for source in sources:
+        path = Path(source).expanduser()
+        if source != STDLIB_DOCS and path.is_dir():
+            found.extend(_left_out(path))
+    return found
+
+
+def _left_out(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    if any((folder / mark).is_file() for mark in _DATASET_MARKS) or folder.resolve() in above:
+        return
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith("."):
+            continue
+        if _is_no_text(entry, False):
+            if entry.is_dir() or any(_expand(entry, True)):
+                yield entry
+        elif entry.is_dir():
+            yield from _left_out(entry, (*above, folder.resolve()))
+
+
+def _is_no_text(path: Path, held_out: bool) -> bool:
+    """Whether a file or folder in a folder tells of the data or, for text to train on, is named
+    after a split that is not to be trained on."""
+    stem = path.name.lower()
+    for suffix in (*COMPRESSED_SUFFIXES, *TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX):
+        stem = stem.removesuffix(suffix)
+    return stem in _ABOUT or (not held_out and bool(_EVALUATION.fullmatch(stem)))
+
+
 def _accepted() -> str:
     plain = ", ".join((*TEXT_SUFFIXES, *JSONL_SUFFIXES))
     compressed = " or ".join(COMPRESSED_SUFFIXES)
     return f"give files that end in {plain}, with or without {compressed}, or in {PARQUET_SUFFIX}"
 
 
-def _expand(path: Path, above: tuple[Path, ...] = ()) -> Iterator[TextSource]:
+def _expand(path: Path, held_out: bool, above: tuple[Path, ...] = ()) -> Iterator[TextSource]:
     """The sources in a file or folder; `above` holds the folders on the way, against loops."""
     if path.is_dir():
         if any((path / mark).is_file() for mark in _DATASET_MARKS):
             yield TextSource("dataset", path)
         elif path.resolve() not in above:
             for entry in sorted(path.iterdir()):
-                if not entry.name.startswith("."):
-                    yield from _expand(entry, (*above, path.resolve()))
+                if not entry.name.startswith(".") and not _is_no_text(entry, held_out):
+                    yield from _expand(entry, held_out, (*above, path.resolve()))
         return
     name = path.name.lower()
     if name.endswith(PARQUET_SUFFIX):
@@ -187,14 +243,20 @@ def cut_documents(file: TextIO) -> Iterator[str]:
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line."""
     with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
             if line.isspace():
                 continue
+            if len(line) == LONGEST_LINE:
+                raise UserError(
+                    f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; give one JSON "
+                    "object a line."
+                )
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(
-                    f"{path}:{number} is not valid JSON ({error}); give one JSON object a line."
+                    f"{path}:{number} is not valid JSON ({reason(error)}); give one JSON object a "
+                    "line."
                 ) from error
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")

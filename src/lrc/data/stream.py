@@ -107,6 +107,7 @@ class StreamedText:
 
     sources = ()
     training_sequences = None
+    identity = None
 
     def __init__(
         self,
@@ -210,7 +211,8 @@ class StreamedText:
     ) -> Iterator[Tokenised]:
         """Documents as tokens, in the same order; those without any are left out."""
         while some := list(islice(documents, together)):
-            encoded = encode(self._tokenizer, [text for _, text in some])
+            texts = [text for _, text in some]
+            encoded = encode(self._tokenizer, texts, self._data.parse_special_tokens)
             for (mark, _), ids in zip(some, encoded, strict=True):
                 if ids:
                     yield mark, np.array(ids, np.int64)

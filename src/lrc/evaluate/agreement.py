@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.data import open_text, read_documents, source_files
 from lrc.data.batch import Batch
+from lrc.data.packing import encode
 from lrc.errors import UserError
 from lrc.evaluate.held_out import measure_agreement, perplexity
 from lrc.evaluate.progress import Progress
@@ -38,11 +39,14 @@ class HeldOut:
         return {
             "teacher": fingerprint_of(self.teacher.model),
             "teacher_settings": self.teacher.model_dump(exclude={"model", "license"}),
-            "files": [list(file) for file in source_files(self.data.text + self.data.held_out)],
+            "files": [list(file) for file in source_files(self._sources(), held_out=True)],
             "data": self.data.model_dump(exclude={"text", "held_out", "cache"}),
             "whole": self.recipe is None,
             "sequences": self.sequences,
         }
+
+    def _sources(self) -> list[str]:
+        return self.data.text + self.data.held_out
 
     def batches(self, tokenizer: Tokenizer) -> list[Batch]:
         """The sequences, packed as for training.
@@ -98,12 +102,9 @@ def held_out_of(
 
 def pack(data: DataSection, tokenizer: Tokenizer) -> Iterator[list[int]]:
     """Sequences of token ids out of documents end to end, each between bos and eos."""
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     rest: list[int] = []
-    for document in read_documents(data.text, data.text_field):
-        ids = tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"]
-        rest += [*before, *ids, *after]
+    for document in read_documents(data.text, data.text_field, held_out=True):
+        rest += encode(tokenizer, [document], data.parse_special_tokens)[0]
         while len(rest) >= data.sequence_length:
             yield rest[: data.sequence_length]
             rest = rest[data.sequence_length :]

@@ -216,7 +216,7 @@ class _Worker:
 
 
 def _printer(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True)
+    return lambda text: console.print(text)
 
 
 def _said(text: str, result: TaskResult) -> str:

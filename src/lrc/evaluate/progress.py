@@ -34,7 +34,7 @@ def task_progress(console: Console, text: str) -> Iterator[Progress]:
         text: the task.
     """
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         MofNCompleteColumn(),
         BarColumn(bar_width=20),
         TextColumn("{task.fields[rate]}"),
@@ -53,10 +53,12 @@ def task_progress(console: Console, text: str) -> Iterator[Progress]:
             rate = done / (now - started)
             bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
             # The answers of a batch come all at once, so the first few tell no rate.
-            if not terminal and now - last > LINE_SECONDS and done > total // 50:
+            if not terminal and now - last > LINE_SECONDS:
                 last = now
-                left = timedelta(seconds=round((total - done) / rate))
-                line = f"{text}: {done:,} of {total:,}, {rate:.1f}/s, {left} left"
-                console.print(line, highlight=False, soft_wrap=True)
+                line = f"{text}: {done:,} of {total:,}"
+                if done > total // 50:
+                    left = timedelta(seconds=round((total - done) / rate))
+                    line += f", {rate:.1f}/s, {left} left"
+                console.print(line)
 
         yield show

@@ -1,8 +1,14 @@
 """Continuing a text with a model."""
 
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.model.tokenizer import plain_ids
 
 
 def generate_text(
@@ -12,22 +18,64 @@ def generate_text(
     max_new_tokens: int,
     temperature: float = 0.0,
     seed: int = 0,
+    whole: bool = False,
 ) -> str:
-    """The continuation of a prompt, without the prompt; greedy where the temperature is 0."""
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    if inputs["input_ids"].shape[1] == 0:  # an empty prompt: start a document
-        start = tokenizer.bos_token_id or tokenizer.eos_token_id
-        inputs = {
-            "input_ids": torch.tensor([[start]], device=model.device),
-            "attention_mask": torch.ones(1, 1, dtype=torch.long, device=model.device),
-        }
-    sampling = {"do_sample": True, "temperature": temperature} if temperature else {}
+    """The continuation of a prompt, without the prompt; greedy where the temperature is 0.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        prompt: the text; empty: a new document.
+        max_new_tokens: tokens to write, at most.
+        temperature: of the sampling.
+        seed: of the sampling.
+        whole: whether the prompt brings its special tokens, as what a chat template made does.
+    """
+    if whole:
+        ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
+    else:
+        ids = plain_ids(tokenizer, prompt)
+    return continue_tokens(model, tokenizer, ids, max_new_tokens, temperature, seed)
+
+
+def continue_tokens(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> str:
+    """The continuation of some tokens, as `generate_text` gives it; none: a new document."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    start = torch.tensor([list(ids) or [eos if bos is None else bos]], device=model.device)
     torch.manual_seed(seed)
-    with torch.no_grad():
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
+    with torch.no_grad(), own_settings(model, eos):
         output = model.generate(
-            **inputs,
+            start,
+            attention_mask=torch.ones_like(start),
             max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.eos_token_id,
             **(sampling or {"do_sample": False}),
         )
-    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return tokenizer.decode(output[0, start.shape[1] :], skip_special_tokens=True)
+
+
+@contextmanager
+def own_settings(model: PreTrainedModel, eos: int | None) -> Iterator[None]:
+    """While the context is open, let a model generate by what it is told alone: its own beams,
+    penalties and forced tokens would make a greedy sample something else.
+
+    Args:
+        model: the model; of its settings only the ends of text stay.
+        eos: the tokenizer's end of text, which pads.
+    """
+    before = model.generation_config
+    ends = copy.copy(getattr(before, "eos_token_id", None))
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos if ends is None else ends, pad_token_id=eos
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = before

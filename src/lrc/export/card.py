@@ -50,18 +50,28 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 """
 
 
-def model_card(run: Run, teacher: Teacher, student: PreTrainedModel) -> str:
-    """Text of the card: front matter that hubs read, then shapes, losses, use and recipe."""
+def model_card(
+    run: Run, teacher: Teacher, student: PreTrainedModel, summary: dict[str, Any] | None = None
+) -> str:
+    """Text of the card: front matter that hubs read, then shapes, losses, use and recipe.
+
+    Args:
+        run: the run.
+        teacher: its teacher.
+        student: its student.
+        summary: the closing table; None: the run's own, if it has ended.
+    """
     section = run.recipe.teacher
     license_name = teacher_license(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
+    results = _results(run, summary)
     return TEMPLATE.format(
         front=yaml.safe_dump(front_matter(run, license_name), sort_keys=False).strip(),
         teacher=section.model,
         hidden_size=student.config.hidden_size,
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
-        results="\n".join(f"| {name} | {value} |" for name, value in _results(run).items()),
+        results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
         licence=_licence(license_name),
         recipe=run.recipe.to_yaml().strip(),
     )
@@ -85,10 +95,11 @@ def _licence(name: str | None) -> str:
     return "The teacher's licence applies to the student; it was not found beside the teacher."
 
 
-def _results(run: Run) -> dict[str, str]:
+def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:
     """What was measured: the closing table, or the newest metrics of a run that has not ended."""
-    if run.summary_file.is_file():
+    if closing is None and run.summary_file.is_file():
         closing = run.summary()
+    if closing is not None:
         return {
             "training tokens": f"{closing['tokens']:,}",
             "held-out LM loss of the teacher": f"{closing['teacher_held_out_lm']:.4f}",

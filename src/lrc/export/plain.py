@@ -13,7 +13,7 @@ from lrc.files import new_folder
 def export_student(
     student: PreTrainedModel,
     tokenizer: Tokenizer,
-    card: str,
+    card: str | None,
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
@@ -22,7 +22,7 @@ def export_student(
     Args:
         student: the student with its weights written.
         tokenizer: the teacher's tokenizer.
-        card: text of the model card.
+        card: text of the model card; None: there is none.
         folder: where to write; an older export there is replaced as a whole.
         dtype: element type of the written weights; None: the student's own.
 
@@ -34,4 +34,5 @@ def export_student(
     with new_folder(folder) as temporary:
         student.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-        (temporary / "README.md").write_text(card, encoding="utf-8")
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")

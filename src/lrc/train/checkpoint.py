@@ -1,28 +1,32 @@
 """Checkpoints: the trainable parameters, the optimiser's state and the position of a run.
 
 A checkpoint is a folder `step-00000100` with `state.safetensors` and `checkpoint.json`, which
-names the step, the recipe and the checksum of the tensors. The teacher is never in it. Folders are
-written whole or not at all, and one that was damaged later is told by its checksum.
+names the step, the recipe and the checksums of the tensors and of itself. The teacher is never in
+it. Folders are written whole or not at all, and one that was damaged later is refused by its
+checksums, so that the run goes on from the one before.
 """
 
-import hashlib
 import json
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lrc.errors import UserError
+from lrc.checksums import file_sha256, json_sha256
+from lrc.errors import UserError, reason
 from lrc.files import new_folder, write_text
 
-FORMAT = "lrc-checkpoint-1"
+FORMAT = "lrc-checkpoint-2"
 TENSORS = "state.safetensors"
 HEADER = "checkpoint.json"
+NAME = re.compile(r"step-[0-9]{8,}")
 
 
 @dataclass
@@ -48,7 +52,8 @@ def checkpoint_folder(folder: Path, step: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    found = [path for path in folder.glob("step-*") if NAME.fullmatch(path.name)]
+    return sorted(found, reverse=True)
 
 
 def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> Path:
@@ -64,15 +69,16 @@ def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> 
             "format": FORMAT,
             "step": state.step,
             "fingerprint": fingerprint,
-            "sha256": _checksum(temporary / TENSORS),
+            "sha256": file_sha256(temporary / TENSORS),
             "scheduler": state.scheduler.state_dict(),
             "text": state.text,
         }
         if state.method:
             header["method"] = state.method
+        header["checksum"] = json_sha256(header)
         write_text(temporary / HEADER, json.dumps(header, indent=2))
     for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
+        shutil.rmtree(old, ignore_errors=True)
     return target
 
 
@@ -124,13 +130,32 @@ def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
         if header["format"] != FORMAT:
             raise UserError(f"The checkpoint {path} was written by another version of lrc.")
+        if header.pop("checksum") != json_sha256(header):
+            raise damaged
         if header["fingerprint"] != fingerprint:
             raise UserError(f"The checkpoint {path} belongs to a run with another recipe.")
-        if header["sha256"] != _checksum(path / TENSORS):
+        if header["sha256"] != file_sha256(path / TENSORS):
             raise damaged
         return header, load_file(path / TENSORS)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a file that was written over makes of it
         raise damaged from error
+
+
+@contextmanager
+def using(path: Path) -> Iterator[None]:
+    """Refuse a checkpoint whose content, though whole, does not fit this version of lrc.
+
+    Raises:
+        UserError: anything was raised in the block.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"The checkpoint {path} cannot be used ({reason(error)}).") from error
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
@@ -157,8 +182,3 @@ def _optimizer_state(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]
                 if key.startswith(prefix)
             }
     return {"state": slots, "param_groups": current["param_groups"]}
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

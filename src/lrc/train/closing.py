@@ -3,17 +3,19 @@
 import json
 import resource
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedModel
 
+from lrc.console import TextConsole
 from lrc.cost import matmul_peak
-from lrc.evaluate.held_out import measure_agreement, perplexity
-from lrc.evaluate.sample import generate_text
+from lrc.errors import reason
+from lrc.evaluate.held_out import Agreement, measure_agreement, perplexity
+from lrc.evaluate.sample import continue_tokens
 from lrc.export import export_student
 from lrc.export.card import model_card
 from lrc.files import write_text
@@ -25,22 +27,71 @@ from lrc.train.progress import phase
 STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimiser")
 """Parts of the clock that belong to an optimiser step."""
 
+Made = TypeVar("Made")
+
 PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 48
 
 
-def close_run(loop: Loop, console: Console) -> dict[str, Any]:
+def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, Any]:
     """Export the student, measure it beside the teacher, and write and print the closing table.
+
+    The student's weights and tokenizer are written first. Card, samples and picture are best
+    effort: what goes wrong with them is told, and costs nothing else.
+
+    Args:
+        loop: the run at its last step.
+        console: where it is told.
+        report: print samples and the closing table.
 
     Raises:
         UserError: the disk is full.
     """
     run, setup = loop.run, loop.setup
-    with phase(console, "Measuring the student beside its teacher"):
+    quiet = console if report else TextConsole(quiet=True)
+    with phase(quiet, "Measuring the student beside its teacher"):
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
-    seconds = loop.seconds()
-    summary: dict[str, Any] = {
+    summary = summarise(loop, agreement, student)
+    summary["samples"] = best_effort(console, "samples", lambda: samples(loop, student)) or {}
+    card = best_effort(
+        console, "the model card", lambda: model_card(run, setup.teacher, student, summary)
+    )
+    export_student(student, setup.teacher.tokenizer, card, run.student_folder)
+    write_text(run.summary_file, json.dumps(summary, indent=2))
+    best_effort(
+        console, "the picture", lambda: draw_curves(run.metrics(), run.folder / "curves.png")
+    )
+    print_summary(summary, quiet)
+    quiet.print(
+        f"Everything is in {run.folder}; the student is in {run.student_folder}.",
+    )
+    return summary
+
+
+def best_effort(console: Console, what: str, make: Callable[[], Made]) -> Made | None:
+    """Make something beside the weights; None, and a warning, where that fails.
+
+    Args:
+        console: where the warning is shown.
+        what: what is made, for the warning.
+        make: makes it.
+    """
+    try:
+        return make()
+    except Exception as error:
+        console.print(
+            f"Without {what}, which could not be made ({reason(error)}); the student is complete.",
+            style="yellow",
+        )
+        return None
+
+
+def summarise(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dict[str, Any]:
+    """The closing table of a run, as JSON values."""
+    run, setup = loop.run, loop.setup
+    steps_rate = loop.tokens() / loop.step_seconds if loop.step_seconds else None
+    return {
         "method": run.recipe.method.name,
         "teacher_parameters": shape_of(setup.teacher.model).parameters,
         "student_parameters": shape_of(student).parameters,
@@ -52,8 +103,8 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         **loop.calibration(),
         "calibration_forwards": calibration_forwards(loop),
         "step_seconds": round(loop.step_seconds, 3),
-        "seconds": round(seconds, 1),
-        "tokens_per_second": round(loop.tokens() / seconds, 1),
+        "seconds": round(loop.seconds(), 1),
+        "tokens_per_second": None if steps_rate is None else round(steps_rate, 1),
         "teacher_held_out_lm": agreement.teacher_loss,
         "student_held_out_lm": agreement.student_loss,
         "teacher_perplexity": perplexity(agreement.teacher_loss),
@@ -69,45 +120,35 @@ def close_run(loop: Loop, console: Console) -> dict[str, Any]:
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
     }
-    summary["samples"] = samples(loop, student)
-    write_text(run.summary_file, json.dumps(summary, indent=2))
-    card = model_card(run, setup.teacher, student)
-    export_student(student, setup.teacher.tokenizer, card, run.student_folder)
-    draw_curves(run.metrics(), run.folder / "curves.png")
-    print_summary(summary, console)
-    where = f"Everything is in {run.folder}; the student is in {run.student_folder}."
-    console.print(where, highlight=False, soft_wrap=True)
-    return summary
 
 
 def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     """Greedy continuations of the start of the held-out text by both models."""
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
-    prompt = tokenizer.decode(start, skip_special_tokens=True)
+    prompt = tokenizer.decode(start)
     theirs = "(not written: teacher.load is layers, and every token would read the whole model)"
     if not teacher.on_disk:
-        theirs = generate_text(teacher.model, tokenizer, prompt, SAMPLE_TOKENS)
+        theirs = continue_tokens(teacher.model, tokenizer, start.tolist(), SAMPLE_TOKENS)
     return {
         "prompt": prompt,
         "teacher": theirs,
-        "student": generate_text(student, tokenizer, prompt, SAMPLE_TOKENS),
+        "student": continue_tokens(student, tokenizer, start.tolist(), SAMPLE_TOKENS),
     }
 
 
 def print_summary(summary: dict[str, Any], console: Console) -> None:
     """Print samples and the closing table."""
-    texts = summary["samples"]
     console.print()
-    for name in ("prompt", "teacher", "student"):
-        console.print(f"{name.title():8} {texts[name]}", highlight=False, markup=False)
+    for name, text in summary["samples"].items():
+        console.print(f"{name.title():8} {text}")
     table = Table("", "teacher", "student")
     table.add_row(
         "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"
     )
     _add_row(table, "held-out LM loss", summary, "held_out_lm", ".4f")
     for name, losses in summary["held_out_by_source"].items():
-        _add_row(table, f"  of {escape(name)}", losses, "lm", ".4f")
+        _add_row(table, f"  of {name}", losses, "lm", ".4f")
     _add_row(table, "held-out perplexity", summary, "perplexity", ",.2f")
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")
@@ -115,13 +156,13 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
         table.add_row("calibration / teacher forward", "", f"{ratio:.1f}x the time")
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
     if summary["tokens"]:
-        table.add_row("tokens per second", "", f"{summary['tokens_per_second']:,.0f}")
+        table.add_row("tokens per second (steps)", "", f"{summary['tokens_per_second']:,.0f}")
     if summary["flop_utilisation"] is not None:
-        table.add_row("share of peak FLOP/s", "", f"{summary['flop_utilisation']:.0%}")
+        table.add_row("share of measured peak FLOP/s", "", f"{summary['flop_utilisation']:.0%}")
     table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
     console.print(table)
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
-    console.print("Time: " + ", ".join(shares), highlight=False)
+    console.print("Time: " + ", ".join(shares))
 
 
 def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:
@@ -139,7 +180,8 @@ def calibration_forwards(loop: Loop) -> float | None:
 
 def flop_utilisation(loop: Loop) -> float | None:
     """Operations of the steps' matrix products a second, as a share of this machine's measured
-    peak; None where this process made no step, or where the method's operations are not known."""
+    peak; None where this process made no step, where the method's operations are not known, or
+    where the peak was measured on a busy machine (the steps were quicker than it)."""
     recipe, setup = loop.run.recipe, loop.setup
     flops = setup.method.step_flops(recipe.step_tokens(), recipe.data.sequence_length)
     steps = setup.state.step - loop.first_step
@@ -148,7 +190,8 @@ def flop_utilisation(loop: Loop) -> float | None:
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
     dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
-    return flops * steps / seconds / matmul_peak(setup.device, dtype)
+    share = flops * steps / seconds / matmul_peak(setup.device, dtype)
+    return share if share <= 1 else None
 
 
 def peak_memory_gib(device: torch.device) -> float:

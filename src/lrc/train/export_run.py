@@ -14,6 +14,8 @@ from lrc.files import is_taken
 from lrc.run import Run
 from lrc.teacher import short_name, teacher_license
 from lrc.train.checkpoint import list_checkpoints
+from lrc.train.closing import best_effort
+from lrc.train.inputs import check_inputs
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
 
@@ -37,7 +39,7 @@ def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | No
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
     setup = _at_checkpoint(run, console)
     student = setup.method.student()
-    card = model_card(run, setup.teacher, student)
+    card = best_effort(console, "the model card", lambda: model_card(run, setup.teacher, student))
     export_student(student, setup.teacher.tokenizer, card, folder, dtype)
     return setup.state.step
 
@@ -82,4 +84,6 @@ def _at_checkpoint(run: Run, console: Console) -> Setup:
     """
     if not list_checkpoints(run.checkpoints):
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
-    return set_up(run, console)
+    setup = set_up(run, console)
+    check_inputs(run, setup.teacher)
+    return setup

@@ -59,6 +59,8 @@ class Loop:
     first_step: int = 0
     """Step that this stretch went on from."""
     trackers: list[Tracker] = field(default_factory=list)
+    _saved: float = field(default_factory=time.perf_counter)
+    """When the last checkpoint was written."""
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop; then checkpoint.
@@ -84,6 +86,7 @@ class Loop:
                 self._log({**start, **self.calibration()})
             if not setup.restored:
                 self._weigh_sources(self.run.metrics()[0])
+                self._save()  # a start may have taken long
             while setup.state.step < steps and not stop:
                 line = self._step(progress)
                 changed = self._change_stage(progress)
@@ -95,11 +98,15 @@ class Loop:
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
                     self._log(line | changed)
-                if self._due(recipe.train.checkpoint_every):
+                if self._due(recipe.train.checkpoint_every) or self._minutes_are_over():
                     self._save()
             if not checkpoint_folder(self.run.checkpoints, setup.state.step).exists():
                 self._save()
         return stop
+
+    def _minutes_are_over(self) -> bool:
+        minutes = self.run.recipe.train.checkpoint_minutes
+        return bool(minutes) and time.perf_counter() - self._saved > 60 * minutes
 
     def _due(self, every: int) -> bool:
         """Whether something that is done every so many steps, and at the end, is to be done."""
@@ -275,7 +282,13 @@ class Loop:
         """Cut the metrics to the step that the run goes on from, and its clock with them."""
         if not self.run.metrics_file.exists():
             return
-        self.run.keep_metrics_until(self.setup.state.step)
+        aside = self.run.keep_metrics_until(self.setup.state.step)
+        if aside is not None:
+            self.console.print(
+                f"{self.run.metrics_file} held damaged lines, which are left out; the file as it "
+                f"was is kept as {aside}.",
+                style="yellow",
+            )
         lines = self.run.metrics()
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self.step_seconds = max((line.get("step_seconds", 0.0) for line in lines), default=0.0)
@@ -302,6 +315,7 @@ class Loop:
                 self.run.recipe.fingerprint(),
                 train.keep_checkpoints,
             )
+        self._saved = time.perf_counter()
 
 
 def count(batches: Sequence[Batch]) -> Counts:

@@ -13,6 +13,13 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.text import Text
+
+BAR = 20
+"""Characters of the bar, where there is room."""
+
+TIMES = len("step   0:00:00 left 0:00:00  ")
+"""Characters of the columns beside the bar, the count and the losses."""
 
 
 class StepProgress:
@@ -21,12 +28,12 @@ class StepProgress:
     def __init__(self, console: Console, bar: Progress, steps: int, done: int) -> None:
         self._console = console
         self._bar = bar
+        self._room = console.width - TIMES - len(f"{steps}/{steps}") - bar_width(console)
         self._task = bar.add_task("", total=steps, completed=done)
 
     def step(self, losses: dict[str, float], tokens_per_second: float) -> None:
         """One step is done."""
-        text = "  ".join(f"{name} {value:.3f}" for name, value in losses.items())
-        text = f"{text}  {tokens_per_second:,.0f} tokens/s"
+        text = describe(losses, tokens_per_second, self._room)
         self._bar.update(self._task, advance=1, description=text)
 
     def note(self, text: str) -> None:
@@ -34,7 +41,24 @@ class StepProgress:
         left = self._bar.tasks[0].time_remaining
         if left is not None:
             text = f"{text}; {timedelta(seconds=round(left))} left"
-        self._console.print(text, highlight=False)
+        self._console.print(text)
+
+
+def describe(losses: dict[str, float], tokens_per_second: float, room: int) -> str:
+    """Losses and rate in a number of characters: the last losses are left out first, then the rate,
+    and no number is cut."""
+    rate = f"{tokens_per_second:,.0f} tokens/s"
+    terms = [f"{name} {value:.3f}" for name, value in losses.items()]
+    for kept in range(len(terms), -1, -1):
+        text = "  ".join([*terms[:kept], rate])
+        if len(text) <= room:
+            return text
+    return rate if len(rate) <= room else ""
+
+
+def bar_width(console: Console) -> int:
+    """Characters of a bar that leave room for what is written beside it."""
+    return BAR if console.width >= 100 else BAR // 2
 
 
 @contextmanager
@@ -45,9 +69,9 @@ def phase(console: Console, text: str) -> Iterator[Callable[[str], None]]:
         A function that says how far it is, shown on a terminal only.
     """
     if not console.is_terminal:
-        console.print(text, highlight=False)
-    with console.status(text) as status:
-        yield lambda detail: status.update(f"{text}: {detail}")
+        console.print(text)
+    with console.status(Text(text)) as status:
+        yield lambda detail: status.update(Text(f"{text}: {detail}"))
 
 
 @contextmanager
@@ -56,8 +80,8 @@ def step_progress(console: Console, steps: int, done: int) -> Iterator[StepProgr
     columns = (
         TextColumn("step"),
         MofNCompleteColumn(),
-        BarColumn(bar_width=20),
-        TextColumn("{task.description}"),
+        BarColumn(bar_width=bar_width(console)),
+        TextColumn("{task.description}", markup=False),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -1,23 +1,30 @@
 """A run from its recipe to its closing table."""
 
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
 from lrc.data import Batch, Reader, open_text
+from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.errors import UserError
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
+from lrc.train.inputs import check_inputs
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
 from lrc.train.trackers import check_installed
+
+NAMED_FILES = 5
+"""Files of the text that are named one by one."""
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """No calibration."""
@@ -34,7 +41,6 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             f"The training text is short: the student is initialised from {tokens:,} tokens of it, "
             f"not from {wanted:,}.",
             style="yellow",
-            soft_wrap=True,
         )
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
@@ -93,14 +99,29 @@ def train(
         Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
     """
     need_whole_teacher(run.recipe)
-    loop = open_loop(run, console, teacher, starts)
-    stop = loop.go(run.recipe.steps())
-    if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
-        raise Interrupted(
-            stop.signal,
-            f"Stopped after step {loop.setup.state.step}; go on with `lrc resume {run.folder}`.",
-        )
-    return close_run(loop, console if report else Console(quiet=True))
+    with run.hold():
+        if has_ended(run):
+            console.print(f"{run.folder} has ended: its student is in {run.student_folder}.")
+            return run.summary()
+        loop = open_loop(run, console, teacher, starts)
+        stop = loop.go(run.recipe.steps())
+        if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
+            raise Interrupted(
+                stop.signal,
+                f"Stopped after step {loop.setup.state.step}; "
+                f"go on with `lrc resume {run.folder}`.",
+            )
+        return close_run(loop, console, report)
+
+
+def has_ended(run: Run) -> bool:
+    """Whether a run was trained to its last step and has all that it leaves."""
+    if not (run.summary_file.is_file() and run.student_folder.is_dir()):
+        return False
+    try:
+        return int(run.summary()["tokens"]) >= run.recipe.steps() * run.recipe.step_tokens()
+    except (UserError, KeyError, TypeError, ValueError):
+        return False  # a damaged table is written again
 
 
 def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
@@ -108,15 +129,41 @@ def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) 
 
     The run can be continued by `train`. Arguments, return value and errors are those of `train`.
     """
-    loop = open_loop(run, console, teacher)
-    loop.go(0)
-    return close_run(loop, console)
+    with run.hold():
+        loop = open_loop(run, console, teacher)
+        loop.go(0)
+        return close_run(loop, console)
+
+
+def text_notes(recipe: Recipe) -> list[str]:
+    """Which files a recipe's folders and patterns come to, and which of theirs are left out."""
+    sources = recipe.data.text
+    if not sources or all(source == STDLIB_DOCS or Path(source).is_file() for source in sources):
+        return []
+    notes = [f"Reading {_listed(str(source.path) for source in expand_sources(sources))}."]
+    if skipped := left_out(sources):
+        notes.append(
+            f"Left out, as a test or validation split or no text of the data: "
+            f"{_listed(map(str, skipped))}; data.text reads what it names itself."
+        )
+    return notes
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first of some names, and how many more there are."""
+    every = list(names)
+    more = len(every) - NAMED_FILES
+    return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def open_loop(
     run: Run, console: Console, teacher: Teacher | None, starts: Starts | None = None
 ) -> Loop:
-    """Load teacher and text, and bring the method to the run's newest checkpoint or its start."""
+    """Load teacher and text, and bring the method to the run's newest checkpoint or its start.
+
+    A new run's folder is written once all that can be refused has been looked at, before what takes
+    long.
+    """
     check_installed(run.recipe.train.report_to)
     if run.recipe.train.compile:
         check_compiler(find_device(run.recipe.train.device))
@@ -127,6 +174,13 @@ def open_loop(
         text = open_text(
             run.recipe, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
         )
+    for note in text_notes(run.recipe):
+        console.print(note)
+    new = run.begin()
+    with phase(console, "Checking the inputs"):
+        check_inputs(run, setup.teacher, text)
+    if not (new or setup.restored):
+        console.print(f"{run.folder} has no checkpoint yet: it starts over.", style="yellow")
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)

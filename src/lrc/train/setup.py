@@ -2,6 +2,7 @@
 
 import bisect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.sections import TrainSection
 from lrc.teacher import Teacher, load_teacher
-from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint
+from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """transformers' names of our schedules."""
@@ -50,15 +51,31 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     device = find_device(recipe.train.device)
     torch.manual_seed(recipe.train.seed)
     teacher = teacher or load_teacher(recipe.teacher, device)
+    _note(console, teacher.notes)
     kind = METHODS[recipe.method.name]
     if unused := unused_settings(kind, recipe):
-        text = f"No effect with method {recipe.method.name}: {', '.join(unused)}."
-        console.print(text, style="yellow", markup=False, soft_wrap=True)
+        _note(console, [f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
     method = kind.build(teacher, recipe)
-    for note in method.notes():
-        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    _note(console, [*context_notes(teacher, recipe), *method.notes()])
     state = restore(run, method, console)
     return Setup(teacher, method, state or new_state(method, recipe), device, state is not None)
+
+
+def _note(console: Console, notes: Sequence[str]) -> None:
+    for note in notes:
+        console.print(note, style="yellow")
+
+
+def context_notes(teacher: Teacher, recipe: Recipe) -> list[str]:
+    """What to know of a sequence length that the teacher was not made for."""
+    length = recipe.data.sequence_length
+    longest = getattr(teacher.config, "max_position_embeddings", None)
+    if not longest or length <= longest:
+        return []
+    return [
+        f"data.sequence_length is {length}, but the teacher's max_position_embeddings is "
+        f"{longest}: what it says of later positions may be worthless, and the student learns it."
+    ]
 
 
 def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
@@ -119,12 +136,13 @@ def restore(run: Run, method: Method, console: Console) -> State | None:
     for path in list_checkpoints(run.checkpoints):
         try:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
-            method.load_state(header.get("method", {}))
-            state = new_state(method, run.recipe, int(header["step"]))
-            fill_state(state, path, header, tensors)
+            with using(path):
+                method.load_state(header.get("method", {}))
+                state = new_state(method, run.recipe, int(header["step"]))
+                fill_state(state, path, header, tensors)
             return state
         except UserError as error:
-            console.print(str(error), style="yellow", markup=False, soft_wrap=True)
+            console.print(str(error), style="yellow")
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")

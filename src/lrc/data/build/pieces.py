@@ -11,10 +11,7 @@ from typing import Any, Literal, NamedTuple
 from lrc.data.sources import cut_documents, open_parquet
 from lrc.data.text_files import open_bytes, reading_errors
 from lrc.errors import UserError
-
-LONGEST_LINE = 1 << 26
-"""Bytes; a longer line of JSON counts as malformed, which bounds the memory that a file without
-line ends takes."""
+from lrc.limits import LONGEST_LINE
 
 ROWS_AT_ONCE = 64
 """Rows of a table that are held at once."""

@@ -25,9 +25,9 @@ class BuildProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[detail]}"),
+            TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -66,7 +66,7 @@ class BuildProgress:
         self._bar.update(self._tasks[name], completed=done, detail=detail)
         now = time.monotonic()
         if not self._console.is_terminal and now - self._last_line >= _SECONDS_OF_LINE:
-            self._console.print(f"{name}: {detail}", highlight=False)
+            self._console.print(f"{name}: {detail}")
             self._last_line = now
 
 

@@ -55,7 +55,7 @@ from lrc.data.sources import source_files
 from lrc.errors import UserError
 from lrc.files import disk_errors, is_taken, new_folder
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the same mix would give other shards: builds of another one cannot go on."""
 
 AHEAD = 4

@@ -8,7 +8,6 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.markup import escape
 from rich.table import Table
 
 from lrc.data.build import filters
@@ -119,7 +118,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         column.justify = "right"
     for name, source in summary["sources"].items():
         mix.add_row(
-            escape(name),
+            name,
             f"{source['train']['documents']:,}",
             f"{source['train']['tokens']:,}",
             f"{source['share']:.1%}",
@@ -133,8 +132,8 @@ def tables(summary: dict[str, Any]) -> list[Table]:
         for step in source["steps"]:
             about = "≈ " if step["tokens_estimated"] else ""
             steps.add_row(
-                escape(name),
-                escape(step["step"]),  # filters have square brackets, which rich takes for markup
+                name,
+                step["step"],  # filters have square brackets, which rich takes for markup
                 *(f"{step[key]:,}" for key in ("documents_in", "documents_out")),
                 *(f"{about}{step[key]:,}" for key in ("tokens_in", "tokens_out")),
             )
@@ -147,7 +146,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             column.justify = "right"
         for name, one in summary["evaluation_sets"].items():
             numbers = (one["items"], one["too_short"], one["documents_dropped"])
-            sets.add_row(escape(name), *(f"{number:,}" for number in numbers))
+            sets.add_row(name, *(f"{number:,}" for number in numbers))
         found.append(sets)
     return found
 

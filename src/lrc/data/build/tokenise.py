@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
+from lrc.data.encoding import encode_texts
 from lrc.data.identity import TokenizerIdentity
 
 
@@ -16,27 +17,27 @@ class Tokeniser:
 
     Args:
         file: its tokenizer.json.
-        identity: the tokenizer's bos and eos, and how it takes special tokens in the text.
+        identity: the tokenizer's bos and eos.
     """
 
     def __init__(self, file: Path, identity: TokenizerIdentity) -> None:
         self._before = [] if identity.bos is None else [identity.bos]
         self._after = [] if identity.eos is None else [identity.eos]
         self._backend = Backend.from_file(str(file))
-        self._backend.no_truncation()
-        self._backend.no_padding()
-        self._backend.encode_special_tokens = identity.split_special_tokens
 
-    def encode(self, texts: list[str], brings_frame: bool = False) -> list[list[int]]:
+    def encode(
+        self, texts: list[str], brings_frame: bool = False, parse_special_tokens: bool = False
+    ) -> list[list[int]]:
         """Token ids of texts, without bos and eos.
 
         Args:
             texts: the texts.
             brings_frame: whether texts may begin with bos and end with eos, as chat templates make
                 them; these are taken off.
+            parse_special_tokens: whether special tokens that are written out in a text become
+                control tokens, as they do in what a chat template made.
         """
-        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = encode_texts(self._backend, texts, parse_special_tokens or brings_frame)
         return [self._bare(one) for one in ids] if brings_frame else ids
 
     def framed(self, ids: list[list[int]], dtype: str) -> tuple[NDArray[Any], list[int]]:

@@ -313,7 +313,9 @@ class _UnitWork:
         overlapping = self._overlapping(batch, texts, hashed)
         rest = [i for i in range(len(batch)) if i not in overlapping]
         whole = self._source.chat is not None
-        all_ids = self._worker.tokeniser.encode([texts[i] for i in rest], brings_frame=whole)
+        all_ids = self._worker.tokeniser.encode(
+            [texts[i] for i in rest], whole, self._source.parse_special_tokens
+        )
         bounds = self._source.filters.tokens
         kept: list[int] = []
         kept_ids: list[list[int]] = []

@@ -1,0 +1,66 @@
+"""Text to token ids by the `tokenizers` library alone, in bounded memory."""
+
+import re
+from collections.abc import Iterator
+
+from tokenizers import Tokenizer as Backend
+
+LONGEST_PART = 1 << 20
+"""Characters that are tokenized at once: the library takes 140 bytes a character. Of longer texts
+the parts between two words are tokenized one by one, which gives the same tokens for tokenizers
+whose tokens do not span two words; others may differ in one token a part."""
+
+_GAP = re.compile(r"(?<=\S) (?=\S)")
+"""The space between two words."""
+
+
+def encode_texts(
+    backend: Backend, texts: list[str], parse_special_tokens: bool, longest: int = LONGEST_PART
+) -> list[list[int]]:
+    """Token ids of texts, without bos and eos.
+
+    Args:
+        backend: the tokenizer; its truncation and padding are turned off.
+        texts: the texts.
+        parse_special_tokens: whether special tokens that are written out in a text become control
+            tokens; else they are text like any other.
+        longest: characters that are tokenized at once.
+    """
+    backend.no_truncation()
+    backend.no_padding()
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = not parse_special_tokens
+    try:
+        if all(len(text) <= longest for text in texts):
+            return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
+        adds_space = _adds_space(backend)
+        return [_encode_parts(backend, text, longest, adds_space) for text in texts]
+    finally:
+        backend.encode_special_tokens = before
+
+
+def _encode_parts(backend: Backend, text: str, longest: int, adds_space: bool) -> list[int]:
+    ids: list[int] = []
+    for number, part in enumerate(parts_of(text, longest)):
+        # The tokenizer would put a second space before a part that begins with one.
+        bare = part[1:] if number and adds_space and part.startswith(" ") else part
+        ids += backend.encode(bare, add_special_tokens=False).ids
+    return ids
+
+
+def parts_of(text: str, longest: int) -> Iterator[str]:
+    """Cut a text into parts of at most `longest` characters, each before the space between two
+    words where there is one in its last half; the parts make up the text."""
+    start = 0
+    while len(text) - start > longest:
+        gaps = list(_GAP.finditer(text, start + longest // 2, start + longest))
+        end = gaps[-1].start() if gaps else start + longest
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _adds_space(backend: Backend) -> bool:
+    """Whether the tokenizer puts a space before a text, as sentencepiece does."""
+    first = backend.encode("a", add_special_tokens=False).tokens[:1]
+    return bool(first) and first[0][:1] in (" ", "\u2581", "\u0120")

@@ -1,0 +1,125 @@
+"""What a run learns from, by checksums: teacher, tokenizer and text.
+
+They are written when a run begins (inputs.json) and compared when it goes on or is exported: with
+another teacher or text it would silently become another run.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from lrc.checksums import json_sha256, remembered
+from lrc.data import Reader
+from lrc.data.identity import tokenizer_identity
+from lrc.errors import UserError
+from lrc.files import read_json, reading, write_text
+from lrc.model.gguf import read_header
+from lrc.model.locate import ModelFiles
+from lrc.model.stored import file_checksums, tensor_checksum, weight_files
+from lrc.run import Run
+from lrc.teacher import Teacher
+
+COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
+"""Keys of a configuration that change nothing of what a teacher computes here."""
+
+NAMED = 3
+"""Differing tensors that a message names."""
+
+
+def describe_inputs(teacher: Teacher, text: Reader | None) -> dict[str, Any]:
+    """Checksums of all that a run learns from, as JSON values; reads every byte of the teacher
+    once.
+
+    Args:
+        teacher: the teacher.
+        text: the text; None: left out.
+
+    Raises:
+        UserError: the teacher's files are damaged.
+    """
+    files = teacher.files
+    found: dict[str, Any] = {
+        "teacher": _of_model(teacher) if files is None else _of_files(files),
+        "tokenizer": asdict(tokenizer_identity(teacher.tokenizer)),
+    }
+    if text is not None:
+        found["text"] = text.identity
+    return found
+
+
+def check_inputs(run: Run, teacher: Teacher, text: Reader | None = None) -> None:
+    """Compare the inputs with those that a run began with, or keep them where it begins.
+
+    Args:
+        run: the run.
+        teacher: its teacher.
+        text: its text; None: only the teacher is compared, and nothing is kept.
+
+    Raises:
+        UserError: teacher, tokenizer or text differ; the message says in what.
+    """
+    found = describe_inputs(teacher, text)
+    if not run.inputs_file.is_file():
+        if text is not None:
+            write_text(run.inputs_file, json.dumps(found, indent=1) + "\n")
+        return
+    kept = read_json(run.inputs_file, f"remove it to do without the check of {run.folder}")
+    with reading(run.inputs_file, f"remove it to do without the check of {run.folder}"):
+        changed = list(differences(kept, found))
+    if changed:
+        raise UserError(
+            f"{run.folder} began with other inputs ({'; '.join(changed)}), so it cannot go on from "
+            "where it was: put them back, or start a new run."
+        )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """What differs between two descriptions, a clause each; what one of them lacks does not."""
+    ours, theirs = before["teacher"], now["teacher"]
+    if ours["of"] == theirs["of"]:
+        names = {**ours["tensors"], **theirs["tensors"]}
+        changed = [n for n in names if ours["tensors"].get(n) != theirs["tensors"].get(n)]
+        if changed:
+            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+            yield f"the teacher's {', '.join(changed[:NAMED])}{more}"
+        if ours["settings"] != theirs["settings"]:
+            yield "the teacher's configuration"
+    if before["tokenizer"] != now["tokenizer"]:
+        yield "the tokenizer"
+    if "text" in before and "text" in now and before["text"] != now["text"]:
+        yield "the text"
+
+
+def _of_model(teacher: Teacher) -> dict[str, Any]:
+    """A teacher that was handed over as a loaded model."""
+    tensors = {
+        name: tensor_checksum(value)
+        for name, value in teacher.model.state_dict().items()
+        if not value.is_meta
+    }
+    return {
+        "of": "model",
+        "settings": _settings_sha256(teacher.config.to_dict()),
+        "tensors": tensors,
+    }
+
+
+def _of_files(files: ModelFiles) -> dict[str, Any]:
+    """A teacher's files; tensors by themselves, so that it may be moved, copied or divided into
+    other files."""
+    tensors: dict[str, str] = {}
+    for path in weight_files(files):
+        with reading(path, "check the file"):
+            tensors |= remembered(path, "tensors", file_checksums)
+    if files.gguf_path is not None:
+        settings, _ = read_header(files.gguf_path)
+        kept = {k: v for k, v in settings.items() if not k.startswith(("general.", "tokenizer."))}
+    else:
+        kept = read_json(files.folder / "config.json", "give a valid model folder")
+    return {"of": "files", "settings": _settings_sha256(kept), "tensors": tensors}
+
+
+def _settings_sha256(settings: dict[str, Any]) -> str:
+    kept = {name: value for name, value in settings.items() if name not in COSMETIC}
+    return json_sha256(json.loads(json.dumps(kept, default=str)))
