@@ -117,7 +117,9 @@ def test_conversations_of_both_forms(tmp_path: Path) -> None:
     assert steps_of(shards, "a") == {"malformed": 3, "blank": 1}
     shown = summary_of(shards)["sources"]["a"]["malformed_rows"]
     assert f"{tmp_path / 'a.jsonl'}:4 is a turn from 'nobody', which is no known role" in shown
-    with pytest.raises(UserError, match="no chat template, which chat sources are rendered with"):
+    with pytest.raises(
+        UserError, match="Chat sources cannot be rendered: The tokenizer has no chat template"
+    ):
         build(mix, tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
@@ -541,6 +543,7 @@ def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(datasets, "load_dataset", fails)
     mix = make_mix(tmp_path, {"h": {"hub": "org/name", "split": "test"}})
     message = r"'org/name' \(config None, split test\) cannot be loaded \(Couldn't reach the hub\)"
+    monkeypatch.setattr(hub, "cache_alone_if_unreachable", lambda: None)
     refused(mix, tmp_path / "out", message)
 
 

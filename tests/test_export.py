@@ -148,7 +148,9 @@ def test_config_names_nothing_of_ours(exported: tuple[LowRankClone, Path], tmp_p
     config = json.loads((folder / "config.json").read_text())
     method.teacher.model.save_pretrained(tmp_path / "teacher")
     original = json.loads((tmp_path / "teacher" / "config.json").read_text())
-    assert {**config, "hidden_size": 16} == {**original, "head_dim": 6}
+    rope = original["rope_parameters"]
+    for_older = {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    assert {**config, "hidden_size": 16} == {**original, "head_dim": 6, **for_older}
     assert (config["hidden_size"], config["head_dim"], config["dtype"]) == (8, 6, "float64")
     assert config["architectures"] == [type(method.teacher.model).__name__]
     for path in folder.glob("*.json"):

@@ -384,7 +384,7 @@ def test_command_line(
     for arguments in (
         (run.folder, out, "--format", "gguf"),  # it is there already
         (run.folder, tmp_path / "other", "--format", "gguf"),
-        (run.folder, tmp_path / "other.gguf"),
+        (run.folder, tmp_path / "other.gguf", "--format", "safetensors"),
         (run.folder, tmp_path / "other", "--dtype", "q8_0"),
     ):
         assert call(monkeypatch, "export", *arguments) == 2

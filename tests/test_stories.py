@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.cli import main
-from stories260k import tell, write_stories
+from lrc.stories260k import tell, write_stories
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "

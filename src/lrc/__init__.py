@@ -1,6 +1,6 @@
 """Low-Rank Clone: make a much smaller model of the teacher's class that behaves like it."""
 
-from importlib import import_module
+from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ __all__ = [
     "Run",
     "Teacher",
     "UserError",
+    "__version__",
     "as_teacher",
     "clone",
     "load_recipe",
@@ -35,6 +36,13 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `lrc --help` need not load torch."""
+    if name == "__version__":
+        return metadata.version("low-rank-clone")
     if name not in _HOME:
         raise AttributeError(f"module 'lrc' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names, imported or not."""
+    return sorted({*globals(), *__all__})

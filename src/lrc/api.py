@@ -1,19 +1,21 @@
 """The Python interface: a clone in one call."""
 
+import os
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lrc.console import TextConsole
-from lrc.recipe import Recipe, make_recipe
-from lrc.run import Run
-from lrc.teacher import Teacher, short_name
-from lrc.train import need_whole_teacher, train
+from lrc.errors import UserError
+from lrc.preflight import check_recipe, need_whole_teacher
+from lrc.recipe import make_recipe
+from lrc.run import Run, default_folder
+from lrc.teacher import Teacher
+from lrc.train import train
 
 
 def clone(
-    teacher: str | Teacher,
+    teacher: str | os.PathLike[str] | Teacher,
     *,
     hidden_size: int,
     text: str | Sequence[str] | None = None,
@@ -39,9 +41,15 @@ def clone(
         UserError: a setting, the teacher or the text is not usable.
     """
     loaded = teacher if isinstance(teacher, Teacher) else None
+    if loaded is None and not isinstance(teacher, str | os.PathLike):
+        raise UserError(
+            f"The teacher is a {type(teacher).__name__}: give its name or folder, or wrap a loaded "
+            "model by lrc.as_teacher(model, tokenizer, name)."
+        )
+    name = loaded.name if loaded else os.fspath(teacher)  # type: ignore[arg-type]
     recipe = make_recipe(
         {
-            "teacher": {"model": loaded.name if loaded else teacher},
+            "teacher": {"model": name},
             "student": {"hidden_size": hidden_size},
             "data": {"text": text or []},
         },
@@ -49,12 +57,7 @@ def clone(
     )
     need_whole_teacher(recipe)
     run = Run.create(Path(out) if out else default_folder(recipe), recipe)
+    if loaded is None:
+        check_recipe(recipe)
     train(run, TextConsole(quiet=quiet), loaded, report=not quiet)
     return run
-
-
-def default_folder(recipe: Recipe, name: str | None = None) -> Path:
-    """A new folder below `runs/`, named after the recipe or the teacher, and the time."""
-    name = name or short_name(recipe.teacher.model)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return Path("runs") / f"{name}-{recipe.student.hidden_size}-{stamp}"

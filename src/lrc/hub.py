@@ -29,21 +29,26 @@ def hub_problem() -> str | None:
     return None
 
 
-def need_hub(what: str) -> None:
-    """Refuse at once what needs the hub where there is no way to it.
+def cache_alone_if_unreachable() -> str | None:
+    """Where the hub cannot be reached, let its libraries look into their caches at once, as
+    HF_HUB_OFFLINE does, rather than try for a minute first.
 
-    Args:
-        what: what is needed, at the beginning of a sentence.
-
-    Raises:
-        UserError: the hub cannot be reached.
+    Returns:
+        Why it cannot be reached; None where it can.
     """
     problem = hub_problem()
-    if problem and "HF_HUB_OFFLINE" not in problem:
-        raise UserError(
-            f"{what} has to come from the hub, which cannot be reached ({problem}): check the "
-            "connection, or give files on this machine."
-        )
+    if problem:
+        import datasets
+        from huggingface_hub import constants
+
+        constants.HF_HUB_OFFLINE = True
+        datasets.config.HF_HUB_OFFLINE = True
+    return problem
+
+
+def no_way(problem: str | None, error: BaseException) -> str:
+    """The reason of an error for a message: that of the hub, if it could not be reached."""
+    return f"the hub cannot be reached: {problem}" if problem else reason(error)
 
 
 def download(

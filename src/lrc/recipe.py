@@ -256,13 +256,15 @@ def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) 
     """
     found: dict[str, Any] = {}
     given: dict[str, str] = {}
-    pairs = [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
-    pairs += [(flag, key, value) for key, (flag, value) in flags.items() if value]
+    pairs = [(flag, key, value) for key, (flag, value) in flags.items() if value]
+    pairs += [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
     for how, key, value in pairs:
-        if key in given:
-            twice = f"{given[key]} twice" if given[key] == how else f"{given[key]} and {how}"
-            raise UserError(f"'{key}' is given more than once ({twice}): give it once.")
-        given[key], found[key] = how, value
+        short = key in SHORT_FORMS and isinstance(value, str)
+        means = f"{key}.{SHORT_FORMS[key]}" if short else key
+        if means in given:
+            twice = f"{how} twice" if given[means] == how else f"{given[means]} and {how}"
+            raise UserError(f"'{means}' is given more than once ({twice}): give it once.")
+        given[means], found[key] = how, value
     return found
 
 

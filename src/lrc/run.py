@@ -17,13 +17,10 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedModel
-from transformers import PreTrainedTokenizerBase as Tokenizer
-
-from lrc.environment import describe_environment
 from lrc.errors import UserError
 from lrc.files import (
     LOCK,
@@ -37,7 +34,12 @@ from lrc.files import (
     remove_left_overs,
     write_text,
 )
+from lrc.model.locate import short_name
 from lrc.recipe import Recipe, load_recorded_recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from transformers import PreTrainedTokenizerBase as Tokenizer
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
 
@@ -106,6 +108,8 @@ class Run:
             if load_recorded_recipe(self.folder / RECIPE) != self.recipe:
                 raise self._taken()
             return False
+        from lrc.environment import describe_environment
+
         write_text(self.folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
         write_text(self.folder / RECIPE, self.recipe.to_yaml())
         return True
@@ -199,7 +203,7 @@ class Run:
             self.summary_file, f"remove it and write it again with `lrc resume {self.folder}`"
         )
 
-    def student(self) -> PreTrainedModel:
+    def student(self) -> "PreTrainedModel":
         """The exported student.
 
         Raises:
@@ -209,7 +213,7 @@ class Run:
 
         return load_model(str(self.need_student()))[0]
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> "Tokenizer":
         """The student's tokenizer, which is the teacher's.
 
         Raises:
@@ -231,6 +235,15 @@ class Run:
                 "one from its last checkpoint with `lrc export`."
             )
         return self.student_folder
+
+
+def default_folder(recipe: Recipe, name: str | None = None) -> Path:
+    """A new folder below `runs/`, named after the recipe or the teacher, and the time."""
+    name = name or short_name(recipe.teacher.model)
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs") / f"{name}-{recipe.student.hidden_size}-{stamp}"
+    numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))
+    return folder if not folder.exists() else next(p for p in numbered if not p.exists())
 
 
 def is_run(folder: Path) -> bool:

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from lrc.errors import UserError
 from lrc.families import LINEARS
+from lrc.model.sizes import check_student_size
 from lrc.sections import StudentSection
 from lrc.teacher import Teacher
 
@@ -44,7 +44,7 @@ def student_config(teacher: Teacher, student: StudentSection) -> Any:
 def check_hidden_size(
     teacher: Teacher, hidden_size: int, heads: int | None = None, largest: int | None = None
 ) -> None:
-    """Refuse a hidden size that gives no usable student.
+    """Refuse a hidden size that gives no usable student of a teacher.
 
     Args:
         teacher: the teacher.
@@ -53,26 +53,10 @@ def check_hidden_size(
         largest: the largest hidden size; None: any that is smaller than the teacher's.
 
     Raises:
-        UserError: it is odd, too large, or not a multiple of the number of heads where the
-            family's configuration class asks for that.
+        UserError: as `check_student_size`.
     """
-    largest = largest or teacher.hidden_size - 1
-    if hidden_size > largest:
-        word = "smaller one" if largest < teacher.hidden_size else "size no larger"
-        raise UserError(
-            f"student.hidden_size is {hidden_size}, but the teacher's is {teacher.hidden_size}: "
-            f"choose a {word}."
-        )
     heads = heads or int(teacher.config.num_attention_heads)
-    if teacher.family.divides_by_heads and (hidden_size % heads or hidden_size % 2):
-        step = heads if heads % 2 == 0 else 2 * heads
-        near = min(max(round(hidden_size / step), 1) * step, largest // step * step)
-        raise UserError(
-            f"student.hidden_size is {hidden_size}, but {teacher.family.model_type} models need an "
-            f"even multiple of their {heads} attention heads: the nearest is {near}."
-        )
-    if hidden_size % 2:
-        raise UserError(f"student.hidden_size is {hidden_size}; choose an even number.")
+    check_student_size(hidden_size, teacher.family, teacher.hidden_size, heads, largest)
 
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:

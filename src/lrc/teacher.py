@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import ModelCard
 from torch import Tensor
 from transformers import PreTrainedModel as Model
@@ -25,13 +26,13 @@ __all__ = [
     "PACKAGE_PREFIX",
     "Teacher",
     "as_teacher",
+    "describe_teacher",
     "load_model",
     "load_skeleton",
     "load_teacher",
     "load_tokenizer",
     "model_files",
     "short_name",
-    "teacher_license",
 ]
 
 
@@ -219,19 +220,41 @@ def as_teacher(
     return Teacher(model, tokenizer, family, name, files, tuple(notes or ()))
 
 
-def teacher_license(section: TeacherSection) -> str | None:
-    """The teacher's licence identifier, from the recipe or from its files; None if unknown, or
-    where it cannot be read: nothing beside the weights may cost a student."""
-    if section.license:
-        return section.license
+@dataclass(frozen=True)
+class Description:
+    """What a teacher's files say of it, for cards."""
+
+    license: str | None = None
+    """Its licence's identifier; None: unknown."""
+
+    languages: tuple[str, ...] = ()
+    """Codes of the languages that it writes."""
+
+
+def describe_teacher(section: TeacherSection) -> Description:
+    """Licence (the recipe's, if it names one) and languages of a teacher, from its card or its GGUF
+    file. What cannot be read is left out: nothing beside the weights may cost a student."""
     try:
         files = locate(section.model, section.revision, weights=False)
         if files.gguf_path is not None:
-            settings, _ = read_header(files.gguf_path)
-            found = settings.get("general.license")
+            fields = GGUFReader(files.gguf_path).fields
+            found = {
+                "license": _contents(fields, "general.license"),
+                "language": _contents(fields, "general.languages"),
+            }
         else:
             card = files.folder / "README.md"
-            found = ModelCard.load(card).data.get("license") if card.is_file() else None
+            found = ModelCard.load(card).data.to_dict() if card.is_file() else {}
     except Exception:
-        return None
-    return found if isinstance(found, str) else None
+        found = {}
+    license_name, languages = found.get("license"), found.get("language")
+    if isinstance(languages, str):
+        languages = [languages]
+    return Description(
+        section.license or (license_name if isinstance(license_name, str) else None),
+        tuple(str(one) for one in languages or () if isinstance(one, str)),
+    )
+
+
+def _contents(fields: Any, name: str) -> Any:
+    return fields[name].contents() if name in fields else None

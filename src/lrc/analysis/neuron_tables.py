@@ -4,13 +4,12 @@ import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from rich.table import Table
 
 from lrc.analysis.neurons import Accuracy, Halves, ModelAnswers, NeuronResult
-from lrc.files import new_file
+from lrc.report.pictures import save_picture
 
 SOURCE = "arXiv 2505.12781, Table 5"
 
@@ -121,8 +120,7 @@ def draw_layers(result: NeuronResult, path: Path) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
     axes.legend(fontsize="small")
-    with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
-        figure.savefig(temporary, format="png")
+    save_picture(figure, path)
 
 
 def _changed(value: float, before: float) -> str:

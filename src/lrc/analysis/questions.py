@@ -89,7 +89,7 @@ def questions_of_task(name: str, data: Path | None, limited: bool, scratch: Path
     if data is not None:
         use_folder(manager, [name], data, limited, scratch)
     with quiet_harness():
-        task = load_task(manager, name)
+        task = load_task(manager, name, data is not None)
     if "acc" not in task.aggregation():
         raise UserError(f"The task '{name}' measures no accuracy (acc); choose another one.")
     return Questions(name, "hub" if data is None else str(data), manager, task)
@@ -130,7 +130,7 @@ def questions_of_file(path: Path, scratch: Path) -> Questions:
     (scratch / f"{OWN}.yaml").write_text(yaml.safe_dump(definition), encoding="utf-8")
     manager = lm_eval.tasks.TaskManager(include_defaults=False, include_path=[scratch])
     with quiet_harness():
-        return Questions(OWN, str(path), manager, load_task(manager, OWN))
+        return Questions(OWN, str(path), manager, load_task(manager, OWN, local=True))
 
 
 def _checked(rows: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:

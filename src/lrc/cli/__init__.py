@@ -2,9 +2,12 @@
 
 import os
 import sys
+import traceback
+from typing import Annotated
 
 import typer
 
+from lrc import __version__
 from lrc.cli import analyse, data
 from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
@@ -12,7 +15,10 @@ from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
-from lrc.errors import UserError
+from lrc.errors import UserError, reason, system_errno, system_sentence
+
+MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
+"""Exit codes: a mistake that the user can fix, a fault of ours, and Ctrl-C outside of training."""
 
 app = typer.Typer(
     help="Clone a decoder LLM into a much smaller one of the same class, for little compute.",
@@ -28,26 +34,89 @@ app.add_typer(data.app, name="data")
 app.add_typer(analyse.app, name="analyse")
 
 
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lrc {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="Show the traceback of an error; before or after a command."),
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
 ) -> None:
     """Options of every command."""
-    if debug:
-        os.environ["LRC_DEBUG"] = "1"
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 2 a mistake the user can mend, 128 + N stopped by
-    signal N after writing a checkpoint."""
+    """Run the command line. Exit codes: 0 done, 1 a fault of lrc, 2 a mistake the user can fix,
+    128 + N stopped by signal N after writing a checkpoint."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _print_anything()
+    debug = _take_debug()
     try:
+        _refuse_bytes(sys.argv[1:])
         app()
-    except UserError as error:
-        if os.environ.get("LRC_DEBUG"):
-            raise
-        typer.secho(f"Error: {error}", fg="red", err=True)
-        sys.exit(2)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        sentence, code = told(error)
+        typer.secho(f"Error: {sentence}", fg="red", err=True)
+        sys.exit(code)
+    except KeyboardInterrupt:
+        typer.secho("Stopped.", err=True)
+        sys.exit(INTERRUPTED)
+
+
+def told(error: Exception) -> tuple[str, int]:
+    """What an exception is to a user: a sentence, and the exit code."""
+    if isinstance(error, UserError):
+        return str(error), MISTAKE
+    if system_errno(error) is not None:
+        return system_sentence(error), MISTAKE
+    if isinstance(error, MemoryError):
+        return "There is not enough memory: use a smaller batch, model or text.", MISTAKE
+    return (
+        f"lrc failed ({type(error).__name__}: {reason(error)}), which is a fault of ours, not "
+        "yours: please report it to the developers with what the same command prints with --debug.",
+        FAULT,
+    )
+
+
+def _print_anything() -> None:
+    """Let what a terminal cannot show, or a file name that is not UTF-8, not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _take_debug() -> bool:
+    """Whether --debug is among the arguments, from which it is taken."""
+    given = sys.argv[1:]
+    end = given.index("--") if "--" in given else len(given)
+    kept = [argument for argument in given[:end] if argument != "--debug"]
+    sys.argv[1:] = kept + given[end:]
+    return len(kept) < end or bool(os.environ.get("LRC_DEBUG"))
+
+
+def _refuse_bytes(arguments: list[str]) -> None:
+    """Refuse arguments that are not UTF-8: recipes and metrics could not hold them.
+
+    Raises:
+        UserError: there is one.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            shown = argument.encode(errors="backslashreplace").decode()
+            raise UserError(f"The argument '{shown}' is not UTF-8: rename it.") from None

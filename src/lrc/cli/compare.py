@@ -7,6 +7,7 @@ import typer
 
 from lrc.cli.training import Settings, TeacherOption, Text
 from lrc.console import console, quiet_libraries
+from lrc.shipped import find_yaml
 
 
 def compare(
@@ -35,16 +36,20 @@ def compare(
     Entries can be run side by side by processes with the same `--out`, each with its own `--only`.
     The same command goes on where it was stopped, and only tabulates where nothing is left to run.
     """
+    from lrc.recipe import parse_overrides
+
+    flags: dict[str, tuple[str, Any]] = {
+        "teacher.model": ("--teacher", teacher),
+        "data.text": ("--text", text),
+    }
+    overrides = parse_overrides(settings or [], flags)
+    find_yaml(comparison, "comparison")  # a typo is told before torch is imported
     from lrc.compare import compare, load_comparison
     from lrc.memory import keep_freed_memory
-    from lrc.recipe import parse_override
     from lrc.train.session import Interrupted
 
     quiet_libraries()
     keep_freed_memory()
-    overrides: dict[str, Any] = dict(parse_override(setting) for setting in settings or [])
-    shorthands = {"teacher.model": teacher, "data.text": text}
-    overrides |= {key: value for key, value in shorthands.items() if value}
     folder = out or Path("runs") / f"compare-{Path(comparison).stem}"
     try:
         compare(load_comparison(comparison, overrides), folder, console, only or ())

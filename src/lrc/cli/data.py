@@ -53,20 +53,19 @@ def build(
     """
     from lrc.data.build.pool import default_workers
     from lrc.data.build.progress import build_progress
-    from lrc.data.build.run import build_shards
     from lrc.data.mix import load_mix
-    from lrc.recipe import parse_override
+    from lrc.recipe import parse_overrides
+
+    flags: dict[str, tuple[str, Any]] = {
+        "teacher": ("--teacher", teacher),
+        "root": ("--root", root),
+        "decontaminate.folder": ("--evaluation", evaluation and str(Path(evaluation).absolute())),
+    }
+    loaded = load_mix(mix, parse_overrides(settings or [], flags))
+    from lrc.data.build.run import build_shards
     from lrc.teacher import load_tokenizer
 
     quiet_libraries()
-    overrides = dict(parse_override(setting) for setting in settings or [])
-    shorthands: dict[str, Any] = {
-        "teacher": teacher,
-        "root": root,
-        "decontaminate.folder": evaluation and str(Path(evaluation).absolute()),
-    }
-    overrides |= {key: value for key, value in shorthands.items() if value}
-    loaded = load_mix(mix, overrides)
     tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
     try:
         with build_progress(console) as progress:

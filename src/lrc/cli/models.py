@@ -45,8 +45,12 @@ def export(
     ],
     out: Annotated[Path, typer.Argument(help="A new folder, or a new .gguf file.")],
     format: Annotated[
-        Format, typer.Option(help="safetensors: a transformers folder; gguf: for llama.cpp.")
-    ] = Format.safetensors,
+        Format | None,
+        typer.Option(
+            help="safetensors: a transformers folder; gguf: for llama.cpp. Default: gguf where OUT "
+            "ends in .gguf."
+        ),
+    ] = None,
     dtype: Annotated[
         Dtype | None,
         typer.Option(help="Element type of the weights; q8_0 in GGUF only. Default: as trained."),
@@ -58,8 +62,8 @@ def export(
 
     * `lrc export runs/mine my-student`
     * `lrc export runs/mine my-student-bf16 --dtype bfloat16`
-    * `lrc export runs/mine my-student-q8_0.gguf --format gguf --dtype q8_0`
-    * `lrc export my-student my-student.gguf --format gguf` (any model folder, hub id or .gguf file)
+    * `lrc export runs/mine my-student-q8_0.gguf --dtype q8_0`
+    * `lrc export my-student my-student.gguf` (any model folder, hub id or .gguf file)
     """
     import torch
 
@@ -67,11 +71,11 @@ def export(
     from lrc.train.export_run import export_run
 
     quiet_libraries()
-    if format is Format.gguf:
+    if format is Format.gguf or (format is None and out.suffix == ".gguf"):
         _export_gguf(model, out, dtype)
         return
     if out.suffix == ".gguf" or dtype is Dtype.q8_0:
-        raise UserError("A .gguf file and q8_0 need --format gguf.")
+        raise UserError("q8_0 is for GGUF: give the file a name that ends in .gguf.")
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
     step = export_run(Run.open(Path(model)), out, console, element)
     console.print(f"The student of step {step} is in {out}.")
@@ -155,6 +159,7 @@ def generate(
     * `lrc generate my-student "Who are you?" --chat --temperature 0.7`
     """
     from lrc.evaluate.sample import generate_text
+    from lrc.model.tokenizer import RefusedConversation, chat_text
     from lrc.run import Run, is_run
     from lrc.teacher import load_model
 
@@ -162,9 +167,12 @@ def generate(
     source = str(Run.open(Path(model)).need_student()) if is_run(Path(model)) else model
     loaded, tokenizer = load_model(source)
     if chat:
-        if not tokenizer.chat_template:
-            raise UserError(f"{model} has no chat template; leave out --chat.")
         messages = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    text = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed)
+        try:
+            prompt = chat_text(tokenizer, messages, generation_prompt=True)
+        except RefusedConversation as error:
+            raise UserError(f"{model}'s chat template refuses the prompt ({error}).") from error
+        except UserError as error:
+            raise UserError(f"--chat does not work with {model}. {error}") from error
+    text = generate_text(loaded, tokenizer, prompt, max_new_tokens, temperature, seed, whole=chat)
     console.print(text)

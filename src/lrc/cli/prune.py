@@ -40,8 +40,12 @@ def prune(
         int | None, typer.Option(help="Tokens of the text that importance is measured on.")
     ] = None,
     importance: Annotated[
-        Expansion, typer.Option(help="Taylor expansion of the loss, as LLM-Pruner names them.")
-    ] = Expansion.param_first,
+        Expansion | None,
+        typer.Option(
+            help="Taylor expansion of the loss, as LLM-Pruner names them.",
+            show_default="param_first",
+        ),
+    ] = None,
     recover: Annotated[
         Recovery | None, typer.Option(help="Train afterwards: low-rank adapters, or all weights.")
     ] = None,
@@ -66,21 +70,23 @@ def prune(
     Every layer loses as many heads and neurons as the others; the hidden size stays
     (LLM-Pruner, arXiv 2305.11627).
     """
-    from lrc.api import default_folder
-    from lrc.recipe import parse_override
-    from lrc.run import Run
+    from lrc.preflight import check_recipe
+    from lrc.recipe import parse_overrides
+    from lrc.run import Run, default_folder
     from lrc.teacher import short_name
     from lrc.train.prune import prune_recipe
     from lrc.train.session import initialise_only, train
 
     quiet_libraries()
-    given: dict[str, Any] = {"method.importance": importance.value}
-    if calibration_tokens is not None:
-        given["initialise.calibration_tokens"] = calibration_tokens
-    given |= dict(parse_override(setting) for setting in settings or [])
+    flags: dict[str, tuple[str, Any]] = {
+        "method.importance": ("--importance", importance and importance.value),
+        "initialise.calibration_tokens": ("--calibration-tokens", calibration_tokens),
+    }
+    given = parse_overrides(settings or [], flags)
     way = recover.value if recover else None
     recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
     run = Run.create(out or default_folder(recipe, f"{short_name(model)}-pruned"), recipe)
+    check_recipe(recipe)
     carry_out(run, train if recover else initialise_only)
     _print_shapes(run)
 

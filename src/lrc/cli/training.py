@@ -13,7 +13,6 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from lrc.recipe import Recipe
     from lrc.run import Run
 
 
@@ -59,12 +58,13 @@ def train(
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
-    from lrc.run import Run
-    from lrc.train.session import need_whole_teacher, train
+    from lrc.preflight import need_whole_teacher
 
-    folder, resolved = _resolve(recipe, settings, teacher, hidden_size, text, method, out)
-    need_whole_teacher(resolved)
-    carry_out(Run.create(folder, resolved), train)
+    run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
+    need_whole_teacher(run.recipe)
+    from lrc.train.session import train
+
+    carry_out(run, train)
 
 
 def init(
@@ -86,11 +86,10 @@ def init(
 
     `lrc resume` trains on from there.
     """
-    from lrc.run import Run
+    run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
     from lrc.train.session import initialise_only
 
-    resolved = _resolve(recipe, settings, teacher, hidden_size, text, method, out)
-    carry_out(Run.create(*resolved), initialise_only)
+    carry_out(run, initialise_only)
 
 
 def resume(
@@ -101,12 +100,14 @@ def resume(
     Example: `lrc resume runs/quickstart-288-20260101-120000`
     """
     from lrc.run import Run
+
+    opened = Run.open(run)
     from lrc.train.session import train
 
-    carry_out(Run.open(run), train)
+    carry_out(opened, train)
 
 
-def _resolve(
+def _new_run(
     recipe: str | None,
     settings: list[str] | None,
     teacher: str | None,
@@ -114,21 +115,22 @@ def _resolve(
     text: list[str] | None,
     method: str | None,
     out: Path | None,
-) -> "tuple[Path, Recipe]":
-    """The folder and the recipe of the new run that the options of a command ask for."""
-    from lrc.api import default_folder
-    from lrc.recipe import make_recipe, parse_override
+) -> "Run":
+    """The new run that the options of a command ask for. All that can be checked without torch is
+    checked here: a typo should not take seconds to be told."""
+    from lrc.preflight import check_recipe
+    from lrc.recipe import make_recipe, parse_overrides
+    from lrc.run import Run, default_folder
     from lrc.shipped import find_yaml
     from lrc.yaml_files import read_yaml
 
-    overrides: dict[str, Any] = {"method": method} if method else {}
-    overrides |= dict(parse_override(setting) for setting in settings or [])
-    shorthands: dict[str, Any] = {
-        "teacher.model": teacher,
-        "student.hidden_size": hidden_size,
-        "data.text": text,
+    flags: dict[str, tuple[str, Any]] = {
+        "method": ("--method", method),
+        "teacher.model": ("--teacher", teacher),
+        "student.hidden_size": ("--hidden-size", hidden_size),
+        "data.text": ("--text", text),
     }
-    overrides |= {key: value for key, value in shorthands.items() if value}
+    overrides = parse_overrides(settings or [], flags)
     origin = text or any(key.startswith(("data.shards", "data.stream")) for key in overrides)
     if recipe is None and not (teacher and hidden_size and origin):
         raise UserError(
@@ -137,8 +139,10 @@ def _resolve(
         )
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     resolved = make_recipe(base, overrides)
-    folder = out or default_folder(resolved, Path(recipe).stem if recipe else None)
-    return folder, resolved
+    name = Path(recipe).stem if recipe else None
+    run = Run.create(out or default_folder(resolved, name), resolved)
+    check_recipe(resolved)
+    return run
 
 
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:

@@ -6,7 +6,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from lrc.compare.results import Results
-from lrc.files import new_file
+from lrc.report.pictures import save_picture
 
 STYLES = ("-", "--", ":", "-.")
 
@@ -22,8 +22,7 @@ def draw_comparison(results: Results, path: Path) -> None:
         UserError: the disk is full.
     """
     figure = comparison_figure(results)
-    with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
-        figure.savefig(temporary, format="png")
+    save_picture(figure, path)
 
 
 def comparison_figure(results: Results) -> Figure:

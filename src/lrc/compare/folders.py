@@ -1,12 +1,13 @@
 """Where the runs of a comparison lie, and what follows from those that have ended."""
 
-import json
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from lrc.compare.plan import Comparison, Entry
+from lrc.files import read_json, reading
+from lrc.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,23 @@ class Folders:
         for entry in self.comparison.named(names):
             for seed in self.comparison.seeds:
                 yield self.of_run(entry, seed), self.comparison.tokens
+
+    def recipes(self) -> dict[Path, list[Recipe]]:
+        """The recipes that the run in each folder may have: a run on the whole budget may have any
+        rate that its entry tries."""
+        comparison = self.comparison
+        found = {
+            self.of_try(entry, rate): [comparison.grid_recipe(entry, rate)]
+            for entry, rate in comparison.searches()
+        }
+        named = {entry.name: entry for entry in comparison.entries}
+        for entry in comparison.entries:
+            rates = comparison.rates(named[entry.rate_of or entry.name])
+            for seed in comparison.seeds:
+                found[self.of_run(entry, seed)] = [
+                    comparison.run_recipe(entry, rate, seed) for rate in rates
+                ]
+        return found
 
     def tries(self, entry: Entry) -> dict[float, float | None]:
         """Held-out loss by rate, of the tries that have ended; None where the loss was not
@@ -62,5 +80,9 @@ def held_out_of(folder: Path) -> float | None:
     """Held-out loss of a run that has ended; None where it did not stay finite."""
     if (folder / "diverged.json").exists():
         return None
-    loss = float(json.loads((folder / "summary.json").read_text())["student_held_out_lm"])
+    summary = folder / "summary.json"
+    advice = f"remove {folder} to run it again"
+    table = read_json(summary, advice)
+    with reading(summary, advice):
+        loss = float(table["student_held_out_lm"])
     return loss if math.isfinite(loss) else None

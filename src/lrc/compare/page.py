@@ -10,6 +10,7 @@ from lrc.compare.plan import Comparison, load_comparison
 from lrc.compare.results import EntryResult, Results, collect
 from lrc.compare.table import header, notes, row
 from lrc.errors import UserError
+from lrc.files import reading
 from lrc.recipe import flatten
 from lrc.report.charts import DASHES, LARGE, RUN_COLOURS, Line, line_chart, run_colour
 from lrc.report.contents import NONE, time_unit, written
@@ -42,7 +43,8 @@ def write_comparison_page(
     check_path(path)
     progress("reading the runs")
     comparison = load_comparison(folder / PLAN)
-    results = collect(Folders(comparison, folder))
+    with reading(folder, "a run of it may be damaged: remove that run, or restore it"):
+        results = collect(Folders(comparison, folder))
     if not any(entry.runs for entry in results.entries):
         raise UserError(
             f"No run of {folder} has ended yet; start or continue it with `lrc compare`."

@@ -80,6 +80,10 @@ class Comparison(Section):
     thresholds: list[float] = Field(default_factory=list)
     """Held-out losses: how many tokens each entry needs to reach them is reported."""
 
+    preparation: str | None = None
+    """Command that makes teacher and text, where they do not come by themselves; it is named where
+    they are not there."""
+
     reference: Name | None = None
     """Entry that the others' parameters are compared with. Empty: the first."""
 

@@ -26,12 +26,15 @@ from lrc.compare.folders import Folders, is_over
 from lrc.compare.plan import Comparison
 from lrc.compare.results import Results, collect
 from lrc.compare.table import comparison_table, markdown
+from lrc.data.sources import STDLIB_DOCS
 from lrc.errors import DivergedError, UserError
-from lrc.files import is_taken, write_text
+from lrc.files import is_taken, reading, write_text
+from lrc.model.locate import PACKAGE_PREFIX
+from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import Recipe, flatten
 from lrc.run import Run, is_run
 from lrc.teacher import Teacher, load_teacher
-from lrc.train.session import Interrupted, need_whole_teacher, train
+from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
 from lrc.train.starts import Starts
 
@@ -58,12 +61,68 @@ def compare(
     marker = out / "comparison.yaml"
     if is_taken(out) and not marker.is_file():
         raise UserError(f"{out} holds something else; choose another folder with --out.")
+    folders = Folders(comparison, out)
+    need_inputs(comparison)
+    refuse_other_runs(folders)
     plan = comparison.model_dump(mode="json", by_alias=True)
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
-    results = Runner(Folders(comparison, out), console, only or names).go()
+    results = Runner(folders, console, only or names).go()
     console.print(comparison_table(results))
     console.print(f"Everything is in {out}.")
     return results
+
+
+def need_inputs(comparison: Comparison) -> None:
+    """Refuse a comparison whose teacher or text is not there, and say how it is made.
+
+    Raises:
+        UserError: so it is.
+    """
+    for entry in comparison.entries:
+        recipe = comparison.grid_recipe(entry, 1e-4)
+        if comparison.preparation:
+            for name in (recipe.teacher.model, *recipe.data.text):
+                local = not name.startswith(PACKAGE_PREFIX) and name != STDLIB_DOCS
+                if local and not Path(name).exists():
+                    raise UserError(
+                        f"'{name}' is not there: make it with `{comparison.preparation}`, or name "
+                        "another with --teacher and --text (docs/compare.md)."
+                    )
+        check_recipe(recipe)
+
+
+def refuse_other_runs(folders: Folders) -> None:
+    """Refuse a folder whose runs are not this comparison's, before anything in it is replaced.
+
+    Raises:
+        UserError: a run there has other settings than this comparison gives it, or is none of it.
+    """
+    expected = folders.recipes()
+    found = [path.parent for path in folders.out.glob("*/*/recipe.yaml")]
+    for folder in sorted(found):
+        if folder.parent.name not in ("grid", "runs"):
+            continue
+        recipes = expected.get(folder)
+        if recipes is None:
+            raise UserError(
+                f"{folder} is a run of another comparison: choose another folder with --out, or "
+                "remove that run."
+            )
+        refuse_other_recipe(Run.open(folder), recipes)
+
+
+def refuse_other_recipe(run: Run, recipes: Sequence[Recipe]) -> None:
+    """Refuse a run that has none of some recipes.
+
+    Raises:
+        UserError: the message names the settings that differ from the first.
+    """
+    if run.recipe not in recipes:
+        changed = ", ".join(differences(run.recipe, recipes[0]))
+        raise UserError(
+            f"{run.folder} was run with other settings ({changed}): choose another --out, or "
+            "remove that folder to run it again."
+        )
 
 
 @dataclass
@@ -100,7 +159,9 @@ class Runner:
 
     def _write(self) -> Results:
         """Write the table and the picture of what is there."""
-        results, out = collect(self.folders), self.folders.out
+        out = self.folders.out
+        with reading(out, "a run of it may be damaged: remove that run to run it again"):
+            results = collect(self.folders)
         write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
         write_text(out / "comparison.md", markdown(results))
         draw_comparison(results, out / "curves.png")
@@ -156,16 +217,9 @@ def open_run(folder: Path, recipe: Recipe) -> Run:
         UserError: the folder holds a run of another recipe.
     """
     if not is_run(folder):
-        for left_over in folder.glob(".*.tmp"):  # killed while the folder was made
-            left_over.unlink()
         return Run.create(folder, recipe)
     run = Run.open(folder)
-    if run.recipe != recipe:
-        changed = ", ".join(differences(run.recipe, recipe))
-        raise UserError(
-            f"{folder} was run with other settings ({changed}): choose another --out, or remove "
-            "that folder to run it again."
-        )
+    refuse_other_recipe(run, [recipe])
     return run
 
 

@@ -102,8 +102,10 @@ def own_tokenizer(shards: Shards) -> "Tokenizer":
 
     folder = shards.folder / TOKENIZER_FOLDER
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:
         raise UserError(
             f"The tokenizer of the shards, {folder}, cannot be loaded: name it with --teacher."
         ) from error

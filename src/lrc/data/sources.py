@@ -5,7 +5,6 @@ read in full is an error, never a shorter text.
 """
 
 import glob
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,9 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TextIO
 
 from lrc.data import stdlib_docs
-from lrc.data.text_files import COMPRESSED_SUFFIXES, open_text
-from lrc.errors import UserError, reason
-from lrc.limits import LONGEST_LINE
+from lrc.data.text_files import COMPRESSED_SUFFIXES, json_lines, open_text
+from lrc.errors import UserError
 
 STDLIB_DOCS = "stdlib-docs"
 """The source that reads Python's own documentation."""
@@ -242,29 +240,14 @@ def cut_documents(file: TextIO) -> Iterator[str]:
 
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line."""
-    with open_text(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
-            if line.isspace():
-                continue
-            if len(line) == LONGEST_LINE:
-                raise UserError(
-                    f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; give one JSON "
-                    "object a line."
-                )
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(
-                    f"{path}:{number} is not valid JSON ({reason(error)}); give one JSON object a "
-                    "line."
-                ) from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")
-            if text_field not in row:
-                raise no_field(f"{path}:{number}", text_field, row)
-            # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
-            text = text_of(row[text_field], f"{path}:{number}", text_field)
-            yield text.encode("utf-8", "replace").decode("utf-8")
+    for number, row in json_lines(path):
+        if not isinstance(row, dict):
+            raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")
+        if text_field not in row:
+            raise no_field(f"{path}:{number}", text_field, row)
+        # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
+        text = text_of(row[text_field], f"{path}:{number}", text_field)
+        yield text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _read_dataset(path: Path, text_field: str) -> Iterator[str]:

@@ -9,6 +9,7 @@ wording, as in packed text, so it is never trained on wherever it comes again.
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,8 +22,12 @@ from lrc.data.packing import Progress, encode
 from lrc.data.reader import make_batch
 from lrc.data.sources import no_field, text_of
 from lrc.data.tokens import Span
-from lrc.errors import UserError
+from lrc.errors import UserError, reason
+from lrc.hub import cache_alone_if_unreachable, no_way
 from lrc.sections import DataSection, StreamSection
+
+BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdataset")
+"""Names of `datasets`' own readers of files, which need no hub."""
 
 TOGETHER = 64
 """Documents that are tokenised at once."""
@@ -229,9 +234,9 @@ class StreamedText:
                     yield text
         except UserError:
             raise
-        except (OSError, ValueError) as error:
+        except Exception as error:
             raise UserError(
-                f"{where} cannot be read on ({_line(error)}); continue the run with "
+                f"{where} cannot be read on ({reason(error)}); continue the run with "
                 "`lrc resume` when it can."
             ) from error
 
@@ -266,6 +271,8 @@ def _open(stream: StreamSection) -> Any:
     """
     import datasets  # Slow to import, and most recipes do not need it.
 
+    local = stream.dataset in BUILDERS or Path(stream.dataset).exists()
+    problem = None if local else cache_alone_if_unreachable()
     try:
         builder = datasets.load_dataset_builder(
             stream.dataset,
@@ -274,10 +281,10 @@ def _open(stream: StreamSection) -> Any:
             revision=stream.revision,
         )
         builder.as_streaming_dataset(split=stream.split)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # `datasets` passes on whatever the network layers raise.
         raise UserError(
-            f"The data set '{stream.dataset}' cannot be opened ({_line(error)}); check data.stream "
-            "and the connection."
+            f"The data set '{stream.dataset}' cannot be opened ({no_way(problem, error)}); check "
+            "data.stream and the connection."
         ) from error
     return builder
 
@@ -285,8 +292,3 @@ def _open(stream: StreamSection) -> Any:
 def _random(count: int, *seeds: int) -> NDArray[np.uint64]:
     """Random numbers, the same in every version of numpy."""
     return np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's text."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import zstandard
 
-from lrc.errors import UserError
+from lrc.errors import UserError, reason
+from lrc.limits import LONGEST_LINE
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 """Endings of the compressed files that `open_text` decompresses."""
@@ -46,6 +48,30 @@ def open_bytes(path: Path) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, _decompressed(raw, path))
 
 
+def json_lines(path: Path, fix: str = "give one JSON object a line") -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file, decompressed where its name ends in .gz or .zst, with the numbers
+    of their lines, from 1; blank lines are left out.
+
+    Args:
+        path: the file.
+        fix: what to do about a line that is none, as the end of a sentence.
+
+    Raises:
+        UserError: it cannot be read, or a line is not JSON or absurdly long.
+    """
+    with open_text(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
+            if line.isspace():
+                continue
+            if len(line) == LONGEST_LINE:
+                raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; {fix}.")
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{number} is {reason(error)}; {fix}.") from error
+            yield number, value
+
+
 @contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
     """Turn every way of failing to read a text file into a sentence.
@@ -60,7 +86,7 @@ def reading_errors(path: Path) -> Iterator[None]:
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
         raise UserError(f"{path} is damaged or cut off ({error}); compress it anew.") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check the file.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}); check the file.") from error
 
 
 def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader | gzip.GzipFile:

@@ -29,7 +29,7 @@ from lrc.evaluate.published import published
 from lrc.evaluate.results import HELD_OUT, Evaluation, Kept, ModelResult, TaskResult
 from lrc.evaluate.subject import Subject, find_subjects
 from lrc.evaluate.tables import markdown
-from lrc.files import write_text
+from lrc.files import is_left_over, is_taken, write_text
 from lrc.teacher import load_model, load_teacher
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 PAPER = "paper"
 """Stands for the nine tasks of the paper."""
 
-FORMAT = 1
+FORMAT = 2
 """Raise it whenever the same settings would give other results: kept ones are then ignored."""
 
 
@@ -93,6 +93,7 @@ def evaluate(
     Raises:
         UserError: a model, a task or its data is not found or not fit.
     """
+    refuse_other_folder(out)
     subjects = find_subjects(model, others)
     with tempfile.TemporaryDirectory(prefix="lrc-eval-") as scratch:
         plan = _plan(subjects[0], settings, Path(scratch))
@@ -113,6 +114,19 @@ def evaluate(
     write_text(out / "results.json", json.dumps(evaluation.model_dump(), indent=2) + "\n")
     write_text(out / "results.md", markdown(evaluation))
     return evaluation
+
+
+def refuse_other_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but an evaluation, before something in it is replaced.
+
+    Raises:
+        UserError: it does.
+    """
+    ours = {"results.json", "results.md", "tasks"}
+    if is_taken(out, lambda name: name in ours or is_left_over(name)):
+        raise UserError(
+            f"{out} holds something other than an evaluation: choose another folder with --out."
+        )
 
 
 def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
@@ -212,7 +226,8 @@ class _Worker:
             teacher = load_teacher(plan.held_out.teacher, settings.device)
             return measure(plan.held_out, teacher, self._model, self._tokenizer, progress)
         assert plan.manager is not None
-        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress)
+        local = settings.data is not None
+        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local)
 
 
 def _printer(console: Console) -> Callable[[str], None]:

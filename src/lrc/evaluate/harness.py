@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.errors import UserError
+from lrc.errors import UserError, reason
 from lrc.evaluate.progress import Progress
 from lrc.evaluate.published import published
 from lrc.evaluate.results import Score, TaskResult
+from lrc.hub import cache_alone_if_unreachable, no_way
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -117,9 +118,15 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
 
         progress: Progress | None = None
         truncated = 0
+        _ends_texts = bool(tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id)
 
         def get_model_info(self) -> dict[str, Any]:
             return {}  # the harness would ask the hub for the commit of a model that is local
+
+        def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
+            ids = super().tok_encode(string, *args, **options)
+            # A prompt that an end of text was put after would be scored as another text's end.
+            return ids[:-1] if self._ends_texts and ids[-1:] == [self.eot_token_id] else ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
@@ -169,6 +176,7 @@ def evaluate_task(
     name: str,
     limit: int | None,
     progress: Progress | None = None,
+    local: bool = False,
 ) -> TaskResult:
     """Evaluate one task or group.
 
@@ -178,13 +186,14 @@ def evaluate_task(
         name: a name that the manager knows.
         limit: rows of the task, or of each member of a group; None: all.
         progress: called after every answer.
+        local: whether the rows are on this machine.
 
     Raises:
         UserError: the data cannot be loaded or lacks the fields that the task reads.
     """
     start, before = time.perf_counter(), lm.truncated
     with quiet_harness():
-        found = _evaluate(lm, manager, load_task(manager, name), limit, progress)
+        found = _evaluate(lm, manager, load_task(manager, name, local), limit, progress)
     counts = found["n-samples"]
     members = list(counts) if name in found["group_subtasks"] else []
     shots = {found["n-shot"].get(member, 0) for member in counts}
@@ -201,26 +210,31 @@ def evaluate_task(
     )
 
 
-def load_task(manager: "TaskManager", name: str) -> Any:
+def load_task(manager: "TaskManager", name: str, local: bool = False) -> Any:
     """The harness's task or group of that name, with its data.
+
+    Args:
+        manager: the harness's tasks.
+        name: a name that the manager knows.
+        local: whether its rows are on this machine.
 
     Raises:
         UserError: the data cannot be loaded or lacks the fields that the task reads.
     """
-    from datasets.exceptions import DatasetsError
     from jinja2 import UndefinedError
 
+    problem = None if local else cache_alone_if_unreachable()
     try:
         loaded = manager.load([name])
     except (UndefinedError, KeyError, IndexError, TypeError) as error:
         raise UserError(
-            f"The data of '{name}' lacks a field that the task reads ({_first_line(error)}); give "
+            f"The data of '{name}' lacks a field that the task reads ({reason(error)}); give "
             "it the fields of the harness's own data set."
         ) from error
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # whatever the harness and `datasets` pass on
         raise UserError(
-            f"The data of '{name}' cannot be loaded ({_first_line(error)}); where the hub cannot "
-            "be reached, give a folder of JSONL files with --data."
+            f"The data of '{name}' cannot be loaded ({no_way(problem, error)}); where the hub "
+            "cannot be reached, give a folder of JSONL files with --data."
         ) from error
     for task in loaded["tasks"].values():
         _refuse_missing_target(task)
@@ -336,8 +350,3 @@ def _metrics(found: Mapping[str, Any]) -> dict[str, Score]:
         stderr = float(error) if isinstance(error, int | float) else None
         metrics[name] = Score(value=float(value), stderr=stderr)
     return metrics
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:")

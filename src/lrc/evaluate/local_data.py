@@ -10,7 +10,6 @@ The members of some groups stand in one file, told apart by a field (mmlu: `subj
 """
 
 import dataclasses
-import gzip
 import hashlib
 import json
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from lrc.data.text_files import json_lines
 from lrc.errors import UserError
 
 if TYPE_CHECKING:
@@ -79,18 +79,13 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         UserError: it is not JSONL, is empty, or its rows differ in their fields.
     """
     rows: list[dict[str, Any]] = []
-    try:
-        with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
-                    raise UserError(
-                        f"Line {number} of {path} is not a row with the fields of the first one; "
-                        "give one JSON object a line, all with the same fields."
-                    )
-                rows.append(row)
-    except (json.JSONDecodeError, UnicodeDecodeError, EOFError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path} is not JSONL ({error}); give one JSON object a line.") from error
+    for number, row in json_lines(path):
+        if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
+            raise UserError(
+                f"Line {number} of {path} is not a row with the fields of the first one; give one "
+                "JSON object a line, all with the same fields."
+            )
+        rows.append(row)
     if not rows:
         raise UserError(f"{path} has no rows; give one JSON object a line.")
     return rows

@@ -1,7 +1,7 @@
 """The models that are evaluated: where each comes from, and what tells it from another one."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lrc.errors import UserError
@@ -48,8 +48,10 @@ def find_subjects(name: str, others: list[str]) -> list[Subject]:
         if other == RUNS_TEACHER:
             if first.run is None:
                 raise UserError(f"{name} is not a run, so name the teacher to compare with.")
-            other = first.run.recipe.teacher.model
-        subjects.append(_subject(other))
+            of_run = _subject(first.run.recipe.teacher.model)
+            subjects.append(replace(of_run, label=RUNS_TEACHER))
+        else:
+            subjects.append(_subject(other))
     return list({subject.source: subject for subject in subjects}.values())
 
 

@@ -1,5 +1,6 @@
 """The model card of a student."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,11 @@ import yaml
 from transformers import PreTrainedModel
 
 from lrc.methods import METHODS
+from lrc.model.locate import HUB_ID, PACKAGE_PREFIX, short_name
+from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.shapes import shape_of
-from lrc.teacher import PACKAGE_PREFIX, Teacher, teacher_license
+from lrc.teacher import Description, Teacher, describe_teacher
 
 TEMPLATE = """---
 {front}
@@ -62,28 +65,63 @@ def model_card(
         summary: the closing table; None: the run's own, if it has ended.
     """
     section = run.recipe.teacher
-    license_name = teacher_license(section)
+    described = describe_teacher(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
     results = _results(run, summary)
     return TEMPLATE.format(
-        front=yaml.safe_dump(front_matter(run, license_name), sort_keys=False).strip(),
-        teacher=section.model,
+        front=yaml.safe_dump(front_matter(run, described), sort_keys=False).strip(),
+        teacher=as_markdown(public_name(section.model)),
         hidden_size=student.config.hidden_size,
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
-        licence=_licence(license_name),
-        recipe=run.recipe.to_yaml().strip(),
+        licence=_licence(described.license),
+        recipe=public_recipe(run.recipe),
     )
 
 
-def front_matter(run: Run, license_name: str | None) -> dict[str, Any]:
+def public_name(name: str) -> str:
+    """How a card calls a model, a file or a folder: a hub id as it is, of a path the last part."""
+    return name if is_public(name) else short_name(name)
+
+
+def is_public(name: str) -> bool:
+    """Whether a name says the same on any machine: a hub id or a Python package."""
+    return name.startswith(PACKAGE_PREFIX) or (
+        bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+    )
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML, without the places where things lie on this machine."""
+    settings = recipe.model_dump(mode="json")
+    settings["teacher"]["model"] = public_name(recipe.teacher.model)
+    for name in ("text", "shards", "held_out"):
+        settings["data"][name] = [Path(source).name for source in settings["data"][name]]
+    if settings["data"]["stream"]:
+        stream = settings["data"]["stream"]
+        stream["dataset"] = public_name(stream["dataset"])
+        stream["data_files"] = [Path(file).name for file in stream["data_files"]]
+    settings["data"]["cache"] = None
+    text = yaml.safe_dump(settings, sort_keys=False).strip()
+    return text.replace("`" * 3, "~" * 3)
+
+
+def as_markdown(text: str) -> str:
+    """A text that Markdown shows as it is, on one line."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", line)
+
+
+def front_matter(run: Run, described: Description) -> dict[str, Any]:
     """What hubs read of a card. A teacher that is a folder or a package here is not named."""
     teacher, method = run.recipe.teacher, run.recipe.method.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if license_name:
-        front["license"] = license_name
-    if not teacher.model.startswith(PACKAGE_PREFIX) and not Path(teacher.model).exists():
+    if described.license:
+        front["license"] = described.license
+    if described.languages:
+        front["language"] = list(described.languages)
+    if not teacher.model.startswith(PACKAGE_PREFIX) and is_public(teacher.model):
         front["base_model"] = teacher.model
     front["tags"] = ["low-rank-clone" if method == "lrc" else method, "distillation"]
     return front

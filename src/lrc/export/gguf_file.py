@@ -25,11 +25,12 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lrc.errors import UserError
 from lrc.export.gguf_vocabulary import add_vocabulary
+from lrc.export.plain import check_range
 from lrc.families import Family, family_of
 from lrc.files import new_file
 from lrc.sections import TeacherSection
 from lrc.shapes import head_dim_of
-from lrc.teacher import load_model, short_name, teacher_license
+from lrc.teacher import describe_teacher, load_model, short_name
 
 FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,
@@ -39,6 +40,9 @@ FILE_TYPES = {
 }
 """The element types that can be written, with the file's own word for them."""
 
+TORCH_TYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+"""torch's element type of those that cannot hold every float32."""
+
 K_BLOCK = 256
 """Elements of a block of llama.cpp's K-quants."""
 
@@ -46,6 +50,8 @@ K_BLOCK = 256
 class Place(NamedTuple):
     """A tensor on its way into the file."""
 
+    name: str
+    """Its name in the model, for messages."""
     tensor: Tensor
     kind: Kind
     """The type that it is stored in."""
@@ -59,6 +65,7 @@ class Place(NamedTuple):
     def stored(self) -> np.ndarray[Any, Any]:
         """Its values as they are stored."""
         values = self.tensor.detach()
+        check_range([(self.name, values)], TORCH_TYPES.get(self.kind, torch.float32))
         if self.heads is not None:
             values = neighbours_from_halves(values, self.heads)
         return quantize(values.to("cpu", torch.float32).contiguous().numpy(), self.kind)
@@ -71,8 +78,10 @@ class About:
     name: str
     license: str | None = None
     base_model: str | None = None
-    """Hub id of the teacher."""
+    """Hub id of the teacher, or its name where it has none."""
     tags: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    """Of the text that the model writes, as the teacher's card names them."""
 
 
 def write_gguf(
@@ -111,7 +120,7 @@ def write_gguf(
             factors = _add_shape(writer, model)
             notes = add_vocabulary(writer, tokenizer, model.config.vocab_size)
             if factors is not None:
-                tensors["rope_freqs.weight"] = Place(factors, Kind.F32)
+                tensors["rope_freqs.weight"] = Place("rope_freqs", factors, Kind.F32)
             for name, place in tensors.items():
                 shape = place.shape()
                 byte = np.dtype(np.uint8)
@@ -139,7 +148,8 @@ def convert_to_gguf(
     errors are those of `write_gguf`.
     """
     model, tokenizer = load_model(name)
-    about = About(short_name(name), teacher_license(TeacherSection(model=name)))
+    described = describe_teacher(TeacherSection(model=name))
+    about = About(short_name(name), described.license, languages=described.languages)
     return write_gguf(model, tokenizer, path, kind or kind_of(model.dtype), about, progress)
 
 
@@ -164,7 +174,7 @@ def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tup
         if name is None or no_bias:
             raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
         module = path.rpartition(".")[0]
-        yield name, Place(parameter, _stored(parameter, kind), heads.get(module))
+        yield name, Place(path, parameter, _stored(parameter, kind), heads.get(module))
 
 
 def neighbours_from_halves(weight: Tensor, heads: int) -> Tensor:
@@ -195,14 +205,16 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
         name=about.name,
         license=about.license,
         tags=list(about.tags) or None,
+        languages=list(about.languages) or None,
         size_label=gguf.size_label(size, 0, 0, 0),
     )
     if about.base_model:
         organisation, _, name = about.base_model.rpartition("/")
-        url = f"https://huggingface.co/{about.base_model}"
-        metadata.base_models = [{"name": name, "repo_url": url}]
+        metadata.base_models = [{"name": name}]
         if organisation:
             metadata.base_models[0]["organization"] = organisation
+            url = f"https://huggingface.co/{about.base_model}"
+            metadata.base_models[0]["repo_url"] = url
     generation = model.generation_config
     if generation is not None and generation.do_sample:
         metadata.sampling_temp = generation.temperature

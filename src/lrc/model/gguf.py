@@ -102,6 +102,14 @@ def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     return settings, names
 
 
+def complete(config: Any, settings: Mapping[str, Any]) -> None:
+    """Write into a configuration what a file says of the width of a head, which transformers does
+    not read for all architectures."""
+    width = settings.get(f"{settings['general.architecture']}.attention.key_length")
+    if width and hasattr(config, "head_dim"):
+        config.head_dim = int(width)
+
+
 def check_settings(path: Path, settings: Mapping[str, Any], config: Any) -> None:
     """Refuse a file with settings that change the model and that transformers did not take.
 

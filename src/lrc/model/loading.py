@@ -1,5 +1,7 @@
 """Load a model's weights so that what comes out is what the files hold, or nothing does."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import PreTrainedModel as Model
+from transformers.utils import logging as transformers_logging
 
 from lrc.errors import UserError
 from lrc.families import family_of
@@ -30,6 +33,18 @@ weight leave 0.07; a head that was trained apart differs by more than 1."""
 
 COMPARED_ROWS = 4096
 """Rows of two matrices that are compared to tell."""
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """While the context is open, keep transformers' own progress bars out of ours."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
 
 
 @dataclass(frozen=True)
@@ -60,6 +75,7 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
     if not any_family:
         family_of(config.model_type)
     if files.gguf_path is not None and settings is not None:
+        gguf.complete(config, settings)
         gguf.check_settings(files.gguf_path, settings, config)
     return config
 
@@ -99,9 +115,11 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
             needs scales, or holds values that are not finite; or the files cannot be read.
     """
     skeleton = load_skeleton_of(files)
-    with reading(f"The model '{files.name}'", ACCEPTED):
+    # A GGUF file's own, since transformers does not read all of it.
+    config = load_config(files, any_family=True) if files.gguf else None
+    with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            files.folder, dtype=dtype, **files.options(), **options
+            files.folder, config=config, dtype=dtype, **files.options(), **options
         )
     model.eval()
     _refuse_not_finite(files, model)
@@ -149,7 +167,7 @@ def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTen
 
 def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
     """What transformers says of a folder's weights: missing, unexpected, and of another shape."""
-    with reading(f"The model '{files.name}'", ACCEPTED):
+    with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         _, found = AutoModelForCausalLM.from_pretrained(
             files.folder,
             device_map={"": "meta"},

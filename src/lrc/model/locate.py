@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lrc.errors import UserError
+from lrc.files import reading
 
 PACKAGE_PREFIX = "package:"
 
@@ -26,6 +27,8 @@ SETTINGS_FILES = (
     "README.md",
 )
 """Files of a hub repository that are needed beside the weights."""
+
+LFS_POINTER = b"version https://git-lfs"
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
@@ -103,6 +106,20 @@ def locate_locally(name: str) -> ModelFiles | None:
     if not HUB_ID.fullmatch(name) or (len(parts) > 1 and Path(parts[0]).is_dir()):
         raise UserError(f"There is no folder '{name}'; give an existing model folder or a hub id.")
     return None
+
+
+def refuse_pointer(path: Path) -> None:
+    """Refuse a file that Git LFS would replace by the real one.
+
+    Raises:
+        UserError: it is such a pointer, or cannot be read.
+    """
+    with reading(path, "check the file"), path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise UserError(
+                f"{path} is only a pointer of Git LFS, not the file itself: run `git lfs pull` in "
+                f"{path.parent}."
+            )
 
 
 def short_name(name: str) -> str:

@@ -12,8 +12,7 @@ from lrc.errors import UserError
 from lrc.families import family_of
 from lrc.files import read_json, reading
 from lrc.limits import check_size
-from lrc.model.locate import ModelFiles
-from lrc.model.stored import refuse_pointer
+from lrc.model.locate import ModelFiles, refuse_pointer
 
 LIMITS = {
     "hidden_size": 1 << 17,

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from lrc.errors import UserError
 from lrc.files import read_json, reading
-from lrc.model.locate import ModelFiles
+from lrc.model.locate import ModelFiles, refuse_pointer
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
-
-LFS_POINTER = b"version https://git-lfs"
 
 AGAIN = "download it again, or give another model"
 
@@ -53,20 +51,6 @@ def weight_files(files: ModelFiles) -> list[Path]:
             raise UserError(f"{path} is missing: {AGAIN}.")
         refuse_pointer(path)
     return found
-
-
-def refuse_pointer(path: Path) -> None:
-    """Refuse a file that Git LFS would replace by the real one.
-
-    Raises:
-        UserError: it is such a pointer, or cannot be read.
-    """
-    with reading(path, "check the file"), path.open("rb") as file:
-        if file.read(len(LFS_POINTER)) == LFS_POINTER:
-            raise UserError(
-                f"{path} is only a pointer of Git LFS, not the file itself: run `git lfs pull` in "
-                f"{path.parent}."
-            )
 
 
 def _of_folder(folder: Path) -> list[Path]:

@@ -10,8 +10,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from lrc.errors import UserError, reason
 from lrc.files import reading
 from lrc.limits import bounded
-from lrc.model.locate import ModelFiles
-from lrc.model.stored import refuse_pointer
+from lrc.model.locate import ModelFiles, refuse_pointer
 
 DESCRIPTION = "tokenizer.json"
 
@@ -36,6 +35,10 @@ PROBES = (
 
 TEMPLATE_SECONDS, TEMPLATE_GIB = 5, 1.0
 """What rendering a conversation may take: real templates take milliseconds."""
+
+
+class RefusedConversation(UserError):
+    """A chat template raised an error; the message is what it said."""
 
 
 def load_tokenizer_files(files: ModelFiles) -> Tokenizer:
@@ -91,7 +94,8 @@ def chat_text(
         generation_prompt: end with what begins the assistant's next turn.
 
     Raises:
-        UserError: there is no template, it refuses the conversation, or does not come to an end.
+        RefusedConversation: the template raises something for it.
+        UserError: there is no template, or it does not come to an end.
     """
     need_template(tokenizer)
     endless = (
@@ -106,7 +110,7 @@ def chat_text(
     except UserError:
         raise
     except Exception as error:  # whatever the template raises
-        raise UserError(f"The chat template refuses the conversation ({reason(error)}).") from error
+        raise RefusedConversation(reason(error)) from error
     return str(text)
 
 

@@ -4,11 +4,10 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lrc.files import new_file
+from lrc.report.pictures import as_label, save_picture
 
 PANELS = {
     "held_out_lm": "held-out LM loss (nats)",
@@ -44,8 +43,7 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     if teacher and "held_out_lm" in panels:
         grid[0].axhline(teacher[0], color="black", linestyle="--", label="teacher")
         grid[0].legend(fontsize="small")
-    with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
-        figure.savefig(temporary, format="png")
+    save_picture(figure, path)
 
 
 def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> None:
@@ -55,7 +53,7 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
     by_source = [(line["tokens"], line.get(f"{key}_by_source", {})) for line in metrics]
     for name in sorted({name for _, losses in by_source for name in losses}):
         points = [(tokens, losses[name]) for tokens, losses in by_source if name in losses]
-        axes.plot(*zip(*points, strict=True), linewidth=0.8, label=name)
+        axes.plot(*zip(*points, strict=True), linewidth=0.8, label=as_label(name))
     axes.set_title(title)
     axes.set_xlabel("training tokens")
     axes.grid(alpha=0.3)

@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 from lrc.errors import UserError
 from lrc.evaluate.sample import generate_text
-from lrc.files import write_text
+from lrc.files import reading, write_text
 from lrc.report import contents
 from lrc.report.charts import VARIABLES
 from lrc.report.evaluations import read_evaluations
@@ -45,9 +45,20 @@ def write_report(
     for run in runs:
         if not run.metrics():
             raise UserError(f"{run.folder} has no metrics yet; start or continue it first.")
-    stories = contents.read_stories(runs)
     progress("drawing")
-    values = {
+    folders = ", ".join(str(run.folder) for run in runs)
+    with reading(folders, "a file of a run may be damaged: restore it, or leave the run out"):
+        values = _values(runs, prompts, progress)
+    template = (resources.files("lrc.report") / "page.html").read_text(encoding="utf-8")
+    write_page(template, values, path)
+
+
+def _values(
+    runs: Sequence[Run], prompts: Sequence[str], progress: Callable[[str], None]
+) -> dict[str, Any]:
+    """What the template of the page takes."""
+    stories = contents.read_stories(runs)
+    return {
         "title": " · ".join(story.name for story in stories),
         "stories": stories,
         "colours": {story.name: colour_variable(story.colour) for story in stories},
@@ -65,8 +76,6 @@ def write_report(
         "evaluations": read_evaluations(runs),
         "samples": _samples(stories, prompts, progress),
     }
-    template = (resources.files("lrc.report") / "page.html").read_text(encoding="utf-8")
-    write_page(template, values, path)
 
 
 def write_page(template: str, values: dict[str, Any], path: Path) -> None:

@@ -12,7 +12,7 @@ from lrc.export.gguf_file import About, kind_of, write_gguf
 from lrc.export.plain import export_student
 from lrc.files import is_taken
 from lrc.run import Run
-from lrc.teacher import short_name, teacher_license
+from lrc.teacher import describe_teacher, short_name
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import best_effort
 from lrc.train.inputs import check_inputs
@@ -63,12 +63,14 @@ def export_run_gguf(
     """
     setup = _at_checkpoint(run, console)
     student, section = setup.method.student(), run.recipe.teacher
-    front = front_matter(run, teacher_license(section))
+    described = describe_teacher(section)
+    front = front_matter(run, described)
     about = About(
         f"{short_name(section.model)}-lrc-{student.config.hidden_size}",
-        front.get("license"),
-        front.get("base_model"),
+        described.license,
+        front.get("base_model", short_name(section.model)),
         tuple(front["tags"]),
+        described.languages,
     )
     kind = kind or kind_of(student.dtype)
     with phase(console, f"Writing {path}") as detail:

@@ -11,6 +11,7 @@ from rich.console import Console
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.errors import UserError
+from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.teacher import Teacher
@@ -21,7 +22,6 @@ from lrc.train.loop import Loop
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
-from lrc.train.trackers import check_installed
 
 NAMED_FILES = 5
 """Files of the text that are named one by one."""
@@ -49,21 +49,6 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
         )
     return time.perf_counter() - started, forward_seconds
-
-
-def need_whole_teacher(recipe: Recipe) -> None:
-    """Refuse to train with a teacher whose layers stay on the disk.
-
-    To be called before the folder of a new run is made, too.
-
-    Raises:
-        UserError: the recipe asks for that.
-    """
-    if recipe.teacher.load == "layers":
-        raise UserError(
-            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
-            "set teacher.load to full (of a run that has started, in recipe.yaml of its folder)."
-        )
 
 
 class Interrupted(Exception):

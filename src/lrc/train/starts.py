@@ -9,6 +9,7 @@ how the run goes on: tries of several learning rates begin from the same one.
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,16 +40,14 @@ class Starts:
             setup: the run before its first step.
             recipe: its recipe.
             seconds: those that the start took, and those of the teacher's layers alone.
-
-        Raises:
-            UserError: the disk is full.
         """
         if not setup.method.calibration_tokens():
             return  # solved in no time
         key = start_key(setup, recipe)
         setup.state.method = setup.method.state()
-        write_text(self.folder / key / SECONDS, json.dumps(seconds))
-        save_checkpoint(self.folder / key, setup.state, key, keep=1)
+        with suppress(UserError):  # another process keeps the same start, or the disk is full
+            write_text(self.folder / key / SECONDS, json.dumps(seconds))
+            save_checkpoint(self.folder / key, setup.state, key, keep=1)
 
     def fill(self, setup: Setup, recipe: Recipe) -> tuple[float, float] | None:
         """Bring a new run to the start that was kept for runs like it.
@@ -63,11 +62,11 @@ class Starts:
         try:
             header, tensors = read_checkpoint(path, key)
             solving, forward = json.loads((self.folder / key / SECONDS).read_text())
-        except (UserError, OSError, ValueError):
+            setup.method.load_state(header.get("method", {}))
+            setup.state = new_state(setup.method, recipe)
+            fill_parameters(setup.state, path, tensors)
+        except Exception:  # whatever a damaged start makes of it: it is solved again
             return None
-        setup.method.load_state(header.get("method", {}))
-        setup.state = new_state(setup.method, recipe)
-        fill_parameters(setup.state, path, tensors)
         return solving, forward
 
 

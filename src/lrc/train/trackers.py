@@ -5,7 +5,6 @@ written, and a run that is resumed goes on in the same log. Where a service send
 to its own environment variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_PROJECT, ...).
 """
 
-import importlib.util
 import json
 import os
 import secrets
@@ -14,7 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lrc.errors import UserError
-from lrc.files import write_text
+from lrc.files import read_json, write_text
 from lrc.methods.clone_pass import LAYERWISE
 from lrc.run import Run
 
@@ -30,20 +29,6 @@ class Tracker(Protocol):
 
     def close(self) -> None:
         """Send what is left."""
-
-
-def check_installed(names: Sequence[str]) -> None:
-    """Refuse trackers whose library is missing.
-
-    Raises:
-        UserError: one is not installed.
-    """
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"train.report_to names {name}, which is not installed: run "
-                f"`pip install 'low-rank-clone[{name}]'`, or leave it out."
-            )
 
 
 @contextmanager
@@ -162,4 +147,4 @@ def tracker_id(run: Run) -> str:
     path = run.folder / "trackers.json"
     if not path.is_file():
         write_text(path, json.dumps({"id": secrets.token_hex(4)}))
-    return str(json.loads(path.read_text())["id"])
+    return str(read_json(path, "remove it to begin a new log").get("id"))

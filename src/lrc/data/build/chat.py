@@ -62,14 +62,13 @@ def render(messages: list[dict[str, Any]], tokenizer: "Tokenizer") -> str:
         Malformed: the template refuses the conversation (two turns of the same role, say).
         UserError: the tokenizer has no chat template.
     """
-    from jinja2 import TemplateError
+    from lrc.model.tokenizer import RefusedConversation, chat_text
 
     if not messages:
         return ""
-    require_template(tokenizer)
     try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except TemplateError as error:
+        return chat_text(tokenizer, messages)
+    except RefusedConversation as error:
         raise Malformed(f"a conversation that the chat template refuses ({error})") from error
 
 
@@ -79,8 +78,12 @@ def require_template(tokenizer: "Tokenizer") -> None:
     Raises:
         UserError: it has none.
     """
-    if not tokenizer.chat_template:
+    from lrc.model.tokenizer import need_template
+
+    try:
+        need_template(tokenizer)
+    except UserError as error:
         raise UserError(
-            "The teacher's tokenizer has no chat template, which chat sources are rendered with; "
-            "name a teacher that has one (its instruct version), or leave these sources out."
-        )
+            f"Chat sources cannot be rendered: {error} Name a teacher that has one (its instruct "
+            "version), or leave these sources out."
+        ) from error

@@ -8,6 +8,7 @@ from typing import Any
 from lrc.data.build.pieces import missing_field
 from lrc.data.mix import Source
 from lrc.errors import UserError
+from lrc.hub import cache_alone_if_unreachable, no_way
 
 
 def load(source: Source, columns: set[str]) -> Any:
@@ -22,15 +23,16 @@ def load(source: Source, columns: set[str]) -> Any:
     """
     import datasets  # Slow to import, and most mixes do not need it.
 
+    problem = cache_alone_if_unreachable()
     name, config = source.hub, source.config
     options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
     try:
         data = datasets.load_dataset(name, config, **options)
     except Exception as error:  # `datasets` passes on whatever the network layers raise.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise UserError(
             f"The data set '{name}' (config {config}, split {source.split}) cannot be loaded "
-            f"({reason}); check its name, config and split, and the connection to the hub."
+            f"({no_way(problem, error)}); check its name, config and split, and the connection to "
+            "the hub."
         ) from error
     names = data.column_names
     if names is None:  # A streamed data set without a description shows them in its rows only.

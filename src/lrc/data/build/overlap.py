@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from lrc.data.build.words import Hashes, Words, hash_words, normalise
 from lrc.data.sources import JSONL_SUFFIXES
-from lrc.data.text_files import COMPRESSED_SUFFIXES, open_text
+from lrc.data.text_files import COMPRESSED_SUFFIXES, json_lines
 from lrc.errors import UserError
 from lrc.files import new_file, write_text
 
@@ -114,7 +114,7 @@ def write_index(sets: Path, words: int, folder: Path) -> dict[str, EvaluationSet
     for path in evaluation_files(sets):
         name = path.name.partition(".")[0]
         items = too_short = 0
-        for item in _items(path):
+        for _, item in json_lines(path):
             items += 1
             normal = [normalise(text) for text in _texts_of(item)]
             long = [" ".join(one) for one in normal if len(one) >= words]
@@ -159,17 +159,6 @@ def evaluation_files(sets: Path) -> list[Path]:
             "decontaminate.folder, one a set."
         )
     return files
-
-
-def _items(path: Path) -> Iterator[Any]:
-    with open_text(path) as file:
-        for number, line in enumerate(file, start=1):
-            if line.isspace():
-                continue
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}:{number} is not valid JSON ({error}); mend it.") from error
 
 
 def _texts_of(value: Any) -> Iterator[str]:

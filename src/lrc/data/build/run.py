@@ -12,13 +12,10 @@ themselves. A build that is killed at any moment and started again takes them up
 the same to the byte.
 """
 
-import fcntl
 import json
-import os
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -53,7 +50,7 @@ from lrc.data.shards import (
 )
 from lrc.data.sources import source_files
 from lrc.errors import UserError
-from lrc.files import disk_errors, is_taken, new_folder
+from lrc.files import disk_errors, hold, is_left_over, is_taken, new_folder, read_json, remove
 
 FORMAT = 2
 """Raise it whenever the same mix would give other shards: builds of another one cannot go on."""
@@ -84,10 +81,9 @@ def build_shards(
     space = Workspace(out / FOLDER)
     _check_place(space, plan, out)
     with disk_errors(out):
-        space.folder.mkdir(parents=True, exist_ok=True)
-        with _only_build(space):
-            _begin(space, plan, tokenizer)
+        with hold(space.folder, f"Another process is building {out}: wait for it."):
             _clear(space)
+            _begin(space, plan, tokenizer)
             with Pool(workers) as pool:
                 build = _Build(space, plan, out, pool, progress)
                 shards = build.run()
@@ -267,13 +263,14 @@ def _finished(plan: Plan, out: Path) -> Shards:
 def _check_place(space: Workspace, plan: Plan, out: Path) -> None:
     """Refuse a folder that is taken, or holds a stopped build of another plan."""
     if space.plan.is_file():
-        differences = _differences(json.loads(space.plan.read_text(encoding="utf-8")), plan)
+        found = read_json(space.plan, f"remove {out} to begin anew")
+        differences = _differences(found, plan)
         if differences:
             raise UserError(
                 f"{out} holds an unfinished build of another mix (other {', '.join(differences)}): "
                 "choose another folder, or remove it to begin anew."
             )
-    elif is_taken(out) and [path.name for path in out.iterdir()] != [FOLDER]:
+    elif is_taken(out, lambda name: name == FOLDER or is_left_over(name)):
         raise UserError(f"{out} already holds something: choose another folder for the shards.")
 
 
@@ -286,26 +283,6 @@ def _differences(found: dict[str, Any], plan: Plan) -> list[str]:
         changed = [k for k in wanted["mix"] if wanted["mix"][k] != found.get("mix", {}).get(k)]
         names[names.index("settings")] = f"settings: {' and '.join(changed)}"
     return names
-
-
-@contextmanager
-def _only_build(space: Workspace) -> Iterator[None]:
-    """Hold the workspace for this process.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    lock = os.open(space.folder / "lock", os.O_RDWR | os.O_CREAT)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"Another process is building {space.folder.parent}: wait for it."
-            ) from None
-        yield
-    finally:
-        os.close(lock)
 
 
 def _begin(space: Workspace, plan: Plan, tokenizer: Tokenizer) -> None:
@@ -325,5 +302,5 @@ def _begin(space: Workspace, plan: Plan, tokenizer: Tokenizer) -> None:
 def _clear(space: Workspace) -> None:
     """Remove what a killed build was in the middle of writing."""
     space.clear_copies()
-    for path in space.folder.rglob(".*.tmp"):
-        path.unlink()
+    for path in list(space.folder.rglob(".*.tmp")):
+        remove(path)

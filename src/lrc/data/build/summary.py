@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -17,6 +16,7 @@ from lrc.data.build.unit import Count
 from lrc.data.build.workspace import Workspace
 from lrc.data.mix import Mix, Source
 from lrc.files import new_file, write_text
+from lrc.report.pictures import as_label, save_picture
 
 SUMMARY = "summary.json"
 PICTURE = "summary.png"
@@ -106,9 +106,8 @@ def write_summary(space: Workspace, out: Path, summary: dict[str, Any]) -> None:
         with new_file(out / OVERLAPS) as temporary:
             temporary.write_bytes(space.overlaps.read_bytes())
     figure = draw(summary)
-    with new_file(out / PICTURE) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
-        # Without the version of matplotlib in it, the same summary gives the same file.
-        figure.savefig(temporary, format="png", metadata={"Software": None})
+    # Without the version of matplotlib in it, the same summary gives the same file.
+    save_picture(figure, out / PICTURE, metadata={"Software": None})
 
 
 def tables(summary: dict[str, Any]) -> list[Table]:
@@ -167,7 +166,7 @@ def _draw_shares(axes: Axes, summary: dict[str, Any]) -> None:
     for shift, key, label in ((-0.2, "share_asked", "asked"), (0.2, "share", "got")):
         shares = [100 * summary["sources"][name][key] for name in names]
         axes.barh(places + shift, shares, height=0.4, label=label)
-    axes.set_yticks(places, names)
+    axes.set_yticks(places, [as_label(name) for name in names])
     axes.invert_yaxis()
     axes.set_xlabel("% of the training tokens")
     axes.set_title(f"mix: {summary['tokens']['train']:,} training tokens")
@@ -177,7 +176,7 @@ def _draw_shares(axes: Axes, summary: dict[str, Any]) -> None:
 def _draw_lengths(axes: Axes, summary: dict[str, Any]) -> None:
     edges = summary["length_histogram"]["from_tokens"]
     for name, counts in summary["length_histogram"]["documents"].items():
-        axes.stairs(counts, [*edges, 2 * edges[-1]], label=name)
+        axes.stairs(counts, [*edges, 2 * edges[-1]], label=as_label(name))
     axes.set_xscale("log", base=2)
     axes.set_xlabel("tokens of a document")
     axes.set_ylabel("documents")
@@ -195,7 +194,7 @@ def _draw_steps(axes: Axes, summary: dict[str, Any]) -> None:
     places = np.arange(len(rows))
     axes.barh(places, [row[2] for row in rows], color="lightgrey", label="in")
     axes.barh(places, [row[1] for row in rows], label="out")
-    axes.set_yticks(places, [row[0] for row in rows])
+    axes.set_yticks(places, [as_label(row[0]) for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("documents")
     axes.set_title("steps that dropped documents")

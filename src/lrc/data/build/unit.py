@@ -158,7 +158,9 @@ class Worker:
         if any(source.chat for source in self.plan.mix.sources.values()):
             from transformers import AutoTokenizer  # Brings torch along: 200 MB.
 
-            self.chat = AutoTokenizer.from_pretrained(space.tokenizer)
+            self.chat = AutoTokenizer.from_pretrained(
+                space.tokenizer, local_files_only=True, trust_remote_code=False
+            )
 
     def process(self, unit: Unit) -> None:
         """Write the result of a unit.

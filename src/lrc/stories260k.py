@@ -1,6 +1,6 @@
 """stories260K, a real trained Llama of 260 thousand parameters, as a transformers model folder.
 
-    python scripts/stories260k.py SOURCE FOLDER
+    python -m lrc.stories260k SOURCE FOLDER
 
 writes the model and its tokenizer, and `stories.jsonl` with stories that the model tells itself:
 text of its own domain, for comparisons small enough to run anywhere (docs/compare.md). SOURCE holds
