@@ -87,13 +87,13 @@ def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
     """A model of a teacher's class as transformers starts it, for a student's weights.
 
     Device, attention implementation and generation config are the teacher's; the element type is
-    too, but float32 at least.
+    too, but float32 at least. It is in evaluation mode, and stays so in training.
     """
     model = type(source)(config)
     model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
     model.set_attn_implementation(source.config._attn_implementation)
     model.generation_config = copy.deepcopy(source.generation_config)
-    return model
+    return model.eval()  # a dropout in the configuration is not the student's
 
 
 def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:

@@ -138,7 +138,7 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
         path = Path(source).expanduser()
         if source == STDLIB_DOCS:
             expanded.append(TextSource("stdlib", path))
-        elif not path.exists() and (matches := sorted(glob.glob(str(path), recursive=True))):
+        elif not path.exists() and (matches := _matches(source, path)):
             expanded.extend(expand_sources(matches, held_out))
         elif not path.exists():
             raise UserError(
@@ -155,6 +155,11 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
                 raise UserError(f"{what} '{source}' holds no text that can be read; {_accepted()}.")
             expanded.extend(found)
     return expanded
+
+
+def _matches(source: str, path: Path) -> list[str]:
+    """What a pattern matches; nothing where the source is none."""
+    return sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(source) else []
 
 
 def left_out(sources: Sequence[str]) -> list[Path]:
@@ -207,6 +212,8 @@ def _expand(path: Path, held_out: bool, above: tuple[Path, ...] = ()) -> Iterato
                 if not entry.name.startswith(".") and not _is_no_text(entry, held_out):
                     yield from _expand(entry, held_out, (*above, path.resolve()))
         return
+    if not path.is_file():
+        return  # a pipe would be waited for, a link to nothing cannot be read
     name = path.name.lower()
     if name.endswith(PARQUET_SUFFIX):
         yield TextSource("parquet", path)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lrc.families import Family
 from lrc.sections import Checkpointing
@@ -33,7 +34,11 @@ def recompute(student: PreTrainedModel, how: Checkpointing) -> None:
     if how == "elementwise":
         options["context_fn"] = keep_products
     student.activation_checkpointing_enable(options)
-    student.train()  # transformers recomputes in training mode only
+    for module in student.modules():
+        # transformers recomputes layers that are in training mode; what is in them, dropouts above
+        # all, stays in evaluation mode.
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

@@ -19,7 +19,7 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import (
     convert_gguf_tokenizer,
     get_gguf_tokenizer,
 )
-from transformers.integrations.gguf.reader import read_gguf_metadata
+from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import (
     GGUF_TO_TRANSFORMERS_MAPPING,
     TENSOR_PROCESSORS,
@@ -47,8 +47,14 @@ SIZES = {
 }
 """Settings of a file and what transformers calls them."""
 
-NEEDED = ("embedding_length", "block_count", "attention.head_count", "feed_forward_length")
-"""Settings for which transformers would put a default of its own."""
+NEEDED = (
+    "embedding_length",
+    "block_count",
+    "attention.head_count",
+    "feed_forward_length",
+    "attention.layer_norm_rms_epsilon",
+)
+"""Settings for which transformers would put a default of its own, where it reads them at all."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -83,6 +89,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """
     with reading(path, ADVICE):
         settings, names = read_gguf_metadata(str(path))
+    _refuse_cut(path)
     parts = settings.get("split.count", 0)
     if parts and parts > 1:
         raise UserError(
@@ -100,6 +107,22 @@ def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     if problems:
         raise UserError(f"{path} cannot be a model's ({'; '.join(problems)}): {ADVICE}.")
     return settings, names
+
+
+def _refuse_cut(path: Path) -> None:
+    """Refuse a file that ends before its tensors do.
+
+    Raises:
+        UserError: so it does.
+    """
+    try:
+        header = GgufHeader.from_file(str(path))
+    except Exception:
+        return  # of an element type that transformers cannot count: reading will tell
+    ends = {t.name: header.data_start + t.offset + t.nbytes for t in header.tensors}
+    beyond = [name for name, end in ends.items() if end > path.stat().st_size]
+    if beyond:
+        raise UserError(f"{path} is cut off: it ends before its tensor {beyond[0]} does; {ADVICE}.")
 
 
 def complete(config: Any, settings: Mapping[str, Any]) -> None:
@@ -124,6 +147,13 @@ def check_settings(path: Path, settings: Mapping[str, Any], config: Any) -> None
     architecture = settings["general.architecture"]
     mapping = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(config.model_type, {})
     taken = {name for name, ours in mapping.items() if ours} | set(UNREAD) | set(SIZES)
+    lacking = [
+        f"{architecture}.{name}"
+        for name in NEEDED
+        if name in mapping and f"{architecture}.{name}" not in settings
+    ]
+    if lacking:
+        raise UserError(f"{path} lacks the settings {', '.join(lacking)}: {ADVICE}.")
     left_out = []
     for key, value in settings.items():
         name = key.removeprefix(f"{architecture}.")
@@ -186,10 +216,10 @@ def check_tensors(
     return missing, surplus, mismatched
 
 
-SMOLLM = "smollm"
-"""A rule that transformers lacks: digits one by one, then as GPT-2's."""
+DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
+"""Names of a rule that transformers lacks: digits one by one, then as GPT-2's."""
 
-AS_GPT2 = ("gpt-2", "gpt2", "default", None)
+AS_GPT2 = ("gpt-2", "phi-2", "olmo", "mpt")
 """Names of the rule of GPT-2, which transformers takes for whatever it does not know."""
 
 
@@ -205,14 +235,18 @@ def read_tokenizer(path: Path) -> Tokenizer:
         rule = described.get("pre_tokenizer_type")
         backend, _ = convert_gguf_tokenizer(architecture, described)
     byte_level = described.get("tokenizer_type") == "gpt2"
-    if byte_level and rule not in (*GGUF_PRE_TOKENIZER_SPLITS, SMOLLM, *AS_GPT2):
+    known = rule in (*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS_APART, *AS_GPT2)
+    if byte_level and not known and architecture != "gpt2":
+        what = "names no rule by which it splits text (tokenizer.ggml.pre)"
+        if rule:
+            what = f"splits text by the rule '{rule}', which transformers has no form of"
         raise UserError(
-            f"{path} splits text by the rule '{rule}', which transformers has no form of, so its "
-            "tokens would be others: give the model's safetensors folder with its tokenizer.json."
+            f"{path} {what}, so its tokens would be others: give the model's safetensors folder "
+            "with its tokenizer.json."
         )
     with reading(path, ADVICE):
         backend = _own_vocabulary(backend, len(described["tokens"]))
-        if rule == SMOLLM:
+        if rule in DIGITS_APART:
             backend.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Digits(individual_digits=True),

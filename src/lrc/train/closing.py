@@ -126,7 +126,7 @@ def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     """Greedy continuations of the start of the held-out text by both models."""
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
-    prompt = tokenizer.decode(start)
+    prompt = tokenizer.decode(start, skip_special_tokens=True)
     theirs = "(not written: teacher.load is layers, and every token would read the whole model)"
     if not teacher.on_disk:
         theirs = continue_tokens(teacher.model, tokenizer, start.tolist(), SAMPLE_TOKENS)

@@ -1,0 +1,89 @@
+"""Model folders and GGUF files to damage."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, GGUFValueType, GGUFWriter
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gguf_helpers import PADDING_ROWS, byte_level_bpe
+from tiny import tiny_teacher
+
+WEIGHTS = "model.safetensors"
+
+Weights = dict[str, Tensor]
+
+
+def save_model(folder: Path, family: str = "llama", tied: bool = False, **changes: Any) -> Path:
+    """A tiny model with a byte-level tokenizer, as transformers saves it."""
+    tokenizer = byte_level_bpe()
+    rows = len(tokenizer) + PADDING_ROWS
+    teacher = tiny_teacher(family, tied, dtype=torch.float32, vocab_size=rows, **changes)
+    teacher.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder: Path, change: Callable[[Weights], Weights]) -> Path:
+    """Write a folder's weights anew."""
+    weights = change(load_file(folder / WEIGHTS))
+    save_file(
+        {name: value.contiguous() for name, value in weights.items()},
+        folder / WEIGHTS,
+        {"format": "pt"},
+    )
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> Path:
+    """Change entries of a JSON file; `...` removes one."""
+    values = json.loads(path.read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not ...}
+    path.write_text(json.dumps(kept))
+    return path.parent
+
+
+def rewrite_gguf(
+    source: Path,
+    path: Path,
+    settings: Mapping[str, Any] = {},
+    without: Sequence[str] = (),
+    tensors: Mapping[str, Any] = {},
+) -> Path:
+    """A GGUF file with other settings and tensors.
+
+    Args:
+        source: the file to change.
+        path: where it is written.
+        settings: settings that are set.
+        without: settings and tensors that are left out.
+        tensors: tensors that are added.
+    """
+    read = GGUFReader(source)
+    writer = GGUFWriter(path, read.fields["general.architecture"].contents())
+    kinds = {str: GGUFValueType.STRING, int: GGUFValueType.UINT32, float: GGUFValueType.FLOAT32}
+    for name, field in read.fields.items():
+        fixed = name.startswith("GGUF.") or name == "general.architecture"
+        if fixed or name in without or name in settings:
+            continue
+        if field.types[0] == GGUFValueType.ARRAY:
+            writer.add_array(name, field.contents())
+        else:
+            writer.add_key_value(name, field.contents(), field.types[0])
+    for name, value in settings.items():
+        writer.add_key_value(name, value, kinds[type(value)])
+    for tensor in read.tensors:
+        if tensor.name not in without:
+            writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
+    for name, value in tensors.items():
+        writer.add_tensor(name, np.asarray(value, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
