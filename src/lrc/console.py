@@ -15,6 +15,9 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+WIDEST = 10_000
+"""Columns of a terminal on which any table has room."""
+
 
 class TextConsole(Console):
     """A rich console that takes text as text, and goes on where nobody reads it any more."""
@@ -40,7 +43,8 @@ class TextConsole(Console):
     def _whole(self, table: Table) -> Table | Text:
         if not self.is_terminal:
             return Text("\n".join(markdown_lines(table)))
-        if Measurement.get(self, self.options, table).minimum <= self.width:
+        wide = self.options.update(max_width=WIDEST)
+        if Measurement.get(self, wide, table).minimum <= self.width:
             return table
         return Text("\n".join(list_lines(table)))
 

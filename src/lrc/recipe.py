@@ -198,6 +198,8 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
     Raises:
         UserError: a setting is unknown, missing or out of range; all mistakes are in the message.
     """
+    if null := [key for key, value in flatten({"": settings}).items() if "\0" in str(value)]:
+        raise UserError(f"{what} has mistakes: '{null[0].strip('.')}' holds a null character.")
     try:
         return kind.model_validate(settings)
     except ValidationError as error:

@@ -81,12 +81,17 @@ class Run:
         run does not begin, nothing is left of its folder.
 
         Raises:
-            UserError: another process is training it.
+            UserError: another process is training it, or another run was begun in its folder.
         """
         new = not self.folder.exists()
         held = f"Another process is working on {self.folder}: wait for it, or stop it first."
         with hold(self.folder, held):
             try:
+                if (
+                    is_run(self.folder)
+                    and load_recorded_recipe(self.folder / RECIPE) != self.recipe
+                ):
+                    raise self._taken()
                 for folder in (self.folder, self.checkpoints):
                     remove_left_overs(folder)
                 yield
@@ -102,11 +107,9 @@ class Run:
             Whether the run is new.
 
         Raises:
-            UserError: another run was begun in the folder meanwhile, or the disk is full.
+            UserError: the disk is full.
         """
         if is_run(self.folder):
-            if load_recorded_recipe(self.folder / RECIPE) != self.recipe:
-                raise self._taken()
             return False
         from lrc.environment import describe_environment
 

@@ -87,7 +87,7 @@ class InitialiseSection(Section):
     std: float = Field(0.02, gt=0)
     """Standard deviation of the random start."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
     """Seed of the random start."""
 
     calibration_tokens: int = Field(16_384, gt=0)
@@ -95,7 +95,7 @@ class InitialiseSection(Section):
     residual streams are in temporary files where they take more than 1 GiB
     (docs/initialise.md)."""
 
-    refine_epochs: int = Field(2, ge=0)
+    refine_epochs: int = Field(2, ge=0, le=1000)
     """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
     of the layers by gradients, and as many for the second half with the head; 0 solves everything
     by least squares alone, in half the time, and starts less far ahead."""
@@ -211,7 +211,7 @@ class DataSection(Section):
     """Whether special tokens that are written out in the text (`</s>`, `<|im_start|>`) become the
     control tokens themselves. Off: they are text like any other, whoever wrote them there."""
 
-    sequence_length: int = Field(256, ge=8)
+    sequence_length: int = Field(256, ge=8, le=1 << 24)
     """Tokens of a training sequence."""
 
     document_mask: bool = False
@@ -236,10 +236,10 @@ class TrainSection(Section):
     tokens: int = Field(1_000_000, gt=0)
     """Training tokens in all; rounded up to whole steps."""
 
-    micro_batch: int = Field(8, gt=0)
+    micro_batch: int = Field(8, gt=0, le=1 << 16)
     """Sequences of a forward pass."""
 
-    accumulate: int = Field(1, gt=0)
+    accumulate: int = Field(1, gt=0, le=1 << 20)
     """Forward passes of an optimiser step."""
 
     learning_rate: float = Field(1e-4, gt=0)
@@ -268,7 +268,7 @@ class TrainSection(Section):
     the median over the micro-batch's tokens; a sequence's first token is spared. 0 turns it off, as
     in the paper."""
 
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
     """Seed of the order of the data."""
 
     device: str = "auto"

@@ -29,8 +29,8 @@ def parse_yaml(text: str) -> Any:
         UserError: it is not YAML, a key stands twice in a mapping, or aliases make it huge or
             endless; the message is the middle of a sentence.
     """
-    loader = yaml.SafeLoader(text)
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -42,8 +42,6 @@ def parse_yaml(text: str) -> Any:
     except (yaml.YAMLError, RecursionError, ValueError, TypeError) as error:
         where = " ".join(str(error).split()) if isinstance(error, yaml.YAMLError) else reason(error)
         raise UserError(where) from error
-    finally:
-        loader.dispose()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -1,0 +1,532 @@
+"""A run's folder: damaged, shared, killed at any moment, and continued with other inputs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+import lrc as package
+from command_line import Command
+from lrc.console import TextConsole
+from lrc.errors import UserError
+from lrc.files import hold
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from lrc.train import closing, train
+from lrc.train import session as session_module
+from lrc.train.checkpoint import list_checkpoints, read_checkpoint
+from lrc.train.export_run import export_run
+from lrc.train.session import initialise_only
+from model_files import edit_json, edit_weights, save_model
+from test_model_files import SHORT, text_of
+from tiny import tiny_teacher
+from tiny_runs import go, new_run
+
+QUIET = TextConsole(quiet=True)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of ten steps that has ended, with checkpoints of steps 9 and 10."""
+    run = new_run(tmp_path_factory.mktemp("ended"))
+    go(run)
+    return run
+
+
+@pytest.fixture
+def cut_off(ended: Run, tmp_path: Path) -> Run:
+    """The same run as if it had been killed after step 9 was kept."""
+    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
+    shutil.rmtree(folder / "checkpoints" / "step-00000010")
+    shutil.rmtree(folder / "student")
+    (folder / "summary.json").unlink()
+    return Run.open(folder)
+
+
+def weights(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.student_folder / "model.safetensors")
+
+
+def same(a: Run, b: Run) -> bool:
+    return all(torch.equal(value, weights(b)[name]) for name, value in weights(a).items())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+# Checkpoints
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.floats(0, 1), st.integers(0, 7), st.sampled_from(["checkpoint.json", "state.safetensors"])
+)
+def test_any_flipped_bit_of_a_checkpoint_is_noticed(
+    ended: Run, tmp_path: Path, place: float, bit: int, name: str
+) -> None:
+    source = ended.checkpoints / "step-00000010"
+    folder = tmp_path / "step-00000010"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(source, folder)
+    data = bytearray((folder / name).read_bytes())
+    data[int(place * (len(data) - 1))] ^= 1 << bit
+    before = read_checkpoint(source, ended.recipe.fingerprint())[0]
+    (folder / name).write_bytes(data)
+    try:
+        header = read_checkpoint(folder, ended.recipe.fingerprint())[0]
+    except UserError:
+        return
+    # White space, and an escape that means the same, change nothing.
+    assert header == before
+
+
+def edit_header(run: Run, number: int, **changes: Any) -> None:
+    edit_json(run.checkpoints / f"step-{number:08d}" / "checkpoint.json", **changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"step": 3}, {"step": "x"}, {"scheduler": {}}, {"text": {"identity": "x"}}, {"format": ...},
+     {"checksum": ...}, {"sha256": None}],
+)  # fmt: skip
+def test_an_edited_header_falls_back_to_the_checkpoint_before(
+    ended: Run, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
+    shutil.rmtree(folder / "student")
+    run = Run.open(folder)
+    edit_header(run, 10, **changes)
+    go(run)
+    assert same(run, ended)
+
+
+def test_no_checkpoint_that_can_be_used_is_a_sentence(ended: Run, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
+    (folder / "summary.json").unlink()
+    run = Run.open(folder)
+    for step in (9, 10):
+        edit_header(run, step, step=1)
+    with pytest.raises(UserError, match=r"No checkpoint of .* can be used"):
+        go(run)
+    (run.checkpoints / "step-junk").mkdir()
+    (run.checkpoints / ".step-00000011.abcdefabcdef.tmp").mkdir()
+    assert len(list_checkpoints(run.checkpoints)) == 2
+
+
+def test_a_checkpoint_is_there_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill in the first step loses no start that took long to solve."""
+    run = new_run(tmp_path)
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrc.train.loop.Loop._step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            go(run)
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "start", lambda *_: pytest.fail("solved again"))
+        go(Run.open(run.folder))
+    whole = new_run(tmp_path, name="whole")
+    go(whole)
+    assert same(run, whole)
+
+
+def test_a_run_without_a_checkpoint_says_that_it_starts_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(tmp_path)
+    go(run)
+    shutil.rmtree(run.checkpoints)
+    shutil.rmtree(run.student_folder)
+    train(Run.open(run.folder), TextConsole(width=300), tiny_teacher("llama"))
+    assert "has no checkpoint yet: it starts over" in capsys.readouterr().out
+    whole = new_run(tmp_path, name="whole")
+    go(whole)
+    assert same(run, whole)
+    assert [line["step"] for line in run.metrics()] == list(range(11))
+
+
+@pytest.mark.parametrize(("minutes", "kept"), [(1e-9, 11), (0, 2), (60, 2)])
+def test_checkpoints_come_by_time_too(tmp_path: Path, minutes: float, kept: int) -> None:
+    run = new_run(tmp_path, checkpoint_every=1000, keep_checkpoints=100, checkpoint_minutes=minutes)
+    go(run)
+    steps = [int(path.name[5:]) for path in list_checkpoints(run.checkpoints)]
+    assert {0, 10} <= set(steps)
+    assert len(steps) == kept
+
+
+# Inputs
+
+
+@pytest.fixture(scope="module")
+def by_name(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run whose teacher is a folder, ended."""
+    folder = tmp_path_factory.mktemp("by-name")
+    save_model(folder / "teacher")
+    recipe = make_recipe(
+        {
+            "teacher": {"model": str(folder / "teacher")},
+            "student": {"hidden_size": 8},
+            "data": {"text": [str(text_of(folder))], "cache": str(folder / "cache")},
+        },
+        SHORT,
+    )
+    run = Run.create(folder / "run", recipe)
+    train(run, QUIET)
+    return run
+
+
+def scaled(name: str) -> Callable[[Path], object]:
+    return lambda teacher: edit_weights(
+        teacher, lambda w: {n: v * (1.5 if n == name else 1) for n, v in w.items()}
+    )
+
+
+def retokenized(teacher: Path) -> None:
+    description = json.loads((teacher / "tokenizer.json").read_text())
+    description["model"]["merges"].pop()
+    (teacher / "tokenizer.json").write_text(json.dumps(description))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "weight": (scaled("model.layers.0.mlp.up_proj.weight"), "model.layers.0.mlp.up_proj.weight"),
+    "configuration": (
+        lambda teacher: edit_json(teacher / "config.json", rms_norm_eps=0.1),
+        "the teacher's configuration",
+    ),
+    "tokenizer": (retokenized, "the tokenizer"),
+    "text": (
+        lambda teacher: (teacher.parent / "text.txt").write_text("Another text. " * 9000),
+        "the text",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_other_inputs_do_not_continue_a_run(by_name: Run, tmp_path: Path, name: str) -> None:
+    change, words = CHANGES[name]
+    shutil.copytree(by_name.folder.parent, tmp_path / "all")
+    folder = tmp_path / "all" / "run"
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "student")
+    (folder / "summary.json").unlink()
+    recipe = by_name.recipe.model_dump(mode="json")
+    recipe["teacher"]["model"] = str(tmp_path / "all" / "teacher")
+    recipe["data"] |= {"text": [str(tmp_path / "all" / "text.txt")], "cache": str(tmp_path / "c")}
+    run = Run(folder, make_recipe(recipe))
+    (folder / "recipe.yaml").write_text(run.recipe.to_yaml())
+    change(tmp_path / "all" / "teacher")
+    before = content(folder)
+    with pytest.raises(UserError, match="began with other inputs") as error:
+        train(run, QUIET)
+    assert words in str(error.value)
+    assert content(folder) == before
+
+
+def test_moved_and_touched_inputs_are_the_same(by_name: Run, tmp_path: Path) -> None:
+    """It is the content that counts, not where it lies or when it was written."""
+    shutil.copytree(by_name.folder.parent, tmp_path / "all")
+    folder = tmp_path / "all" / "run"
+    shutil.rmtree(folder / "checkpoints")
+    shutil.rmtree(folder / "student")
+    recipe = by_name.recipe.model_dump(mode="json")
+    recipe["teacher"]["model"] = str(tmp_path / "all" / "teacher")
+    recipe["data"] |= {"text": [str(tmp_path / "all" / "text.txt")], "cache": str(tmp_path / "c")}
+    run = Run(folder, make_recipe(recipe))
+    (folder / "recipe.yaml").write_text(run.recipe.to_yaml())
+    os.utime(tmp_path / "all" / "text.txt", ns=(0, 0))
+    train(run, QUIET)
+    assert same(run, by_name)
+
+
+def test_a_changed_teacher_exports_nothing(by_name: Run, tmp_path: Path) -> None:
+    teacher = Path(by_name.recipe.teacher.model)
+    kept = tmp_path / "kept"
+    shutil.copytree(teacher, kept)
+    try:
+        scaled("model.norm.weight")(teacher)
+        with pytest.raises(UserError, match=r"the teacher's model\.norm\.weight"):
+            export_run(by_name, tmp_path / "out", QUIET)
+        assert not (tmp_path / "out").exists()
+    finally:
+        shutil.rmtree(teacher)
+        shutil.copytree(kept, teacher)
+    export_run(by_name, tmp_path / "out", QUIET)
+
+
+def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
+    by_name: Run, tmp_path: Path
+) -> None:
+    cache = Path(str(by_name.recipe.data.cache))
+    (file,) = cache.glob("*/train.bin")
+    data = file.read_bytes()
+    file.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
+    shutil.rmtree(by_name.student_folder)
+    train(Run.open(by_name.folder), QUIET)
+    assert file.read_bytes() == data
+
+
+# One process at a time, and runs that have ended
+
+
+def test_only_one_process_trains_a_run(cut_off: Run, lrc: Command) -> None:
+    before = content(cut_off.folder)
+    with hold(cut_off.folder, "held"):
+        code, _, errors = lrc("resume", cut_off.folder)
+    assert code == 2
+    assert "Another process is working on" in errors
+    assert content(cut_off.folder) == before
+
+
+def test_a_run_that_has_ended_is_left_alone(ended: Run, lrc: Command) -> None:
+    before = content(ended.folder)
+    code, output, _ = lrc("resume", ended.folder)
+    assert code == 0
+    assert "has ended" in output
+    assert content(ended.folder) == before
+
+
+@pytest.mark.parametrize("damage", ["{}", "junk", "[]", '{"tokens": null}'])
+def test_a_damaged_summary_is_written_again(ended: Run, tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
+    (folder / "summary.json").write_text(damage)
+    run = Run.open(folder)
+    go(run)
+    ours, theirs = run.summary(), ended.summary()
+    assert ours["student_held_out_lm"] == theirs["student_held_out_lm"]
+    assert same(run, ended)
+
+
+# Metrics
+
+NO_LINES = b"{", b"", b"\xff\xfe", b"[1]", b'{"x": 1}', b"[" * 9999
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.integers(0, 9), st.sampled_from([b"{", b"", b"\xff\xfe", b"[1]", b'{"x": 1}', b"[" * 9999])
+)
+def test_a_damaged_line_of_the_metrics_costs_that_line_alone(
+    ended: Run, tmp_path: Path, number: int, damage: bytes
+) -> None:
+    folder = tmp_path / "run"
+    shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(ended.folder, folder)
+    run = Run.open(folder)
+    lines = run.metrics_file.read_bytes().splitlines()
+    lines[number] = damage
+    whole = b"\n".join(lines) + b"\n"
+    run.metrics_file.write_bytes(whole)
+    kept = [line["step"] for line in run.metrics()]
+    assert kept == [step for step in range(11) if step != number]
+    aside = run.keep_metrics_until(9)
+    assert aside is not None
+    assert aside.read_bytes() == whole
+    assert [line["step"] for line in run.metrics()] == kept[:-1]
+    assert run.keep_metrics_until(9) is None
+
+
+def test_the_last_line_may_be_cut_short(cut_off: Run) -> None:
+    data = cut_off.metrics_file.read_bytes()
+    cut_off.metrics_file.write_bytes(data[:-20])
+    assert cut_off.keep_metrics_until(10) is None
+    assert [line["step"] for line in cut_off.metrics()] == list(range(10))
+
+
+def test_a_resumed_run_says_what_it_left_out(
+    cut_off: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = cut_off.metrics_file.read_text().splitlines()
+    lines[4] = "{"
+    cut_off.metrics_file.write_text("\n".join(lines) + "\n")
+    train(cut_off, TextConsole(width=300), tiny_teacher("llama"))
+    assert "metrics.damaged-1.jsonl" in capsys.readouterr().out
+    steps = [line["step"] for line in cut_off.metrics()]
+    assert steps == [step for step in range(11) if step != 4]
+
+
+# Folders
+
+
+def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, lrc: Command) -> None:
+    """So that the corrected command can be given again."""
+    save_model(tmp_path / "teacher")
+    text = text_of(tmp_path)
+    out = tmp_path / "runs" / "mine"
+    good = {"--teacher": tmp_path / "teacher", "--hidden-size": 8, "--text": text, "--out": out}
+    more = [f"--set={key}={value}" for key, value in SHORT.items()]
+    for change, command in (
+        ({"--teacher": tmp_path / "none"}, "train"),
+        ({"--hidden-size": 7}, "train"),
+        ({"--hidden-size": 99}, "init"),
+        ({"--text": tmp_path / "none.txt"}, "train"),
+        ({"--text": tmp_path / "teacher" / "config.json"}, "train"),
+    ):
+        arguments = [part for pair in (good | change).items() for part in pair]
+        code, _, errors = lrc(command, *arguments, *more)
+        assert code == 2, errors
+        assert not out.exists()
+    code, _, errors = lrc("train", *(p for pair in good.items() for p in pair), *more)
+    assert code == 0, errors
+
+
+def test_a_folder_of_a_run_that_never_began_is_free(tmp_path: Path) -> None:
+    """A kill between making the folder and writing the recipe."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "environment.json").write_text("{}")
+    (folder / ".lock").touch()
+    (folder / ".recipe.yaml.0123456789ab.tmp").write_text("half")
+    go(new_run(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "precious").write_text("data")
+    with pytest.raises(UserError, match="already exists"):
+        new_run(tmp_path, name="other")
+
+
+def test_a_run_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    run = new_run(tmp_path)
+    monkeypatch.chdir(tmp_path / "here")
+    here = Run.create(".", run.recipe)
+    go(here)
+    assert (tmp_path / "here" / "student" / "model.safetensors").is_file()
+
+
+def test_another_run_begun_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+    first, second = new_run(tmp_path), new_run(tmp_path, seed=5)
+    go(first)
+    before = content(first.folder)
+    with pytest.raises(UserError, match="already exists"):
+        go(second)
+    assert content(first.folder) == before
+
+
+# Nothing beside the weights costs a student
+
+
+@pytest.mark.parametrize("broken", ["model_card", "samples", "draw_curves"])
+def test_what_is_not_the_weights_costs_no_student(
+    ended: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("cannot")
+
+    monkeypatch.setattr(closing, broken, fails)
+    run = new_run(tmp_path)
+    train(run, TextConsole(width=300), tiny_teacher("llama"))
+    assert "could not be made (cannot); the student is complete" in capsys.readouterr().out
+    assert same(run, ended)
+    assert run.summary()["student_held_out_lm"] == ended.summary()["student_held_out_lm"]
+    package.Run.open(run.folder).student()
+
+
+@pytest.mark.parametrize(
+    "card", ["---\n: [\n---\n", "---\nlicense: [a]\n---\n", "\xff", "---\n- a\n---"]
+)
+def test_a_broken_readme_of_the_teacher_costs_no_student(tmp_path: Path, card: str) -> None:
+    save_model(tmp_path / "teacher")
+    (tmp_path / "teacher" / "README.md").write_bytes(card.encode("latin-1"))
+    run = package.clone(
+        tmp_path / "teacher", hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
+        settings=SHORT | {"data.cache": str(tmp_path / "cache")}, quiet=True,
+    )  # fmt: skip
+    assert run.student().config.hidden_size == 8
+    assert export_run(run, tmp_path / "out", QUIET) == 2
+
+
+def test_no_path_of_this_machine_is_in_the_card(by_name: Run) -> None:
+    card = (by_name.student_folder / "README.md").read_text()
+    assert str(by_name.folder.parent) not in card
+    assert "# A smaller teacher" in card
+    assert "text.txt" in card
+
+
+def test_quiet_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "teacher")
+    text = str(text_of(tmp_path))
+    capfd.readouterr()
+    package.clone(
+        tmp_path / "teacher", hidden_size=8, text=text, out=tmp_path / "run", quiet=True,
+        settings=SHORT | {"data.cache": str(tmp_path / "cache")},
+    )  # fmt: skip
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
+
+
+def test_the_python_interface_takes_strings_and_tells_what_it_does_not_take(by_name: Run) -> None:
+    assert Run.open(str(by_name.folder)).recipe == by_name.recipe
+    teacher = package.load_teacher(by_name.recipe.teacher.model)
+    assert teacher.hidden_size == 16
+    with pytest.raises(UserError) as error:
+        package.clone(teacher.model, hidden_size=8)  # type: ignore[arg-type]
+    assert "The teacher is a LlamaForCausalLM" in str(error.value)
+    assert len(str(error.value)) < 300
+    assert {"__version__", "clone", "Run"} <= set(dir(package))
+    assert package.__version__.count(".") >= 2
+
+
+def test_positions_that_the_teacher_was_not_made_for_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = new_run(tmp_path)
+    teacher = tiny_teacher("llama", max_position_embeddings=8)
+    initialise_only(run, TextConsole(width=300), teacher)
+    assert "max_position_embeddings is 8" in capsys.readouterr().out
+
+
+# Killed at any moment
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.3, 0.7])
+def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(
+    by_name: Run, tmp_path: Path, seconds: float
+) -> None:
+    """The same command, or resume, ends with the student of a run that was never killed."""
+    out = tmp_path / "run"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(by_name.recipe.to_yaml())
+    command = [sys.executable, "-m", "lrc"]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [*command, "train", str(recipe), "--out", str(out)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:  # until torch is imported and the run begins
+        if line.startswith("Checking the inputs"):
+            break
+    time.sleep(seconds)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    again = ["resume", str(out)] if (out / "recipe.yaml").is_file() else ["train", str(recipe)]
+    more = [] if again[0] == "resume" else ["--out", str(out)]
+    subprocess.run([*command, *again, *more], env=environment, check=True, capture_output=True)
+    run = Run.open(out)
+    ours, theirs = weights(run), weights(by_name)
+    assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())
+    assert [line["step"] for line in run.metrics()] == [0, 1, 2]
+    assert not [path for path in out.rglob(".*.tmp")]
