@@ -108,7 +108,8 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
     layers = calibration.teacher_layers(stop)
     forward = (site for layer in layers for site in _read(calibration, layer, stop))
     for site, moment in enumerate(forward):
-        moments[site * groups // inside] += (moment / moment.trace()).to(calibration.dtype)
+        share = moment / moment.trace().clamp_min(1e-30)
+        moments[site * groups // inside] += share.to(calibration.dtype)
         sizes[site * groups // inside] += 1
     for site, rows in zip(range(inside, -1, -1), gradients(calibration), strict=True):
         energy = rows.square().sum(-1, keepdim=True)

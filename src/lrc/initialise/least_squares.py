@@ -8,6 +8,9 @@ from torch import Tensor
 Rows = tuple[Tensor, Tensor, Tensor | None]
 """Features [tokens, p], targets [tokens, q], and weights [tokens, 1] or None for 1."""
 
+NOTHING = 1e-60
+"""Stands for 0 where features that are all 0 are divided by (a layer whose writer is 0)."""
+
 RIDGE = 1e-2
 """Added to the features' second moment, in units of their mean square."""
 
@@ -55,9 +58,11 @@ def regress(
     gram, cross = moments(fit)
     held_gram, held_cross = moments(held_out)
     if scale_prior:
-        prior = prior * ((prior * held_cross).sum() / (prior * (held_gram @ prior)).sum())
+        explained = (prior * (held_gram @ prior)).sum().clamp_min(NOTHING)
+        prior = prior * ((prior * held_cross).sum() / explained)
     values, vectors = torch.linalg.eigh(gram)
-    white = vectors * (values.clamp_min(0) + RIDGE * values.mean()).rsqrt()
+    raised = values.clamp_min(0) + RIDGE * values.mean()
+    white = vectors * raised.clamp_min(NOTHING).rsqrt()
     left, strength, right = torch.linalg.svd(white.T @ (cross - gram @ prior), full_matrices=False)
     features = white @ left
     along = ((features.T @ (held_cross - held_gram @ prior)) * right).sum(1)

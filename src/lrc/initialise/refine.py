@@ -172,7 +172,7 @@ def refine_ffn(
         moved = projections()
         share = (part.stop - part.start) / solved_on
         wrong = errors(part, ffn.readers(moved), moved["down"])
-        (wrong.square().sum() / (share * energy)).backward()
+        (wrong.square().sum() / (share * max(energy, 1e-30))).backward()
 
     def judge(moved: Mapping[str, Tensor]) -> float:
         readers = ffn.readers(moved)
@@ -199,5 +199,5 @@ def square_roots(moment: Tensor) -> tuple[Tensor, Tensor]:
     `RIDGE`."""
     values, vectors = torch.linalg.eigh(moment)
     values = values.clamp_min(0)
-    values = values / values.mean() + RIDGE
+    values = values / values.mean().clamp_min(1e-30) + RIDGE
     return (vectors * values.rsqrt()) @ vectors.T, (vectors * values.sqrt()) @ vectors.T

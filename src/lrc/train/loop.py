@@ -16,7 +16,7 @@ from rich.console import Console
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
-from lrc.errors import DivergedError
+from lrc.errors import DivergedError, UserError
 from lrc.evaluate.held_out import held_out_loss
 from lrc.files import disk_errors
 from lrc.methods import TOKEN_LM, Counts
@@ -234,6 +234,11 @@ class Loop:
         teacher = self.setup.teacher
         by_source = SourceLosses(self.text.sources)
         loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size, by_source)
+        if not math.isfinite(loss):
+            raise UserError(
+                f"The held-out loss of the teacher {teacher.name} is not finite: its weights are "
+                "damaged, or too large for teacher.dtype; download it again, or give another one."
+            )
         means = by_source.means()
         return {"teacher_held_out_lm": loss, **({TEACHER_BY_SOURCE: means} if means else {})}
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lrc.activations import last_hidden
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
-from lrc.errors import UserError
+from lrc.errors import UserError, reason
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
@@ -42,13 +43,43 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             f"not from {wanted:,}.",
             style="yellow",
         )
+    if sequences and not setup.teacher.on_disk:
+        refuse_dead_teacher(setup.teacher, text.training_batch(0, 1).to(setup.device))
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
-        forward_seconds = setup.method.initialise(
-            calibration,
-            lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
-        )
+        try:
+            forward_seconds = setup.method.initialise(
+                calibration,
+                lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
+            )
+        except torch.linalg.LinAlgError as error:
+            raise UserError(
+                f"The start cannot be solved, since the activations of {setup.teacher.name} on "
+                f"this text are degenerate ({reason(error)}): check the teacher's weights, or set "
+                "initialise.method to random."
+            ) from error
     return time.perf_counter() - started, forward_seconds
+
+
+@torch.no_grad()
+def refuse_dead_teacher(teacher: Teacher, batch: Batch) -> None:
+    """Refuse a teacher whose last hidden states are not finite, or the same whatever it reads:
+    nothing can be solved from them, and nothing learned.
+
+    Raises:
+        UserError: so they are.
+    """
+    hidden = last_hidden(teacher.model, batch).float()
+    if not torch.isfinite(hidden).all():
+        what = "are not finite"
+    elif hidden.std(dim=(0, 1)).max() == 0:
+        what = "are the same for every token"
+    else:
+        return
+    raise UserError(
+        f"The last hidden states of the teacher {teacher.name} {what} on this text: its weights "
+        "are damaged, or too large for teacher.dtype; download it again, or give another one."
+    )
 
 
 class Interrupted(Exception):
