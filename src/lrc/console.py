@@ -5,25 +5,73 @@ are the user's. Tables never clip a number: where a terminal is too narrow they 
 where the output is not a terminal, Markdown.
 """
 
+import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-WIDEST = 10_000
-"""Columns of a terminal on which any table has room."""
+NOWHERE = io.StringIO()
+"""Stands for a standard output that a process was started without."""
+
+
+class Output:
+    """Standard output as the console takes it: where it cannot be written any more (a pipe whose
+    reader has ended, a full disk), what is printed is lost and nothing else."""
+
+    def __init__(self) -> None:
+        self.problem: OSError | None = None
+        """Why something was lost; None: nothing was, or only because nobody reads."""
+
+    def write(self, text: str) -> int:
+        """Write to standard output, as it is now."""
+        self._attempt(lambda stream: stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush standard output."""
+        self._attempt(lambda stream: stream.flush())
+
+    def _attempt(self, do: Callable[[Any], object]) -> None:
+        try:
+            do(self._stream())
+        except BrokenPipeError:
+            self._to_nowhere()
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            if isinstance(error, OSError):
+                self.problem = error
+            self._to_nowhere()
+
+    @staticmethod
+    def _stream() -> Any:
+        # While a bar is shown rich puts a stream of its own in the place of standard output; where
+        # a process was started without one, Python has none either.
+        return getattr(sys.stdout, "rich_proxied_file", sys.stdout) or NOWHERE
+
+    def _to_nowhere(self) -> None:
+        """Let the rest go to nowhere, also what Python flushes at its end."""
+        with suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream().fileno())
+            os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream(), name)
 
 
 class TextConsole(Console):
     """A rich console that takes text as text, and goes on where nobody reads it any more."""
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **options)
+        super().__init__(
+            **{"markup": False, "emoji": False, "highlight": False, "file": Output(), **options}
+        )
 
     def print(self, *objects: Any, **options: Any) -> None:
         """Print as rich does; lines are not broken, and tables come whole."""
@@ -33,20 +81,44 @@ class TextConsole(Console):
         else:
             super().print(*shown, **{"soft_wrap": True, **options})
 
-    def on_broken_pipe(self) -> None:
-        """Go on silently: a training must not end because its reader did."""
-        self.quiet = True
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        os.close(nowhere)
-
     def _whole(self, table: Table) -> Table | Text:
         if not self.is_terminal:
             return Text("\n".join(markdown_lines(table)))
-        wide = self.options.update(max_width=WIDEST)
-        if Measurement.get(self, wide, table).minimum <= self.width:
-            return table
-        return Text("\n".join(list_lines(table)))
+        widths = column_widths(_cells(table), self.width)
+        if widths is None:
+            return Text("\n".join(list_lines(table)))
+        for column, width in zip(table.columns, widths, strict=True):
+            column.width = width
+        return table
+
+
+def column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
+    """Widths of a table's columns with which no word is cut: as wide as their longest line where
+    there is room, and else broken between words.
+
+    Args:
+        rows: header and rows.
+        width: columns of the terminal.
+
+    Returns:
+        The widths without padding and lines; None where the longest words do not fit.
+    """
+    columns = list(zip(*rows, strict=True))
+    least = [_longest(text.split() for text in cells) for cells in columns]
+    whole = [_longest(text.split("\n") for text in cells) for cells in columns]
+    room = width - 3 * len(columns) - 1 - sum(least)
+    if room < 0:
+        return None
+    widths = []
+    for narrow, wide in zip(least, whole, strict=True):
+        more = min(room, max(wide - narrow, 0))
+        widths.append(narrow + more)
+        room -= more
+    return widths
+
+
+def _longest(texts: Iterable[Sequence[str]]) -> int:
+    return max((cell_len(part) for parts in texts for part in parts), default=0)
 
 
 def markdown_lines(table: Table) -> Iterator[str]:
@@ -95,6 +167,11 @@ def _about(text: Any) -> list[str]:
 
 console = TextConsole()
 """Where the commands print."""
+
+
+def lost_output() -> OSError | None:
+    """Why something that the commands printed could not be written; None: nothing was lost."""
+    return console.file.problem if isinstance(console.file, Output) else None
 
 
 def quiet_libraries() -> None:

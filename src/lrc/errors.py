@@ -76,7 +76,7 @@ def system_sentence(
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full while writing {place}: free some space and try again."
     if number == errno.EFBIG:
-        return f"{place} is larger than this system allows: raise `ulimit -f` and try again."
+        return f"{place} is larger than this system lets files be: raise `ulimit -f` and try again."
     if number in (errno.EMFILE, errno.ENFILE):
         return "Too many files are open: raise the limit with `ulimit -n 1024` and try again."
     advice = "choose a folder that you own" if number in _ELSEWHERE else "check it and try again"

@@ -15,6 +15,7 @@ from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
+from lrc.console import console, lost_output
 from lrc.errors import UserError, reason, system_errno, system_sentence
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -65,7 +66,12 @@ def main() -> None:
     debug = _take_debug()
     try:
         _refuse_bytes(sys.argv[1:])
-        app()
+        try:
+            app()
+        finally:
+            console.file.flush()
+            if problem := lost_output():
+                raise UserError(system_sentence(problem, "What this command prints", "written"))
     except Exception as error:
         if debug:
             traceback.print_exc()

@@ -52,7 +52,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
                 calibration,
                 lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
             )
-        except torch.linalg.LinAlgError as error:
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise UserError(
                 f"The start cannot be solved, since the activations of {setup.teacher.name} on "
                 f"this text are degenerate ({reason(error)}): check the teacher's weights, or set "
