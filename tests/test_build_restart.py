@@ -14,6 +14,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from build_helpers import build, files_of, make_mix, write_rows
+from data_helpers import byte_tokenizer
 from lrc import files
 from lrc.data.build import pool, run, splitting, summary
 from lrc.data.build.pieces import Unit
@@ -96,6 +97,29 @@ def test_killed_at_every_moment(mix: Mix, tmp_path: Path) -> None:
     assert files_of(out) == files_of(whole)
     done = log.read_text().split()
     assert len(done) == len(set(done)) >= 8
+
+
+@pytest.mark.parametrize("renamed", [False, True])
+def test_killed_while_the_tokenizer_is_saved(mix: Mix, tmp_path: Path, renamed: bool) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    build(mix, whole)
+    real = byte_tokenizer().save_pretrained
+
+    def save_and_die(folder: Path) -> None:
+        real(folder)
+        if not renamed:
+            _die()
+
+    def build_and_die() -> None:
+        tokenizer = byte_tokenizer()
+        tokenizer.save_pretrained = save_and_die  # type: ignore[method-assign]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "write_index", lambda *_: _die())
+            build(mix, out, tokenizer=tokenizer)
+
+    assert in_child(build_and_die) == -signal.SIGKILL
+    build(mix, out)
+    assert files_of(out) == files_of(whole)
 
 
 def test_shards_that_are_finished_stay(

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from data_helpers import write_jsonl
-from lrc.data import read_documents, source_files, stdlib_docs
+from lrc.data import read_documents, source_files, stdlib_docs, text_files
 from lrc.data.sources import DOCUMENT_CHARACTERS, LONGEST_PIECE
 from lrc.errors import UserError
 
@@ -64,6 +64,34 @@ def test_text_without_blank_lines_is_cut_too(tmp_path: Path) -> None:
     assert all(d.endswith("A line of text.") for d in read(lines))
     assert max(map(len, read(lines))) <= LONGEST_PIECE + 20
     assert [len(d) for d in read(one_line)] == [LONGEST_PIECE] * 3 + [5]
+
+
+@pytest.mark.parametrize(("name", "is_read"), [
+    ("train.txt", True), ("latest.txt", True), ("contest.txt", True), ("developers.txt", True),
+    ("validity.txt", True), ("testimony/a.txt", True), ("value.txt", True), ("test.txt", False),
+    ("test-00000-of-00003.txt", False), ("wiki.test.txt.gz", False), ("dev-v1.1.txt", False),
+    ("valid_2.md", False), ("eval/a.txt", False), ("data/validation/a.txt", False),
+    ("squad_dev.txt", False), ("README.md", False), ("LICENSE.txt", False),
+])  # fmt: skip
+def test_folders_give_what_is_to_be_trained_on(tmp_path: Path, name: str, is_read: bool) -> None:
+    path = tmp_path / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compress(path, b"text")
+    (tmp_path / "another.txt").write_text("another")
+    assert ("text" in read(tmp_path)) == is_read
+    assert read(path) == ["text"]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz"])
+def test_an_endless_line_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(text_files, "LONGEST_LINE", 1 << 20)
+    content = b'{"text": "ok"}\n{"text": "' + b"x" * (1 << 20)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    with pytest.raises(UserError, match=rf"{name}:2 is longer than 1 MiB"):
+        read(path)
 
 
 def test_folder_is_read_in_order_and_deep(tmp_path: Path) -> None:

@@ -358,6 +358,21 @@ def test_recomputing_changes_nothing(name: str, how: Any) -> None:
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize("how", [False, True])
+def test_a_dropout_in_the_configuration_is_not_the_students(name: str, how: bool) -> None:
+    recipe = RECIPES[name]
+    recipe = recipe.model_copy(
+        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": how})}
+    )
+    (losses, grads), (losses_again, grads_again) = (
+        gradients(built(tiny_teacher("llama", attention_dropout=p), recipe), *BATCHES["padded"])
+        for p in (0.0, 0.5)
+    )
+    assert torch.equal(losses_again["loss"], losses["loss"])
+    assert all(torch.equal(grads_again[key], grad) for key, grad in grads.items())
+
+
+@pytest.mark.parametrize("name", list(RECIPES))
 def test_the_teacher_stays_as_it_is(name: str) -> None:
     teacher = tiny_teacher("llama")
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}

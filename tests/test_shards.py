@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from build_helpers import build, make_mix, texts_of, write_rows
 from data_helpers import byte_tokenizer, data_section, write_jsonl
-from lrc.data import prepare
+from lrc.data import open_text, prepare
 from lrc.data.build import summary
 from lrc.data.identity import tokenizer_identity
 from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
@@ -23,6 +23,7 @@ from lrc.data.shards import (
     write_shards_index,
 )
 from lrc.errors import UserError
+from lrc.recipe import Recipe, validated
 from test_build import documents, rows
 
 
@@ -93,6 +94,43 @@ def test_file_of_another_size_is_named(shards: Shards, damage: str) -> None:
         path.write_bytes(path.read_bytes()[:-1] if damage == "cut" else path.read_bytes() + b"x")
     with pytest.raises(UserError, match=r"train-00001\.source\.bin (is missing|has \d+ bytes)"):
         open_shards(shards.folder)
+
+
+def recipe_of(shards: Shards) -> Recipe:
+    values = {
+        "teacher": {"model": "bytes"},
+        "student": {"hidden_size": 16},
+        "data": {"shards": [str(shards.folder)], "sequence_length": 32},
+    }
+    return validated(Recipe, values, "The recipe")
+
+
+def test_damage_is_told_when_training_opens_shards(shards: Shards) -> None:
+    tokenizer = byte_tokenizer()
+    recipe = recipe_of(shards)
+    open_text(recipe, tokenizer)
+    name = f"{shards.of_split('train')[0].name}.bin"
+    path = shards.folder / name
+    content = path.read_bytes()
+    path.write_bytes(bytes([content[0] ^ 4]) + content[1:])
+    with pytest.raises(UserError, match=f"{name} is not what was written"):
+        open_text(recipe, tokenizer)
+    path.write_bytes(content)
+    open_text(recipe, tokenizer)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused_whatever_the_checksum(shards: Shards) -> None:
+    name = f"{shards.of_split('train')[0].name}.bin"
+    path = shards.folder / name
+    ids = np.frombuffer(path.read_bytes(), np.uint16).copy()
+    ids[5] = 40_000
+    path.write_bytes(ids.tobytes())
+    text = (shards.folder / "index.json").read_text()
+    entries = json.loads(text)
+    entries["shards"][0]["sha256"][name] = hashlib.sha256(ids.tobytes()).hexdigest()
+    (shards.folder / "index.json").write_text(json.dumps(entries))
+    with pytest.raises(UserError, match=f"{name} holds the token 40000"):
+        open_text(recipe_of(shards), byte_tokenizer())
 
 
 def test_index_that_cannot_be_used(shards: Shards) -> None:

@@ -37,6 +37,12 @@ class Batch:
         moved = [None if tensor is None else move(tensor) for tensor in optional]
         return Batch(move(self.input_ids), *moved)
 
+    def rows(self, some: slice) -> "Batch":
+        """Some sequences of the batch."""
+        optional = (self.position_ids, self.attention_mask, self.source_ids)
+        cut = [None if tensor is None else tensor[some] for tensor in optional]
+        return Batch(self.input_ids[some], *cut)
+
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None where nothing is."""
         return None if self.attention_mask is None else self.attention_mask.bool()

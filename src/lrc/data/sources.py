@@ -30,7 +30,9 @@ LONGEST_PIECE = 16_000
 
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
 
-_EVALUATION = re.compile(r"(test|validation|valid|val)([-_.]?\d.*)?|.*[-_.](test|validation)")
+_EVALUATION = re.compile(
+    r"((testing|val|eval|evaluation)|(.*[-_.])?(test|validation|valid|dev))([-_.]?v?\d.*)?"
+)
 """Names, without endings, of files and folders of a data set that are not to be trained on."""
 
 _ABOUT = ("readme", "license", "licence", "changelog", "contributing", "citation")

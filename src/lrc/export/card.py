@@ -34,6 +34,8 @@ A model of the teacher's own class with a hidden size of {hidden_size}, made by 
 
 ## Use
 
+With transformers 4.57 or later:
+
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

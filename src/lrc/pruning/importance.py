@@ -171,10 +171,7 @@ class _Watch:
 def _parts(batch: Batch) -> Iterator[Batch]:
     """The sequences of a batch, a few at a time."""
     for start in range(0, len(batch.input_ids), ROWS):
-        some = slice(start, start + ROWS)
-        optional = (batch.position_ids, batch.attention_mask)
-        cut = [None if tensor is None else tensor[some] for tensor in optional]
-        yield Batch(batch.input_ids[some], *cut)
+        yield batch.rows(slice(start, start + ROWS))
 
 
 def largest(scores: Tensor, count: int) -> Tensor:

@@ -124,7 +124,7 @@ def lm_gradients(
     found = Gradients(zeros[0], zeros[1] if squared else {})
     number, length = batch.input_ids.shape
     together = 1 if squared else max(1, PASS // length)
-    parts = [_rows(batch, slice(row, row + together)) for row in range(0, number, together)]
+    parts = [batch.rows(slice(row, row + together)) for row in range(0, number, together)]
     labels = [int((part.labels() >= 0).sum()) for part in parts]
     share = 0.0  # of the part at hand in all labels
 
@@ -190,16 +190,6 @@ def _lm_loss(teacher: Teacher, batch: Batch, labels: int) -> Tensor:
         None,
         VocabularyWeights(0.0, 1.0, 1.0, labels, labels, teacher.vocab_size, CHUNK),
     ).weighted
-
-
-def _rows(batch: Batch, rows: slice) -> Batch:
-    """Some sequences of a batch."""
-    positions, mask = batch.position_ids, batch.attention_mask
-    return Batch(
-        batch.input_ids[rows],
-        None if positions is None else positions[rows],
-        None if mask is None else mask[rows],
-    )
 
 
 def _vectors(

@@ -44,7 +44,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             style="yellow",
         )
     if sequences and not setup.teacher.on_disk:
-        refuse_dead_teacher(setup.teacher, text.training_batch(0, 1).to(setup.device))
+        refuse_dead_teacher(setup.teacher, calibration.rows(slice(1)))
     started = time.perf_counter()
     with phase(console, "Initialising the student") as detail:
         try:
