@@ -37,6 +37,12 @@ from tiny_runs import go, new_run
 QUIET = TextConsole(quiet=True)
 
 
+@pytest.fixture(autouse=True)
+def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave an empty picture, which takes a second less."""
+    monkeypatch.setattr(closing, "draw_curves", lambda _, path: path.touch())
+
+
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run of ten steps that has ended, with checkpoints of steps 9 and 10."""
@@ -501,7 +507,9 @@ def test_positions_that_the_teacher_was_not_made_for_are_told(
 # Killed at any moment
 
 
-@pytest.mark.parametrize("seconds", [0.05, 0.5])
+@pytest.mark.parametrize(
+    "seconds", [0.3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.05, 0.15, 0.5, 0.7))]
+)
 def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(
     by_name: Run, tmp_path: Path, seconds: float
 ) -> None:
