@@ -114,10 +114,12 @@ def test_vocabulary_losses(chunk_tokens: int, temperature: float, masked: bool) 
     compare(inputs, weights)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 1000])
-def test_rows_that_a_processor_works_on_at_once(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("logits", [1, 60, 10**6])
+def test_rows_that_a_processor_works_on_at_once(
+    logits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They change nothing, whether they divide the chunk or not."""
-    monkeypatch.setattr("lrc.objective.CACHED_ROWS", rows)
+    monkeypatch.setattr("lrc.objective.CACHED_LOGITS", logits)
     inputs = random_inputs(23)
     compare(inputs, weights_for(inputs, chunk_tokens=7))
 
