@@ -144,7 +144,7 @@ class Ours:
     def backward(self, batches: list[Batch]) -> dict[str, float]:
         counts = count(batches)
         sums: dict[str, float] = {}
-        self.method.begin_step()
+        self.method.begin_step(0)
         for batch in batches:
             losses = self.method.losses(batch, counts)
             with self.clock.part("student"):

@@ -89,7 +89,7 @@ def test_losses_of_a_step_by_source(masked: bool) -> None:
     method = tiny_method(tiny_teacher("llama"))
     batches = [random_batch(seed, masked) for seed in (0, 1)]
     sums = SourceLosses(NAMES)
-    method.begin_step()
+    method.begin_step(0)
     for batch in batches:
         losses = method.losses(batch, count(batches))
         losses["loss"].backward()

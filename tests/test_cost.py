@@ -38,7 +38,7 @@ def test_matrix_products_of_a_step(
     batches = [Batch(torch.randint(3, 30, (2, 24))) for _ in range(micro_batches)]
     counts = count(batches)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        method.begin_step()
+        method.begin_step(0)
         for batch in batches:
             method.losses(batch, counts)["loss"].backward()
         method.end_step()

@@ -85,7 +85,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
     for case in TINY_CASES:
         for settings in SETTINGS:
             method = case_method(case.values[0], settings)
-            method.begin_step()
+            method.begin_step(0)
             name = f"{case.id}-{settings}"
             logits = method.model(tokens).logits.detach()
             training[name] = (logits, greedy(method.model, [5, 9, 4], new=6))

@@ -209,7 +209,7 @@ def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
     state, losses = new_state(method, asked), []
     batch = tiny_batch(4, 9, seed=5)
     for _ in range(steps):
-        method.begin_step()
+        method.begin_step(0)
         loss = method.losses(batch, count([batch]))["loss"]
         loss.backward()
         method.end_step()

@@ -240,7 +240,7 @@ def test_gradients_are_finite_differences(
             for shift in (step, -2 * step):
                 flat[index] += shift
                 with torch.no_grad():
-                    method.begin_step()
+                    method.begin_step(0)
                     around.append(method.losses(batch, counts)["loss"].item())
             flat[index] += step
             difference = (around[0] - around[1]) / (2 * step)

@@ -492,13 +492,13 @@ def test_operations_of_a_step_follow_the_losses() -> None:
     with_teacher, alone = (
         METHODS["scratch"]
         .build(teacher, recipe_of("scratch", objective={"kl_weight": weight}))
-        .step_flops(64, 16)
+        .step_flops(0, 64, 16)
         for weight in (1, 0)
     )
-    clone = METHODS["lrc"].build(teacher, recipe_of("lrc")).step_flops(64, 16)
+    clone = METHODS["lrc"].build(teacher, recipe_of("lrc")).step_flops(0, 64, 16)
     assert 0 < alone < with_teacher < clone
     for name in ("tinybert", "minilm", "activation-clone"):
-        assert METHODS[name].build(teacher, recipe_of(name)).step_flops(64, 16) is None
+        assert METHODS[name].build(teacher, recipe_of(name)).step_flops(0, 64, 16) is None
 
 
 def test_counts_are_those_of_the_whole_step() -> None:

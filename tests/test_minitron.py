@@ -185,11 +185,11 @@ def test_the_default_shape_is_lrcs(tie_projections: bool | None) -> None:
     ours, theirs = method.student(), clone.student()
     assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
     assert method.notes() == []
-    flops = method.step_flops(64, 16)
+    flops = method.step_flops(0, 64, 16)
     scratch = METHODS["scratch"].build(
         teacher, make_recipe({**recipe.model_dump(), "method": "scratch"})
     )
-    assert flops == scratch.step_flops(64, 16)
+    assert flops == scratch.step_flops(0, 64, 16)
 
 
 def test_fewer_layers_cost_less() -> None:
@@ -197,7 +197,7 @@ def test_fewer_layers_cost_less() -> None:
         METHODS["minitron"].build(grouped(), recipe_of(method={"name": "minitron", "layers": n}))
         for n in (3, 1)
     )
-    assert half.step_flops(64, 16) < whole.step_flops(64, 16)
+    assert half.step_flops(0, 64, 16) < whole.step_flops(0, 64, 16)
 
 
 def test_the_papers_losses_unless_the_recipe_says() -> None:

@@ -49,7 +49,7 @@ def some_loss(logits: Tensor) -> Tensor:
 
 def backward_by_hand(method: LowRankClone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Gradients on the student's weights, and those that `Projections.backward` makes of them."""
-    method.begin_step()
+    method.begin_step(0)
     some_loss(method.model(tiny_batch().input_ids).logits).backward()
     on_weights = {
         n: p.grad.clone() for n, p in method.model.named_parameters() if p.grad is not None
@@ -310,7 +310,7 @@ def test_weights_and_gradients_keep_their_memory(case: Case) -> None:
         for value in method.projections.values.values():
             value.mul_(2)
     first = {n: p.grad.clone() for n, p in trained(student)}
-    method.begin_step()
+    method.begin_step(0)
     assert all(not p.grad.any() for _, p in trained(student))
     some_loss(student(tiny_batch().input_ids).logits).backward()
     assert {n: (p.data_ptr(), p.grad.data_ptr()) for n, p in trained(student)} == before

@@ -1,10 +1,7 @@
 """Sheared LLaMA's two stages: losses and gradients in float64, then whole runs that are killed."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,6 +13,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from data_helpers import Document, write_shards
+from killing import Start, assert_same_run, run_and_kill
 from lrc.data.identity import tokenizer_identity
 from lrc.method_sections import METHOD_SECTIONS
 from lrc.methods import METHODS
@@ -64,7 +62,6 @@ def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> N
     whole = tiny_batch(rows=4, seed=1, lengths=[9, 5, 9, 9])
     whole.input_ids.copy_(torch.cat([b.input_ids for b in batches]))
     sums, parts = gradients(method, *batches)  # type: ignore[arg-type]
-    method.steps_done = 0
     at_once, together = gradients(method, whole)  # type: ignore[arg-type]
     for name, value in sums.items():
         torch.testing.assert_close(value, at_once[name], rtol=1e-9, atol=1e-11)
@@ -122,7 +119,8 @@ def test_what_stage_two_trains() -> None:
             torch.nn.init.normal_(log_alpha, generator=torch.Generator().manual_seed(len(kind)))
     kept, before = method.masks.kept(), method.student()
     told = method.next_stage()
-    assert set(told) == {f"{kind}_{what}" for kind in KINDS for what in ("by_rank", "units")}
+    units = {f"{kind}_{what}" for kind in KINDS for what in ("by_rank", "units")}
+    assert set(told) == {"stage"} | units
     student = method.student()
     config = student.config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 8)
@@ -225,10 +223,6 @@ def whole(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
 def test_a_whole_run(whole: Run) -> None:
     lines = whole.metrics()
     assert [line["step"] for line in lines if "lagrangian" in line] == [1, 2, 3, 4]
@@ -277,61 +271,21 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
     assert first.keys() == {"web", "code"}
 
 
-KILLED = """
-import json, os, signal, sys
-import lrc.cli.training
-from lrc.cli import main
-from lrc.train import loop
-
-
-def killed(when, step, *arguments):
-    name = {"stepping": "_step", "saving": "_save"}[when]
-    real = getattr(loop.Loop, name)
-
-    def dies(self, *arguments):
-        if self.setup.state.step == step:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return real(self, *arguments)
-
-    setattr(loop.Loop, name, dies)
-    sys.argv = ["lrc", *arguments]
-    main()
-
-
-for case in json.loads(sys.argv[1]):
-    child = os.fork()  # torch is imported once for all, and has started no threads yet
-    if not child:
-        killed(*case)
-    status = os.waitpid(child, 0)[1]
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (case, status)
-    print(json.dumps(sorted(os.listdir(os.path.join(sys.argv[2], "checkpoints")))[-1:]))
-"""
-"""Runs the command line in process after process, each killed before a step or a checkpoint."""
-
-
 def test_killed_in_both_stages_and_at_the_boundary(
     recipe_file: Path, whole: Run, tmp_path: Path
 ) -> None:
     """The run that was killed again and again is the run that was not, bit by bit."""
     part = tmp_path / "part"
-    starts = [
+    starts: list[Start] = [
         ("stepping", 2, "train", recipe_file, "--out", part),
         ("saving", STAGE_ONE, "resume", part),  # pruned, but its checkpoint is not written yet
         ("stepping", STAGE_ONE, "resume", part),
         ("saving", 7, "resume", part),
     ]
-    command = [sys.executable, "-c", KILLED, json.dumps(starts, default=str), str(part)]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=offline)
-    assert ended.returncode == 0, ended.stderr
-    reached = [line for line in ended.stdout.splitlines() if line.startswith('["step-')]
-    assert [int(line[7:-2]) for line in reached] == [2, STAGE_ONE - 1, STAGE_ONE, 6]
+    assert run_and_kill(part, starts) == [2, STAGE_ONE - 1, STAGE_ONE, 6]
     with mock.patch("lrc.train.closing.draw_curves"):
         train(Run.open(part), Console(quiet=True))
-    assert without_times(Run.open(part).metrics()) == without_times(whole.metrics())
-    last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
-    for file in (last, "student/model.safetensors"):
-        assert (part / file).read_bytes() == (whole.folder / file).read_bytes(), file
+    assert_same_run(Run.open(part), whole)
 
 
 def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> None:
@@ -345,9 +299,7 @@ def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> 
     run.keep_metrics_until(0)
     with mock.patch("lrc.train.closing.draw_curves"):
         train(run, Console(quiet=True))
-    assert without_times(run.metrics()) == without_times(whole.metrics())
-    weights = [r.student_folder / "model.safetensors" for r in (run, whole)]
-    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert_same_run(run, whole)
 
 
 def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(

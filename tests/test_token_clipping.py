@@ -104,7 +104,7 @@ def learn(method: LowRankClone, batch: Batch, limit: float) -> dict[Place, Tenso
     family = method.teacher.family
     clipped = clipped_tokens(method.model, family, batch, limit)
     tokens = batch.input_ids.numel() if batch.attention_mask is None else 21
-    method.begin_step()
+    method.begin_step(0)
     with clipped, gradients(method, found):
         loss = method.losses(batch, Counts(tokens, tokens))["loss"]
     loss.backward()

@@ -160,7 +160,7 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
     counts = count(batches)
     for value in method.parameters().values():
         value.grad = None
-    method.begin_step()
+    method.begin_step(0)
     sums: dict[str, Tensor] = {}
     for batch in batches:
         losses = method.losses(batch, counts)

@@ -54,6 +54,7 @@ def step_flops(
     sequence: int,
     objective: ObjectiveSection,
     vocab: int | None = None,
+    released: bool = False,
 ) -> dict[str, float]:
     """Operations of one optimiser step by part.
 
@@ -65,6 +66,7 @@ def step_flops(
         sequence: tokens of a sequence.
         objective: which losses are on.
         vocab: token ids in use, where the embedding is padded beyond.
+        released: whether the student's own weights are trained, not projections.
     """
     layers = teacher.layers
 
@@ -75,7 +77,7 @@ def step_flops(
 
     terms = set(objective.clone.enabled()) if objective.alpha else set()
     # Projecting the teacher's outputs: forward, and the gradient of the projection.
-    written = 4 * teacher.hidden * student.hidden
+    written = (2 if released else 4) * teacher.hidden * student.hidden
     clone = written if "down" in terms else 0
     if "o" in terms:
         # In the teacher's space: o applied to the student's heads, and the gradient of the heads.
@@ -87,12 +89,15 @@ def step_flops(
         heads += 2 * vocab * teacher.hidden
     vocabulary_weights = (1 if tied else 2) * teacher.vocab * teacher.hidden
     weights = layers * teacher.layer_weights() + vocabulary_weights
+    learns_from_teacher = bool(terms or objective.kl_weight)
     return {
-        "teacher": tokens * (2 * layers * teacher.layer_weights() + attention(teacher)),
+        "teacher": tokens
+        * learns_from_teacher
+        * (2 * layers * teacher.layer_weights() + attention(teacher)),
         "student": tokens
         * (6 * student.layers * student.layer_weights() + 3.5 * attention(student)),
         "loss": tokens * (heads + clone * layers),
-        "projection": 4 * weights * student.hidden,
+        "projection": 0 if released else 4 * weights * student.hidden,
     }
 
 

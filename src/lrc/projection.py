@@ -14,7 +14,7 @@ brought to the P_m at once: grad P = W_T^T grad W_S, or W_T grad W_S^T. Weights 
 their memory from step to step: new blocks of it every step would break up the heap.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -135,6 +135,13 @@ class Projections:
                     gain = self.teacher.gain(site.norm).to(projection.dtype)
                     projection = gain[:, None] * projection
                 project(weight, projection, site.writes, out=student.get_parameter(name).data)
+
+    def freeze(self, keys: Iterable[str]) -> None:
+        """Let go of all projections but those of some keys, and train these no more."""
+        self.values = {key: self.values[key] for key in keys}
+        for value in self.values.values():
+            value.requires_grad_(False)
+            value.grad = None
 
     def forget_gradients(self, student: PreTrainedModel) -> None:
         """Set the gradients of the student's projected weights to zero, before the first of a

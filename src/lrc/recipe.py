@@ -72,9 +72,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective
-        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha
+        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha_at(1)
         if isinstance(self.method, LrcSection) and not any(weights):
-            raise ValueError("every loss is off; give kl_weight, lm_weight or alpha a weight")
+            raise ValueError(
+                "every loss is off (at the end at least): give kl_weight, lm_weight or alpha a "
+                "weight"
+            )
         if loss.alignment == "explicit" and loss.attn_out == "teacher":
             raise ValueError(
                 "objective.alignment: explicit aligns attention outputs itself; set "
@@ -138,6 +141,7 @@ class _FirstObjective(ObjectiveSection):
 
 class _FirstTrain(TrainSection):
     token_grad_clip: float = FORMER_DEFAULTS["train.token_grad_clip"]
+    release_at: float = FORMER_DEFAULTS["train.release_at"]
 
 
 class _FirstRecipe(Recipe):

@@ -3,6 +3,7 @@
 `lrc.recipe` puts them together, reads them from YAML and tells what is wrong with them.
 """
 
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal, Self
@@ -20,6 +21,7 @@ FORMER_DEFAULTS: Mapping[str, Any] = MappingProxyType(
         "objective.temperature": 40.0,
         "objective.clone_scale": "none",
         "train.token_grad_clip": 0.0,
+        "train.release_at": 1.0,
     }
 )
 """Defaults, by dotted key, that were others when fingerprints of recipes were first taken."""
@@ -130,6 +132,12 @@ class ObjectiveSection(Section):
     alpha: float = Field(0.2, ge=0)
     """Weight of the activation clone loss."""
 
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How alpha goes on from there: it stays (the paper), or falls to zero."""
+
+    alpha_zero_at: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after which a falling alpha is zero; from there on nothing is cloned."""
+
     kl_weight: float = Field(1.0, ge=0)
     """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
 
@@ -159,6 +167,20 @@ class ObjectiveSection(Section):
 
     chunk_tokens: int = Field(512, gt=0)
     """Tokens whose logits are held at once; changes memory and speed, not the loss."""
+
+    @model_validator(mode="after")
+    def _falls_to_zero(self) -> Self:
+        if self.alpha_schedule == "constant" and self.alpha_zero_at != 1:
+            raise ValueError("alpha_zero_at goes with alpha_schedule: linear or cosine")
+        return self
+
+    def alpha_at(self, share: float) -> float:
+        """alpha where a share of the run's steps is done, in [0, 1]."""
+        if self.alpha_schedule == "constant":
+            return self.alpha
+        done = min(1.0, share / self.alpha_zero_at)
+        left = 1 - done if self.alpha_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.alpha * left
 
 
 class StreamSection(Section):
@@ -258,7 +280,16 @@ class TrainSection(Section):
     """AdamW's epsilon."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay, on the projections only."""
+    """AdamW's weight decay, on matrices only: the projections, and the student's own after the
+    release."""
+
+    release_at: float = Field(1.0, ge=0, le=1)
+    """Share of the steps after which method `lrc` releases the projections: the student's weights
+    are then trained themselves. 0: from the first step on; 1: never (the paper)."""
+
+    release_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the released weights, in the same schedule, after a warm-up as long as
+    the first. Empty: `learning_rate`."""
 
     grad_clip: float = Field(1.0, ge=0)
     """Largest gradient norm; 0 turns clipping off."""

@@ -24,7 +24,13 @@ class ActivationClone(RandomStudent):
     """Activation clone, KL and LM, from random weights."""
 
     title = "activation clone without projection, an ablation of LRC (arXiv 2505.12781)"
-    honours = PLAIN_SETTINGS | {"objective.alpha", "objective.clone", "objective.clone_scale"}
+    honours = PLAIN_SETTINGS | {
+        "objective.alpha",
+        "objective.alpha_schedule",
+        "objective.alpha_zero_at",
+        "objective.clone",
+        "objective.clone_scale",
+    }
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
@@ -36,11 +42,14 @@ class ActivationClone(RandomStudent):
         self.alignment = writer_alignment(teacher, self.model, self.clone.places, seed)
 
     def loss_weights(self) -> list[float]:
-        clones = self.objective.alpha if self.objective.clone.enabled() else 0.0
+        clones = self.objective.alpha_at(1) if self.objective.clone.enabled() else 0.0
         return [*super().loss_weights(), clones]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {**super().parameters(), **self.alignment}
+
+    def begin_step(self, step: int) -> None:
+        self.clone.alpha = self.objective.alpha_at(step / self.recipe.steps())
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
         return self.clone.losses(batch, counts)
@@ -48,7 +57,7 @@ class ActivationClone(RandomStudent):
     def end_step(self) -> None:
         self.clone.end_step()
 
-    def step_flops(self, tokens: int, sequence: int) -> None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the alignment is not in the formula."""
 
     def _sides(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Sides:

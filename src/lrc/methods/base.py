@@ -48,9 +48,13 @@ class Method(ABC):
     """What the method is, with its source, as a noun phrase for model cards."""
 
     honours: ClassVar[frozenset[str] | None] = None
-    """Settings of `student`, `initialise` and `objective` that the method uses, by dotted key
-    (`objective.clone` stands for all below it); None: all. Others are warned of where they are
-    set."""
+    """Settings of `student`, `initialise` and `objective`, and of the release in `train`, that the
+    method uses, by dotted key (`objective.clone` stands for all below it); None: all. Others are
+    warned of where they are set."""
+
+    one_schedule: ClassVar[bool] = False
+    """Whether the schedule of the learning rate spans all stages, a later one beginning with a
+    warm-up of its own; else each stage has a schedule of its own."""
 
     clock: Clock
     """Methods count the time of their parts here."""
@@ -102,16 +106,22 @@ class Method(ABC):
         no weight decay."""
         return {}
 
+    def rate_setting(self) -> str:
+        """Name of the recipe's setting, in `train`, that is the peak learning rate of the present
+        stage; where it is empty, `learning_rate` is."""
+        return "learning_rate"
+
     def stage_ends(self) -> tuple[int, ...]:
-        """Steps after which another stage begins, ascending: `next_stage` is called, and optimiser
-        and schedule begin anew with the parameters of then. Default: one stage."""
+        """Steps after which another stage begins, ascending: `next_stage` is called, and the
+        optimiser begins anew with the parameters of then. Default: one stage."""
         return ()
 
     def next_stage(self) -> dict[str, Any]:
         """Go on to the next stage.
 
         Returns:
-            Entries for the metrics of the step that ended the last one.
+            Entries for the metrics of the step that ended the last one; "stage" says in a word
+            what has happened.
         """
         raise NotImplementedError(f"{type(self).__name__} has one stage")
 
@@ -120,11 +130,19 @@ class Method(ABC):
         return {}
 
     def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
-        """Go to the stage and place that `state` was taken in; `parameters` then has the names
-        and shapes of then, and is filled from the checkpoint."""
+        """Go to the stage and place that `state` was taken in; `parameters` and `buffers` then
+        have the names and shapes of then, and are filled from the checkpoint."""
 
-    def begin_step(self) -> None:  # noqa: B027 - optional
-        """Prepare the forward passes of one optimiser step."""
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors by name that are not trained but that a checkpoint has to hold, too."""
+        return {}
+
+    def begin_step(self, step: int) -> None:  # noqa: B027 - optional
+        """Prepare the forward passes of one optimiser step.
+
+        Args:
+            step: the optimiser steps of the run that are done.
+        """
 
     @abstractmethod
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -161,11 +179,12 @@ class Method(ABC):
     def student(self) -> PreTrainedModel:
         """The student with the parameters of now: a plain model of the teacher's class."""
 
-    def step_flops(self, tokens: int, sequence: int) -> float | None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """Floating-point operations of the matrix products of an optimiser step; None where they
         are not known.
 
         Args:
+            step: the steps done before it.
             tokens: tokens of the step, all micro-batches together.
             sequence: tokens of a sequence.
         """

@@ -5,14 +5,14 @@ space by its projections; methods without projections align the student's side.
 """
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.activations import Observer, Place, last_hidden, observe
+from lrc.activations import Place, last_hidden, observe
 from lrc.clock import Clock
 from lrc.data.batch import Batch
 from lrc.methods.base import Counts
@@ -63,6 +63,8 @@ class ClonePass:
     ) -> None:
         self.teacher, self.model, self.objective = teacher, model, objective
         self.clock, self.sides, self.recomputes = clock, sides, recomputes
+        self.alpha = objective.alpha
+        """Weight of the clone terms in the present step; 0: nothing is cloned."""
         self.terms = objective.clone.enabled() if objective.alpha else ()
         self.places: list[Place] = [
             (layer, name) for layer in range(teacher.num_layers) for name in self.terms
@@ -77,10 +79,14 @@ class ClonePass:
         """Losses of a micro-batch, as `Method.losses` gives them."""
         self.end_step()  # lets go of the activations of the micro-batch before
         mask = batch.token_mask()
-        with self.clock.part("teacher"):
-            teacher_hidden, targets = self._teacher_pass(batch)
+        places = self.places if self.alpha else []
+        teacher_hidden: Tensor | None = None
+        targets: dict[Place, Tensor] = {}
+        if places or self.objective.kl_weight:
+            with self.clock.part("teacher"):
+                teacher_hidden, targets = self._teacher_pass(batch, places)
         with self.clock.part("student"):
-            student_hidden, terms = self._student_pass(batch, targets, mask, counts)
+            student_hidden, terms = self._student_pass(batch, targets, mask, counts, places)
         with self.clock.part("loss"):
             losses = learn_vocabulary(
                 self.teacher,
@@ -91,28 +97,35 @@ class ClonePass:
                 counts,
                 self.objective,
             )
-        if self.places:
-            by_place = torch.stack([terms[place] for place in self.places])
+        if places:
+            by_place = torch.stack([terms[place] for place in places])
             clone = by_place.sum()
-            losses["loss"] = losses["loss"] + self.objective.alpha * clone
+            losses["loss"] = losses["loss"] + self.alpha * clone
             losses["clone"] = clone.detach()
             losses[LAYERWISE] = by_place.detach().view(-1, len(self.terms))
         return losses
 
-    def _teacher_pass(self, batch: Batch) -> tuple[Tensor, dict[Place, Tensor]]:
-        """The teacher's last hidden state [b, s, d_T] and its activations at all places."""
+    def _teacher_pass(
+        self, batch: Batch, places: list[Place]
+    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        """The teacher's last hidden state [b, s, d_T] and its activations at some places."""
         targets: dict[Place, Tensor] = {}
 
         def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
             targets[place] = output
             return output
 
-        with torch.no_grad(), self._observe(self.teacher.model, keep):
+        with torch.no_grad(), observe(self.teacher.model, self.teacher.family, places, keep):
             hidden = last_hidden(self.teacher.model, batch)
         return hidden, targets
 
     def _student_pass(
-        self, batch: Batch, targets: dict[Place, Tensor], mask: Tensor | None, counts: Counts
+        self,
+        batch: Batch,
+        targets: dict[Place, Tensor],
+        mask: Tensor | None,
+        counts: Counts,
+        places: list[Place],
     ) -> tuple[Tensor, dict[Place, Tensor]]:
         """The student's last hidden state [b, s, d_S] and its clone term at every place.
 
@@ -139,7 +152,7 @@ class ClonePass:
         if not self.recomputes:
             self._observing.enter_context(recompute_inside_ffns(self.model, self.teacher.family))
         # Recomputed layers call the observer again in the backward pass, so it stays until then.
-        self._observing.enter_context(self._observe(self.model, compare))
+        self._observing.enter_context(observe(self.model, self.teacher.family, places, compare))
         hidden = last_hidden(self.model, batch)
         if not self.recomputes:
             self._observing.close()
@@ -148,6 +161,3 @@ class ClonePass:
     def _token_weight(self, target: Tensor, mask: Tensor | None) -> Tensor | None:
         """What each token weighs in a clone term, [b, s]; None where all weigh 1."""
         return relative_weight(target, mask) if self.objective.clone_scale == "relative" else mask
-
-    def _observe(self, model: nn.Module, observer: Observer) -> AbstractContextManager[None]:
-        return observe(model, self.teacher.family, self.places, observer)

@@ -142,9 +142,9 @@ class LlmPruner(PrunedStudent):
             write_merged(self.plain, self.model)
         return self.plain
 
-    def step_flops(self, tokens: int, sequence: int) -> float | None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """As for every plain student; not counted for adapters, whose backward pass is another."""
-        return None if self.adapts else super().step_flops(tokens, sequence)
+        return None if self.adapts else super().step_flops(step, tokens, sequence)
 
 
 def most_important(importance: Tensor, count: int) -> list[Tensor]:

@@ -71,5 +71,5 @@ class MiniLm(RandomStudent):
             "value_relation": values.detach(),
         }
 
-    def step_flops(self, tokens: int, sequence: int) -> None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the relations' products are none of the usual ones."""

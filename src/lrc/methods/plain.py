@@ -93,7 +93,7 @@ class PlainStudent(Method):
                 self.objective,
             )
 
-    def step_flops(self, tokens: int, sequence: int) -> float | None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """The student's and the heads' operations, and the teacher's where there is a KL."""
         loss = self.objective.model_copy(update={"alpha": 0.0})
         parts = step_flops(
@@ -104,9 +104,9 @@ class PlainStudent(Method):
             sequence,
             loss,
             self.teacher.vocab_size,
+            released=True,
         )
-        unused = {"projection"} | (set() if loss.kl_weight else {"teacher"})
-        return sum(value for part, value in parts.items() if part not in unused)
+        return sum(parts.values())
 
 
 class RandomStudent(PlainStudent):

@@ -70,7 +70,8 @@ class ShearedLlama(PlainStudent):
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
-        self.steps_done = 0
+        self.step = 0
+        """Steps done before the present one."""
         self.kept_layers: list[int] | None = None
         """Layers of the teacher that the student of stage two has; None in stage one."""
         super().__init__(teacher, recipe)
@@ -113,17 +114,17 @@ class ShearedLlama(PlainStudent):
         return (max(1, round(self.section.pruning_share * self.recipe.steps())),)
 
     def next_stage(self) -> dict[str, Any]:
-        entries: dict[str, Any] = {}
+        entries: dict[str, Any] = {"stage": "pruned"}
         for kind, (by_rank, units) in self.masks.undecided().items():
             entries |= {f"{kind}_by_rank": by_rank, f"{kind}_units": units}
         self._prune(self.masks.kept())
         return entries
 
     def state(self) -> dict[str, Any]:
-        return {"steps_done": self.steps_done, "kept_layers": self.kept_layers}
+        return {"kept_layers": self.kept_layers}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        self.steps_done, layers = state["steps_done"], state["kept_layers"]
+        layers = state["kept_layers"]
         if layers is None and self.kept_layers is not None:
             self.kept_layers, self.model = None, self.make_student()
             recompute(self.model, self.recipe.train.gradient_checkpointing)
@@ -134,10 +135,11 @@ class ShearedLlama(PlainStudent):
             groups, neurons = ([torch.arange(size)] * len(layers) for size in sizes)
             self._prune(Kept(layers, torch.arange(self.target.hidden), groups, neurons))
 
-    def begin_step(self) -> None:
+    def begin_step(self, step: int) -> None:
+        self.step = step
         if self.kept_layers is None:
             # Drawn from the step alone: a run resumes with the same noise.
-            seed = (self.recipe.initialise.seed << 32) + self.steps_done
+            seed = (self.recipe.initialise.seed << 32) + step
             self.noise = self.masks.draw(torch.Generator().manual_seed(seed % (1 << 63)))
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
@@ -160,7 +162,6 @@ class ShearedLlama(PlainStudent):
             for multiplier in self.masks.multipliers():
                 assert multiplier.grad is not None
                 multiplier.grad.neg_()  # ascent
-        self.steps_done += 1
 
     def student(self) -> PreTrainedModel:
         """In stage one: cut to the units that are most probably open now."""
@@ -168,7 +169,7 @@ class ShearedLlama(PlainStudent):
             return self.model
         return self._cut(self.masks.kept())
 
-    def step_flops(self, tokens: int, sequence: int) -> None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the stages' steps differ."""
 
     def weighs_sources(self) -> bool:
@@ -223,4 +224,4 @@ class ShearedLlama(PlainStudent):
     def _target_progress(self) -> float:
         """How far the target has moved, in [0, 1]."""
         warmup = CONSTRAINT_WARMUP * self.stage_ends()[0]
-        return min(1.0, (self.steps_done + 1) / max(warmup, 1.0))
+        return min(1.0, (self.step + 1) / max(warmup, 1.0))

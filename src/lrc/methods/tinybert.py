@@ -85,7 +85,7 @@ class TinyBert(RandomStudent):
                 losses["attention"] = attention.detach()
         return {**losses, "loss": loss}
 
-    def step_flops(self, tokens: int, sequence: int) -> None:
+    def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the attention maps' products are none of the usual ones."""
 
     def _pass(self, model: PreTrainedModel, batch: Batch) -> tuple["_Seen", Tensor]:

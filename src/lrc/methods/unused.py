@@ -5,7 +5,10 @@ from lrc.recipe import Recipe
 from lrc.sections import FORMER_DEFAULTS, Section
 
 SHARED = ("student", "initialise", "objective")
-"""Sections that a method may use in part; `data` and `train` are the loop's own."""
+"""Sections that a method may use in part; `data` is the loop's own."""
+
+RELEASE = ("release_at", "release_learning_rate")
+"""Settings of `train` that a method may make no use of; the others are the loop's own."""
 
 
 def unused_settings(method: type[Method], recipe: Recipe) -> list[str]:
@@ -14,9 +17,11 @@ def unused_settings(method: type[Method], recipe: Recipe) -> list[str]:
     if method.honours is None:
         return []
     found = []
-    for name in SHARED:
+    for name in (*SHARED, "train"):
         section: Section = getattr(recipe, name)
         for key, field in type(section).model_fields.items():
+            if name == "train" and key not in RELEASE:
+                continue
             dotted = f"{name}.{key}"
             if dotted in method.honours or field.is_required():
                 continue

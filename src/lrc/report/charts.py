@@ -53,6 +53,8 @@ class Line:
     """Lowest and highest values around those of marks, drawn in a lighter shade."""
     dash: int = 0
     """Which of `DASHES` draws it."""
+    stages: Sequence[tuple[float, str]] = ()
+    """Places on the horizontal axis where another stage began, and what happened there."""
 
 
 def run_colour(index: int) -> str:
@@ -98,6 +100,18 @@ def line_chart(
                 axes.plot(x, y, color=line.colour)
             if line.baseline is not None:
                 axes.axhline(line.baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
+            for place, stage in line.stages:
+                axes.axvline(place, color=line.colour, linestyle=(0, (1, 2)), linewidth=1)
+                axes.annotate(
+                    stage,
+                    (place, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(2, -2),
+                    textcoords="offset points",
+                    va="top",
+                    color=MUTED,
+                    fontsize=7,
+                )
         ys = [line.y for line in lines]
         if logarithmic and min(map(min, ys)) > 0:
             axes.set_yscale("log")

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 
 from lrc.recipe import flatten
 from lrc.report.charts import Line, colour_scale, heat_map, line_chart, run_colour
-from lrc.report.curves import PANELS
+from lrc.report.curves import PANELS, stage_marks
 from lrc.run import Run
 from lrc.teacher import short_name
 
@@ -90,6 +90,12 @@ def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, st
                         y,
                         _teacher_level(story) if measured else None,
                         marked=measured,
+                        stages=[
+                            (place / unit, stage)
+                            for place, stage in stage_marks(
+                                story.metrics, "seconds" if over_time else "tokens"
+                            )
+                        ],
                     )
                 )
         if lines:

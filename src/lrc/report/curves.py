@@ -46,6 +46,17 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     save_picture(figure, path)
 
 
+def stage_marks(metrics: list[dict[str, Any]], place: str = "tokens") -> list[tuple[float, str]]:
+    """Where on the way a method went on to a later stage, and what happened there.
+
+    Args:
+        metrics: lines of metrics.jsonl.
+        place: what tells where, "tokens" or "seconds".
+    """
+    found = [(line.get(place, 0), line["stage"]) for line in metrics if "stage" in line]
+    return [(at, name) for at, name in found if at > 0]
+
+
 def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> None:
     points = [(line["tokens"], line[key]) for line in metrics if key in line]
     marker = "o" if key == "held_out_lm" else None
@@ -54,6 +65,8 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
     for name in sorted({name for _, losses in by_source for name in losses}):
         points = [(tokens, losses[name]) for tokens, losses in by_source if name in losses]
         axes.plot(*zip(*points, strict=True), linewidth=0.8, label=as_label(name))
+    for at, name in stage_marks(metrics):
+        axes.axvline(at, color="grey", linestyle=":", label=name)
     axes.set_title(title)
     axes.set_xlabel("training tokens")
     axes.grid(alpha=0.3)

@@ -43,6 +43,8 @@ class State:
     """The state of the text's reader (`lrc.data.Reader.state`)."""
     method: dict[str, Any] = field(default_factory=dict)
     """The method's own state (`lrc.methods.Method.state`)."""
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    """The method's tensors that are not trained (`lrc.methods.Method.buffers`)."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
@@ -101,19 +103,20 @@ def fill_state(
 
 
 def fill_parameters(state: State, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Bring the parameters of `state`, in place, and torch's random numbers to a checkpoint that
-    was read.
+    """Bring the parameters and buffers of `state`, in place, and torch's random numbers to a
+    checkpoint that was read.
 
     Raises:
         UserError: it holds other parameters; `state` is then unchanged.
     """
-    expected = {f"parameter.{name}": p.shape for name, p in state.parameters.items()}
-    found = {name: t.shape for name, t in tensors.items() if name.startswith("parameter.")}
+    filled = _filled(state)
+    expected = {name: value.shape for name, value in filled.items()}
+    found = {n: t.shape for n, t in tensors.items() if n.startswith(("parameter.", "buffer."))}
     if expected != found:
         raise UserError(f"The checkpoint {path} holds other parameters than this recipe trains.")
     with torch.no_grad():
-        for name, parameter in state.parameters.items():
-            parameter.copy_(tensors[f"parameter.{name}"])
+        for name, value in filled.items():
+            value.copy_(tensors[name])
     torch.set_rng_state(tensors["rng"])
 
 
@@ -159,12 +162,17 @@ def using(path: Path) -> Iterator[None]:
 
 
 def _tensors(state: State) -> dict[str, Tensor]:
-    tensors = {"rng": torch.get_rng_state()}
+    tensors = {"rng": torch.get_rng_state(), **_filled(state)}
     for name, parameter in state.parameters.items():
-        tensors[f"parameter.{name}"] = parameter.detach()
         for key, value in state.optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer.{name}.{key}"] = value
     return {name: value.contiguous() for name, value in tensors.items()}
+
+
+def _filled(state: State) -> dict[str, Tensor]:
+    """Parameters and buffers by their names in a checkpoint."""
+    named = {f"parameter.{name}": value.detach() for name, value in state.parameters.items()}
+    return named | {f"buffer.{name}": value for name, value in state.buffers.items()}
 
 
 def _optimizer_state(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:

@@ -183,14 +183,15 @@ def flop_utilisation(loop: Loop) -> float | None:
     peak; None where this process made no step, where the method's operations are not known, or
     where the peak was measured on a busy machine (the steps were quicker than it)."""
     recipe, setup = loop.run.recipe, loop.setup
-    flops = setup.method.step_flops(recipe.step_tokens(), recipe.data.sequence_length)
-    steps = setup.state.step - loop.first_step
-    if not steps or flops is None:
+    size = recipe.step_tokens(), recipe.data.sequence_length
+    steps = range(loop.first_step, setup.state.step)
+    if not steps or setup.method.step_flops(steps[0], *size) is None:
         return None
+    flops = sum(setup.method.step_flops(step, *size) or 0.0 for step in steps)
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
     dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
-    share = flops * steps / seconds / matmul_peak(setup.device, dtype)
+    share = flops / seconds / matmul_peak(setup.device, dtype)
     return share if share <= 1 else None
 
 

@@ -81,9 +81,10 @@ class Loop:
             open_trackers(self.run, self.first_step) as self.trackers,
             step_progress(self.console, steps, self.first_step) as progress,
         ):
+            changed = {} if setup.restored else self._change_stage(progress)
             if not self.run.metrics():
                 start = {**self._measure(progress), **self._measure_teacher()}
-                self._log({**start, **self.calibration()})
+                self._log({**start, **self.calibration(), **changed})
             if not setup.restored:
                 self._weigh_sources(self.run.metrics()[0])
                 self._save()  # a start may have taken long
@@ -125,7 +126,7 @@ class Loop:
         with method.clock.part("data"):
             batches = self._batches()
             counts = count(batches)
-        method.begin_step()
+        method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
         for batch in batches:
@@ -173,8 +174,9 @@ class Loop:
             return {}
         entries = setup.method.next_stage()
         setup.state = new_state(setup.method, self.run.recipe, step)
-        told = ", ".join(f"{name} {value}" for name, value in entries.items())
-        progress.note(f"step {step} of {self.run.recipe.steps()}: the next stage begins ({told})")
+        told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
+        told = f"{entries['stage']} ({told})" if told else entries["stage"]
+        progress.note(f"step {step} of {self.run.recipe.steps()}: {told}")
         return entries
 
     def _batches(self) -> list[Batch]:
@@ -207,7 +209,7 @@ class Loop:
         where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
         raise DivergedError(
             f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "
-            f"({where}): start anew with a lower train.learning_rate."
+            f"({where}): start anew with a lower train.{self.setup.method.rate_setting()}."
         )
 
     def _measure(self, progress: StepProgress) -> dict[str, Any]:

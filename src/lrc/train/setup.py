@@ -2,11 +2,12 @@
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from rich.console import Console
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from lrc.data import Reader
@@ -111,19 +112,51 @@ def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
     for rate in sorted(set(own.values())):
         named = [p for name, p in parameters.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(
-        groups, lr=train.learning_rate, betas=train.betas, eps=train.eps, fused=True
-    )
+    peak = getattr(train, method.rate_setting()) or train.learning_rate
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
     bounds = 0, *method.stage_ends(), recipe.steps()
     stage = bisect.bisect_right(bounds[:-1], step) - 1
-    steps = bounds[stage + 1] - bounds[stage]
+    begin, end = bounds[stage], bounds[stage + 1]
+    if method.one_schedule:
+        factor = stretch(schedule(train, recipe.steps()), begin, warmup(train, recipe.steps()))
+    else:
+        factor = schedule(train, end - begin)
+    scheduler = LambdaLR(optimizer, factor)
+    return State(step, parameters, optimizer, scheduler, buffers=method.buffers())
+
+
+def warmup(train: TrainSection, steps: int) -> int:
+    """Steps that warm up, of all steps of a schedule."""
+    return math.ceil(train.warmup_ratio * steps)
+
+
+def schedule(train: TrainSection, steps: int) -> Callable[[int], float]:
+    """The learning rate after a number of steps, as a share of the peak: the recipe's schedule."""
+    nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
         SCHEDULES[train.schedule],
-        optimizer,
-        num_warmup_steps=math.ceil(train.warmup_ratio * steps),
+        nothing,
+        num_warmup_steps=warmup(train, steps),
         num_training_steps=steps,
     )
-    return State(step, parameters, optimizer, scheduler)
+    assert isinstance(scheduler, LambdaLR)
+    return scheduler.lr_lambdas[0]
+
+
+def stretch(whole: Callable[[int], float], begin: int, warming: int) -> Callable[[int], float]:
+    """A schedule from one of its steps on, with another warm-up where that is not its first.
+
+    Args:
+        whole: the schedule.
+        begin: the step.
+        warming: steps of the warm-up.
+    """
+
+    def factor(done: int) -> float:
+        warmed = min(1.0, done / warming) if begin and warming else 1.0
+        return warmed * whole(begin + done)
+
+    return factor
 
 
 def restore(run: Run, method: Method, console: Console) -> State | None:

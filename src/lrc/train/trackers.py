@@ -53,7 +53,7 @@ def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, f
     numbers by source one by one, and the clone loss by term."""
     values: dict[str, float] = {}
     for name, value in line.items():
-        if name in ("step", LAYERWISE):
+        if name in ("step", LAYERWISE) or isinstance(value, str):
             continue
         key = f"{'eval' if 'held_out' in name else 'train'}/{name}"
         if isinstance(value, dict):
