@@ -196,6 +196,35 @@ def test_runs_share_their_start(
         ({"entries": [{"name": "a", "set": {"train.seed": 1}}]}, "the comparison's `seeds`"),
         ({"entries": [{"name": "a", "set": {"train.learning_rate": 1}}]}, "`learning_rates`"),
         (
+            {
+                "entries": [
+                    {
+                        "name": "a",
+                        "tries": "release_learning_rate",
+                        "set": {"train.release_learning_rate": 1},
+                    }
+                ]
+            },
+            "'train.release_learning_rate', which is decided by the entry's `learning_rates`",
+        ),
+        ({"entries": [{"name": "a", "tries": "learning-rate"}]}, "'release_learning_rate'"),
+        (
+            {
+                "entries": [
+                    {
+                        "name": "a",
+                        "tries": "release_learning_rate",
+                        "set": {"train.release_at": 1},
+                    }
+                ]
+            },
+            "entry 'a' tries rates after a release, but releases nothing",
+        ),
+        (
+            {"entries": [{"name": "a", "set": {"method": "scratch", "train.release_at": 0.1}}]},
+            "'train.release_at', which has no effect with method scratch",
+        ),
+        (
             {"entries": [{"name": "a", "set": {"method": "scratch", "objective": {"alpha": 1}}}]},
             "'objective.alpha', which has no effect with method scratch",
         ),
@@ -210,6 +239,35 @@ def test_bad_comparisons_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         load_comparison(write({**plan, **change}, tmp_path))
+
+
+def test_rates_after_the_release_are_tried_too(plan: Settings, tmp_path: Path) -> None:
+    released = {"train.release_at": 0.5, "train.learning_rate": 1e-3}
+    plan["entries"] = [
+        {"name": "never", "set": {"train.release_at": 1}},
+        {"name": "released", "tries": "release_learning_rate", "set": released},
+        {
+            "name": "ablation",
+            "tries": "release_learning_rate",
+            "rate_of": "released",
+            "set": {**released, "objective.alpha": 0},
+        },
+    ]
+    plan["seeds"] = [0]
+    out = tmp_path / "out"
+    results = compare(load_comparison(write(plan, tmp_path)), out, Console(quiet=True))
+    [chosen] = [entry.learning_rate for entry in results.entries if entry.name == "released"]
+    recipes = {
+        run.name: Run.open(run).recipe.train
+        for run in (*(out / "grid").iterdir(), *(out / "runs").iterdir())
+    }
+    assert recipes["released-lr0.01"].release_learning_rate == 1e-2
+    assert recipes["released-lr0.01"].learning_rate == 1e-3
+    for name in ("released", "ablation"):
+        assert recipes[f"{name}-seed0"].learning_rate == 1e-3
+        assert recipes[f"{name}-seed0"].release_learning_rate == chosen
+    assert recipes["never-seed0"].release_learning_rate is None
+    assert recipes["never-lr0.01"].learning_rate == 1e-2
 
 
 def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None:

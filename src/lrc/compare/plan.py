@@ -7,7 +7,7 @@ with the lowest held-out loss after a short budget; then it trains on the whole 
 import os
 from collections.abc import Collection, Iterator, Mapping
 from types import MappingProxyType
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, StringConstraints, ValidationError, model_validator
 
@@ -27,10 +27,13 @@ RESERVED = MappingProxyType(
         "train.tokens": "the comparison's `tokens`",
         "train.seed": "the comparison's `seeds`",
         "initialise.seed": "the comparison's `seeds`",
-        "train.learning_rate": "the entry's `learning_rates`",
     }
 )
-"""Settings of a run that the comparison decides, and where it does."""
+"""Settings of a run that the comparison decides, besides the rate that is tried, and where."""
+
+
+RATES = "the entry's `learning_rates`"
+"""Where the rate that is tried is decided."""
 
 
 class Grid(Section):
@@ -57,6 +60,9 @@ class Entry(Section):
 
     learning_rates: list[Rate] | None = Field(None, min_length=1)
     """Its own grid; a single rate is taken as it is."""
+
+    tries: Literal["learning_rate", "release_learning_rate"] = "learning_rate"
+    """Which setting of `train` these rates are; another one is given in `set`."""
 
     rate_of: Name | None = None
     """Entry whose chosen rate it takes instead of searching for one: for ablations."""
@@ -144,7 +150,7 @@ class Comparison(Section):
         assert isinstance(self.recipe, dict)  # resolved by `load_comparison`
         decided = {
             "train.tokens": tokens,
-            "train.learning_rate": rate,
+            f"train.{entry.tries}": rate,
             "train.seed": seed,
             "initialise.seed": seed,
         }
@@ -183,6 +189,8 @@ def load_comparison(
     for key in overrides:
         if key in RESERVED:
             raise UserError(f"'{key}' is decided by {RESERVED[key]}; change it in {path}.")
+        if key in {f"train.{entry.tries}" for entry in comparison.entries}:
+            raise UserError(f"'{key}' is decided by {RATES}; change it in {path}.")
     base = apply_overrides(base, overrides)
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
@@ -198,10 +206,11 @@ def _check_entries(comparison: Comparison) -> None:
     """
     problems = []
     for entry in comparison.entries:
+        reserved = {**RESERVED, f"train.{entry.tries}": RATES}
         problems += [
-            f"entry '{entry.name}' sets '{key}', which is decided by {RESERVED[key]}"
+            f"entry '{entry.name}' sets '{key}', which is decided by {reserved[key]}"
             for key in entry.settings
-            if key in RESERVED
+            if key in reserved
         ]
         try:
             recipe = comparison.grid_recipe(entry, 1e-4)
@@ -209,6 +218,11 @@ def _check_entries(comparison: Comparison) -> None:
             problems.append(f"entry '{entry.name}': {error}".rstrip("."))
             continue
         method = recipe.method.name
+        releases = method == "lrc" and recipe.train.release_at < 1
+        if entry.tries == "release_learning_rate" and not releases:
+            problems.append(
+                f"entry '{entry.name}' tries rates after a release, but releases nothing"
+            )
         problems += [
             f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"
             for key in unused_settings(METHODS[method], recipe)

@@ -1,0 +1,268 @@
+"""Why a student's own weights learn faster than projections into its teacher's: an experiment each.
+
+    rank      every reader (q, k, v, gate, up) gets a free low-rank addition, W_T P + A B with A
+              [out, r] and B [r, d_S], A zero at first; and every reader and writer one of full rank
+    geometry  the same students in other coordinates: each reader's teacher weight, gain and all, is
+              replaced by the orthonormal U of its U S V^T, and P by S V^T P (writers likewise), so
+              that a step of Adam is as long in all of its directions
+    norms     a teacher with norms inside its attention, a Qwen3 of stories260K's shape that is
+              first trained on the stories: projections with these norms trained too, and released
+              weights with these norms left as they are
+
+All train for the same tokens from the same closed-form start without a clone loss; each at the best
+rate of a grid, which is told. Stories are made as for `lrc compare release`.
+
+    python benchmarks/release_why.py data/stories260K OUT
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from lrc.console import TextConsole
+from lrc.data import open_text
+from lrc.errors import DivergedError
+from lrc.families import LINEARS, READERS
+from lrc.methods import METHODS, LowRankClone, Method
+from lrc.projection import Site
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from lrc.teacher import load_tokenizer
+from lrc.train import train
+
+RATES = (3e-3, 1e-2, 3e-2)
+RANKS = (1, 2, 4, 8, 16, 32)
+TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 3000, 32, 5e-3
+
+
+class Added(LowRankClone):
+    """LRC with a free low-rank addition to some of its linear maps."""
+
+    rank: ClassVar[int]
+    names: ClassVar[tuple[str, ...]] = READERS
+
+    def _begin(self) -> None:
+        super()._begin()
+        generator = torch.Generator().manual_seed(0)
+        self.added: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
+        for layer in range(self.teacher.num_layers):
+            for name in self.names:
+                path = f"{self.teacher.family.linear(layer, name)}.weight"
+                out, width = self.model.get_parameter(path).shape
+                start = torch.randn(self.rank, width, generator=generator) / width**0.5
+                self.added[path] = nn.Parameter(torch.zeros(out, self.rank)), nn.Parameter(start)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        named = super().parameters()
+        for path, (a, b) in self.added.items():
+            named |= {f"added.{path}.a": a, f"added.{path}.b": b}
+        return named
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        for path, (a, b) in self.added.items():
+            self.model.get_parameter(path).data.addmm_(a, b)
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self._add()
+
+    def student(self) -> Any:
+        model = super().student()
+        self._add()
+        return model
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        super().end_step()
+        for path, (a, b) in self.added.items():
+            gradient = self.model.get_parameter(path).grad
+            assert gradient is not None
+            a.grad, b.grad = gradient @ b.T, a.T @ gradient
+
+
+class Whitened(LowRankClone):
+    """LRC in other coordinates from the first step on."""
+
+    def stage_ends(self) -> tuple[int, ...]:
+        return (0,)
+
+    @torch.no_grad()
+    def next_stage(self) -> dict[str, Any]:
+        projections, family = self.projections, self.teacher.family
+        whitened: list[tuple[Site, str, Tensor]] = []
+        for site, name, weight in projections._weights():
+            full = weight.clone()
+            if site.folded and site.norm:
+                full *= self.teacher.gain(site.norm)
+            left, strengths, right = torch.linalg.svd(full, full_matrices=False)
+            value = projections.values[site.projection]
+            if site.writes:
+                value, kept = strengths[:, None] * (left.T @ value), right
+            else:
+                value, kept = strengths[:, None] * (right @ value), left
+            projections.values[site.projection] = nn.Parameter(value)
+            whitened.append((replace(site, norm=None, folded=False), name, kept.contiguous()))
+        assert len({site.projection for site, _, _ in whitened}) == len(whitened), family
+
+        def weights() -> Iterator[tuple[Site, str, Tensor]]:
+            yield from whitened
+
+        projections._weights = weights  # type: ignore[method-assign]
+        return {"stage": "whitened"}
+
+
+def inner_norms(method: Method) -> dict[str, nn.Parameter]:
+    """Gains of the norms inside a student's attention."""
+    named = method.model.named_parameters()
+    return {name: p for name, p in named if ".q_norm." in name or ".k_norm." in name}
+
+
+class InnerNormsToo(LowRankClone):
+    """Projections, and the inner norms trained beside them."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        inner = inner_norms(self)
+        for value in inner.values():
+            value.requires_grad_(True)
+        return super().parameters() | inner
+
+
+class InnerNormsFrozen(LowRankClone):
+    """Released weights but for the inner norms."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        found = super().parameters()
+        if self.released:
+            for name, value in inner_norms(self).items():
+                value.requires_grad_(False)
+                del found[name]
+        return found
+
+
+def train_teacher(source: Path, folder: Path, text: list[str]) -> None:
+    """A Qwen3 of the shape of the model in `source`, trained on the stories."""
+    shape = AutoModelForCausalLM.from_pretrained(source).config
+    tokenizer = load_tokenizer(str(source))
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size", "max_position_embeddings")
+    settings = {name: getattr(shape, name) for name in names}
+    head_dim = shape.hidden_size // shape.num_attention_heads
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**settings, head_dim=head_dim, tie_word_embeddings=True))
+    base = {"teacher": {"model": str(source)}, "student": {"hidden_size": 32}}
+    recipe = make_recipe(base, {"data.text": text, "data.sequence_length": 64})
+    reader = open_text(recipe, tokenizer)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=TEACHER_RATE, betas=(0.9, 0.99))
+    for step in range(TEACHER_STEPS):
+        batch = reader.training_batch(step * TEACHER_BATCH, TEACHER_BATCH)
+        logits = model(batch.input_ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), batch.labels().flatten())
+        loss.backward()
+        left = 1 - step / TEACHER_STEPS
+        for group in optimizer.param_groups:
+            group["lr"] = TEACHER_RATE * min(left, (step + 1) / 100)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def best(
+    name: str,
+    kind: type[LowRankClone],
+    out: Path,
+    base: dict[str, Any],
+    rates: tuple[float, ...] = RATES,
+    **settings: Any,
+) -> dict[str, Any]:
+    """Held-out loss at the best of some rates; a rate that was tried before is read."""
+    found: dict[float, float] = {}
+    for rate in rates:
+        overrides = {"train.learning_rate": rate, **{k: v for k, v in settings.items()}}
+        run = Run(out / f"{name}-lr{rate:g}", make_recipe(base, overrides))
+        METHODS["lrc"] = kind
+        try:
+            summary = train(run, TextConsole(quiet=True), report=False)
+            found[rate] = summary["student_held_out_lm"]
+        except DivergedError:
+            found[rate] = float("inf")
+        finally:
+            METHODS["lrc"] = LowRankClone
+    rate = min(found, key=lambda r: found[r])
+    result = {"name": name, "loss": found[rate], "rate": rate, "tries": found}
+    print(json.dumps(result), flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("source", type=Path, help="folder of stories260K and its stories.jsonl")
+    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("--tokens", type=int, default=819_200)
+    parser.add_argument("--ranks", type=int, nargs="*", default=list(RANKS))
+    parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
+    parser.add_argument(
+        "--only", nargs="+", default=["rank", "geometry", "norms"], help="experiments to run"
+    )
+    arguments = parser.parse_args()
+    text = [str(arguments.source / "stories.jsonl")]
+    base = {
+        "teacher": {"model": str(arguments.source)},
+        "student": {"hidden_size": 32},
+        "objective": {"alpha": 0},
+        "data": {"text": text, "held_out_fraction": 0.02, "sequence_length": 64},
+        "train": {
+            "tokens": arguments.tokens,
+            "micro_batch": 16,
+            "warmup_ratio": 0.02,
+            "eval_every": 100,
+            "eval_sequences": 128,
+            "log_every": 100,
+            "checkpoint_every": 100_000,
+            "keep_checkpoints": 1,
+            "device": "cpu",
+        },
+    }
+    out, rates = arguments.out, tuple(arguments.rates)
+    never, released = {"train.release_at": 1.0}, {"train.release_at": 0.0}
+    results = []
+    if {"rank", "geometry"} & set(arguments.only):
+        results.append(best("never", LowRankClone, out, base, rates, **never))
+        results.append(best("released", LowRankClone, out, base, rates, **released))
+    if "rank" in arguments.only:
+        for rank in arguments.ranks:
+            kind = type("Ranked", (Added,), {"rank": rank})
+            results.append(best(f"readers-rank-{rank}", kind, out, base, rates, **never))
+        if arguments.ranks:
+            kind = type("Whole", (Added,), {"rank": max(arguments.ranks), "names": LINEARS})
+            results.append(best(f"all-rank-{kind.rank}", kind, out, base, rates, **never))
+    if "geometry" in arguments.only:
+        wide = (*rates, 3 * max(rates))
+        results.append(best("whitened", Whitened, out, base, wide, **never))
+    if "norms" in arguments.only:
+        folder = out / "qwen3"
+        if not folder.exists():
+            train_teacher(arguments.source, folder, text)
+        base = {**base, "teacher": {"model": str(folder)}}
+        for name, kind, when in (
+            ("qwen3-never", LowRankClone, never),
+            ("qwen3-never-norms-too", InnerNormsToo, never),
+            ("qwen3-released", LowRankClone, released),
+            ("qwen3-released-norms-frozen", InnerNormsFrozen, released),
+        ):
+            results.append(best(name, kind, out, base, rates, **when))
+    (out / "results.json").write_text(json.dumps(results, indent=2))
+
+
+if __name__ == "__main__":
+    main()
