@@ -6,7 +6,7 @@ python benchmarks/cost.py --rate 400      at 400 TFLOP/s reached instead of 350
 
 import argparse
 
-from lrc.cost import Widths, step_flops
+from lrc.cloning.cost import Widths, step_flops
 from lrc.recipe import load_recipe
 
 TEACHER = Widths(hidden=3072, layers=28, attention=3072, key_value=1024, ffn=8192, vocab=128256)

@@ -32,9 +32,9 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from lrc.data.build.pool import default_workers
-from lrc.data.build.progress import BuildProgress
-from lrc.data.mix import Mix
+from lrc.corpus.mix import Mix
+from lrc.corpus.pool import default_workers
+from lrc.corpus.progress import BuildProgress
 from lrc.data.sources import read_documents
 from lrc.recipe import validated
 
@@ -46,7 +46,7 @@ BATCH_CHARACTERS = 1 << 20
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
     """Interleaved rounds of `tokenizers` alone and of builds; medians, and medians of ratios."""
-    from lrc.teacher import load_tokenizer
+    from lrc.model.teacher import load_tokenizer
 
     tokenizer = load_tokenizer(options.teacher)
     with tempfile.TemporaryDirectory() as name:
@@ -103,7 +103,7 @@ def alone(tokenizer: Any, texts: list[str]) -> float:
 
 def whole_build(folder: Path, tokenizer: Any, options: argparse.Namespace, full: bool) -> float:
     """Seconds of a build."""
-    from lrc.data.build.run import build_shards
+    from lrc.corpus.run import build_shards
 
     settings: dict[str, Any] = {
         "teacher": options.teacher,

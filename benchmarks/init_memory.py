@@ -27,10 +27,10 @@ DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14}
 CHILD = """
 import sys
 import torch
-from lrc.initialise import calibration, initialise_from_text
-from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import load_teacher
+from lrc.cloning.start import calibration, initialise_from_text
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.model.teacher import load_teacher
 
 folder, load, tokens, hidden_size, in_memory = sys.argv[1:]
 calibration.IN_MEMORY = int(in_memory)

@@ -27,15 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from lrc.console import TextConsole
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.method import Method
+from lrc.cloning.projection import Site
 from lrc.data import open_text
-from lrc.errors import DivergedError
-from lrc.families import LINEARS, READERS
-from lrc.methods import METHODS, LowRankClone, Method
-from lrc.projection import Site
+from lrc.methods import METHODS
+from lrc.model.families import LINEARS, READERS
+from lrc.model.teacher import load_tokenizer
 from lrc.recipe import make_recipe
 from lrc.run import Run
-from lrc.teacher import load_tokenizer
+from lrc.system.console import TextConsole
+from lrc.system.errors import DivergedError
 from lrc.train import train
 
 RATES = (3e-3, 1e-2, 3e-2)

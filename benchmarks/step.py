@@ -45,15 +45,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrc.clock import Clock
-from lrc.cost import step_flops, widths_of
+from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.start import initialise_random
 from lrc.data.batch import Batch
-from lrc.environment import describe_environment
-from lrc.initialise import initialise_random
-from lrc.memory import keep_freed_memory
-from lrc.methods import LowRankClone
-from lrc.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import Teacher, as_teacher, load_teacher
+from lrc.model.teacher import Teacher, as_teacher, load_teacher
+from lrc.recipe.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
+from lrc.system.clock import Clock
+from lrc.system.environment import describe_environment
+from lrc.system.memory import keep_freed_memory
 from lrc.train.compiling import compile_small_modules
 from lrc.train.loop import count
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.activations import last_hidden, observe
+from lrc.cloning.activations import last_hidden, observe
 from lrc.data import open_text
 from lrc.data.batch import Batch
-from lrc.environment import describe_environment
-from lrc.families import LINEARS
-from lrc.memory import keep_freed_memory
+from lrc.model.families import LINEARS
+from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import make_recipe
-from lrc.sections import TeacherSection
-from lrc.teacher import Teacher, load_teacher
+from lrc.recipe.sections import TeacherSection
+from lrc.system.environment import describe_environment
+from lrc.system.memory import keep_freed_memory
 
 REPEATS = 9
 GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "up_proj")))

@@ -11,9 +11,9 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from data_helpers import byte_tokenizer
-from lrc.data.build.progress import BuildProgress
-from lrc.data.build.run import build_shards
-from lrc.data.mix import Mix
+from lrc.corpus.mix import Mix
+from lrc.corpus.progress import BuildProgress
+from lrc.corpus.run import build_shards
 from lrc.data.shards import Shards, Split, documents_of
 from lrc.recipe import validated
 

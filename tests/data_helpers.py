@@ -16,7 +16,7 @@ from lrc.data import PackedPart, Tokens, packing
 from lrc.data.cache import PartWriter
 from lrc.data.identity import TokenizerIdentity
 from lrc.data.shards import Shard, Shards, ShardWriter, Split, write_shards_index
-from lrc.sections import DataSection
+from lrc.recipe.sections import DataSection
 
 BOS, EOS = "<|bos|>", "<|eos|>"
 

@@ -8,10 +8,10 @@ from gguf import GGUFReader
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from lrc.initialise import initialise_from_text
-from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import load_teacher
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.start import initialise_from_text
+from lrc.model.teacher import load_teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from tiny import tiny_method, tiny_teacher
 
 PADDING_ROWS = 3

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrc.model.teacher import Teacher
 from lrc.stories260k import save_stories
-from lrc.teacher import Teacher
 
 __all__ = ["sample", "save_stories", "stories_source"]
 

@@ -22,10 +22,10 @@ from lrc.analysis.neurons import NeuronResult
 from lrc.analysis.questions import questions_of_file
 from lrc.cli import main
 from lrc.data.batch import Batch
-from lrc.errors import UserError
-from lrc.evaluate.harness import evaluate_rows, evaluate_task, harness_model, open_tasks
-from lrc.evaluate.local_data import use_folder
-from lrc.families import FAMILIES
+from lrc.evaluation.harness import evaluate_rows, evaluate_task, harness_model, open_tasks
+from lrc.evaluation.local_data import use_folder
+from lrc.model.families import FAMILIES
+from lrc.system.errors import UserError
 from tiny import FFN, LAYERS, tiny_batch, tiny_teacher, watch
 
 RIGHT, WRONG = "w9", "w10"

@@ -7,15 +7,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.initialise import basis
-from lrc.initialise.basis import (
+from lrc.cloning.start import basis
+from lrc.cloning.start.basis import (
     StreamStatistics,
     gradients,
     predictive_basis,
     principal_basis,
     stream_statistics,
 )
-from lrc.initialise.calibration import Calibration
+from lrc.cloning.start.calibration import Calibration
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 NORMS = ("input_layernorm", "post_attention_layernorm")

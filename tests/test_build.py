@@ -20,11 +20,11 @@ from PIL import Image
 
 from build_helpers import build, make_mix, steps_of, summary_of, texts_of, write_rows
 from data_helpers import ByteTokenizer, byte_tokenizer
-from lrc.data.build import hub, splitting, summary
-from lrc.data.build.unit import Worker
+from lrc.corpus import hub, splitting, summary
+from lrc.corpus.unit import Worker
 from lrc.data.identity import HASH_RANGE, text_hash
 from lrc.data.shards import Shards, open_shards
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
@@ -558,10 +558,10 @@ def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) 
         raise OSError(errno.ENOSPC, "No space left on device")
 
     target = {
-        "units": "lrc.data.build.unit.np.savez",
+        "units": "lrc.corpus.unit.np.savez",
         "copies": "pathlib.Path.write_bytes",
-        "shards": "lrc.data.build.assemble.ShardWriter.write",
-        "summary": "lrc.data.build.summary.draw",
+        "shards": "lrc.corpus.assemble.ShardWriter.write",
+        "summary": "lrc.corpus.summary.draw",
     }[place]
     monkeypatch.setattr(target, full)
     with pytest.raises(UserError, match="disk is full"):

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from build_helpers import make_mix, write_rows
-from lrc.data.build import pieces, splitting
-from lrc.data.build.draw import draw
-from lrc.data.build.duplicates import SeenDocuments, band_keys
-from lrc.data.build.overlap import OverlapIndex, write_index
-from lrc.data.build.pieces import Piece, line_ends, read_rows, rest_of_part
-from lrc.data.build.selection import histogram
-from lrc.data.build.unit import divide
-from lrc.data.build.words import hash_words, normalise
-from lrc.data.mix import Deduplicate, load_mix
-from lrc.errors import UserError
-from lrc.shipped import shipped
+from lrc.corpus import pieces, splitting
+from lrc.corpus.draw import draw
+from lrc.corpus.duplicates import SeenDocuments, band_keys
+from lrc.corpus.mix import Deduplicate, load_mix
+from lrc.corpus.overlap import OverlapIndex, write_index
+from lrc.corpus.pieces import Piece, line_ends, read_rows, rest_of_part
+from lrc.corpus.selection import histogram
+from lrc.corpus.unit import divide
+from lrc.corpus.words import hash_words, normalise
+from lrc.recipe.shipped import shipped
+from lrc.system.errors import UserError
 
 WORDS = ["a", "the", "Cat", "sat,", "42", "naïve", "«x»", "don\u2019t", "\U0001f642", "\u0130"]
 texts = st.lists(

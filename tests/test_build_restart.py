@@ -15,12 +15,12 @@ from matplotlib.figure import Figure
 
 from build_helpers import build, files_of, make_mix, write_rows
 from data_helpers import byte_tokenizer
-from lrc import files
-from lrc.data.build import pool, run, splitting, summary
-from lrc.data.build.pieces import Unit
-from lrc.data.build.unit import Worker
-from lrc.data.mix import Mix
-from lrc.errors import UserError
+from lrc.corpus import pool, run, splitting, summary
+from lrc.corpus.mix import Mix
+from lrc.corpus.pieces import Unit
+from lrc.corpus.unit import Worker
+from lrc.system import files
+from lrc.system.errors import UserError
 from test_build import documents, rows
 
 
@@ -84,7 +84,7 @@ def test_killed_at_every_moment(mix: Mix, tmp_path: Path) -> None:
             with log.open("a") as file:
                 file.write(f"{unit.name}\n")
 
-        # `lrc.files` and the shards' files are put in place by the same function.
+        # `lrc.system.files` and the shards' files are put in place by the same function.
         os.replace, Worker.process = replace, process  # type: ignore[method-assign]
         build(mix, out)
 

@@ -18,12 +18,12 @@ from torch.nn import functional
 
 from data_helpers import Document, write_shards
 from lrc.cli import main
+from lrc.cloning.method import TOKEN_LM
+from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data import Batch, StreamedText, TrainingText
 from lrc.data.by_source import SourceLosses
 from lrc.data.identity import tokenizer_identity
-from lrc.evaluate.held_out import held_out_loss, measure_agreement
-from lrc.methods import TOKEN_LM
-from lrc.objective import VocabularyWeights, vocabulary_losses
+from lrc.evaluation.held_out import held_out_loss, measure_agreement
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.train import train

@@ -14,10 +14,10 @@ from build_helpers import write_rows
 from data_helpers import byte_tokenizer
 from lrc.cli import data as commands
 from lrc.cli import main
-from lrc.console import TextConsole
-from lrc.data.build import splitting
+from lrc.corpus import splitting
 from lrc.data.shards import open_shards
-from lrc.teacher import load_tokenizer
+from lrc.model.teacher import load_tokenizer
+from lrc.system.console import TextConsole
 from stories import stories_source
 from test_build import TEMPLATE, documents, rows
 

@@ -15,17 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrc as package
 from command_line import Command
-from lrc import hub
-from lrc.compare import load_comparison
-from lrc.compare.runner import compare
-from lrc.console import TextConsole
-from lrc.errors import UserError
-from lrc.evaluate.harness import harness_model
-from lrc.evaluate.sample import continue_tokens, generate_text
-from lrc.export import export_student
-from lrc.export.gguf_file import About, Kind, write_gguf
+from lrc.comparison import load_comparison
+from lrc.comparison.runner import compare
+from lrc.evaluation.harness import harness_model
+from lrc.evaluation.sample import continue_tokens, generate_text
+from lrc.exporting import export_student
+from lrc.exporting.gguf_file import About, Kind, write_gguf
+from lrc.recipe.shipped import shipped
 from lrc.report.curves import draw_curves
-from lrc.shipped import shipped
+from lrc.system import hub
+from lrc.system.console import TextConsole
+from lrc.system.errors import UserError
 from lrc.train import closing
 from model_files import save_model
 from test_model_files import SHORT, text_of

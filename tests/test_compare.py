@@ -17,14 +17,14 @@ import yaml
 from rich.console import Console
 
 from lrc.cli import main
-from lrc.compare import compare, load_comparison
-from lrc.compare import runner as runner_module
-from lrc.compare.folders import held_out_of
-from lrc.compare.results import Point, curve_of, tokens_to_reach
-from lrc.errors import UserError
+from lrc.comparison import compare, load_comparison
+from lrc.comparison import runner as runner_module
+from lrc.comparison.folders import held_out_of
+from lrc.comparison.results import Point, curve_of, tokens_to_reach
 from lrc.recipe import make_recipe
+from lrc.recipe.shipped import shipped
 from lrc.run import Run
-from lrc.shipped import shipped
+from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import session as session_module
 from lrc.train.session import train

@@ -16,12 +16,12 @@ from PIL import Image
 from rich.console import Console
 
 from lrc.cli import main
-from lrc.compare import compare, load_comparison
-from lrc.compare.figure import comparison_figure
-from lrc.compare.page import rate_grid, write_comparison_page
-from lrc.compare.results import EntryResult, Point, Results, RunResult
-from lrc.compare.table import header, notes, row
-from lrc.errors import UserError
+from lrc.comparison import compare, load_comparison
+from lrc.comparison.figure import comparison_figure
+from lrc.comparison.page import rate_grid, write_comparison_page
+from lrc.comparison.results import EntryResult, Point, Results, RunResult
+from lrc.comparison.table import header, notes, row
+from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
 from tiny import tiny_teacher
 

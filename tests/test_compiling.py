@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
-from lrc.errors import UserError
-from lrc.families import FAMILIES
-from lrc.methods.lora import add_adapters
+from lrc.baselines.lora import add_adapters
+from lrc.model.families import FAMILIES
+from lrc.system.errors import UserError
 from lrc.train.compiling import check_compiler, small_modules
 from tiny import tiny_teacher
 from tiny_runs import go, new_run

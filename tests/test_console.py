@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from rich.progress import Progress
 from rich.table import Table
 
-from lrc.console import TextConsole
+from lrc.system.console import TextConsole
 from lrc.train.progress import StepProgress, bar_width, describe, phase, step_progress
 
 
@@ -144,7 +144,7 @@ def test_any_terminal_can_be_printed_to(environment: dict[str, str]) -> None:
 def test_a_pipe_that_is_closed_ends_no_command() -> None:
     code = """
 import sys
-from lrc.console import console
+from lrc.system.console import console
 for number in range(100_000):
     console.print(f"line {number}")
 print("went on", file=sys.stderr)

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
-from lrc.cost import matmul_peak, step_flops, widths_of
+from lrc.cloning.cost import matmul_peak, step_flops, widths_of
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.start import initialise_random
 from lrc.data.batch import Batch
-from lrc.initialise import initialise_random
-from lrc.methods import LowRankClone
-from lrc.sections import CloneTerms, ObjectiveSection, StudentSection
+from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.loop import count
 from tiny import Case, tiny_teacher
 

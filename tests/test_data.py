@@ -29,10 +29,10 @@ from data_helpers import (
     watch_encoding,
     write_jsonl,
 )
-from lrc.checksums import cache_root
 from lrc.data import Batch, PackedText, Sequences, ShuffledOrder, TrainingText, packing, prepare
 from lrc.data.cache import PartWriter
-from lrc.errors import UserError
+from lrc.system.checksums import cache_root
+from lrc.system.errors import UserError
 
 TEXTS = [f"Document number {i} of a few." for i in range(40)]
 

@@ -11,7 +11,7 @@ import zstandard
 from data_helpers import write_jsonl
 from lrc.data import read_documents, source_files, stdlib_docs, text_files
 from lrc.data.sources import DOCUMENT_CHARACTERS, LONGEST_PIECE
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 
 def read(*sources: Path | str, field: str = "text") -> list[str]:

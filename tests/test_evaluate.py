@@ -19,19 +19,19 @@ pytest.importorskip("lm_eval")
 
 from benchmarks_data import ROWS, save_byte_model, write_rows
 from lrc.cli import main
-from lrc.console import TextConsole
 from lrc.data import open_text
-from lrc.errors import UserError
-from lrc.evaluate import evaluation as evaluation_module
-from lrc.evaluate.agreement import pack
-from lrc.evaluate.evaluation import Settings, evaluate
-from lrc.evaluate.published import published
-from lrc.evaluate.results import Evaluation, Kept, ModelResult, Score, TaskResult
-from lrc.evaluate.subject import find_subjects, fingerprint_of
-from lrc.evaluate.tables import average, markdown, notes, short_count
+from lrc.evaluation import evaluation as evaluation_module
+from lrc.evaluation.agreement import pack
+from lrc.evaluation.evaluation import Settings, evaluate
+from lrc.evaluation.published import published
+from lrc.evaluation.results import Evaluation, Kept, ModelResult, Score, TaskResult
+from lrc.evaluation.subject import find_subjects, fingerprint_of
+from lrc.evaluation.tables import average, markdown, notes, short_count
 from lrc.recipe import load_recipe
+from lrc.recipe.sections import DataSection
 from lrc.run import Run
-from lrc.sections import DataSection
+from lrc.system.console import TextConsole
+from lrc.system.errors import UserError
 from lrc.train.session import initialise_only
 
 QUIET = TextConsole(quiet=True)
@@ -98,7 +98,7 @@ def test_published_averages_are_means() -> None:
     for row in tables.models:
         assert sum(row.accuracy) / 9 == pytest.approx(row.average, abs=0.006), row.model
     lrc = {row.model: row for row in tables.models}["LRC-1.7B"]
-    assert (lrc.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
+    assert (lrc.model.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
 
 
 def test_published_results_are_listed(
@@ -341,7 +341,7 @@ def test_other_refusals(
     def missing(name: str) -> str:
         raise evaluation_module.harness_version.__globals__["metadata"].PackageNotFoundError
 
-    monkeypatch.setattr("lrc.evaluate.harness.metadata.version", missing)
+    monkeypatch.setattr("lrc.evaluation.harness.metadata.version", missing)
     with pytest.raises(UserError, match=r"pip install low-rank-clone\[eval\]"):
         evaluate(str(run.folder), [], Settings(), tmp_path / "out", QUIET)
 

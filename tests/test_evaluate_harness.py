@@ -21,9 +21,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model, write_rows
-from lrc.errors import UserError
-from lrc.evaluate import harness
-from lrc.evaluate.harness import (
+from lrc.evaluation import harness
+from lrc.evaluation.harness import (
     evaluate_rows,
     evaluate_task,
     find_tasks,
@@ -33,8 +32,9 @@ from lrc.evaluate.harness import (
     prompts,
     quiet_harness,
 )
-from lrc.evaluate.local_data import use_folder
-from lrc.evaluate.published import published
+from lrc.evaluation.local_data import use_folder
+from lrc.evaluation.published import published
+from lrc.system.errors import UserError
 from tiny import tiny_teacher
 
 HUB_ROWS = 5

@@ -17,12 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from lrc.errors import UserError
-from lrc.export import export_student
-from lrc.export.card import model_card
-from lrc.methods import LowRankClone
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.exporting import export_student
+from lrc.exporting.card import model_card
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.system.errors import UserError
 from tiny import TINY_CASES, Case, tiny_batch, tiny_method, tiny_teacher
 
 READER = """

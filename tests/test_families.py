@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from lrc.errors import UserError
-from lrc.families import FAMILIES, family_of
-from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection
-from lrc.student import student_config
-from lrc.teacher import Teacher
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.model.families import FAMILIES, family_of
+from lrc.model.student import student_config
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection
+from lrc.system.errors import UserError
 from tiny import (
     FFN,
     HEAD_DIM,

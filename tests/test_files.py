@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from lrc import files
-from lrc.checksums import remembered
-from lrc.errors import UserError
-from lrc.files import hold, is_taken, new_file, new_folder, write_text
-from lrc.limits import bounded
-from lrc.memory import keep_freed_memory
+from lrc.system import files
+from lrc.system.checksums import remembered
+from lrc.system.errors import UserError
+from lrc.system.files import hold, is_taken, new_file, new_folder, write_text
+from lrc.system.limits import bounded
+from lrc.system.memory import keep_freed_memory
 
 
 def test_a_failed_file_leaves_the_old_one(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def killed_while_writing(path: Path, folder: bool) -> subprocess.Popen[str]:
     code = f"""
 import sys, time
 from pathlib import Path
-from lrc.files import {kind}
+from lrc.system.files import {kind}
 with {kind}(Path(sys.argv[1])) as temporary:
     ({"temporary / 'x'" if folder else "temporary"}).write_text("half")
     print("writing", flush=True)

@@ -29,10 +29,10 @@ from gguf_helpers import (
     tiny_student,
 )
 from lrc.cli import main
-from lrc.errors import UserError
-from lrc.export import gguf_file
-from lrc.export.gguf_file import About, convert_to_gguf, write_gguf
-from lrc.families import FAMILIES
+from lrc.exporting import gguf_file
+from lrc.exporting.gguf_file import About, convert_to_gguf, write_gguf
+from lrc.model.families import FAMILIES
+from lrc.system.errors import UserError
 from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, tiny_teacher, tiny_tokenizer
 
 PARTS = {

@@ -21,9 +21,9 @@ from gguf_helpers import (
     stories_clone,
     tiny_student,
 )
-from lrc.errors import UserError
-from lrc.export.gguf_file import About, write_gguf
-from lrc.export.gguf_vocabulary import pre_tokenizer_name
+from lrc.exporting.gguf_file import About, write_gguf
+from lrc.exporting.gguf_vocabulary import pre_tokenizer_name
+from lrc.system.errors import UserError
 
 ABOUT = About("tiny")
 

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrc.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
-from lrc.pruning.learned import LearnedMasks
-from lrc.pruning.shape import Shape
+from lrc.baselines.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
+from lrc.baselines.pruning.learned import LearnedMasks
+from lrc.baselines.pruning.shape import Shape
 
 TEACHER = Shape(layers=3, hidden=10, kv_heads=2, neurons=12)
 TARGET = Shape(layers=2, hidden=6, kv_heads=1, neurons=5)

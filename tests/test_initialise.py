@@ -9,10 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrc.data.batch import Batch
-from lrc.evaluate.held_out import held_out_loss
-from lrc.families import FAMILIES, READERS
-from lrc.initialise import (
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.start import (
     calibration,
     initialise_from_text,
     initialise_random,
@@ -22,14 +20,16 @@ from lrc.initialise import (
     refine,
     solve_projections,
 )
-from lrc.initialise.basis import predictive_basis, stream_statistics
-from lrc.initialise.calibration import Calibration
-from lrc.initialise.closed_form import cut_sequences
-from lrc.initialise.least_squares import moments, regress, second_moment
-from lrc.initialise.refine import RIDGE, square_roots
-from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import load_teacher
+from lrc.cloning.start.basis import predictive_basis, stream_statistics
+from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form.least_squares import moments, regress, second_moment
+from lrc.cloning.start.closed_form.refine import RIDGE, square_roots
+from lrc.cloning.start.closed_form.solve import cut_sequences
+from lrc.data.batch import Batch
+from lrc.evaluation.held_out import held_out_loss
+from lrc.model.families import FAMILIES, READERS
+from lrc.model.teacher import load_teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from stories import sample
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
@@ -121,8 +121,8 @@ def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = tokens(24)
     length = whole.shape[1] // 2
     before = solve_projections(teacher, whole, STUDENT_HIDDEN, shared_head=False).projections
-    monkeypatch.setattr("lrc.initialise.closed_form.LENGTH", length)
-    monkeypatch.setattr("lrc.initialise.closed_form.RESTART", 2)
+    monkeypatch.setattr("lrc.cloning.start.closed_form.solve.LENGTH", length)
+    monkeypatch.setattr("lrc.cloning.start.closed_form.solve.RESTART", 2)
     halves = whole.reshape(-1, length)
     starts = [
         solve_projections(teacher, ids, STUDENT_HIDDEN, shared_head=False).projections

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from command_line import Command
 from lrc.api import clone
-from lrc.errors import UserError
-from lrc.initialise import calibration, head, initialise_from_text
-from lrc.initialise.streams import Stream
-from lrc.methods import LowRankClone
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.start import calibration, head, initialise_from_text
+from lrc.cloning.start.streams import Stream
+from lrc.model.teacher import Teacher, load_teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import Teacher, load_teacher
+from lrc.system.errors import UserError
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 
@@ -336,10 +336,10 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
 PEAK = """
 import torch
-from lrc.initialise import calibration, initialise_from_text
-from lrc.methods import LowRankClone
-from lrc.sections import ObjectiveSection, StudentSection, TeacherSection
-from lrc.teacher import load_teacher
+from lrc.cloning.start import calibration, initialise_from_text
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.model.teacher import load_teacher
 
 def peak():  # not ru_maxrss, which a process inherits from the one that starts it
     with open("/proc/self/status") as file:

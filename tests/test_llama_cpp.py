@@ -27,10 +27,10 @@ from gguf_helpers import (
     stories_clone,
     tiny_student,
 )
-from lrc.errors import UserError
-from lrc.export.gguf_file import About, write_gguf
-from lrc.families import FAMILIES
-from lrc.teacher import load_model
+from lrc.exporting.gguf_file import About, write_gguf
+from lrc.model.families import FAMILIES
+from lrc.model.teacher import load_model
+from lrc.system.errors import UserError
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.slow

@@ -9,15 +9,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lrc.errors import UserError
-from lrc.methods.llm_pruner import LlmPruner, most_important
-from lrc.pruning.budget import Budget
-from lrc.pruning.cut import Kept, cut, keep_all
-from lrc.pruning.shape import teacher_shape
-from lrc.pruning.taylor import taylor_importance
+from lrc.baselines.llm_pruner import LlmPruner, most_important
+from lrc.baselines.pruning.budget import Budget
+from lrc.baselines.pruning.cut import Kept, cut, keep_all
+from lrc.baselines.pruning.shape import teacher_shape
+from lrc.baselines.pruning.taylor import taylor_importance
+from lrc.model.student import derive_config
+from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
-from lrc.student import derive_config
-from lrc.teacher import Teacher
+from lrc.system.errors import UserError
 from lrc.train.loop import count
 from lrc.train.setup import new_state
 from tiny import LAYERS, ROWS, TINY_CASES, Case, tiny_batch, tiny_teacher

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.method import Counts
 from lrc.data.batch import Batch
-from lrc.families import FAMILIES
-from lrc.methods import Counts, LowRankClone
-from lrc.sections import Checkpointing
+from lrc.model.families import FAMILIES
+from lrc.recipe.sections import Checkpointing
 from lrc.train.loop import count
 from tiny import (
     LAYERS,

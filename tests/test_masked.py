@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lrc.baselines.pruning.cut import Kept, cut
+from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
-from lrc.pruning.cut import Kept, cut
-from lrc.pruning.masked import MaskHooks, MaskValues
-from lrc.teacher import Teacher
+from lrc.model.teacher import Teacher
 from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher, use_exact_norms
 
 LAYERS, GROUPS = 3, 2

@@ -11,16 +11,17 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
 
-from lrc.attention import OBSERVED
+from lrc.baselines.attention import OBSERVED
+from lrc.baselines.plain import PlainStudent
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.method import Method
 from lrc.data.batch import Batch
-from lrc.errors import UserError
-from lrc.families import FAMILIES
-from lrc.methods import METHODS, LowRankClone, Method
-from lrc.methods.plain import PlainStudent
-from lrc.methods.unused import unused_settings
+from lrc.methods import METHODS, unused_settings
+from lrc.model.families import FAMILIES
+from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
-from lrc.sections import FORMER_DEFAULTS, StudentSection
-from lrc.teacher import Teacher
+from lrc.recipe.sections import StudentSection
+from lrc.system.errors import UserError
 from lrc.train.loop import count
 from tiny import (
     FFN,
@@ -458,19 +459,17 @@ def test_settings_without_effect_are_found() -> None:
         initialise={"method": "pca", "seed": 3},
         objective={"clone": {"q": False}, "alpha": 0.3},
     )
-    assert unused_settings(METHODS["minilm"], recipe) == [
+    assert unused_settings(recipe) == [
         "initialise.method",
         "objective.alpha",
         "objective.kl_weight",
         "objective.temperature",
         "objective.clone",
     ]
-    assert unused_settings(METHODS["lrc"], recipe) == []
+    assert unused_settings(make_recipe(recipe.model_dump() | {"method": "lrc"})) == []
     defaults = {"data": {"text": ["x"]}, "teacher": {"model": "t"}, "student": {"hidden_size": 8}}
-    for name, method in METHODS.items():
-        given = {**defaults, "method": name}
-        assert unused_settings(method, make_recipe(given)) == []
-        assert unused_settings(method, make_recipe(given, FORMER_DEFAULTS)) == []  # older runs
+    for name in METHODS:
+        assert unused_settings(make_recipe({**defaults, "method": name})) == []
 
 
 def test_every_method_is_complete() -> None:

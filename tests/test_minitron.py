@@ -9,15 +9,15 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lrc.baselines.minitron import Minitron
+from lrc.baselines.pruning.cut import cut
+from lrc.baselines.pruning.importance import Importance, measure_importance
+from lrc.baselines.pruning.shape import Shape, shape_of_config
 from lrc.data.batch import Batch
-from lrc.families import FAMILIES
 from lrc.methods import METHODS
-from lrc.methods.minitron import Minitron
-from lrc.pruning.cut import cut
-from lrc.pruning.importance import Importance, measure_importance
-from lrc.pruning.shape import Shape, shape_of_config
+from lrc.model.families import FAMILIES
+from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
-from lrc.teacher import Teacher, as_teacher
 from stories import sample
 from tiny import FFN, HEAD_DIM, tiny_batch, tiny_teacher
 

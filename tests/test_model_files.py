@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import lrc
 from command_line import Command
 from gguf_helpers import LLAMA3_ROPE, byte_level_bpe
-from lrc.errors import UserError
-from lrc.export.gguf_file import convert_to_gguf
+from lrc.exporting.gguf_file import convert_to_gguf
 from lrc.model import tokenizer as tokenizers_of_ours
 from lrc.model.locate import locate
+from lrc.model.teacher import load_model, load_skeleton, load_teacher, load_tokenizer
 from lrc.model.tokenizer import PROBES, chat_text, plain_ids
-from lrc.sections import TeacherSection
-from lrc.teacher import load_model, load_skeleton, load_teacher, load_tokenizer
+from lrc.recipe.sections import TeacherSection
+from lrc.system.errors import UserError
 from model_files import WEIGHTS, Weights, edit_json, edit_weights, rewrite_gguf, save_model
 from tiny import LAYERS
 
@@ -605,7 +605,7 @@ def test_mistyped_paths_do_not_ask_the_hub(
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "file").write_text("x")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("lrc.hub.hub_problem", lambda: pytest.fail("the hub was asked"))
+    monkeypatch.setattr("lrc.system.hub.hub_problem", lambda: pytest.fail("the hub was asked"))
     with pytest.raises(UserError) as error:
         locate(name)
     assert words in str(error.value)
@@ -622,7 +622,7 @@ def test_hub_models_come_from_the_cache(
     shutil.copytree(untied, store / "snapshots" / commit)
     download = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr("lrc.hub.hub_problem", lambda: "there is none")
+    monkeypatch.setattr("lrc.system.hub.hub_problem", lambda: "there is none")
     files = locate("org/name")
     assert (files.folder.name, files.commit) == (commit, commit)
     ids = torch.arange(5)[None]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.objective import (
+from lrc.cloning.objective import (
     VocabularyLosses,
     VocabularyWeights,
     clone_term,
@@ -119,7 +119,7 @@ def test_rows_that_a_processor_works_on_at_once(
     logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They change nothing, whether they divide the chunk or not."""
-    monkeypatch.setattr("lrc.objective.CACHED_LOGITS", logits)
+    monkeypatch.setattr("lrc.cloning.objective.CACHED_LOGITS", logits)
     inputs = random_inputs(23)
     compare(inputs, weights_for(inputs, chunk_tokens=7))
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from lrc.data import Share, ShuffledOrder, order
 from lrc.data.order import permuted
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 
 def keys(seed: int) -> np.ndarray:

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.projection import projection_key
+from lrc.cloning.start import closed_form, initialise_from_text, predictions
+from lrc.cloning.start.calibration import Calibration
 from lrc.data.batch import Batch
-from lrc.evaluate.held_out import measure_agreement
-from lrc.families import FAMILIES, LINEARS
-from lrc.initialise import closed_form, initialise_from_text, predictions
-from lrc.initialise.calibration import Calibration
-from lrc.methods import LowRankClone
-from lrc.projection import projection_key
-from lrc.sections import ObjectiveSection, StudentSection
-from lrc.teacher import Teacher
+from lrc.evaluation.held_out import measure_agreement
+from lrc.model.families import FAMILIES, LINEARS
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection
 from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
 
 LAYERS = 4

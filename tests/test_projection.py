@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.func import functional_call
 
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.projection import Projections, project
+from lrc.cloning.start import initialise_random
 from lrc.data.batch import Batch
-from lrc.initialise import initialise_random
-from lrc.methods import LowRankClone
-from lrc.projection import Projections, project
-from lrc.sections import StudentSection
+from lrc.recipe.sections import StudentSection
 from tiny import (
     NORM_BEFORE,
     READERS,

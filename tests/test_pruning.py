@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.errors import UserError
-from lrc.export import export_student
-from lrc.method_sections import PrunedShapeSection
-from lrc.pruning.cut import Kept, cut, keep_all
-from lrc.pruning.shape import Shape, pruned_config, target_shape, teacher_shape
-from lrc.pruning.size import compare_sizes, parameter_count
-from lrc.sections import StudentSection
-from lrc.shapes import shape_of
-from lrc.teacher import Teacher
+from lrc.baselines.pruning.cut import Kept, cut, keep_all
+from lrc.baselines.pruning.shape import Shape, pruned_config, target_shape, teacher_shape
+from lrc.baselines.pruning.size import compare_sizes, parameter_count
+from lrc.exporting import export_student
+from lrc.model.shapes import shape_of
+from lrc.model.teacher import Teacher
+from lrc.recipe.method_sections import PrunedShapeSection
+from lrc.recipe.sections import StudentSection
+from lrc.system.errors import UserError
 from tiny import FFN, HEAD_DIM, HIDDEN, LAYERS, TINY_CASES, TOKENS, Case, tiny_teacher
 
 IDS = torch.randint(0, TOKENS, (2, 9), generator=torch.Generator().manual_seed(0))

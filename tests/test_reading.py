@@ -15,8 +15,8 @@ from data_helpers import Document, byte_tokenizer, wide_tokenizer, write_shards
 from lrc.data import Batch, Sequences, Share, Tokens, TrainingText, open_text, tokens
 from lrc.data.identity import tokenizer_identity
 from lrc.data.shards import Shards
-from lrc.errors import UserError
 from lrc.recipe import Recipe, make_recipe
+from lrc.system.errors import UserError
 
 IDENTITY = tokenizer_identity(wide_tokenizer())
 

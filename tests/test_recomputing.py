@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.families import FAMILIES
-from lrc.methods.recomputing import recompute_inside_ffns
+from lrc.cloning.recomputing import recompute_inside_ffns
+from lrc.model.families import FAMILIES
 from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]

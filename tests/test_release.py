@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
@@ -20,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from command_line import Command
 from killing import Start, assert_same_run, run_and_kill
-from lrc.cost import step_flops, widths_of
+from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
-from lrc.errors import UserError
-from lrc.families import FAMILIES
-from lrc.methods import LowRankClone
-from lrc.recipe import load_recorded_recipe, make_recipe
+from lrc.model.families import FAMILIES
+from lrc.recipe import make_recipe
+from lrc.recipe.sections import ObjectiveSection, StudentSection, TrainSection
 from lrc.report.curves import draw_curves, stage_marks
 from lrc.run import Run
-from lrc.sections import ObjectiveSection, StudentSection, TrainSection
+from lrc.system.errors import UserError
 from lrc.train import train
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.export_run import export_run
@@ -313,14 +312,6 @@ def test_bad_settings_are_a_sentence(settings: dict[str, Any], words: str) -> No
         make_recipe(base, settings)
 
 
-def test_an_older_run_goes_on_without_a_release(tmp_path: Path) -> None:
-    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(base))
-    recipe = load_recorded_recipe(tmp_path / "recipe.yaml")
-    assert recipe.train.release_at == 1
-    assert recipe.objective.alpha_at(1) == recipe.objective.alpha
-
-
 @pytest.mark.parametrize(
     ("share", "steps", "ends"),
     [(0, 10, (0,)), (0.3, 10, (3,)), (1, 10, ()), (0.001, 10, (0,)), (0.999, 10, ()), (0.9, 1, ())],
@@ -550,7 +541,7 @@ def lose_a_tensor(file: Path) -> None:
     """Take a tensor out of a checkpoint, checksums and all."""
     from safetensors.torch import save_file
 
-    from lrc.checksums import file_sha256, json_sha256
+    from lrc.system.checksums import file_sha256, json_sha256
 
     tensors = load_file(file)
     del tensors["parameter.model.norm.weight"]

@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lrc.cli import main
-from lrc.errors import UserError
 from lrc.report import contents, evaluations, page
 from lrc.report.charts import spans
 from lrc.report.evaluations import read_evaluations
 from lrc.report.page import write_report
 from lrc.run import Run
+from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
 from tiny import LAYERS
 from tiny_runs import go, new_run
@@ -301,7 +301,7 @@ def test_a_report_that_breaks_off_leaves_the_older_one(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("lrc.files.flush", stop)
+        patch.setattr("lrc.system.files.flush", stop)
         with pytest.raises(KeyboardInterrupt):
             write_report(copies[:1], path)
     assert path.read_bytes() == before

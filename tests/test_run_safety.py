@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 
 import lrc as package
 from command_line import Command
-from lrc.console import TextConsole
-from lrc.errors import UserError
-from lrc.files import hold
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.system.console import TextConsole
+from lrc.system.errors import UserError
+from lrc.system.files import hold
 from lrc.train import closing, train
 from lrc.train import session as session_module
 from lrc.train.checkpoint import list_checkpoints, read_checkpoint

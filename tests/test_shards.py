@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 
 from build_helpers import build, make_mix, texts_of, write_rows
 from data_helpers import byte_tokenizer, data_section, write_jsonl
+from lrc.corpus import summary
+from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data import open_text, prepare
-from lrc.data.build import summary
 from lrc.data.identity import tokenizer_identity
-from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data.shards import (
     Shards,
     ShardWriter,
@@ -22,8 +22,8 @@ from lrc.data.shards import (
     open_shards,
     write_shards_index,
 )
-from lrc.errors import UserError
 from lrc.recipe import Recipe, validated
+from lrc.system.errors import UserError
 from test_build import documents, rows
 
 

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from data_helpers import Document, write_shards
 from killing import Start, assert_same_run, run_and_kill
+from lrc.baselines.sheared_llama import ShearedLlama
 from lrc.data.identity import tokenizer_identity
-from lrc.method_sections import METHOD_SECTIONS
 from lrc.methods import METHODS
-from lrc.methods.sheared_llama import ShearedLlama
+from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
+from lrc.recipe.method_sections import METHOD_SECTIONS
 from lrc.run import Run
-from lrc.teacher import Teacher
 from lrc.train import train
 from lrc.train.loop import count
 from lrc.train.setup import new_state, set_up

@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lrc.baselines.pruning.rotate import write_rotated
+from lrc.baselines.slicegpt import SliceGpt
 from lrc.data.batch import Batch
-from lrc.errors import UserError
 from lrc.methods import METHODS
-from lrc.methods.slicegpt import SliceGpt
-from lrc.pruning.rotate import write_rotated
+from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
-from lrc.teacher import Teacher, as_teacher
+from lrc.system.errors import UserError
 from stories import sample
 from tiny import HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher, use_exact_norms
 

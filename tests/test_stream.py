@@ -14,8 +14,8 @@ import torch
 from data_helpers import byte_tokenizer
 from lrc.data import Share, StreamedText
 from lrc.data.identity import HASH_RANGE, text_hash
-from lrc.errors import UserError
-from lrc.sections import DataSection, StreamSection
+from lrc.recipe.sections import DataSection, StreamSection
+from lrc.system.errors import UserError
 
 FILES, DOCUMENTS, LENGTH = 3, 40, 16
 HELD_OUT = 0.1

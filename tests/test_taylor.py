@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lrc.baselines.pruning.taylor import lm_gradients, taylor_importance
 from lrc.data.batch import Batch
-from lrc.method_sections import Grouping, Taylor
-from lrc.pruning.taylor import lm_gradients, taylor_importance
-from lrc.teacher import Teacher
+from lrc.model.teacher import Teacher
+from lrc.recipe.method_sections import Grouping, Taylor
 from tiny import (
     FFN,
     HEAD_DIM,
@@ -130,7 +130,7 @@ BATCHES = {
 def test_against_a_loop_over_weights(
     taylor: Taylor, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrc.pruning.taylor.PASS", 16)  # two sequences, and what is left
+    monkeypatch.setattr("lrc.baselines.pruning.taylor.PASS", 16)  # two sequences, and what is left
     teacher = grouped(("qwen2", False, {}))  # biases on q, k and v
     whole = gradient(teacher, batch)
     single = [gradient(teacher, row_of(batch, row)) for row in range(len(batch.input_ids))]

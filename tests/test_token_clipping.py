@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.activations import Place, observe
+from lrc.cloning.activations import Place, observe
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.method import Counts
+from lrc.cloning.token_clipping import clip_tokens, clipped_tokens
 from lrc.data.batch import Batch
-from lrc.families import FAMILIES, LINEARS
-from lrc.methods import LowRankClone
-from lrc.methods.base import Counts
-from lrc.sections import ObjectiveSection, StudentSection
-from lrc.train.token_clipping import clip_tokens, clipped_tokens
+from lrc.model.families import FAMILIES, LINEARS
+from lrc.recipe.sections import ObjectiveSection, StudentSection
 from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
 from tiny_runs import go, new_run
 

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lrc.errors import UserError
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import train
 from lrc.train.trackers import tracked_values

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from gguf_helpers import byte_level_bpe
-from lrc.export import export_student
-from lrc.families import FAMILIES
+from lrc.exporting import export_student
+from lrc.model.families import FAMILIES
 from tiny import tiny_method, tiny_teacher
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lrc.errors import UserError
 from lrc.recipe import parse_overrides
-from lrc.yaml_files import parse_yaml, read_yaml
+from lrc.system.errors import UserError
+from lrc.system.yaml_files import parse_yaml, read_yaml
 
 SCALARS = st.one_of(st.booleans(), st.integers(), st.floats(allow_nan=False), st.text(), st.none())
 VALUES = st.recursive(

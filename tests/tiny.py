@@ -15,11 +15,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
-from lrc.families import FAMILIES
-from lrc.methods import LowRankClone
-from lrc.sections import Checkpointing, ObjectiveSection, StudentSection
-from lrc.teacher import Teacher, as_teacher
+from lrc.model.families import FAMILIES
+from lrc.model.teacher import Teacher, as_teacher
+from lrc.recipe.sections import Checkpointing, ObjectiveSection, StudentSection
 from lrc.train.loop import count
 
 HIDDEN, STUDENT_HIDDEN = 16, 8

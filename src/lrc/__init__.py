@@ -5,20 +5,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lrc.api import clone
-    from lrc.errors import UserError
+    from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
-    from lrc.teacher import Teacher, as_teacher, load_teacher
+    from lrc.system.errors import UserError
 
 _HOME = {
     "Recipe": "lrc.recipe",
     "Run": "lrc.run",
-    "Teacher": "lrc.teacher",
-    "UserError": "lrc.errors",
-    "as_teacher": "lrc.teacher",
+    "Teacher": "lrc.model.teacher",
+    "UserError": "lrc.system.errors",
+    "as_teacher": "lrc.model.teacher",
     "clone": "lrc.api",
     "load_recipe": "lrc.recipe",
-    "load_teacher": "lrc.teacher",
+    "load_teacher": "lrc.model.teacher",
 }
 
 __all__ = [

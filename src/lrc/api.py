@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lrc.console import TextConsole
-from lrc.errors import UserError
-from lrc.preflight import check_recipe, need_whole_teacher
+from lrc.model.teacher import Teacher
 from lrc.recipe import make_recipe
 from lrc.run import Run, default_folder
-from lrc.teacher import Teacher
+from lrc.system.console import TextConsole
+from lrc.system.errors import UserError
 from lrc.train import train
+from lrc.train.preflight import check_recipe, need_whole_teacher
 
 
 def clone(

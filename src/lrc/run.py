@@ -21,8 +21,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lrc.errors import UserError
-from lrc.files import (
+from lrc.model.locate import short_name
+from lrc.recipe import Recipe, load_recipe
+from lrc.system.errors import UserError
+from lrc.system.files import (
     LOCK,
     disk_errors,
     hold,
@@ -34,8 +36,6 @@ from lrc.files import (
     remove_left_overs,
     write_text,
 )
-from lrc.model.locate import short_name
-from lrc.recipe import Recipe, load_recorded_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,7 +73,7 @@ class Run:
         folder = Path(folder)
         if not is_run(folder):
             raise UserError(f"{folder} is not a run's folder: it has no {RECIPE}.")
-        return cls(folder, load_recorded_recipe(folder / RECIPE))
+        return cls(folder, load_recipe(folder / RECIPE))
 
     @contextmanager
     def hold(self) -> Iterator[None]:
@@ -87,10 +87,7 @@ class Run:
         held = f"Another process is working on {self.folder}: wait for it, or stop it first."
         with hold(self.folder, held):
             try:
-                if (
-                    is_run(self.folder)
-                    and load_recorded_recipe(self.folder / RECIPE) != self.recipe
-                ):
+                if is_run(self.folder) and load_recipe(self.folder / RECIPE) != self.recipe:
                     raise self._taken()
                 for folder in (self.folder, self.checkpoints):
                     remove_left_overs(folder)
@@ -111,7 +108,7 @@ class Run:
         """
         if is_run(self.folder):
             return False
-        from lrc.environment import describe_environment
+        from lrc.system.environment import describe_environment
 
         write_text(self.folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
         write_text(self.folder / RECIPE, self.recipe.to_yaml())
@@ -212,7 +209,7 @@ class Run:
         Raises:
             UserError: the run has not ended yet, or the student's files are damaged.
         """
-        from lrc.teacher import load_model
+        from lrc.model.teacher import load_model
 
         return load_model(str(self.need_student()))[0]
 
@@ -222,7 +219,7 @@ class Run:
         Raises:
             UserError: the run has not ended yet, or its files are damaged.
         """
-        from lrc.teacher import load_tokenizer
+        from lrc.model.teacher import load_tokenizer
 
         return load_tokenizer(str(self.need_student()))
 

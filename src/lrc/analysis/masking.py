@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.activations import Place, last_hidden, observe
+from lrc.cloning.activations import Place, last_hidden, observe
 from lrc.data.batch import Batch
-from lrc.errors import UserError
-from lrc.families import Family
+from lrc.model.families import Family
+from lrc.system.errors import UserError
 
 Positions = Literal["all", "last"]
 """Which tokens of a prompt count: all, or the last one, where the answer is predicted."""

@@ -27,15 +27,15 @@ from torch import Tensor
 from lrc.analysis.masking import Positions, activity, draw_others, masked, most_active
 from lrc.analysis.questions import Questions, questions_of_file, questions_of_task
 from lrc.data.batch import Batch
-from lrc.environment import describe_environment
-from lrc.errors import UserError
-from lrc.evaluate.harness import evaluate_rows, harness_model, harness_version, prompts
-from lrc.evaluate.progress import task_progress
-from lrc.evaluate.subject import RUNS_TEACHER, Subject, find_subjects
-from lrc.families import Family, family_of
-from lrc.files import write_text
-from lrc.sections import Section
-from lrc.teacher import load_model, load_skeleton
+from lrc.evaluation.harness import evaluate_rows, harness_model, harness_version, prompts
+from lrc.evaluation.progress import task_progress
+from lrc.evaluation.subject import RUNS_TEACHER, Subject, find_subjects
+from lrc.model.families import Family, family_of
+from lrc.model.teacher import load_model, load_skeleton
+from lrc.recipe.sections import Section
+from lrc.system.environment import describe_environment
+from lrc.system.errors import UserError
+from lrc.system.files import write_text
 
 PUBLISHED_COUNT = 50
 """Neurons that the paper masks."""
@@ -129,7 +129,7 @@ def analyse_neurons(
     """Run the experiment; neurons.json is written at the end.
 
     Args:
-        model: the student: a run's folder or anything that `lrc.teacher.load_model` takes.
+        model: the student: a run's folder or anything that `lrc.model.teacher.load_model` takes.
         teacher: its teacher, likewise; None: the run's.
         settings: all else.
         out: folder of the results.

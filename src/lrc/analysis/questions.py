@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from lrc.errors import UserError
-from lrc.evaluate.harness import (
+from lrc.evaluation.harness import (
     find_tasks,
     harness_version,
     load_task,
     open_tasks,
     quiet_harness,
 )
-from lrc.evaluate.local_data import read_rows, use_folder
+from lrc.evaluation.local_data import read_rows, use_folder
+from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -61,7 +61,7 @@ class Questions:
     """Where the rows come from."""
     manager: "TaskManager"
     task: Any
-    """As `lrc.evaluate.harness.load_task` gives it."""
+    """As `lrc.evaluation.harness.load_task` gives it."""
 
     def rows(self, limit: int | None) -> int:
         """How many questions are asked."""

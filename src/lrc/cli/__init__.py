@@ -15,8 +15,8 @@ from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import init, resume, train
-from lrc.console import console, lost_output
-from lrc.errors import UserError, reason, system_errno, system_sentence
+from lrc.system.console import console, lost_output
+from lrc.system.errors import UserError, reason, system_errno, system_sentence
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 """Exit codes: a mistake that the user can fix, a fault of ours, and Ctrl-C outside of training."""

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from lrc.cli.models import Dtype, ModelArgument
-from lrc.console import console, quiet_libraries
+from lrc.system.console import console, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -89,8 +89,8 @@ def neurons(
     from lrc.analysis.neuron_tables import draw_layers, markdown, table
     from lrc.analysis.neurons import Settings, analyse_neurons
     from lrc.cli.evaluate import folder_for
-    from lrc.files import write_text
-    from lrc.memory import keep_freed_memory
+    from lrc.system.files import write_text
+    from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
 
     quiet_libraries()

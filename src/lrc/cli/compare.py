@@ -6,8 +6,8 @@ from typing import Annotated, Any
 import typer
 
 from lrc.cli.training import Settings, TeacherOption, Text
-from lrc.console import console, quiet_libraries
-from lrc.shipped import find_yaml
+from lrc.recipe.shipped import find_yaml
+from lrc.system.console import console, quiet_libraries
 
 
 def compare(
@@ -44,8 +44,8 @@ def compare(
     }
     overrides = parse_overrides(settings or [], flags)
     find_yaml(comparison, "comparison")  # a typo is told before torch is imported
-    from lrc.compare import compare, load_comparison
-    from lrc.memory import keep_freed_memory
+    from lrc.comparison import compare, load_comparison
+    from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 
     quiet_libraries()

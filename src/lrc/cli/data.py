@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.console import console, quiet_libraries
-from lrc.errors import UserError
+from lrc.system.console import console, quiet_libraries
+from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
     from lrc.data.shards import Shards
@@ -51,9 +51,9 @@ def build(
     A build that was stopped goes on when the same command is given again. `summary.json` and
     `summary.png` in the folder tell what every filter dropped.
     """
-    from lrc.data.build.pool import default_workers
-    from lrc.data.build.progress import build_progress
-    from lrc.data.mix import load_mix
+    from lrc.corpus.mix import load_mix
+    from lrc.corpus.pool import default_workers
+    from lrc.corpus.progress import build_progress
     from lrc.recipe import parse_overrides
 
     flags: dict[str, tuple[str, Any]] = {
@@ -62,8 +62,8 @@ def build(
         "decontaminate.folder": ("--evaluation", evaluation and str(Path(evaluation).absolute())),
     }
     loaded = load_mix(mix, parse_overrides(settings or [], flags))
-    from lrc.data.build.run import build_shards
-    from lrc.teacher import load_tokenizer
+    from lrc.corpus.run import build_shards
+    from lrc.model.teacher import load_tokenizer
 
     quiet_libraries()
     tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
@@ -105,9 +105,9 @@ def inspect(
     """
     from rich.table import Table
 
-    from lrc.data.inspect import check_files, count_sources, own_tokenizer, sample_documents
+    from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
     from lrc.data.shards import open_shards
-    from lrc.teacher import load_tokenizer
+    from lrc.model.teacher import load_tokenizer
     from lrc.train.progress import phase
 
     quiet_libraries()
@@ -150,7 +150,7 @@ def inspect(
 def _print_summary(shards: "Shards") -> None:
     import json
 
-    from lrc.data.build.summary import SUMMARY, tables, warnings_of
+    from lrc.corpus.summary import SUMMARY, tables, warnings_of
 
     summary = json.loads((shards.folder / SUMMARY).read_text(encoding="utf-8"))
     for table in tables(summary):

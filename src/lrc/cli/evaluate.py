@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from lrc.cli.models import Dtype
-from lrc.console import console, quiet_libraries
-from lrc.errors import UserError
+from lrc.system.console import console, quiet_libraries
+from lrc.system.errors import UserError
 
 
 def evaluate(
@@ -75,15 +75,15 @@ def evaluate(
 
     An evaluation that is stopped goes on where it was when it is asked for again.
     """
-    from lrc.evaluate.tables import METRIC_NOTE, notes, published_table, result_tables
+    from lrc.evaluation.tables import METRIC_NOTE, notes, published_table, result_tables
 
     if published:
         console.print(published_table())
         return
     if model is None:
         raise UserError("Give the model to evaluate, or --published for the paper's results.")
-    from lrc.evaluate.evaluation import Settings, evaluate
-    from lrc.memory import keep_freed_memory
+    from lrc.evaluation.evaluation import Settings, evaluate
+    from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
 
     quiet_libraries()

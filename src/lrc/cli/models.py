@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from lrc.console import console, quiet_libraries
-from lrc.errors import UserError
+from lrc.system.console import console, quiet_libraries
+from lrc.system.errors import UserError
 
 
 class Dtype(StrEnum):
@@ -84,7 +84,7 @@ def export(
 def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
     from gguf import GGMLQuantizationType
 
-    from lrc.export.gguf_file import convert_to_gguf
+    from lrc.exporting.gguf_file import convert_to_gguf
     from lrc.run import Run, is_run
     from lrc.train.export_run import export_run_gguf
     from lrc.train.progress import phase
@@ -120,9 +120,9 @@ def info(
     * `lrc info runs/mine`
     * `lrc info my-student --compare meta-llama/Llama-3.2-3B-Instruct`
     """
+    from lrc.model.shapes import shape_of
+    from lrc.model.teacher import load_skeleton
     from lrc.run import Run, is_run
-    from lrc.shapes import shape_of
-    from lrc.teacher import load_skeleton
 
     quiet_libraries()
     names = [model] if compare is None else [compare, model]
@@ -158,10 +158,10 @@ def generate(
     * `lrc generate runs/mine "The capital of France is"`
     * `lrc generate my-student "Who are you?" --chat --temperature 0.7`
     """
-    from lrc.evaluate.sample import generate_text
+    from lrc.evaluation.sample import generate_text
+    from lrc.model.teacher import load_model
     from lrc.model.tokenizer import RefusedConversation, chat_text
     from lrc.run import Run, is_run
-    from lrc.teacher import load_model
 
     quiet_libraries()
     source = str(Run.open(Path(model)).need_student()) if is_run(Path(model)) else model

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from lrc.cli.models import ModelArgument
 from lrc.cli.training import Out, Settings, Text, carry_out
-from lrc.console import console, quiet_libraries
+from lrc.system.console import console, quiet_libraries
 
 if TYPE_CHECKING:
     from lrc.run import Run
@@ -70,10 +70,10 @@ def prune(
     Every layer loses as many heads and neurons as the others; the hidden size stays
     (LLM-Pruner, arXiv 2305.11627).
     """
-    from lrc.preflight import check_recipe
+    from lrc.model.teacher import short_name
     from lrc.recipe import parse_overrides
     from lrc.run import Run, default_folder
-    from lrc.teacher import short_name
+    from lrc.train.preflight import check_recipe
     from lrc.train.prune import prune_recipe
     from lrc.train.session import initialise_only, train
 

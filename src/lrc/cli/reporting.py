@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from lrc.console import console, quiet_libraries
-from lrc.errors import UserError
+from lrc.system.console import console, quiet_libraries
+from lrc.system.errors import UserError
 
 
 def report(
@@ -38,7 +38,7 @@ def report(
     * `lrc report runs/first runs/second --out comparison.html --prompt "Once upon a time"`
     * `lrc report runs/compare-fast` (made by `lrc compare`)
     """
-    from lrc.compare.page import is_comparison, write_comparison_page
+    from lrc.comparison.page import is_comparison, write_comparison_page
     from lrc.report.page import write_report
     from lrc.run import Run
     from lrc.train.progress import phase

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.console import console, quiet_libraries
-from lrc.errors import UserError
+from lrc.system.console import console, quiet_libraries
+from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -58,7 +58,7 @@ def train(
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
-    from lrc.preflight import need_whole_teacher
+    from lrc.train.preflight import need_whole_teacher
 
     run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
     need_whole_teacher(run.recipe)
@@ -118,11 +118,11 @@ def _new_run(
 ) -> "Run":
     """The new run that the options of a command ask for. All that can be checked without torch is
     checked here: a typo should not take seconds to be told."""
-    from lrc.preflight import check_recipe
     from lrc.recipe import make_recipe, parse_overrides
+    from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
-    from lrc.shipped import find_yaml
-    from lrc.yaml_files import read_yaml
+    from lrc.system.yaml_files import read_yaml
+    from lrc.train.preflight import check_recipe
 
     flags: dict[str, tuple[str, Any]] = {
         "method": ("--method", method),
@@ -147,7 +147,7 @@ def _new_run(
 
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
     """Train or initialise a run; a signal to stop it ends the command with 128 + its number."""
-    from lrc.memory import keep_freed_memory
+    from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 
     quiet_libraries()

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from lrc.checksums import file_sha256, remembered
-from lrc.files import disk_errors, flush
+from lrc.system.checksums import file_sha256, remembered
+from lrc.system.files import disk_errors, flush
 
 FORMAT = 2
 """Raise it whenever the same inputs would give other files: caches of old formats are ignored."""
@@ -152,8 +152,9 @@ def open_cache(folder: Path) -> PackedText | None:
 def new_cache(folder: Path) -> Iterator[Path]:
     """Build a cache: gives an empty folder, which becomes `folder` when the block ends well.
 
-    Whatever goes wrong in the block, nothing of the build is left. Unlike `lrc.files.new_folder`,
-    a whole cache that is already there stays, since other processes may be reading it.
+    Whatever goes wrong in the block, nothing of the build is left. Unlike
+    `lrc.system.files.new_folder`, a whole cache that is already there stays, since other processes
+    may be reading it.
 
     Raises:
         UserError: the disk is full, or the folder cannot be written.

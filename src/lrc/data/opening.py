@@ -5,15 +5,15 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.checksums import json_sha256
 from lrc.data.identity import tokenizer_identity
 from lrc.data.packing import SHORTEST_SEQUENCE, Progress, prepare
 from lrc.data.reader import Reader, Sequences, TrainingText
 from lrc.data.shards import SPLITS, Shards, Split, open_shards
 from lrc.data.stream import StreamedText
 from lrc.data.tokens import Tokens
-from lrc.errors import UserError
 from lrc.recipe import Recipe
+from lrc.system.checksums import json_sha256
+from lrc.system.errors import UserError
 
 
 def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = None) -> Reader:

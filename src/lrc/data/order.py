@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 LARGEST_SORTED = 1 << 20
 """Sequences up to which an epoch is shuffled as a whole; it takes 8 bytes a sequence."""

@@ -13,7 +13,6 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.checksums import cache_root
 from lrc.data.cache import (
     PackedPart,
     PackedText,
@@ -26,8 +25,9 @@ from lrc.data.cache import (
 from lrc.data.encoding import encode_texts
 from lrc.data.identity import HASH_RANGE, text_hash, token_dtype, tokenizer_identity
 from lrc.data.sources import read_documents, source_files
-from lrc.errors import UserError
-from lrc.sections import DataSection
+from lrc.recipe.sections import DataSection
+from lrc.system.checksums import cache_root
+from lrc.system.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
 """Characters that are tokenised at once: enough for all cores, and it bounds the memory."""

@@ -15,7 +15,7 @@ from lrc.data.batch import Batch
 from lrc.data.order import ShuffledOrder
 from lrc.data.tokens import Span, Tokens
 from lrc.data.weighted import WeightedOrder
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 
 class Reader(Protocol):

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from lrc.checksums import file_sha256, remembered
 from lrc.data.cache import OFFSET_DTYPE, PackedPart, PackedText, PartWriter
 from lrc.data.identity import TokenizerIdentity, tokenizer_identity
-from lrc.errors import UserError
-from lrc.files import flush, reading, write_text
+from lrc.system.checksums import file_sha256, remembered
+from lrc.system.errors import UserError
+from lrc.system.files import flush, reading, write_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer

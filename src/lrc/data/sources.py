@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, TextIO
 
 from lrc.data import stdlib_docs
 from lrc.data.text_files import COMPRESSED_SUFFIXES, json_lines, open_text
-from lrc.errors import UserError
+from lrc.system.errors import UserError
 
 STDLIB_DOCS = "stdlib-docs"
 """The source that reads Python's own documentation."""

@@ -22,9 +22,9 @@ from lrc.data.packing import Progress, encode
 from lrc.data.reader import make_batch
 from lrc.data.sources import no_field, text_of
 from lrc.data.tokens import Span
-from lrc.errors import UserError, reason
-from lrc.hub import cache_alone_if_unreachable, no_way
-from lrc.sections import DataSection, StreamSection
+from lrc.recipe.sections import DataSection, StreamSection
+from lrc.system.errors import UserError, reason
+from lrc.system.hub import cache_alone_if_unreachable, no_way
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdataset")
 """Names of `datasets`' own readers of files, which need no hub."""

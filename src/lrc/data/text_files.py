@@ -11,8 +11,8 @@ from typing import Any, BinaryIO, TextIO, cast
 
 import zstandard
 
-from lrc.errors import UserError, reason
-from lrc.limits import LONGEST_LINE
+from lrc.system.errors import UserError, reason
+from lrc.system.limits import LONGEST_LINE
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 """Endings of the compressed files that `open_text` decompresses."""

@@ -27,10 +27,10 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from lrc.errors import UserError
-from lrc.files import reading
 from lrc.model.settings import size_problems
 from lrc.model.stored import StoredTensor
+from lrc.system.errors import UserError
+from lrc.system.files import reading
 
 ADVICE = "give a whole GGUF file that llama.cpp opens, or the model's safetensors folder"
 

@@ -11,13 +11,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
-from lrc.errors import UserError
-from lrc.families import family_of
-from lrc.files import reading
 from lrc.model import gguf
+from lrc.model.families import family_of
 from lrc.model.locate import ACCEPTED, ModelFiles
 from lrc.model.settings import read_config
 from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
+from lrc.system.errors import UserError
+from lrc.system.files import reading
 
 _TORCH = ("float64", "float32", "float16", "bfloat16")
 

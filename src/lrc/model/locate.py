@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lrc.errors import UserError
-from lrc.files import reading
+from lrc.system.errors import UserError
+from lrc.system.files import reading
 
 PACKAGE_PREFIX = "package:"
 
@@ -163,7 +163,7 @@ def _download(name: str, revision: str | None, weights: bool) -> ModelFiles:
     Raises:
         UserError: it is not in the cache and cannot be downloaded.
     """
-    from lrc.hub import download
+    from lrc.system.hub import download
 
     folder = download(name, revision, SETTINGS_FILES)
     if weights:

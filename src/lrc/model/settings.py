@@ -8,11 +8,11 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lrc.errors import UserError
-from lrc.families import family_of
-from lrc.files import read_json, reading
-from lrc.limits import check_size
+from lrc.model.families import family_of
 from lrc.model.locate import ModelFiles, refuse_pointer
+from lrc.system.errors import UserError
+from lrc.system.files import read_json, reading
+from lrc.system.limits import check_size
 
 LIMITS = {
     "hidden_size": 1 << 17,

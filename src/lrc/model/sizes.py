@@ -1,7 +1,7 @@
 """Which hidden sizes a student may have, by the teacher's sizes alone."""
 
-from lrc.errors import UserError
-from lrc.families import Family
+from lrc.model.families import Family
+from lrc.system.errors import UserError
 
 
 def check_student_size(

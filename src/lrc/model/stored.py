@@ -15,9 +15,9 @@ from gguf import GGUFReader
 from safetensors import safe_open
 from torch import Tensor
 
-from lrc.errors import UserError
-from lrc.files import read_json, reading
 from lrc.model.locate import ModelFiles, refuse_pointer
+from lrc.system.errors import UserError
+from lrc.system.files import read_json, reading
 
 SAFETENSORS, PICKLED = "model.safetensors", "pytorch_model.bin"
 

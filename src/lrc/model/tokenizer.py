@@ -7,10 +7,10 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.errors import UserError, reason
-from lrc.files import reading
-from lrc.limits import bounded
 from lrc.model.locate import ModelFiles, refuse_pointer
+from lrc.system.errors import UserError, reason
+from lrc.system.files import reading
+from lrc.system.limits import bounded
 
 DESCRIPTION = "tokenizer.json"
 

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from matplotlib.colors import LogNorm
 
+from lrc.model.teacher import short_name
 from lrc.recipe import flatten
 from lrc.report.charts import Line, colour_scale, heat_map, line_chart, run_colour
 from lrc.report.curves import PANELS, stage_marks
 from lrc.run import Run
-from lrc.teacher import short_name
 
 CHARTS = {
     **PANELS,

@@ -94,7 +94,7 @@ def _results(run: Run) -> dict[str, Any] | None:
 
 
 def _published() -> dict[str, Any]:
-    path = resources.files("lrc") / "evaluate" / "published.yaml"
+    path = resources.files("lrc.evaluation") / "published.yaml"
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 

@@ -9,13 +9,13 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-from lrc.errors import UserError
-from lrc.evaluate.sample import generate_text
-from lrc.files import reading, write_text
+from lrc.evaluation.sample import generate_text
 from lrc.report import contents
 from lrc.report.charts import VARIABLES
 from lrc.report.evaluations import read_evaluations
 from lrc.run import Run
+from lrc.system.errors import UserError
+from lrc.system.files import reading, write_text
 
 GENERATOR = '<meta name="generator" content="lrc report">'
 """What tells a page of ours, which a newer one may replace."""

@@ -6,7 +6,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from lrc.files import new_file
+from lrc.system.files import new_file
 
 
 def save_picture(figure: Figure, path: Path, **options: Any) -> None:

@@ -19,11 +19,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lrc.checksums import file_sha256, json_sha256
-from lrc.errors import UserError, reason
-from lrc.files import new_folder, write_text
+from lrc.system.checksums import file_sha256, json_sha256
+from lrc.system.errors import UserError, reason
+from lrc.system.files import new_folder, write_text
 
-FORMAT = "lrc-checkpoint-2"
+FORMAT = "lrc-checkpoint-3"
 TENSORS = "state.safetensors"
 HEADER = "checkpoint.json"
 NAME = re.compile(r"step-[0-9]{8,}")

@@ -11,16 +11,16 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lrc.console import TextConsole
-from lrc.cost import matmul_peak
-from lrc.errors import reason
-from lrc.evaluate.held_out import Agreement, measure_agreement, perplexity
-from lrc.evaluate.sample import continue_tokens
-from lrc.export import export_student
-from lrc.export.card import model_card
-from lrc.files import write_text
+from lrc.cloning.cost import matmul_peak
+from lrc.evaluation.held_out import Agreement, measure_agreement, perplexity
+from lrc.evaluation.sample import continue_tokens
+from lrc.exporting import export_student
+from lrc.exporting.card import model_card
+from lrc.model.shapes import shape_of
 from lrc.report.curves import draw_curves
-from lrc.shapes import shape_of
+from lrc.system.console import TextConsole
+from lrc.system.errors import reason
+from lrc.system.files import write_text
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 

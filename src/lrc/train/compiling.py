@@ -12,8 +12,8 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from lrc.errors import UserError
-from lrc.families import Family
+from lrc.model.families import Family
+from lrc.system.errors import UserError
 
 VARIANTS = 64
 """Compiled variants that a class of modules may have, by grad mode, rank and width of what it is

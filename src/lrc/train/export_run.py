@@ -6,13 +6,13 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from rich.console import Console
 
-from lrc.errors import UserError
-from lrc.export.card import front_matter, model_card
-from lrc.export.gguf_file import About, kind_of, write_gguf
-from lrc.export.plain import export_student
-from lrc.files import is_taken
+from lrc.exporting.card import front_matter, model_card
+from lrc.exporting.gguf_file import About, kind_of, write_gguf
+from lrc.exporting.plain import export_student
+from lrc.model.teacher import describe_teacher, short_name
 from lrc.run import Run
-from lrc.teacher import describe_teacher, short_name
+from lrc.system.errors import UserError
+from lrc.system.files import is_taken
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import best_effort
 from lrc.train.inputs import check_inputs

@@ -9,16 +9,16 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from lrc.checksums import json_sha256, remembered
 from lrc.data import Reader
 from lrc.data.identity import tokenizer_identity
-from lrc.errors import UserError
-from lrc.files import read_json, reading, write_text
 from lrc.model.gguf import read_header
 from lrc.model.locate import ModelFiles
 from lrc.model.stored import file_checksums, tensor_checksum, weight_files
+from lrc.model.teacher import Teacher
 from lrc.run import Run
-from lrc.teacher import Teacher
+from lrc.system.checksums import json_sha256, remembered
+from lrc.system.errors import UserError
+from lrc.system.files import read_json, reading, write_text
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Keys of a configuration that change nothing of what a teacher computes here."""

@@ -1,6 +1,6 @@
 """The training loop: optimiser steps, metrics, held-out measurements and checkpoints.
 
-It knows nothing of a method but the interface in `lrc.methods.base`.
+It knows nothing of a method but the interface in `lrc.cloning.method`.
 """
 
 import json
@@ -13,19 +13,19 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from lrc.cloning.method import TOKEN_LM, Counts
+from lrc.cloning.token_clipping import clipped_tokens
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
-from lrc.errors import DivergedError, UserError
-from lrc.evaluate.held_out import held_out_loss
-from lrc.files import disk_errors
-from lrc.methods import TOKEN_LM, Counts
+from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
+from lrc.system.errors import DivergedError, UserError
+from lrc.system.files import disk_errors
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
 from lrc.train.signals import StopRequest, stop_on_signals
-from lrc.train.token_clipping import clipped_tokens
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
 LAYERWISE_LINES = 100

@@ -5,10 +5,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lrc.errors import UserError
+from lrc.model.teacher import load_skeleton
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run, is_run
-from lrc.teacher import load_skeleton
+from lrc.system.errors import UserError
 
 OF_THE_RUN = ("device", "precision", "micro_batch", "accumulate", "eval_sequences", "seed")
 """Training settings that are taken over from the run whose student is pruned: those of the machine,

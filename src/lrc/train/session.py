@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.activations import last_hidden
+from lrc.cloning.activations import last_hidden
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
-from lrc.errors import UserError, reason
-from lrc.preflight import check_installed, need_whole_teacher
+from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
-from lrc.teacher import Teacher
+from lrc.system.errors import UserError, reason
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs
 from lrc.train.loop import Loop
+from lrc.train.preflight import check_installed, need_whole_teacher
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts

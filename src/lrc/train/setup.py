@@ -10,14 +10,14 @@ from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from lrc.cloning.method import Method
 from lrc.data import Reader
-from lrc.errors import UserError
-from lrc.methods import METHODS, Method
-from lrc.methods.unused import unused_settings
+from lrc.methods import METHODS, unused_settings
+from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
+from lrc.recipe.sections import TrainSection
 from lrc.run import Run
-from lrc.sections import TrainSection
-from lrc.teacher import Teacher, load_teacher
+from lrc.system.errors import UserError
 from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
@@ -54,7 +54,7 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     teacher = teacher or load_teacher(recipe.teacher, device)
     _note(console, teacher.notes)
     kind = METHODS[recipe.method.name]
-    if unused := unused_settings(kind, recipe):
+    if unused := unused_settings(recipe):
         _note(console, [f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
     method = kind.build(teacher, recipe)
     _note(console, [*context_notes(teacher, recipe), *method.notes()])

@@ -13,9 +13,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lrc.errors import UserError
-from lrc.files import write_text
 from lrc.recipe import Recipe
+from lrc.system.errors import UserError
+from lrc.system.files import write_text
 from lrc.train.checkpoint import (
     checkpoint_folder,
     fill_parameters,

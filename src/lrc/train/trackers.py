@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from lrc.errors import UserError
-from lrc.files import read_json, write_text
-from lrc.methods.clone_pass import LAYERWISE
+from lrc.cloning.clone_pass import LAYERWISE
 from lrc.run import Run
+from lrc.system.errors import UserError
+from lrc.system.files import read_json, write_text
 
 PROJECT = "low-rank-clone"
 """Where runs are put unless an environment variable names another project."""

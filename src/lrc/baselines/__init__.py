@@ -1,0 +1,1 @@
+"""The systems that Low-Rank Clone is measured against."""

@@ -1,0 +1,68 @@
+"""Low-rank adapters on a student's linear maps (peft), and the plain model that they amount to."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lrc.model.families import Family
+from lrc.system.errors import UserError
+
+BASE = ".base_layer."
+"""What peft puts into the names of the parameters that it adapts."""
+
+
+def add_adapters(
+    model: PreTrainedModel, family: Family, rank: int, alpha: float, seed: int
+) -> PreTrainedModel:
+    """Put an adapter beside every linear map of a model, in place, and freeze all else.
+
+    Args:
+        model: the model, which at first computes what it did before.
+        family: its family.
+        rank: rank of the adapters.
+        alpha: they are scaled by alpha / rank.
+        seed: seed of their first factors; torch's generator is left as it was.
+
+    Raises:
+        UserError: peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(
+            "method.recovery: lora needs peft; run `pip install 'low-rank-clone[peft]'`."
+        ) from error
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(family.linears.values()))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return inject_adapter_in_model(config, model)
+
+
+def adapted_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own parameters beside its adapters, by their names without these."""
+    for name, value in adapted.named_parameters():
+        if ".lora_" not in name:
+            yield name.replace(BASE, "."), value
+
+
+@torch.no_grad()
+def write_base(adapted: nn.Module, plain: nn.Module) -> None:
+    """Give a model with adapters the weights of a plain one, beside its adapters."""
+    for name, value in adapted_parameters(adapted):
+        value.copy_(plain.get_parameter(name))
+
+
+@torch.no_grad()
+def write_merged(plain: nn.Module, adapted: nn.Module) -> None:
+    """Give a plain model the weights that a model with adapters amounts to."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, value in adapted_parameters(adapted):
+        plain.get_parameter(name).copy_(value)
+    for path, module in adapted.named_modules():
+        if isinstance(module, LoraLayer):
+            for adapter in module.active_adapters:
+                weight = plain.get_submodule(path).get_parameter("weight")
+                weight.add_(module.get_delta_weight(adapter))

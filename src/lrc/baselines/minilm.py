@@ -1,0 +1,75 @@
+"""MiniLM: the relations between tokens in the last layer's attention, and LM.
+
+Source: Wang et al., MiniLM: Deep Self-Attention Distillation for Task-Agnostic Compression of
+Pre-Trained Transformers (arXiv 2002.10957). The student learns, by KL(teacher || student),
+
+* the last layer's attention distributions softmax(Q K^T / sqrt(head_dim)), and
+* its value relations softmax(V V^T / sqrt(head_dim)),
+
+each a mean over heads and tokens, added up. Nothing has to be aligned: the relations are as large
+as the sequence, and student and teacher have the same number of heads.
+
+Deviations: MiniLM was made for encoders. Here both relations are taken over the keys that the
+causal (and document) mask shows to a token, queries and keys are those after rotary embedding,
+values have the family's key/value heads, and next-token cross-entropy is added, as in the
+comparison of LRC's paper (arXiv 2505.12781). As in MiniLM there is no KL over the vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from lrc.baselines.attention import Heads, observe_attention, relation_divergence
+from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
+from lrc.cloning.activations import last_hidden
+from lrc.cloning.method import Counts
+from lrc.data.batch import Batch
+from lrc.recipe.method_sections import MiniLmSection
+
+
+class MiniLm(RandomStudent):
+    """LM + relations of the last layer, from random weights."""
+
+    title = "MiniLM's self-attention distillation (arXiv 2002.10957)"
+    honours = PLAIN_SETTINGS - {"objective.kl_weight", "objective.temperature"}
+
+    def loss_weights(self) -> list[float]:
+        return [self.objective.lm_weight, self.section.relation_weight]
+
+    @property
+    def section(self) -> MiniLmSection:
+        """The method's own settings."""
+        assert isinstance(self.recipe.method, MiniLmSection)
+        return self.recipe.method
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        seen: list[Heads] = []
+
+        def keep(_layer: int, heads: Heads) -> None:
+            seen.append(heads)
+
+        family, last = self.teacher.family, [self.teacher.num_layers - 1]
+        teacher = self.teacher.model
+        with (
+            self.clock.part("teacher"),
+            torch.no_grad(),
+            observe_attention(teacher, family, last, keep),
+        ):
+            last_hidden(teacher, batch)
+        with self.clock.part("student"), observe_attention(self.model, family, last, keep):
+            hidden = last_hidden(self.model, batch)
+        losses = self.vocabulary(None, hidden, batch, counts)
+        with self.clock.part("loss"):
+            theirs, ours = seen
+            common = theirs.visible, batch.token_mask(), counts.tokens
+            attention = relation_divergence(ours.scores(), theirs.scores(), *common)
+            values = relation_divergence(ours.value_scores(), theirs.value_scores(), *common)
+            loss = losses["loss"] + self.section.relation_weight * (attention + values)
+        return {
+            **losses,
+            "loss": loss,
+            "attention_relation": attention.detach(),
+            "value_relation": values.detach(),
+        }
+
+    def step_flops(self, step: int, tokens: int, sequence: int) -> None:
+        """Not counted: the relations' products are none of the usual ones."""

@@ -1,0 +1,130 @@
+"""Base of the methods that train a student's own weights, whatever these start from."""
+
+from abc import abstractmethod
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.cloning.activations import last_hidden
+from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.method import Counts, Method
+from lrc.cloning.recomputing import recompute
+from lrc.cloning.vocabulary import learn_vocabulary
+from lrc.data.batch import Batch
+from lrc.model.student import empty_student, student_config
+from lrc.model.teacher import Teacher
+from lrc.recipe import Recipe
+from lrc.system.clock import Clock
+from lrc.system.errors import UserError
+
+PLAIN_SETTINGS = frozenset(
+    {
+        "student.hidden_size",
+        "student.tie_projections",
+        "initialise.seed",
+        "objective.kl_weight",
+        "objective.temperature",
+        "objective.lm_weight",
+        "objective.chunk_tokens",
+    }
+)
+"""What every plain student takes from the recipe's sections."""
+
+
+class PlainStudent(Method):
+    """A student whose own weights are trained on KL + LM, in the same way as LRC's.
+
+    Subclasses give the student to start from, and may add losses and parameters.
+    """
+
+    honours = PLAIN_SETTINGS
+
+    def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
+        """Arguments and errors are those of `build`."""
+        self.teacher, self.recipe = teacher, recipe
+        self.objective = recipe.objective
+        if not any(self.loss_weights()):
+            raise UserError(f"Every loss of method {recipe.method.name} is off; weigh one.")
+        self.clock = Clock()
+        self.model = self.make_student()
+        recompute(self.model, recipe.train.gradient_checkpointing)
+
+    @classmethod
+    def build(cls, teacher: Teacher, recipe: Recipe) -> "PlainStudent":
+        return cls(teacher, recipe)
+
+    def loss_weights(self) -> list[float]:
+        """Weights of all losses, one of which has to be positive."""
+        return [self.objective.kl_weight, self.objective.lm_weight]
+
+    @abstractmethod
+    def make_student(self) -> PreTrainedModel:
+        """The student in its shape, on the teacher's device, in float32 at least; its weights may
+        be set here or in `initialise`."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.model.named_parameters())
+
+    def student(self) -> PreTrainedModel:
+        return self.model
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        teacher_hidden = None
+        if self.objective.kl_weight:
+            with self.clock.part("teacher"), torch.no_grad():
+                teacher_hidden = last_hidden(self.teacher.model, batch)
+        with self.clock.part("student"):
+            student_hidden = last_hidden(self.model, batch)
+        return self.vocabulary(teacher_hidden, student_hidden, batch, counts)
+
+    def vocabulary(
+        self, teacher_hidden: Tensor | None, student_hidden: Tensor, batch: Batch, counts: Counts
+    ) -> dict[str, Tensor]:
+        """The losses "loss", "kl" (where it has a weight) and "lm" from the last hidden states."""
+        with self.clock.part("loss"):
+            return learn_vocabulary(
+                self.teacher,
+                self.model,
+                teacher_hidden,
+                student_hidden,
+                batch,
+                counts,
+                self.objective,
+            )
+
+    def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
+        """The student's and the heads' operations, and the teacher's where there is a KL."""
+        loss = self.objective.model_copy(update={"alpha": 0.0})
+        parts = step_flops(
+            widths_of(self.teacher.model),
+            widths_of(self.model),
+            self.model.config.tie_word_embeddings,
+            tokens,
+            sequence,
+            loss,
+            self.teacher.vocab_size,
+            released=True,
+        )
+        return sum(parts.values())
+
+
+class RandomStudent(PlainStudent):
+    """A student of LRC's shape that starts from transformers' own initialisation."""
+
+    def make_student(self) -> PreTrainedModel:
+        config = student_config(self.teacher, self.recipe.student)
+        return random_student(self.teacher, config, self.recipe.initialise.seed)
+
+
+def random_student(teacher: Teacher, config: object, seed: int) -> PreTrainedModel:
+    """A model of the teacher's class with random weights, the same on every device.
+
+    Args:
+        teacher: the teacher, whose device and attention implementation the model takes.
+        config: the student's configuration.
+        seed: seed of the weights; the state of torch's generator is left as it was.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return empty_student(teacher.model, config)

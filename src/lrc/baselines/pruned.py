@@ -1,0 +1,61 @@
+"""Base of the methods whose student starts as chosen parts of the teacher."""
+
+from abc import abstractmethod
+
+from transformers import PreTrainedModel
+
+from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
+from lrc.baselines.pruning.cut import Kept, write_kept
+from lrc.baselines.pruning.shape import Shape, pruned_config, shape_of_config, target_shape
+from lrc.baselines.pruning.size import compare_sizes
+from lrc.cloning.method import Progress
+from lrc.data.batch import Batch
+from lrc.model.student import ties_weights
+from lrc.recipe.method_sections import PrunedShapeSection
+
+PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialise.calibration_tokens"}
+"""What every pruned student takes from the recipe's sections. Nothing in its start is random, but
+the seed is no mistake: comparisons set it for all methods."""
+
+
+class PrunedStudent(PlainStudent):
+    """A student cut out of the teacher after a look at training text, then trained on KL + LM.
+
+    Subclasses choose what is kept.
+    """
+
+    honours = PRUNED_SETTINGS
+
+    @property
+    def section(self) -> PrunedShapeSection:
+        """The method's own settings."""
+        assert isinstance(self.recipe.method, PrunedShapeSection)
+        return self.recipe.method
+
+    @property
+    def shape(self) -> Shape:
+        """The student's shape."""
+        return shape_of_config(self.model.config)
+
+    def make_student(self) -> PreTrainedModel:
+        teacher, student = self.teacher, self.recipe.student
+        shape = target_shape(teacher, student, self.section)
+        tied = ties_weights(teacher, student)
+        return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
+
+    def notes(self) -> list[str]:
+        sizes = compare_sizes(self.teacher, self.recipe.student, self.model.config)
+        return [] if sizes.student == sizes.clone else [sizes.sentence()]
+
+    def calibration_tokens(self) -> int:
+        return self.recipe.initialise.calibration_tokens
+
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
+        kept = self.choose(calibration, progress)
+        assert kept.shape == self.shape
+        write_kept(self.model, self.teacher.model, self.teacher.family, kept)
+        return 0.0
+
+    @abstractmethod
+    def choose(self, calibration: Batch, progress: Progress) -> Kept:
+        """What stays of the teacher, in the student's shape; arguments as in `initialise`."""

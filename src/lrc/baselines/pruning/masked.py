@@ -1,0 +1,123 @@
+"""A model with masks on its layers, hidden dimensions, heads and FFN neurons.
+
+The forward pass is transformers' own; the masks act through hooks:
+
+* hidden: what enters the residual stream (embedding, o, down) is multiplied by the mask, and every
+  norm of the stream takes its mean over the open dimensions. The norm itself averages over all d
+  dimensions, so its input is multiplied by sqrt(d / n) and its output by sqrt(n / d), n being the
+  sum of the squared masks: x' = x sqrt(d / n) has mean(x'^2) = sum(x^2) / n, and epsilon weighs
+  what it weighs in a model of n dimensions;
+* heads: the input of o, by groups of query heads that share a key-value head;
+* neurons: the input of down;
+* layers: the layer's output is z * output + (1 - z) * input.
+
+With masks of 0 and 1 the model computes exactly what the model that is cut to the open units does.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lrc.model.families import WRITERS, Family
+
+
+@dataclass(frozen=True)
+class MaskValues:
+    """Values of the masks, in [0, 1]; None: nothing is masked."""
+
+    layers: Tensor | None = None
+    """[layers]"""
+    hidden: Tensor | None = None
+    """[hidden size]"""
+    groups: Tensor | None = None
+    """Of every key-value head with its query heads, [layers, key-value heads]."""
+    neurons: Tensor | None = None
+    """[layers, FFN neurons]"""
+
+
+class MaskHooks:
+    """The hooks that mask a model.
+
+    `values` may be changed between forward passes. They have to stay until the backward pass is
+    over where the model recomputes its layers.
+
+    Args:
+        model: the model.
+        family: its family.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        self.values = MaskValues()
+        self._handles: list[RemovableHandle] = []
+        layers = int(model.config.num_hidden_layers)
+        stream = [family.embedding]
+        stream += [family.linear(layer, name) for layer in range(layers) for name in WRITERS]
+        for path in stream:
+            self._after(model.get_submodule(path), self._mask_hidden)
+        for path in family.stream_norms(layers):
+            norm = model.get_submodule(path)
+            self._before(norm, self._widen)
+            self._after(norm, self._narrow)
+        for layer in range(layers):
+            self._mask_layer(model, family, layer)
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _mask_layer(self, model: PreTrainedModel, family: Family, layer: int) -> None:
+        """The hooks of a layer's own masks."""
+
+        def groups(inputs: Tensor) -> Tensor:
+            values = self.values.groups
+            if values is None:
+                return inputs
+            width = inputs.shape[-1] // values.shape[1]
+            return inputs * values[layer].repeat_interleave(width)
+
+        def neurons(inputs: Tensor) -> Tensor:
+            values = self.values.neurons
+            return inputs if values is None else inputs * values[layer]
+
+        def whole(inputs: Tensor, output: Tensor) -> Tensor:
+            values = self.values.layers
+            return output if values is None else torch.lerp(inputs, output, values[layer])
+
+        self._before(model.get_submodule(family.linear(layer, "o")), groups)
+        self._before(model.get_submodule(family.linear(layer, "down")), neurons)
+        self._after(model.get_submodule(f"{family.layers}.{layer}"), whole)
+
+    def _mask_hidden(self, _inputs: Tensor, output: Tensor) -> Tensor:
+        values = self.values.hidden
+        return output if values is None else output * values
+
+    def _widen(self, inputs: Tensor) -> Tensor:
+        values = self.values.hidden
+        return inputs if values is None else inputs / _share_root(values)
+
+    def _narrow(self, _inputs: Tensor, output: Tensor) -> Tensor:
+        values = self.values.hidden
+        return output if values is None else output * _share_root(values)
+
+    def _before(self, module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+            return change(inputs[0]), *inputs[1:]
+
+        self._handles.append(module.register_forward_pre_hook(hook))
+
+    def _after(self, module: nn.Module, change: Callable[[Tensor, Tensor], Tensor]) -> None:
+        def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            return change(inputs[0], output)
+
+        self._handles.append(module.register_forward_hook(hook))
+
+
+def _share_root(hidden: Tensor) -> Tensor:
+    """sqrt(n / d) of masks [d], n being the sum of their squares."""
+    return hidden.square().mean().clamp_min(1e-6).sqrt()

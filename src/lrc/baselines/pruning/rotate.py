@@ -1,0 +1,72 @@
+"""A plain model whose residual stream is the teacher's, turned into a basis and cut."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrc.model.families import READERS, WRITERS
+from lrc.model.teacher import Teacher
+
+
+@torch.no_grad()
+def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> None:
+    """Give a student the teacher's weights with the residual stream x_T replaced by x_T B.
+
+    Norms are turned into x / rms(x), their gains fused into the linear maps that read them; then
+    embedding and readers are multiplied by B, writers by B^T. The norms' weights become
+    sqrt(d_T / d_S), so that a cut stream is still divided by the root of its sum of squares over
+    d_T, as SliceGPT does.
+
+    A tied LM head can take no gain that the embedding must not have. But a basis B R is as good
+    as B for any orthogonal R: with R from the eigenvectors of S = B^T diag(gain) B, the final
+    norm's own gain diag(R^T S R) does it, exactly where d_S = d_T.
+
+    Args:
+        student: a model of the teacher's class, with hidden size d_S; written in place.
+        teacher: the teacher, hidden size d_T.
+        basis: B [d_T, d_S], orthonormal columns.
+    """
+    basis = basis.double()
+    final_gain = torch.ones_like(basis[0])
+    if student.config.tie_word_embeddings:
+        gain = teacher.gain(teacher.family.final_norm, torch.double)
+        final_gain, turn = torch.linalg.eigh(basis.T @ (gain[:, None] * basis))
+        basis = basis @ turn
+    parameters = dict(student.named_parameters())
+    written = set()
+    for name, value in _rotated(teacher, basis, final_gain):
+        if name in parameters:  # a tied head is not
+            parameters[name].copy_(value)
+            written.add(name)
+    for name in parameters.keys() - written:
+        parameters[name].copy_(teacher.model.get_parameter(name))
+
+
+def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that a rotation changes, by name, one after the other."""
+    family, layers = teacher.family, teacher.num_layers
+    yield f"{family.embedding}.weight", _weight(teacher, family.embedding) @ basis
+    head = _weight(teacher, family.head) * teacher.gain(family.final_norm, torch.double)
+    yield f"{family.head}.weight", head @ basis
+    unit = (basis.shape[0] / basis.shape[1]) ** 0.5
+    for norm in family.stream_norms(layers):
+        gains = final_gain if norm == family.final_norm else torch.ones_like(final_gain)
+        yield f"{norm}.weight", gains * unit - family.gain_offset
+    for layer in range(layers):
+        for name in READERS:
+            path = family.linear(layer, name)
+            gain = teacher.gain(family.norm_read_by(layer, name), torch.double)
+            fused = _weight(teacher, path) * gain
+            yield f"{path}.weight", fused @ basis
+        for name in WRITERS:
+            path = family.linear(layer, name)
+            yield f"{path}.weight", basis.T @ _weight(teacher, path)
+            bias = teacher.model.get_submodule(path).bias
+            if bias is not None:
+                yield f"{path}.bias", bias.double() @ basis
+
+
+def _weight(teacher: Teacher, path: str) -> Tensor:
+    return teacher.model.get_submodule(path).get_parameter("weight").double()

@@ -1,0 +1,118 @@
+"""The shape that a teacher is pruned to."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from lrc.model.shapes import head_dim_of
+from lrc.model.student import check_hidden_size, forget_origin
+from lrc.model.teacher import Teacher
+from lrc.recipe.method_sections import PrunedShapeSection
+from lrc.recipe.sections import StudentSection
+from lrc.system.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What pruning changes of a decoder's shape. Query heads go with their key/value head, and
+    head_dim never changes."""
+
+    layers: int
+    hidden: int
+    kv_heads: int
+    neurons: int
+    """Width of the FFN."""
+
+
+def shape_of_config(config: Any) -> Shape:
+    """The shape that a model's configuration gives."""
+    return Shape(
+        int(config.num_hidden_layers),
+        int(config.hidden_size),
+        int(config.num_key_value_heads),
+        int(config.intermediate_size),
+    )
+
+
+def teacher_shape(teacher: Teacher) -> Shape:
+    """The shape of a teacher."""
+    return shape_of_config(teacher.config)
+
+
+def group_size(config: Any) -> int:
+    """Query heads that share a key/value head."""
+    return int(config.num_attention_heads) // int(config.num_key_value_heads)
+
+
+def target_shape(teacher: Teacher, student: StudentSection, section: PrunedShapeSection) -> Shape:
+    """The shape that a recipe asks for; what it leaves out is as in the teacher.
+
+    Unlike LRC's, a pruned student may keep the teacher's hidden size.
+
+    Raises:
+        UserError: a size is larger than the teacher's or does not fit; all that do not are told.
+    """
+    whole = teacher_shape(teacher)
+    asked = Shape(
+        section.layers or whole.layers,
+        student.hidden_size,
+        section.kv_heads or whole.kv_heads,
+        section.intermediate_size or whole.neurons,
+    )
+    problems = [
+        f"method.{name} is {ours}, but the teacher's is {theirs}: choose no larger one"
+        for name, ours, theirs in (
+            ("layers", asked.layers, whole.layers),
+            ("kv_heads", asked.kv_heads, whole.kv_heads),
+            ("intermediate_size", asked.neurons, whole.neurons),
+        )
+        if ours > theirs
+    ]
+    kinds = set(getattr(teacher.config, "layer_types", None) or ())
+    if asked.layers < whole.layers and len(kinds) > 1:
+        problems.append(
+            f"method.layers is {asked.layers}, but the teacher's layers are of {len(kinds)} kinds "
+            f"({', '.join(sorted(kinds))}), so all {whole.layers} have to stay"
+        )
+    try:
+        heads = min(asked.kv_heads, whole.kv_heads) * group_size(teacher.config)
+        check_hidden_size(teacher, asked.hidden, heads, teacher.hidden_size)
+    except UserError as error:
+        problems.append(str(error).removesuffix("."))
+    if problems:
+        raise UserError("; ".join(problems) + ".")
+    return asked
+
+
+def pruned_config(
+    model: PreTrainedModel | Teacher,
+    shape: Shape,
+    layers: Sequence[int] | None = None,
+    tied: bool | None = None,
+) -> Any:
+    """The configuration of a model pruned to a shape: its own, with an explicit head_dim.
+
+    Args:
+        model: the model that is pruned.
+        shape: the shape to prune to.
+        layers: the numbers of the kept layers; None: the first ones, which is the same where all
+            layers are of one kind.
+        tied: whether the LM head is the embedding; None: as in the model.
+    """
+    source = model.config
+    config = copy.deepcopy(source)
+    config.head_dim = head_dim_of(source)
+    if getattr(source, "layer_types", None):
+        kept = range(shape.layers) if layers is None else layers
+        config.layer_types = [source.layer_types[layer] for layer in kept]
+    config.num_hidden_layers = shape.layers
+    config.num_attention_heads = shape.kv_heads * group_size(source)
+    config.num_key_value_heads = shape.kv_heads
+    config.hidden_size = shape.hidden
+    config.intermediate_size = shape.neurons
+    config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
+    forget_origin(config)
+    return config

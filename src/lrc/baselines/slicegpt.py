@@ -1,0 +1,54 @@
+"""SliceGPT: turn the residual stream into its principal directions, and cut the small ones.
+
+Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns
+(arXiv 2401.15024). The teacher's gains are fused into the maps that read its norms, after which a
+rotation of the residual stream can be taken into the weights without any change. The rotation is a
+PCA of the normalised stream over calibration tokens, of which the first d_S directions stay
+(`lrc.baselines.pruning.rotate`). Recovery training follows, of all the student's weights, on KL +
+LM.
+
+Deviation: one rotation for all blocks, from the teacher's own stream at all its norms. The paper
+has one a block, Q_l, found in order on the cut network, and so a matrix Q_l^T Q_(l+1) in every skip
+connection. No weight of a plain model can absorb that: its skips are the identity. One rotation
+gives a student of the plain class and of LRC's shape exactly; the paper's need two matrices
+[d_S, d_S] more a layer, and code of their own to run. What that costs, in nats of held-out loss of
+the cut and untrained stories260K (d_T = 64, teacher at 1.22): 2.77 in place of 2.59 at d_S = 48,
+4.84 in place of 4.56 at d_S = 32 (`test_what_one_rotation_costs`).
+
+The student of `lrc` with `initialise: pca` starts from the same basis, but with gains of 1, which
+loses less before training where much is cut; and there projections into the teacher's weights are
+trained, here the student's own weights.
+"""
+
+from transformers import PreTrainedModel
+
+from lrc.baselines.plain import PlainStudent, random_student
+from lrc.baselines.pruned import PRUNED_SETTINGS
+from lrc.baselines.pruning.rotate import write_rotated
+from lrc.cloning.method import Progress
+from lrc.cloning.start.basis import principal_basis
+from lrc.cloning.start.calibration import Calibration
+from lrc.data.batch import Batch
+from lrc.model.student import check_hidden_size, derive_config
+
+
+class SliceGpt(PlainStudent):
+    """The teacher's leading directions, trained on KL + LM."""
+
+    title = "SliceGPT with one rotation for all blocks (arXiv 2401.15024)"
+    honours = PRUNED_SETTINGS
+
+    def make_student(self) -> PreTrainedModel:
+        student = self.recipe.student
+        check_hidden_size(self.teacher, student.hidden_size, largest=self.teacher.hidden_size)
+        return random_student(self.teacher, derive_config(self.teacher, student), seed=0)
+
+    def calibration_tokens(self) -> int:
+        return self.recipe.initialise.calibration_tokens
+
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
+        hidden_size = self.recipe.student.hidden_size
+        with Calibration(self.teacher, calibration.input_ids, hidden_size) as pass_over:
+            basis = principal_basis(pass_over, progress)
+        write_rotated(self.model, self.teacher, basis)
+        return pass_over.forward_seconds

@@ -1,0 +1,1 @@
+"""The paper: projection, activation clone, objective and method, and how projections start."""

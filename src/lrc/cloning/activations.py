@@ -1,0 +1,56 @@
+"""Collecting the activations to clone from both models, by hooks on their linear maps.
+
+The clone loss needs the outputs of q, k, v, gate and up before rotary embedding and activation
+function, and those of the attention block (after o) and of the FFN (after down). All are outputs of
+linear maps, so one kind of hook on the teacher's and the student's own modules gives them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.data.batch import Batch
+from lrc.model.families import Family
+
+Place = tuple[int, str]
+"""Layer and name of a linear map (one of `lrc.model.families.LINEARS`)."""
+
+Observer = Callable[[Place, Tensor, Tensor], Tensor]
+"""Called with the place, the linear map's input and its output, each [batch, sequence, width];
+returns the output that the model goes on with."""
+
+
+@contextmanager
+def observe(
+    model: nn.Module, family: Family, places: Iterable[Place], observer: Observer
+) -> Iterator[None]:
+    """While the context is open, show every forward pass through the given linear maps."""
+    handles = []
+    try:
+        for layer, name in places:
+            module = model.get_submodule(family.linear(layer, name))
+            handles.append(module.register_forward_hook(_hook((layer, name), observer)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(place: Place, observer: Observer) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+    def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        return observer(place, inputs[0], output)
+
+    return hook
+
+
+def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """The hidden state after the final norm, [batch, sequence, hidden size]."""
+    output = model.base_model(
+        input_ids=batch.input_ids,
+        attention_mask=batch.attention_mask,
+        position_ids=batch.position_ids,
+        use_cache=False,
+    )
+    return output.last_hidden_state

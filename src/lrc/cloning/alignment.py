@@ -1,0 +1,47 @@
+"""Learned matrices that carry a student's activations to the teacher's width."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrc.cloning.activations import Place
+from lrc.cloning.projection import projection_key
+from lrc.model.families import WRITERS
+from lrc.model.teacher import Teacher
+
+STD = 0.02
+"""Standard deviation of their start, as TinyBERT's."""
+
+
+def new_alignment(
+    teacher: Teacher, student: PreTrainedModel, names: Iterable[str], seed: int
+) -> dict[str, nn.Parameter]:
+    """Alignment matrices [d_S, d_T] by name, drawn from normal(0, 0.02), the same on every
+    device."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = student.config.hidden_size, teacher.hidden_size
+    return {
+        name: nn.Parameter(
+            (torch.randn(shape, generator=generator) * STD).to(student.device, student.dtype)
+        )
+        for name in names
+    }
+
+
+def writer_alignment(
+    teacher: Teacher, student: PreTrainedModel, places: Iterable[Place], seed: int
+) -> dict[str, nn.Parameter]:
+    """A matrix for every place that writes to the residual stream."""
+    names = [_key(place) for place in places if place[1] in WRITERS]
+    return new_alignment(teacher, student, names, seed)
+
+
+def align(output: Tensor, alignment: dict[str, nn.Parameter], place: Place) -> Tensor:
+    """The student's output [b, s, d_S] of a place at the teacher's width, [b, s, d_T]."""
+    return output @ alignment[_key(place)].to(output.dtype)
+
+
+def _key(place: Place) -> str:
+    return f"alignment.{projection_key(*place)}"

@@ -1,0 +1,226 @@
+"""Low-Rank Clone (arXiv 2505.12781): low-rank projection and activation clone.
+
+The student's weights are the teacher's, projected (`lrc.cloning.projection`). It learns from the
+teacher's logits, from the next token, and from the teacher's activations (`lrc.cloning.objective`).
+The projections that write to the residual stream also carry the teacher's attention and FFN outputs
+to the student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
+
+The release, our addition, makes a second stage: from a step of the recipe's choice on, the
+projected weights are the student's own parameters, free of the teacher's. What a projection
+can reach is then no bound any more, and a step needs no projecting. The readers' activations are
+cloned as before; for those of the writers the projections of the release stay, frozen.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lrc.cloning.activations import Place
+from lrc.cloning.alignment import align, writer_alignment
+from lrc.cloning.clone_pass import ClonePass, Sides
+from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.method import Counts, Method, Progress
+from lrc.cloning.projection import Projections, projection_key
+from lrc.cloning.recomputing import recompute
+from lrc.cloning.start import initialise
+from lrc.data.batch import Batch
+from lrc.model.families import WRITERS
+from lrc.model.student import build_student, student_config
+from lrc.model.teacher import Teacher
+from lrc.recipe import Recipe
+from lrc.recipe.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
+from lrc.system.clock import Clock
+
+
+class LowRankClone(Method):
+    """The paper's method.
+
+    Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S];
+    after the release all weights of the student, and no projection. The ablation
+    `objective.alignment: explicit` adds a matrix [d_S, d_T] for every cloned output of attention
+    and FFN, which carries it to the teacher's width in place of the projections.
+    """
+
+    title = "Low-Rank Clone (arXiv 2505.12781)"
+    one_schedule = True
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: StudentSection,
+        objective: ObjectiveSection,
+        gradient_checkpointing: Checkpointing = False,
+        start: InitialiseSection = InitialiseSection(),  # noqa: B008 - immutable
+        steps: int = 1,
+        release_at: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            teacher: the teacher.
+            student: the student's shape and parametrisation.
+            objective: the losses.
+            gradient_checkpointing: as in the recipe's `train`.
+            start: how the projections start.
+            steps: optimiser steps of the whole run, by which alpha falls and the release comes.
+            release_at: share of them after which the projections are released.
+        """
+        self.teacher, self.section = teacher, student
+        self.objective = objective
+        self.gradient_checkpointing: Checkpointing = gradient_checkpointing
+        self.start = start
+        self.steps, self.release_at = steps, release_at
+        self.clock = Clock()
+        self._begin()
+
+    @classmethod
+    def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
+        student_config(teacher, recipe.student)  # refuses an unfit hidden size
+        return cls(
+            teacher,
+            recipe.student,
+            recipe.objective,
+            recipe.train.gradient_checkpointing,
+            recipe.initialise,
+            recipe.steps(),
+            recipe.train.release_at,
+        )
+
+    def _begin(self) -> None:
+        """Go to the first stage, with nothing initialised."""
+        self.released = False
+        self.projections = Projections(self.teacher, self.section)
+        self.model = build_student(self.teacher, self.section)
+        self.clone = ClonePass(
+            self.teacher,
+            self.model,
+            self.objective,
+            self.clock,
+            self._sides,
+            bool(self.gradient_checkpointing),
+        )
+        self.alignment: dict[str, nn.Parameter] = {}
+        if self.objective.alignment == "explicit":
+            self.alignment = writer_alignment(
+                self.teacher, self.model, self.clone.places, self.start.seed
+            )
+        recompute(self.model, self.gradient_checkpointing)
+
+    def calibration_tokens(self) -> int:
+        return 0 if self.start.method == "random" else self.start.calibration_tokens
+
+    def initialise(self, calibration: Batch, progress: Progress) -> float:
+        return initialise(self, self.start, calibration.input_ids, progress)
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        if self.released:
+            return dict(self.model.named_parameters()) | self.alignment
+        named = {f"projections.{key}": value for key, value in self.projections.values.items()}
+        for path in self.teacher.family.stream_norms(self.teacher.num_layers):
+            named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
+        return named | self.alignment
+
+    def rate_setting(self) -> str:
+        return "release_learning_rate" if self.released else "learning_rate"
+
+    def stage_ends(self) -> tuple[int, ...]:
+        release = round(self.release_at * self.steps)
+        return (release,) if release < self.steps else ()
+
+    def next_stage(self) -> dict[str, Any]:
+        self.projections.write_into(self.model)
+        self._release()
+        return {"stage": "released"}
+
+    def state(self) -> dict[str, Any]:
+        return {"released": True} if self.released else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        released = state.get("released", False)
+        if self.released and not released:
+            self._begin()
+        elif released and not self.released:
+            self._release()
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The projections that still carry the teacher's outputs, after the release."""
+        values = self.projections.values if self.released else {}
+        return {f"projections.{key}": value.detach() for key, value in values.items()}
+
+    def _release(self) -> None:
+        """Make the student's weights parameters, and keep of the projections what is cloned
+        through them."""
+        self.released = True
+        self.model.requires_grad_(True)
+        self.model.zero_grad()
+        cloned = self.clone.places if self.objective.alpha_at(self.release_at) else []
+        self.projections.freeze(projection_key(*p) for p in cloned if self._projects(p))
+
+    def begin_step(self, step: int) -> None:
+        self.clone.alpha = self.objective.alpha_at(step / self.steps)
+        if self.released:
+            return
+        with self.clock.part("projection"):
+            self.projections.write_into(self.model)
+            self.projections.forget_gradients(self.model)
+
+    def end_step(self) -> None:
+        self.clone.end_step()
+        if self.released:
+            return
+        with self.clock.part("projection"):
+            self.projections.backward(self.model)
+
+    def student(self) -> PreTrainedModel:
+        if not self.released:
+            self.projections.write_into(self.model)
+        return self.model
+
+    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+        return self.clone.losses(batch, counts)
+
+    def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
+        if self.alignment:
+            return None  # not in the formula
+        alpha = self.objective.alpha_at(step / self.steps)
+        parts = step_flops(
+            widths_of(self.teacher.model),
+            widths_of(self.model),
+            self.model.config.tie_word_embeddings,
+            tokens,
+            sequence,
+            self.objective.model_copy(update={"alpha": alpha}),
+            self.teacher.vocab_size,
+            any(end <= step for end in self.stage_ends()),
+        )
+        return sum(parts.values())
+
+    def _sides(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
+        """What is compared at a place: the teacher's writers are projected as the student's are,
+        or the student's are aligned to the teacher's width."""
+        layer, name = place
+        if not self._projects(place):
+            if name == "o" and self.objective.attn_out == "teacher":
+                output = self._teacher_output(place, inputs)
+            elif name in WRITERS:
+                output = align(output, self.alignment, place)
+            return Sides(output, target)
+        projection = self.projections.values[projection_key(layer, name)]
+        factors = target.to(projection.dtype), projection
+        with torch.no_grad():
+            projected = factors[0] @ factors[1]
+        return Sides(output, projected, factors)
+
+    def _projects(self, place: Place) -> bool:
+        """Whether the teacher's side of a place is compared through the student's projection."""
+        _, name = place
+        in_teachers_space = name == "o" and self.objective.attn_out == "teacher"
+        return name in WRITERS and not (in_teachers_space or self.alignment)
+
+    def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
+        """The teacher's own linear map at a place, applied to the student's input of it."""
+        module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
+        bias = None if module.bias is None else module.bias.to(inputs.dtype)
+        return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)

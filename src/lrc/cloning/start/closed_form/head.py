@@ -1,0 +1,172 @@
+"""The LM head of the closed-form start: a tied student's rotation, and the scale of the logits."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form.least_squares import second_moment
+from lrc.cloning.start.streams import Stream
+
+METRIC_TOKENS = 4096
+"""Tokens whose predictions form the metric."""
+METRIC_MIX = 0.05
+"""Share of the covariance of the head's rows in the metric, for tokens that are never predicted."""
+RIDGE = 1e-3
+"""Ridge of the tied head, in units of the stream's mean square."""
+LOGIT_SCALES = tuple(percent / 100 for percent in range(50, 121, 5))
+"""Factors of the student's logits that are tried."""
+CHUNK = 512
+"""Tokens whose logits are held at a time."""
+
+
+@dataclass(frozen=True)
+class OwnHead:
+    """An LM head with a projection P of its own, whose rows are H_T diag(final gain) P."""
+
+    key: ClassVar[str] = "head"
+    """What is solved, and refined, by the name of its projection."""
+    rows: Tensor
+    """H_T diag(final gain), [vocabulary, d_T]."""
+
+    def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """States [n, d] and rows [vocabulary, d] whose products are the student's logits.
+
+        Args:
+            value: P [d_T, d_S].
+            z: the student's last residual stream, normalised, [n, d_S].
+        """
+        return z, self.rows @ value
+
+
+@dataclass(frozen=True)
+class TiedHead:
+    """An LM head tied to the embedding of a student whose basis is rotated by R, behind a final
+    norm with gain s."""
+
+    key: ClassVar[str] = "final gain"
+    """What is solved besides R, and refined."""
+    rotation: Tensor
+    """R [d_S, d_S]."""
+    rows: Tensor
+    """H_T B R [vocabulary, d_S]."""
+
+    def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """As `OwnHead`, but for `value`, which is s [d_S]. z is not rotated yet."""
+        return z @ self.rotation * value, self.rows
+
+
+StudentHead = OwnHead | TiedHead
+
+
+def folded_head(calibration: Calibration) -> Tensor:
+    """H_T diag(final gain), [vocabulary, d_T]."""
+    family = calibration.family
+    return calibration.weight(family.head) * calibration.gain(family.final_norm)
+
+
+def head_metric(calibration: Calibration, final: Stream) -> Tensor:
+    """The second-order term of KL(teacher || student) in the final normalised state.
+
+    K = E[H^T (diag p - p p^T) H] + mix Cov(H) with H = H_T diag(final gain), over the teacher's
+    predictions p.
+
+    Args:
+        calibration: the calibration.
+        final: the teacher's last residual stream, [sequences, length, d_T].
+
+    Returns:
+        K [d_T, d_T] in float64.
+    """
+    head = folded_head(calibration)
+    rows = torch.cat(list(_spread_rows(calibration, final)))
+    mass, outer = torch.zeros_like(head[:, 0]), torch.zeros_like(head.T @ head)
+    for start in range(0, len(rows), CHUNK):
+        p = torch.softmax(rows[start : start + CHUNK] @ head.T, -1)
+        mass += p.sum(0)
+        mean = p @ head
+        outer += mean.T @ mean
+    centred = head - head.mean(0)
+    metric = ((head * mass[:, None]).T @ head - outer) / len(rows)
+    return (metric + METRIC_MIX * centred.T @ centred / len(head)).double()
+
+
+def logit_scale(
+    calibration: Calibration, head: StudentHead, value: Tensor, stream: Stream, final: Stream
+) -> float:
+    """The factor of the student's logits that brings KL(teacher || student) lowest on tokens that
+    no solve sees: a student that errs must not be as sure as its teacher.
+
+    Args:
+        calibration: the calibration.
+        head: the student's.
+        value: what it takes.
+        stream: the student's last residual stream, [sequences, length, d_S].
+        final: the teacher's, [sequences, length, d_T].
+
+    Returns:
+        One of `LOGIT_SCALES`.
+    """
+    teacher_head, unseen = folded_head(calibration), calibration.solved_on
+    z_all, h_all = (torch.cat(list(_spread_rows(calibration, x, unseen))) for x in (stream, final))
+    divergence = torch.zeros(len(LOGIT_SCALES), dtype=torch.float64)
+    states, rows = head(value, z_all)
+    for start in range(0, len(states), CHUNK):
+        logits = states[start : start + CHUNK] @ rows.T
+        h = h_all[start : start + CHUNK]
+        expected = (torch.softmax(h @ teacher_head.T, -1) * logits).sum(-1)
+        for i, scale in enumerate(LOGIT_SCALES):  # but for the teacher's entropy
+            divergence[i] += float(((scale * logits).logsumexp(-1) - scale * expected).sum())
+    return LOGIT_SCALES[int(divergence.argmin())]
+
+
+def _spread_rows(calibration: Calibration, stream: Stream, first: int = 0) -> Iterator[Tensor]:
+    """Every n-th token's normalised state from a sequence on, by batches, METRIC_TOKENS or more in
+    all."""
+    sequences, length = calibration.ids.shape
+    every = max(1, (sequences - first) * length // METRIC_TOKENS)
+    for part in calibration.batches(first):
+        skipped = -(part.start - first) * length % every
+        yield calibration.normalise(stream[part].flatten(0, 1)[skipped::every])
+
+
+def tied_head(
+    calibration: Calibration, basis: Tensor, stream: Stream, read: Tensor, metric: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The rotation R [d_S, d_S] of the student's basis and its final gain s [d_S].
+
+    RMSNorm commutes with rotations, so the basis B of the student is free up to an orthogonal R.
+    Its logits H_T B R diag(s) R^T z come nearest to the teacher's in the metric K where, with
+    Q = diag(gain)^-1 B and S = R diag(s) R^T, E |P z - Q S z|_K^2 is least over symmetric S, P z
+    being what z tells of the teacher's state:
+    A S C + C S A = G + G^T with A = Q^T K Q, C = E[z z^T], G = Q^T K P C, solved in the basis
+    M where M^T C M = 1 and M^T A M is diagonal. The ridge adds observations (z, c B z).
+
+    Args:
+        calibration: the calibration.
+        basis: B [d_T, d_S].
+        stream: the student's last residual stream, [sequences, length, d_S].
+        read: P [d_T, d_S] that gives the teacher's final h from the student's z.
+        metric: K [d_T, d_T].
+    """
+    second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
+    for part in calibration.batches():
+        second += second_moment(calibration.normalise(stream[part]))
+    wide = basis.double()
+    ridge = RIDGE * second.diagonal().mean()
+    cross = read.double() @ second
+    cross = cross + ridge * wide * ((wide * cross).sum() / second.trace())
+    second = second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
+    gain = calibration.gain(calibration.family.final_norm).double()
+    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide
+    a, g = q.T @ metric @ q, q.T @ metric @ cross
+    values, vectors = torch.linalg.eigh(second)
+    white = vectors * values.rsqrt()
+    alpha, turn = torch.linalg.eigh(white.T @ a @ white)
+    m = white @ turn
+    inner = (m.T @ (g + g.T) @ m) / (alpha[:, None] + alpha[None, :])
+    gains, rotation = torch.linalg.eigh(m @ inner @ m.T)
+    return rotation.to(basis.dtype), gains.to(basis.dtype)

@@ -1,0 +1,175 @@
+"""The last layers and the head, refined together by gradients on the teacher's predictions.
+
+The closed form aims at the teacher's residual stream, and so does
+`lrc.cloning.start.closed_form.refine`. What the last layers write is read by the head alone, or
+nearly so: they need not come near to the stream, but to what is predicted from it. Here their
+projections and the head's are moved by Adam so that KL(teacher || student), and with a smaller
+weight the LM loss, fall on the calibration tokens. The layers before them are as they were solved,
+so that their part of the student runs no more. As in training, the student's weights are leaves
+whose gradients are brought to the projections, one layer of the teacher at a time
+(`lrc.cloning.projection`). Predictions of every other token count, in the next epoch those of the
+others: logits are half of the work. After every epoch the KL on tokens that no solve sees judges;
+the best projections are kept, be they the first: a student as wide as its teacher stays the
+teacher.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lrc.cloning.objective import VocabularyLosses, VocabularyWeights, vocabulary_losses
+from lrc.cloning.projection import project, projection_gradient, projection_key
+from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form.descent import descend
+from lrc.cloning.start.closed_form.head import CHUNK, StudentHead, folded_head
+from lrc.cloning.start.streams import Stream
+from lrc.data.batch import Batch
+from lrc.model.families import LINEARS, READERS
+
+SHARE = 1 / 2
+"""Share of the layers, from the last, that are refined."""
+
+LEARNING_RATE = 0.052
+"""Of Adam, times (d_T d_S)^(-1/2): 1.3e-4 for 576 to 288, near the best of what was tried."""
+
+LM_WEIGHT = 0.3
+"""Of the LM loss beside the KL. For SmolLM2-135M it makes the student's LM loss less by 0.04 and
+leaves its KL as it is on other text; a weight of 1 makes the KL larger."""
+
+STEP_TOKENS = 2048
+"""Tokens of a step, in whole sequences."""
+
+
+class LastLayers:
+    """The last layers of a student, refined once all is solved.
+
+    Args:
+        calibration: the tokens.
+    """
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        count = calibration.teacher.num_layers
+        self.first = count - max(1, round(SHARE * count))
+        """The first of them."""
+        self._before = calibration.stream(calibration.hidden_size)
+        self._layers: list[nn.Module] = []
+
+    def begin(self, stream: Stream) -> None:
+        """Keep the student's residual stream before the first of the layers."""
+        calibration = self.calibration
+        for part in calibration.batches():
+            self._before[part] = stream[part]
+        for index in range(self.first, calibration.teacher.num_layers):
+            layer = calibration.student_layer(index, calibration.layer(index))
+            self._layers.append(layer)
+        for parameter, *_ in self._weights():
+            parameter.requires_grad_()
+
+    def refine(
+        self,
+        solved: Mapping[str, Tensor],
+        final: Stream,
+        head: StudentHead,
+        value: Tensor,
+        epochs: int,
+    ) -> dict[str, Tensor]:
+        """These layers' projections by their keys, and what the head takes by its own, refined.
+
+        Args:
+            solved: the projections [d_T, d_S] by their keys, of these layers among others.
+            final: the teacher's last residual stream, [sequences, length, d_T].
+            head: the student's.
+            value: what it takes.
+            epochs: passes over the tokens.
+        """
+        calibration = self.calibration
+        teacher_head = folded_head(calibration)
+
+        def losses(part: slice, value: Tensor, first: int = 0) -> VocabularyLosses:
+            """The losses of some sequences, means over every other token."""
+            counted = slice(first, None, 2)
+            states, rows = head(value, calibration.normalise(self._run(part))[counted])
+            h = calibration.normalise(final[part])[counted]
+            labels = Batch(calibration.ids[part]).labels().flatten()[counted]
+            learnt = int((labels >= 0).sum())
+            weights = VocabularyWeights(1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK)
+            return vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
+
+        def differentiate(part: slice, epoch: int) -> None:
+            self._project(values)
+            found = losses(part, values[head.key], epoch % 2)
+            found.weighted.backward()  # type: ignore[no-untyped-call]
+            self._gather(values)
+
+        def judge(reached: Mapping[str, Tensor]) -> float:
+            self._project(reached)
+            return sum(
+                float(losses(part, reached[head.key]).kl) * (part.stop - part.start)
+                for part in calibration.batches(calibration.solved_on)
+            )
+
+        start = {key: solved[key] for key in self._keys()} | {head.key: value}
+        values = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
+        return descend(
+            calibration,
+            values.values(),
+            LEARNING_RATE * (calibration.teacher.hidden_size * calibration.hidden_size) ** -0.5,
+            STEP_TOKENS,
+            epochs,
+            differentiate,
+            lambda: {key: tensor.detach().clone() for key, tensor in values.items()},
+            judge,
+            start,
+        )
+
+    @torch.no_grad()
+    def write(self, stream: Stream, solved: Mapping[str, Tensor], first: int = 0) -> None:
+        """Overwrite the student's last residual stream, from sequence `first` on, by what these
+        projections make it."""
+        self._project(solved)
+        for part in self.calibration.batches(first):
+            stream[part] = self._run(part)
+
+    def _run(self, part: slice) -> Tensor:
+        """The student's last residual stream of some sequences, [b, length, d_S]."""
+        states = self._before[part]
+        for index, layer in enumerate(self._layers, self.first):
+            states = self.calibration.run(layer, index, states)
+        return states
+
+    @torch.no_grad()
+    def _project(self, values: Mapping[str, Tensor]) -> None:
+        """Write the layers' weights from projections by their keys."""
+        for parameter, key, weight, writes in self._weights():
+            project(weight, values[key].detach(), writes, out=parameter.data)
+
+    @torch.no_grad()
+    def _gather(self, values: Mapping[str, Tensor]) -> None:
+        """Bring the gradients of the layers' weights to projections by their keys."""
+        for parameter, key, weight, writes in self._weights():
+            assert parameter.grad is not None
+            moved = projection_gradient(weight, parameter.grad, writes)
+            before = values[key].grad
+            values[key].grad = moved if before is None else before.add_(moved)
+            parameter.grad = None
+
+    def _keys(self) -> list[str]:
+        count = self.calibration.teacher.num_layers
+        return [projection_key(i, name) for i in range(self.first, count) for name in LINEARS]
+
+    def _weights(self) -> Iterator[tuple[nn.Parameter, str, Tensor, bool]]:
+        """Every projected parameter of the layers: itself, the key of its projection, the teacher's
+        weight, and whether it writes to the residual stream."""
+        calibration = self.calibration
+        for index, layer in enumerate(self._layers, self.first):
+            theirs = calibration.layer(index)
+            for name, path in calibration.family.linears.items():
+                key = projection_key(index, name)
+                if name in READERS:
+                    weight = calibration.folded_reader(index, theirs, name)
+                    yield layer.get_parameter(f"{path}.weight"), key, weight, False
+                    continue
+                for own, weight in theirs.get_submodule(path).named_parameters():
+                    yield layer.get_parameter(f"{path}.{own}"), key, weight, True

@@ -1,0 +1,54 @@
+"""The plain start from data: every projection is the basis of the teacher's leading directions.
+
+B [d_T, d_S] are the leading principal directions of the teacher's normalised residual stream, as in
+SliceGPT (arXiv 2401.15024) but one basis for all layers, since the clone has no rotations between
+its blocks. With folded gains every reader is W_T diag(gain) c B, every writer B^T W_T and the
+embedding E_T B: nothing answers for what is lost, unlike in `lrc.cloning.start.closed_form.solve`.
+c = sqrt(d_T / d_S), since the student's RMS is a mean over d_S numbers that hold nearly the
+teacher's whole square sum.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lrc.cloning.projection import projection_key
+from lrc.cloning.start.basis import principal_basis
+from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.start import Start
+from lrc.model.families import LINEARS, READERS
+from lrc.model.teacher import Teacher
+
+
+@torch.no_grad()
+def pca_projections(
+    teacher: Teacher,
+    ids: Tensor,
+    hidden_size: int,
+    shared_head: bool,
+    progress: Callable[[int, int], None] | None = None,
+) -> Start:
+    """Every projection of a student, with gains folded, from one pass of the teacher.
+
+    Arguments and errors are those of `lrc.cloning.start.closed_form.solve.solve_projections`. A
+    head that shares the embedding's projection has no gain of the teacher's folded in: the
+    student's final gain takes c times the diagonal of B^T diag(gain) B for it.
+    """
+    with Calibration(teacher, ids, hidden_size) as calibration:
+        basis = principal_basis(calibration, progress)
+    scale = (teacher.hidden_size / hidden_size) ** 0.5
+    layers = range(teacher.num_layers)
+    solved = {
+        projection_key(layer, name): scale * basis if name in READERS else basis
+        for layer in layers
+        for name in LINEARS
+    }
+    solved["embedding"] = basis
+    if not shared_head:
+        solved["head"] = scale * basis
+        gains = torch.ones(hidden_size, dtype=basis.dtype)
+    else:
+        gain = calibration.gain(calibration.family.final_norm)
+        gains = scale * (basis * gain[:, None] * basis).sum(0)
+    return Start(solved, gains, calibration.forward_seconds)

@@ -1,0 +1,70 @@
+"""The losses over the vocabulary, KL + LM, as the methods share them."""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lrc.cloning.method import TOKEN_LM, Counts
+from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
+from lrc.data.batch import Batch
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import ObjectiveSection
+
+
+def learn_vocabulary(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    teacher_hidden: Tensor | None,
+    student_hidden: Tensor,
+    batch: Batch,
+    counts: Counts,
+    objective: ObjectiveSection,
+) -> dict[str, Tensor]:
+    """KL and LM losses of a micro-batch as `Method.losses` gives them.
+
+    "loss" is their weighted sum; "kl" is left out where the teacher is, and TOKEN_LM is there where
+    the batch knows its sources.
+
+    Args:
+        teacher: the teacher.
+        student: the student.
+        teacher_hidden: the teacher's last hidden state [b, s, d_T]; None where the KL has no
+            weight.
+        student_hidden: the student's, [b, s, d_S].
+        batch: the tokens.
+        counts: what the losses are averaged over.
+        objective: weights, temperature and chunk size.
+    """
+    mask = batch.token_mask()
+    student_rows = student_hidden.flatten(0, 1)
+    without_teacher = teacher_hidden is None
+    if teacher_hidden is None:
+        teacher_hidden = student_hidden.new_empty(0, 0, teacher.hidden_size)
+        objective = objective.model_copy(update={"kl_weight": 0.0})
+    token_lm = None
+    if batch.source_ids is not None:
+        token_lm = torch.empty_like(batch.input_ids, dtype=torch.float32)
+    losses = vocabulary_losses(
+        student_rows,
+        student.get_output_embeddings().weight,
+        teacher_hidden.flatten(0, 1),
+        teacher.model.get_output_embeddings().weight,
+        batch.labels().flatten(),
+        None if mask is None else mask.flatten(),
+        VocabularyWeights(
+            objective.kl_weight,
+            objective.lm_weight,
+            objective.temperature,
+            counts.tokens,
+            counts.labels,
+            teacher.vocab_size,
+            objective.chunk_tokens,
+        ),
+        None if token_lm is None else token_lm.view(-1),
+    )
+    found = {"loss": losses.weighted, "kl": losses.kl, "lm": losses.lm}
+    if without_teacher:
+        del found["kl"]
+    if token_lm is not None:
+        found[TOKEN_LM] = token_lm
+    return found

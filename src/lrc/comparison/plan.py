@@ -1,0 +1,231 @@
+"""What a comparison runs: its YAML file, typed, and the recipes that come out of it.
+
+Every entry is the base recipe with some settings changed. Its learning rate is the one of the grid
+with the lowest held-out loss after a short budget; then it trains on the whole budget once a seed.
+"""
+
+import os
+from collections.abc import Collection, Iterator, Mapping
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StringConstraints, ValidationError, model_validator
+
+from lrc.methods import unused_settings
+from lrc.recipe import Recipe, apply_overrides, make_recipe
+from lrc.recipe.sections import Section
+from lrc.recipe.shipped import find_yaml
+from lrc.system.errors import UserError
+from lrc.system.yaml_files import read_yaml
+
+Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
+Rate = Annotated[float, Field(gt=0)]
+
+RESERVED = MappingProxyType(
+    {
+        "train.tokens": "the comparison's `tokens`",
+        "train.seed": "the comparison's `seeds`",
+        "initialise.seed": "the comparison's `seeds`",
+    }
+)
+"""Settings of a run that the comparison decides, besides the rate that is tried, and where."""
+
+
+RATES = "the entry's `learning_rates`"
+"""Where the rate that is tried is decided."""
+
+
+class Grid(Section):
+    """How learning rates are chosen: each is tried on a short budget of its own."""
+
+    learning_rates: list[Rate] = Field(min_length=1)
+    """The rates that every entry tries, unless it names its own."""
+
+    tokens: int = Field(gt=0)
+    """Training tokens of a try."""
+
+    seed: int = 0
+    """Seed of the tries."""
+
+
+class Entry(Section):
+    """One system of the comparison."""
+
+    name: Name
+    """How it is called in tables, pictures and folders."""
+
+    settings: dict[str, Any] = Field({}, alias="set")
+    """Settings that differ from the base recipe, by dotted key."""
+
+    learning_rates: list[Rate] | None = Field(None, min_length=1)
+    """Its own grid; a single rate is taken as it is."""
+
+    tries: Literal["learning_rate", "release_learning_rate"] = "learning_rate"
+    """Which setting of `train` these rates are; another one is given in `set`."""
+
+    rate_of: Name | None = None
+    """Entry whose chosen rate it takes instead of searching for one: for ablations."""
+
+
+class Comparison(Section):
+    """A whole comparison."""
+
+    recipe: str | dict[str, Any]
+    """The base: a recipe's YAML file, a shipped one by its name, or the sections themselves."""
+
+    tokens: int = Field(gt=0)
+    """Training tokens of every run."""
+
+    seeds: list[int] = Field([0], min_length=1)
+    """Each seeds the order of the data and what is random in the start."""
+
+    grid: Grid
+    """How learning rates are chosen."""
+
+    thresholds: list[float] = Field(default_factory=list)
+    """Held-out losses: how many tokens each entry needs to reach them is reported."""
+
+    preparation: str | None = None
+    """Command that makes teacher and text, where they do not come by themselves; it is named where
+    they are not there."""
+
+    reference: Name | None = None
+    """Entry that the others' parameters are compared with. Empty: the first."""
+
+    entries: list[Entry] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Comparison":
+        names = [entry.name for entry in self.entries]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two entries are called '{name}'; give each a name of its own")
+        searching = [entry.name for entry in self.entries if entry.rate_of is None]
+        for entry in self.entries:
+            if entry.rate_of is not None and entry.rate_of not in searching:
+                raise ValueError(
+                    f"entry '{entry.name}' takes the rate of '{entry.rate_of}', which is no entry "
+                    "with a rate of its own"
+                )
+            if entry.rate_of is not None and entry.learning_rates is not None:
+                raise ValueError(f"entry '{entry.name}' has both rate_of and learning_rates")
+        if self.reference is not None and self.reference not in names:
+            raise ValueError(f"the reference '{self.reference}' is no entry")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError("a seed is named twice")
+        return self
+
+    def rates(self, entry: Entry) -> list[float]:
+        """Learning rates that an entry tries."""
+        return sorted(set(entry.learning_rates or self.grid.learning_rates))
+
+    def reference_name(self) -> str:
+        """Entry that the others' parameters are compared with."""
+        return self.reference or self.entries[0].name
+
+    def named(self, names: Collection[str]) -> list[Entry]:
+        """The entries of some names, in their order."""
+        return [entry for entry in self.entries if entry.name in names]
+
+    def searches(self, names: Collection[str] = ()) -> Iterator[tuple[Entry, float]]:
+        """Every entry and rate that has to be tried, for the entries of some names or for all."""
+        needed = {entry.rate_of or entry.name for entry in self.named(names)}
+        for entry in self.entries:
+            rates = self.rates(entry)
+            if names and entry.name not in needed:
+                continue
+            if entry.rate_of is None and len(rates) > 1:
+                yield from ((entry, rate) for rate in rates)
+
+    def grid_recipe(self, entry: Entry, rate: float) -> Recipe:
+        """The recipe of a try."""
+        return self._recipe(entry, rate, self.grid.tokens, self.grid.seed)
+
+    def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
+        """The recipe of a run on the whole budget."""
+        return self._recipe(entry, rate, self.tokens, seed)
+
+    def _recipe(self, entry: Entry, rate: float, tokens: int, seed: int) -> Recipe:
+        assert isinstance(self.recipe, dict)  # resolved by `load_comparison`
+        decided = {
+            "train.tokens": tokens,
+            f"train.{entry.tries}": rate,
+            "train.seed": seed,
+            "initialise.seed": seed,
+        }
+        return make_recipe(self.recipe, {**entry.settings, **decided})
+
+
+def load_comparison(
+    source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Comparison:
+    """Read a comparison from a YAML file, or a shipped one by name (`fast`).
+
+    Args:
+        source: path of a YAML file, or the name of a shipped comparison.
+        overrides: settings of the base recipe by dotted key: `{"data.text": ["corpus/"]}`.
+
+    Returns:
+        The comparison, with its base recipe read and every entry's recipe checked.
+
+    Raises:
+        UserError: the file is missing, or it or a recipe has mistakes; all are in one message.
+    """
+    path = find_yaml(source, "comparison")
+    try:
+        comparison = Comparison.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise UserError(f"{path} has mistakes: {'; '.join(problems)}.") from error
+    base = comparison.recipe
+    if isinstance(base, str):
+        beside = path.parent / base
+        base = read_yaml(beside if beside.is_file() else find_yaml(base, "recipe"))
+    for key in overrides:
+        if key in RESERVED:
+            raise UserError(f"'{key}' is decided by {RESERVED[key]}; change it in {path}.")
+        if key in {f"train.{entry.tries}" for entry in comparison.entries}:
+            raise UserError(f"'{key}' is decided by {RATES}; change it in {path}.")
+    base = apply_overrides(base, overrides)
+    comparison = comparison.model_copy(update={"recipe": base})
+    _check_entries(comparison)
+    return comparison
+
+
+def _check_entries(comparison: Comparison) -> None:
+    """Refuse entries whose recipes are not valid.
+
+    Raises:
+        UserError: an entry sets what the comparison decides or what its method does not use, or
+            its recipe has mistakes.
+    """
+    problems = []
+    for entry in comparison.entries:
+        reserved = {**RESERVED, f"train.{entry.tries}": RATES}
+        problems += [
+            f"entry '{entry.name}' sets '{key}', which is decided by {reserved[key]}"
+            for key in entry.settings
+            if key in reserved
+        ]
+        try:
+            recipe = comparison.grid_recipe(entry, 1e-4)
+        except UserError as error:
+            problems.append(f"entry '{entry.name}': {error}".rstrip("."))
+            continue
+        method = recipe.method.name
+        releases = method == "lrc" and recipe.train.release_at < 1
+        if entry.tries == "release_learning_rate" and not releases:
+            problems.append(
+                f"entry '{entry.name}' tries rates after a release, but releases nothing"
+            )
+        problems += [
+            f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"
+            for key in unused_settings(recipe)
+            if any(f"{key}.".startswith(f"{own}.") for own in entry.settings)
+        ]
+    if problems:
+        raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")

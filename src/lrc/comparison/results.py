@@ -1,0 +1,249 @@
+"""What a comparison has found so far, read from its run folders."""
+
+import math
+import statistics
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from lrc.comparison.folders import Folders, held_out_of, is_over
+from lrc.run import Run
+
+CLOSE = 0.03
+"""Largest relative difference of parameter counts that counts as the same size."""
+
+RISE = 0.05
+"""Nats that a held-out loss may stand above its best on the way without being told of."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A held-out measurement of a run."""
+
+    tokens: int
+    """Training tokens, and those that the start was calibrated with."""
+    seconds: float
+    """Seconds of optimiser steps and of the start."""
+    loss: float
+    """Held-out LM loss in nats."""
+
+
+@dataclass(frozen=True)
+class MeanCurve:
+    """The measurements of an entry, each the mean over its runs."""
+
+    tokens: list[float]
+    seconds: list[float]
+    loss: list[float]
+    low: list[float]
+    """The lowest loss of a run."""
+    high: list[float]
+    """The highest."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that has ended."""
+
+    seed: int
+    folder: str
+    curve: list[Point]
+    """Every measurement; the figures below are None where the loss did not stay finite."""
+    held_out_lm: float | None
+    kl: float | None
+    top1_agreement: float | None
+    tokens_to_reach: list[float | None]
+    """By threshold; None where it was not reached."""
+
+
+@dataclass(frozen=True)
+class EntryResult:
+    """An entry with its runs that have ended."""
+
+    name: str
+    method: str
+    settings: dict[str, Any]
+    """What it sets beside the base recipe."""
+    learning_rate: float | None
+    tries: dict[float, float | None]
+    """Held-out loss by rate on the grid's budget; None where the loss did not stay finite."""
+    at_the_edge: bool
+    """Whether the chosen rate is the smallest or the largest of the grid."""
+    parameters: int | None
+    tokens: int
+    calibration_tokens: int | None
+    runs: list[RunResult]
+
+    def values(self, figure: str) -> list[float]:
+        """A figure of all runs that stayed finite."""
+        found = [getattr(run, figure) for run in self.runs]
+        return [value for value in found if value is not None]
+
+    def mean(self, figure: str) -> float | None:
+        """Mean of a figure over the runs; None where there is none."""
+        values = self.values(figure)
+        return statistics.fmean(values) if values else None
+
+    def spread(self, figure: str) -> float | None:
+        """Standard deviation of a figure over the runs; None below two."""
+        values = self.values(figure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    def seconds(self) -> float | None:
+        """Mean seconds of a run's steps and start."""
+        ends = [run.curve[-1].seconds for run in self.runs if run.held_out_lm is not None]
+        return statistics.fmean(ends) if ends else None
+
+    def reach(self, threshold: int) -> tuple[float | None, int]:
+        """Mean tokens to reach the threshold of that number, and how many runs reached it."""
+        found = [run.tokens_to_reach[threshold] for run in self.runs]
+        reached = [tokens for tokens in found if tokens is not None]
+        return (statistics.fmean(reached) if reached else None), len(reached)
+
+    def largest_rise(self) -> float:
+        """How far the held-out loss of any run has stood above its best so far, in nats."""
+        rises = [0.0]
+        for run in self.runs:
+            best = math.inf
+            for point in run.curve:
+                best = min(best, point.loss)
+                rises.append(point.loss - best)
+        return max(rises)
+
+    def curve(self) -> MeanCurve | None:
+        """The mean curve over the runs; None where there is none."""
+        curves = [run.curve for run in self.runs if run.curve]
+        if not curves:
+            return None
+        steps = list(zip(*curves, strict=False))  # a run whose loss was not finite ends early
+        losses = [[point.loss for point in points] for points in steps]
+        return MeanCurve(
+            [statistics.fmean(point.tokens for point in points) for points in steps],
+            [statistics.fmean(point.seconds for point in points) for points in steps],
+            [statistics.fmean(values) for values in losses],
+            [min(values) for values in losses],
+            [max(values) for values in losses],
+        )
+
+
+@dataclass(frozen=True)
+class Results:
+    """A comparison's results."""
+
+    thresholds: list[float]
+    seeds: list[int]
+    grid_tokens: int
+    reference: str
+    teacher_held_out_lm: float | None
+    teacher_parameters: int | None
+    entries: list[EntryResult]
+
+    def size_difference(self, entry: EntryResult) -> float | None:
+        """Parameters beside those of the reference entry, relative."""
+        reference = next(e.parameters for e in self.entries if e.name == self.reference)
+        if entry.parameters is None or reference is None:
+            return None
+        return entry.parameters / reference - 1
+
+    def highest_start(self) -> float | None:
+        """The highest loss before training; what climbs above it would flatten a picture."""
+        starts = [run.curve[0].loss for entry in self.entries for run in entry.runs if run.curve]
+        return max(starts, default=None)
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for comparison.json."""
+        data = asdict(self)
+        for entry, written in zip(self.entries, data["entries"], strict=True):
+            written["mean_held_out_lm"] = entry.mean("held_out_lm")
+            written["spread_held_out_lm"] = entry.spread("held_out_lm")
+            written["seconds"] = entry.seconds()
+            written["size_difference"] = self.size_difference(entry)
+        return data
+
+
+def collect(folders: Folders) -> Results:
+    """Read what is there."""
+    comparison = folders.comparison
+    entries: list[EntryResult] = []
+    teacher: dict[str, Any] = {}
+    for entry in comparison.entries:
+        rate, tries = folders.chosen(entry), folders.tries(entry)
+        places = {seed: folders.of_run(entry, seed) for seed in comparison.seeds}
+        ended = {seed: folder for seed, folder in places.items() if is_over(folder)}
+        summary: dict[str, Any] = {}
+        for folder in ended.values():
+            if held_out_of(folder) is not None:
+                teacher = summary = Run.open(folder).summary()
+        recipe = comparison.grid_recipe(entry, rate or 1.0)
+        runs = [
+            read_run(seed, folder, comparison.thresholds, folders.out)
+            for seed, folder in ended.items()
+        ]
+        entries.append(
+            EntryResult(
+                entry.name,
+                recipe.method.name,
+                entry.settings,
+                rate,
+                tries,
+                rate is not None and rate in (min(tries, default=None), max(tries, default=None)),
+                summary.get("student_parameters"),
+                comparison.tokens,
+                summary.get("calibration_tokens"),
+                runs,
+            )
+        )
+    return Results(
+        comparison.thresholds,
+        comparison.seeds,
+        comparison.grid.tokens,
+        comparison.reference_name(),
+        teacher.get("teacher_held_out_lm"),
+        teacher.get("teacher_parameters"),
+        entries,
+    )
+
+
+def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> RunResult:
+    """A run that has ended."""
+    run = Run.open(folder)
+    curve = curve_of(run.metrics())
+    name = str(folder.relative_to(out))
+    if held_out_of(folder) is None:
+        return RunResult(seed, name, curve, None, None, None, [None] * len(thresholds))
+    summary = run.summary()
+    return RunResult(
+        seed,
+        name,
+        curve,
+        summary["student_held_out_lm"],
+        summary["kl"],
+        summary["top1_agreement"],
+        [tokens_to_reach(curve, threshold) for threshold in thresholds],
+    )
+
+
+def curve_of(metrics: list[dict[str, Any]]) -> list[Point]:
+    """The finite held-out measurements of a run; calibration is charged to all of them."""
+    if not metrics:
+        return []
+    tokens, seconds = metrics[0]["calibration_tokens"], metrics[0]["calibration_seconds"]
+    return [
+        Point(tokens + line["tokens"], seconds + line.get("step_seconds", 0.0), line["held_out_lm"])
+        for line in metrics
+        if math.isfinite(line.get("held_out_lm", math.nan))
+    ]
+
+
+def tokens_to_reach(curve: list[Point], loss: float) -> float | None:
+    """Tokens at which a curve, taken as straight between measurements, first comes down to a
+    loss; None where it does not."""
+    before: Point | None = None
+    for point in curve:
+        if point.loss <= loss:
+            if before is None or before.loss == point.loss:
+                return float(point.tokens)
+            share = (before.loss - loss) / (before.loss - point.loss)
+            return before.tokens + share * (point.tokens - before.tokens)
+        before = point
+    return None

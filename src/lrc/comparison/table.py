@@ -1,0 +1,157 @@
+"""The table of a comparison, in Markdown and for the terminal."""
+
+from rich.table import Table
+
+from lrc.comparison.results import CLOSE, RISE, EntryResult, Results
+
+MISSING = "-"
+
+
+def header(results: Results) -> list[str]:
+    """Names of the columns."""
+    reach = [f"tokens to {threshold:g}" for threshold in results.thresholds]
+    return [
+        "",
+        "learning rate",
+        "held-out LM loss",
+        "KL",
+        "same top-1",
+        "parameters",
+        "tokens",
+        "seconds",
+        *reach,
+    ]
+
+
+def row(results: Results, entry: EntryResult) -> list[str]:
+    """An entry's cells."""
+    top1, seconds = entry.mean("top1_agreement"), entry.seconds()
+    return [
+        entry.name,
+        _rate(entry),
+        _loss(results, entry),
+        _number(entry.mean("kl"), ".3f"),
+        _number(top1, ".1%"),
+        _parameters(results, entry),
+        _tokens(entry),
+        _number(seconds, ",.0f" if seconds is None or seconds >= 10 else ".1f"),
+        *(_reach(entry, number) for number in range(len(results.thresholds))),
+    ]
+
+
+def notes(results: Results) -> list[str]:
+    """What has to be known to read the table."""
+    found = [
+        f"Learning rates: the best of a grid after {results.grid_tokens:,} tokens, where there is "
+        "one; * is the grid's smallest or largest.",
+        "Loss: mean and standard deviation over seeds "
+        f"{', '.join(map(str, results.seeds))}, on the same held-out tokens for all."
+        if len(results.seeds) > 1
+        else f"One seed ({results.seeds[0]}), the same held-out tokens for all.",
+        "Tokens to reach a loss count the calibration tokens of those that use any.",
+    ]
+    if results.teacher_held_out_lm is not None:
+        found.append(f"Held-out LM loss of the teacher: {results.teacher_held_out_lm:.4f}.")
+    for entry in results.entries:
+        difference = results.size_difference(entry)
+        if difference is not None and abs(difference) > CLOSE:
+            found.append(
+                f"Not the same size: {entry.name} has {difference:+.1%} parameters beside "
+                f"{results.reference}."
+            )
+        rise = entry.largest_rise()
+        if rise > RISE:
+            found.append(
+                f"{entry.name}: the held-out loss stood {rise:.2f} above its best on the way."
+            )
+        diverged = sum(run.held_out_lm is None for run in entry.runs)
+        if diverged:
+            found.append(f"{entry.name}: {diverged} of {len(entry.runs)} runs did not stay finite.")
+        failed = [f"{rate:g}" for rate, loss in entry.tries.items() if loss is None]
+        if failed:
+            found.append(f"{entry.name}: not finite at the rate {', '.join(failed)}.")
+    return found
+
+
+def comparison_table(results: Results) -> Table:
+    """The table for the terminal."""
+    table = Table(*header(results), caption="\n".join(notes(results)), caption_justify="left")
+    for entry in results.entries:
+        table.add_row(*row(results, entry))
+    return table
+
+
+def markdown(results: Results) -> str:
+    """The table, its notes, and every try of the grid, as Markdown."""
+    lines = [_line(header(results)), _line(["---"] * len(header(results)))]
+    lines += [_line(row(results, entry)) for entry in results.entries]
+    lines += ["", *(f"* {note}" for note in notes(results))]
+    searched = [entry for entry in results.entries if entry.tries]
+    if searched:
+        rates = sorted({rate for entry in searched for rate in entry.tries})
+        lines += [
+            "",
+            f"Held-out LM loss by learning rate after {results.grid_tokens:,} tokens:",
+            "",
+        ]
+        lines += [_line(["", *(f"{r:g}" for r in rates)]), _line(["---"] * (len(rates) + 1))]
+        for entry in searched:
+            cells = [_try(entry, rate) for rate in rates]
+            lines.append(_line([entry.name, *cells]))
+    return "\n".join(lines) + "\n"
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _number(value: float | None, form: str) -> str:
+    return MISSING if value is None else format(value, form)
+
+
+def _rate(entry: EntryResult) -> str:
+    if entry.learning_rate is None:
+        return MISSING
+    return f"{entry.learning_rate:g}{'*' if entry.at_the_edge else ''}"
+
+
+def _loss(results: Results, entry: EntryResult) -> str:
+    mean, spread = entry.mean("held_out_lm"), entry.spread("held_out_lm")
+    text = _number(mean, ".4f")
+    if spread is not None:
+        text += f" ± {spread:.4f}"
+    if mean is not None and len(entry.values("held_out_lm")) < len(results.seeds):
+        text += f" ({len(entry.values('held_out_lm'))} of {len(results.seeds)})"
+    return text
+
+
+def _parameters(results: Results, entry: EntryResult) -> str:
+    difference = results.size_difference(entry)
+    if entry.parameters is None:
+        return MISSING
+    if not difference:
+        return f"{entry.parameters:,}"
+    return f"{entry.parameters:,} ({difference:+.1%})"
+
+
+def _tokens(entry: EntryResult) -> str:
+    if not entry.calibration_tokens:
+        return f"{entry.tokens:,}"
+    return f"{entry.tokens:,} + {entry.calibration_tokens:,}"
+
+
+def _reach(entry: EntryResult, number: int) -> str:
+    tokens, reached = entry.reach(number)
+    if tokens is None:
+        return MISSING
+    some = f" ({reached} of {len(entry.runs)})" if reached < len(entry.runs) else ""
+    return f"{tokens:,.0f}{some}"
+
+
+def _try(entry: EntryResult, rate: float) -> str:
+    if rate not in entry.tries:
+        return ""
+    loss = entry.tries[rate]
+    if loss is None:
+        return "not finite"
+    return f"**{loss:.4f}**" if rate == entry.learning_rate else f"{loss:.4f}"

@@ -1,0 +1,1 @@
+"""Building token shards from a mix of sources (`lrc data build`)."""

@@ -1,0 +1,243 @@
+"""Evaluate models task by task, keeping each finished task."""
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+from rich.console import Console
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.evaluation.agreement import HeldOut, held_out_of, measure
+from lrc.evaluation.harness import (
+    evaluate_task,
+    find_tasks,
+    harness_model,
+    harness_version,
+    open_tasks,
+)
+from lrc.evaluation.local_data import use_folder
+from lrc.evaluation.progress import Progress, task_progress
+from lrc.evaluation.published import published
+from lrc.evaluation.results import HELD_OUT, Evaluation, Kept, ModelResult, TaskResult
+from lrc.evaluation.subject import Subject, find_subjects
+from lrc.evaluation.tables import markdown
+from lrc.model.teacher import load_model, load_teacher
+from lrc.system.environment import describe_environment
+from lrc.system.errors import UserError
+from lrc.system.files import is_left_over, is_taken, write_text
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
+
+PAPER = "paper"
+"""Stands for the nine tasks of the paper."""
+
+FORMAT = 2
+"""Raise it whenever the same settings would give other results: kept ones are then ignored."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all models of an evaluation have in common."""
+
+    tasks: tuple[str, ...] = (PAPER,)
+    """Names, tags and patterns of the harness, `paper` and `heldout`."""
+    limit: int | None = None
+    """Rows of each task (each member of a group), sequences of held-out text; None: all."""
+    data: Path | None = None
+    """Folder of JSONL files in place of the harness's data sets."""
+    teacher: str | None = None
+    """For `heldout`: in place of the run's teacher."""
+    text: tuple[str, ...] = ()
+    """For `heldout`: in place of the run's held-out text."""
+    batch_size: int = 16
+    """Sequences of a forward pass; changes speed, not results."""
+    dtype: str = "auto"
+    """Element type of the models; `auto`: as stored."""
+    device: str = "cpu"
+    """As torch names it."""
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The tasks, and what is needed to evaluate them."""
+
+    names: list[str]
+    manager: "TaskManager | None"
+    held_out: HeldOut | None
+    keys: dict[str, dict[str, Any]]
+    """By task: all that decides its numbers, besides the model."""
+
+
+def evaluate(
+    model: str, others: list[str], settings: Settings, out: Path, console: Console
+) -> Evaluation:
+    """Evaluate a model, and others with the same settings.
+
+    Tasks that `out` holds for the same model and settings are not evaluated again. Everything is
+    written there: `tasks/` as it comes, `results.json` and `results.md` at the end.
+
+    Args:
+        model: a run's folder or anything that `lrc.model.teacher.load_model` takes.
+        others: more of these, or `teacher` for the run's teacher.
+        settings: tasks and all else.
+        out: the folder of the results.
+        console: where progress is shown.
+
+    Raises:
+        UserError: a model, a task or its data is not found or not fit.
+    """
+    refuse_other_folder(out)
+    subjects = find_subjects(model, others)
+    with tempfile.TemporaryDirectory(prefix="lrc-eval-") as scratch:
+        plan = _plan(subjects[0], settings, Path(scratch))
+        kept = Kept(out / "tasks")
+        results = [_evaluate(subject, plan, settings, kept, console) for subject in subjects]
+    evaluation = Evaluation(
+        settings={
+            "tasks": plan.names,
+            "limit": settings.limit,
+            "dtype": settings.dtype,
+            "device": torch.device(settings.device).type,
+            "batch_size": settings.batch_size,
+            "keys": plan.keys,
+        },
+        environment=describe_environment(),
+        models=tuple(results),
+    )
+    write_text(out / "results.json", json.dumps(evaluation.model_dump(), indent=2) + "\n")
+    write_text(out / "results.md", markdown(evaluation))
+    return evaluation
+
+
+def refuse_other_folder(out: Path) -> None:
+    """Refuse a folder that holds anything but an evaluation, before something in it is replaced.
+
+    Raises:
+        UserError: it does.
+    """
+    ours = {"results.json", "results.md", "tasks"}
+    if is_taken(out, lambda name: name in ours or is_left_over(name)):
+        raise UserError(
+            f"{out} holds something other than an evaluation: choose another folder with --out."
+        )
+
+
+def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
+    """Find tasks and data, before any model is loaded."""
+    names = [
+        name
+        for asked in settings.tasks
+        for name in (list(published().tasks) if asked == PAPER else [asked])
+    ]
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names of the harness.")
+    of_harness = [name for name in names if name != HELD_OUT]
+    common = {
+        "format": FORMAT,
+        "dtype": settings.dtype,
+        "device": torch.device(settings.device).type,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    keys: dict[str, dict[str, Any]] = {}
+    held_out = manager = None
+    if HELD_OUT in names:
+        held_out = held_out_of(first, settings.teacher, list(settings.text), settings.limit)
+        keys[HELD_OUT] = {"task": HELD_OUT, **common, **held_out.key()}
+    elif settings.teacher or settings.text:
+        raise UserError(f"--teacher and --text belong to the task {HELD_OUT}; add it to --tasks.")
+    if of_harness:
+        version = harness_version()
+        manager = open_tasks(of_harness)
+        found = find_tasks(manager, of_harness)
+        data: dict[str, Any] = dict.fromkeys(found, "hub")
+        if settings.data:
+            limited = settings.limit is not None
+            data = use_folder(manager, found, settings.data, limited, scratch)
+        for name in found:
+            keys[name] = {
+                "task": name,
+                **common,
+                "lm_eval": version,
+                "limit": settings.limit,
+                "data": data[name],
+            }
+    elif settings.data:
+        raise UserError("--data holds rows of benchmarks; add some to --tasks, or leave it out.")
+    return _Plan(list(keys), manager, held_out, keys)
+
+
+def _evaluate(
+    subject: Subject, plan: _Plan, settings: Settings, kept: Kept, console: Console
+) -> ModelResult:
+    """One model on all tasks; it is loaded only if a task is still to be evaluated."""
+    print_ = _printer(console)
+    identity = {"model": subject.fingerprint()}
+    keys = {name: {**key, **identity} for name, key in plan.keys.items()}
+    tasks = {name: result for name, key in keys.items() if (result := kept.load(key))}
+    if tasks:
+        print_(f"{subject.label}: {len(tasks)} of {len(keys)} tasks are kept from before.")
+    pending = [name for name in keys if name not in tasks]
+    if pending:
+        print_(f"Loading {subject.name}")
+        model, tokenizer = load_model(subject.source, settings.dtype)
+        model.to(settings.device)
+        worker = _Worker(plan, settings, model, tokenizer)
+        for number, name in enumerate(pending, 1):
+            text = f"{subject.label}: {name} ({number} of {len(pending)})"
+            with task_progress(console, text) as progress:
+                tasks[name] = worker.result(name, progress)
+            kept.save(keys[name], tasks[name])
+            print_(_said(text, tasks[name]))
+    run = subject.run
+    return ModelResult(
+        model=subject.name,
+        label=subject.label,
+        teacher=run.recipe.teacher.model if run else None,
+        tokens=subject.training_tokens(),
+        tasks={name: tasks[name] for name in plan.names},
+    )
+
+
+class _Worker:
+    """A loaded model, on one task after another."""
+
+    def __init__(
+        self, plan: _Plan, settings: Settings, model: PreTrainedModel, tokenizer: Tokenizer
+    ) -> None:
+        self._plan, self._settings = plan, settings
+        self._model, self._tokenizer = model, tokenizer
+        if plan.manager:
+            self._lm = harness_model(model, tokenizer, settings.batch_size)
+
+    def result(self, name: str, progress: Progress) -> TaskResult:
+        """Evaluate one task."""
+        plan, settings = self._plan, self._settings
+        if name == HELD_OUT:
+            assert plan.held_out is not None
+            teacher = load_teacher(plan.held_out.teacher, settings.device)
+            return measure(plan.held_out, teacher, self._model, self._tokenizer, progress)
+        assert plan.manager is not None
+        local = settings.data is not None
+        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local)
+
+
+def _printer(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(text)
+
+
+def _said(text: str, result: TaskResult) -> str:
+    """A finished task as a line."""
+    scores = ", ".join(f"{name} {score.value:.4g}" for name, score in result.metrics.items())
+    line = f"{text}: {scores}; {result.rows:,} rows in {result.seconds:,.0f} s"
+    if result.truncated:
+        line += f"; {result.truncated:,} prompts were cut to the model's context"
+    return line

@@ -1,0 +1,140 @@
+"""Held-out loss of a model, and how far a student agrees with its teacher."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+from lrc.cloning.activations import last_hidden
+from lrc.data.batch import Batch
+from lrc.data.by_source import SourceLosses
+from lrc.model.precision import wide
+from lrc.model.teacher import Teacher
+
+CHUNK = 128
+"""Tokens whose logits are held at once."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A student beside its teacher on the same tokens."""
+
+    teacher_loss: float
+    """The teacher's mean next-token cross-entropy, in nats."""
+    student_loss: float
+    """The student's."""
+    kl: float
+    """Mean over tokens of KL(teacher || student) at temperature 1, in nats."""
+    top1: float
+    """Share of tokens where both predict the same next token."""
+    tokens: int
+    """Labels measured."""
+    by_source: dict[str, tuple[float, float, int]] = field(default_factory=dict)
+    """For each source of the text, where it has several: the teacher's loss, the student's, and the
+    labels that they are means over."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss), or infinity where that overflows."""
+    return math.exp(loss) if loss < 700 else math.inf
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: PreTrainedModel,
+    batches: Iterable[Batch],
+    vocab: int,
+    by_source: SourceLosses | None = None,
+) -> float:
+    """Mean next-token cross-entropy in nats over the first `vocab` token ids.
+
+    The losses of tokens whose source is known are also added to `by_source`.
+    """
+    total, count = 0.0, 0
+    for batch in batches:
+        hidden, labels = _labelled(last_hidden(model, batch), batch)
+        losses = [
+            functional.cross_entropy(logits, target, reduction="none")
+            for logits, target in _chunks(model, hidden, labels, vocab)
+        ]
+        total += sum(chunk.sum().item() for chunk in losses)
+        count += len(labels)
+        _add(by_source, losses, batch)
+    return total / count
+
+
+@torch.no_grad()
+def measure_agreement(
+    teacher: Teacher,
+    student: PreTrainedModel,
+    batches: Iterable[Batch],
+    sources: Sequence[str] = (),
+) -> Agreement:
+    """Losses of both models, their KL divergence and top-1 agreement on the same tokens.
+
+    Args:
+        teacher: the teacher.
+        student: the student.
+        batches: the text.
+        sources: names of the sources that the batches give numbers of.
+    """
+    teacher_loss = student_loss = kl = same = 0.0
+    count = 0
+    by_source = [SourceLosses(sources) for _ in range(2)]
+    for batch in batches:
+        losses: list[list[Tensor]] = [[], []]
+        theirs, labels = _labelled(last_hidden(teacher.model, batch), batch)
+        ours, _ = _labelled(last_hidden(student, batch), batch)
+        pairs = zip(
+            _chunks(teacher.model, theirs, labels, teacher.vocab_size),
+            _chunks(student, ours, labels, teacher.vocab_size),
+            strict=True,
+        )
+        for (teacher_logits, target), (student_logits, _) in pairs:
+            t, s = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+            for log_probabilities, of_model in zip((t, s), losses, strict=True):
+                of_model.append(functional.nll_loss(log_probabilities, target, reduction="none"))
+            teacher_loss += losses[0][-1].sum().item()
+            student_loss += losses[1][-1].sum().item()
+            kl += functional.kl_div(s, t, reduction="sum", log_target=True).item()
+            same += (t.argmax(-1) == s.argmax(-1)).sum().item()
+        count += len(labels)
+        for sums, of_model in zip(by_source, losses, strict=True):
+            _add(sums, of_model, batch)
+    means, labels_of = [sums.means() for sums in by_source], by_source[0].labels()
+    return Agreement(
+        teacher_loss / count,
+        student_loss / count,
+        kl / count,
+        same / count,
+        count,
+        {name: (means[0][name], means[1][name], n) for name, n in labels_of.items()},
+    )
+
+
+def _add(by_source: SourceLosses | None, losses: Sequence[Tensor], batch: Batch) -> None:
+    """Add the losses of a batch's labelled tokens, chunk by chunk, to those of their sources."""
+    sources = batch.label_sources()
+    if by_source is not None and sources is not None:
+        by_source.add(torch.cat(list(losses)), sources[sources >= 0])
+
+
+def _labelled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The hidden states [n, d] and the labels [n] of the tokens that have a label."""
+    labels = batch.labels()
+    kept = labels >= 0
+    return hidden[kept], labels[kept]
+
+
+def _chunks(
+    model: PreTrainedModel, hidden: Tensor, labels: Tensor, vocab: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits [chunk, vocab], in float32 at least, with their labels [chunk]."""
+    head = model.get_output_embeddings().weight[:vocab]
+    for states, target in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
+        logits = states.to(head.dtype) @ head.T
+        yield wide(logits), target

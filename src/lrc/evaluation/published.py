@@ -1,0 +1,45 @@
+"""The results of the paper, which ship as data: what a student stands beside."""
+
+from importlib import resources
+
+import yaml
+
+from lrc.recipe.sections import Section
+
+
+class Benchmark(Section):
+    """One of the paper's tasks."""
+
+    label: str
+    """Its column in the paper."""
+    rows: int
+    """Rows of the whole set that the harness evaluates."""
+
+
+class PublishedModel(Section):
+    """A row of the paper's tables."""
+
+    model: str
+    teacher: str | None
+    """The model that it was made from; None: trained from scratch."""
+    tokens: str
+    """Training tokens."""
+    accuracy: tuple[float, ...]
+    """Percent, in the order of the tasks."""
+    average: float
+    """Of all tasks, as published."""
+
+
+class Published(Section):
+    """The paper's tables."""
+
+    source: str
+    tasks: dict[str, Benchmark]
+    """By the harness's name, in the paper's order."""
+    models: tuple[PublishedModel, ...]
+
+
+def published() -> Published:
+    """The published results."""
+    text = (resources.files("lrc.evaluation") / "published.yaml").read_text(encoding="utf-8")
+    return Published.model_validate(yaml.safe_load(text))

@@ -1,0 +1,78 @@
+"""The models that are evaluated: where each comes from, and what tells it from another one."""
+
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lrc.model.teacher import load_skeleton, model_files
+from lrc.run import Run, is_run
+from lrc.system.errors import UserError
+
+RUNS_TEACHER = "teacher"
+"""Stands for the teacher of the run that is evaluated."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to evaluate."""
+
+    name: str
+    """How it was asked for."""
+    source: str
+    """What `lrc.model.teacher.load_model` takes."""
+    label: str
+    """How tables call it."""
+    run: Run | None = None
+    """The run whose student it is."""
+
+    def fingerprint(self) -> str:
+        """Changes whenever the model's files do; `fingerprint_of` its source."""
+        return fingerprint_of(self.source)
+
+    def training_tokens(self) -> int | None:
+        """Training tokens of the run, if it is one and has ended."""
+        if self.run is None or not self.run.summary_file.is_file():
+            return None
+        return int(self.run.summary()["tokens"])
+
+
+def find_subjects(name: str, others: list[str]) -> list[Subject]:
+    """The model that is evaluated and those to compare with, each once.
+
+    Raises:
+        UserError: a run has no student yet, or `teacher` is asked for but the model is no run.
+    """
+    first = _subject(name)
+    subjects = [first]
+    for other in others:
+        if other == RUNS_TEACHER:
+            if first.run is None:
+                raise UserError(f"{name} is not a run, so name the teacher to compare with.")
+            of_run = _subject(first.run.recipe.teacher.model)
+            subjects.append(replace(of_run, label=RUNS_TEACHER))
+        else:
+            subjects.append(_subject(other))
+    return list({subject.source: subject for subject in subjects}.values())
+
+
+def fingerprint_of(source: str) -> str:
+    """A digest of names, sizes and times of change of a local model's files, or the commit of a
+    model of the hub.
+
+    Raises:
+        UserError: the model is not found.
+    """
+    files = [file for file in model_files(source) if file.suffix != ".md"]
+    if not files:
+        return str(load_skeleton(source).config._commit_hash)
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+
+
+def _subject(name: str) -> Subject:
+    path = Path(name)
+    label = path.resolve().name if path.exists() else name
+    if not is_run(path):
+        return Subject(name, name, label)
+    run = Run.open(path)
+    return Subject(name, str(run.need_student()), label, run)

@@ -1,5 +1,0 @@
-"""Writing a student so that it runs without us."""
-
-from lrc.export.plain import export_student
-
-__all__ = ["export_student"]

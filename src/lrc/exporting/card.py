@@ -1,0 +1,158 @@
+"""The model card of a student."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import PreTrainedModel
+
+from lrc.methods import METHODS
+from lrc.model.locate import HUB_ID, PACKAGE_PREFIX, short_name
+from lrc.model.shapes import shape_of
+from lrc.model.teacher import Description, Teacher, describe_teacher
+from lrc.recipe import Recipe
+from lrc.run import Run
+
+TEMPLATE = """---
+{front}
+---
+
+# A smaller {teacher}
+
+A model of the teacher's own class with a hidden size of {hidden_size}, made by {method}.
+
+| | teacher | student |
+|---|---|---|
+{shapes}
+
+## Results
+
+| | |
+|---|---|
+{results}
+
+## Use
+
+With transformers 4.57 or later:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
+```
+
+## Licence
+
+{licence}
+
+## Recipe
+
+```yaml
+{recipe}
+```
+"""
+
+
+def model_card(
+    run: Run, teacher: Teacher, student: PreTrainedModel, summary: dict[str, Any] | None = None
+) -> str:
+    """Text of the card: front matter that hubs read, then shapes, losses, use and recipe.
+
+    Args:
+        run: the run.
+        teacher: its teacher.
+        student: its student.
+        summary: the closing table; None: the run's own, if it has ended.
+    """
+    section = run.recipe.teacher
+    described = describe_teacher(section)
+    before, after = shape_of(teacher.model).row, shape_of(student).row
+    results = _results(run, summary)
+    return TEMPLATE.format(
+        front=yaml.safe_dump(front_matter(run, described), sort_keys=False).strip(),
+        teacher=as_markdown(public_name(section.model)),
+        hidden_size=student.config.hidden_size,
+        method=METHODS[run.recipe.method.name].title,
+        shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
+        results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
+        licence=_licence(described.license),
+        recipe=public_recipe(run.recipe),
+    )
+
+
+def public_name(name: str) -> str:
+    """How a card calls a model, a file or a folder: a hub id as it is, of a path the last part."""
+    return name if is_public(name) else short_name(name)
+
+
+def is_public(name: str) -> bool:
+    """Whether a name says the same on any machine: a hub id or a Python package."""
+    return name.startswith(PACKAGE_PREFIX) or (
+        bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
+    )
+
+
+def public_recipe(recipe: Recipe) -> str:
+    """A recipe as YAML, without the places where things lie on this machine."""
+    settings = recipe.model_dump(mode="json")
+    settings["teacher"]["model"] = public_name(recipe.teacher.model)
+    for name in ("text", "shards", "held_out"):
+        settings["data"][name] = [Path(source).name for source in settings["data"][name]]
+    if settings["data"]["stream"]:
+        stream = settings["data"]["stream"]
+        stream["dataset"] = public_name(stream["dataset"])
+        stream["data_files"] = [Path(file).name for file in stream["data_files"]]
+    settings["data"]["cache"] = None
+    text = yaml.safe_dump(settings, sort_keys=False).strip()
+    return text.replace("`" * 3, "~" * 3)
+
+
+def as_markdown(text: str) -> str:
+    """A text that Markdown shows as it is, on one line."""
+    line = " ".join(text.split())
+    return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", line)
+
+
+def front_matter(run: Run, described: Description) -> dict[str, Any]:
+    """What hubs read of a card. A teacher that is a folder or a package here is not named."""
+    teacher, method = run.recipe.teacher, run.recipe.method.name
+    front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if described.license:
+        front["license"] = described.license
+    if described.languages:
+        front["language"] = list(described.languages)
+    if not teacher.model.startswith(PACKAGE_PREFIX) and is_public(teacher.model):
+        front["base_model"] = teacher.model
+    front["tags"] = ["low-rank-clone" if method == "lrc" else method, "distillation"]
+    return front
+
+
+def _licence(name: str | None) -> str:
+    if name:
+        return f"The teacher's licence, {name}, applies to the student."
+    return "The teacher's licence applies to the student; it was not found beside the teacher."
+
+
+def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:
+    """What was measured: the closing table, or the newest metrics of a run that has not ended."""
+    if closing is None and run.summary_file.is_file():
+        closing = run.summary()
+    if closing is not None:
+        return {
+            "training tokens": f"{closing['tokens']:,}",
+            "held-out LM loss of the teacher": f"{closing['teacher_held_out_lm']:.4f}",
+            "held-out LM loss of the student": f"{closing['student_held_out_lm']:.4f}",
+            "KL(teacher, student)": f"{closing['kl']:.4f}",
+            "same top-1 prediction": f"{closing['top1_agreement']:.1%}",
+            "held-out tokens": f"{closing['held_out_labels']:,}",
+        }
+    measured = [line for line in run.metrics() if "held_out_lm" in line]
+    if not measured:
+        return {"training tokens": "none measured"}
+    return {
+        "training tokens": f"{measured[-1]['tokens']:,}",
+        "held-out LM loss of the teacher": f"{measured[0]['teacher_held_out_lm']:.4f}",
+        "held-out LM loss of the student": f"{measured[-1]['held_out_lm']:.4f}",
+    }

@@ -1,0 +1,299 @@
+"""Models as GGUF files, for llama.cpp and what builds on it (Ollama, LM Studio).
+
+The `gguf` package, llama.cpp's own, writes the container, names the tensors and quantises.
+transformers only reads GGUF, and llama.cpp's converter script is not in any package, so what is
+here is the part between: which numbers go where. Every tensor is converted when it is written, so
+no second copy of the model is held.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gguf
+import numpy as np
+import torch
+from gguf import GGMLQuantizationType as Kind
+from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.quants import quant_shape_to_byte_shape, quantize
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from lrc.exporting.gguf_vocabulary import add_vocabulary
+from lrc.exporting.plain import check_range
+from lrc.model.families import Family, family_of
+from lrc.model.shapes import head_dim_of
+from lrc.model.teacher import describe_teacher, load_model, short_name
+from lrc.recipe.sections import TeacherSection
+from lrc.system.errors import UserError
+from lrc.system.files import new_file
+
+FILE_TYPES = {
+    Kind.F32: LlamaFileType.ALL_F32,
+    Kind.F16: LlamaFileType.MOSTLY_F16,
+    Kind.BF16: LlamaFileType.MOSTLY_BF16,
+    Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+}
+"""The element types that can be written, with the file's own word for them."""
+
+TORCH_TYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
+"""torch's element type of those that cannot hold every float32."""
+
+K_BLOCK = 256
+"""Elements of a block of llama.cpp's K-quants."""
+
+
+class Place(NamedTuple):
+    """A tensor on its way into the file."""
+
+    name: str
+    """Its name in the model, for messages."""
+    tensor: Tensor
+    kind: Kind
+    """The type that it is stored in."""
+    heads: int | None = None
+    """Number of heads, where rows are to be reordered by `neighbours_from_halves`."""
+
+    def shape(self) -> tuple[int, ...]:
+        """Its shape in bytes as it is stored."""
+        return quant_shape_to_byte_shape(self.tensor.shape, self.kind)
+
+    def stored(self) -> np.ndarray[Any, Any]:
+        """Its values as they are stored."""
+        values = self.tensor.detach()
+        check_range([(self.name, values)], TORCH_TYPES.get(self.kind, torch.float32))
+        if self.heads is not None:
+            values = neighbours_from_halves(values, self.heads)
+        return quantize(values.to("cpu", torch.float32).contiguous().numpy(), self.kind)
+
+
+@dataclass(frozen=True)
+class About:
+    """What a GGUF file says of itself, in the terms of a model card."""
+
+    name: str
+    license: str | None = None
+    base_model: str | None = None
+    """Hub id of the teacher, or its name where it has none."""
+    tags: tuple[str, ...] = ()
+    languages: tuple[str, ...] = ()
+    """Of the text that the model writes, as the teacher's card names them."""
+
+
+def write_gguf(
+    model: PreTrainedModel,
+    tokenizer: Tokenizer,
+    path: Path,
+    kind: Kind,
+    about: About,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Write a model, its tokenizer and its chat template as one GGUF file.
+
+    Args:
+        model: a model of a supported family.
+        tokenizer: its tokenizer.
+        path: the file; an older one there is replaced when the new one is whole.
+        kind: element type of the matrices. Norms and biases are always float32, and matrices whose
+            rows do not fill whole blocks of the type are float16.
+        about: what the file says of itself.
+        progress: told how far it is.
+
+    Returns:
+        What the user should know about the file, a sentence each.
+
+    Raises:
+        UserError: llama.cpp cannot run the model or its tokenizer, or the disk is full.
+    """
+    family = family_of(model.config.model_type)
+    if family.gguf is None:
+        raise UserError(f"{family.model_type} models cannot be written as GGUF; use safetensors.")
+    tensors = dict(_tensors(model, family, kind))
+    with new_file(path) as temporary:
+        writer = GGUFWriter(temporary, family.gguf)
+        try:
+            _add_about(writer, model, about, kind)
+            factors = _add_shape(writer, model)
+            notes = add_vocabulary(writer, tokenizer, model.config.vocab_size)
+            if factors is not None:
+                tensors["rope_freqs.weight"] = Place("rope_freqs", factors, Kind.F32)
+            for name, place in tensors.items():
+                shape = place.shape()
+                byte = np.dtype(np.uint8)
+                writer.add_tensor_info(name, shape, byte, math.prod(shape), place.kind)
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for done, place in enumerate(tensors.values()):
+                writer.write_tensor_data(place.stored())
+                progress(f"{done + 1} of {len(tensors)} tensors")
+        finally:
+            writer.close()
+    return [*notes, *_notes(model, kind, [place.kind for place in tensors.values()])]
+
+
+def convert_to_gguf(
+    name: str,
+    path: Path,
+    kind: Kind | None = None,
+    progress: Callable[[str], None] = lambda text: None,
+) -> list[str]:
+    """Write any model, named as a teacher is (hub id, folder, .gguf file or `package:NAME`).
+
+    `kind` None keeps the model's own element type. The other arguments, the return value and the
+    errors are those of `write_gguf`.
+    """
+    model, tokenizer = load_model(name)
+    described = describe_teacher(TeacherSection(model=name))
+    about = About(short_name(name), described.license, languages=described.languages)
+    return write_gguf(model, tokenizer, path, kind or kind_of(model.dtype), about, progress)
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """The element type of a file that keeps a model's own; float32 stands in for wider ones."""
+    return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
+
+
+def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tuple[str, Place]]:
+    """llama.cpp's name of every parameter and what is stored of it, tied ones once."""
+    config = model.config
+    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    heads = {}
+    if family.gguf_neighbours:
+        for layer in range(config.num_hidden_layers):
+            heads[family.linear(layer, "q")] = config.num_attention_heads
+            heads[family.linear(layer, "k")] = config.num_key_value_heads
+    for path, parameter in model.named_parameters():
+        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
+        no_bias = family.gguf != "llama" and path.endswith(".bias")  # llama has all of them
+        if name is None or no_bias:
+            raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
+        module = path.rpartition(".")[0]
+        yield name, Place(path, parameter, _stored(parameter, kind), heads.get(module))
+
+
+def neighbours_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of q or k, or its bias, for rotary embedding of neighbours.
+
+    Args:
+        weight: [heads * head_dim, width] or [heads * head_dim]; row i of a head is rotated with row
+            i + head_dim / 2.
+        heads: number of heads.
+
+    Returns:
+        The same rows, those that are rotated together side by side.
+    """
+    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+
+
+def _stored(parameter: Tensor, kind: Kind) -> Kind:
+    """The type that a parameter is stored in where the file is of type `kind`."""
+    if parameter.ndim == 1:
+        return Kind.F32
+    block, _ = gguf.GGML_QUANT_SIZES[kind]
+    return kind if parameter.shape[-1] % block == 0 else Kind.F16
+
+
+def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: Kind) -> None:
+    size = sum(p.numel() for p in model.parameters())
+    metadata = gguf.Metadata(
+        name=about.name,
+        license=about.license,
+        tags=list(about.tags) or None,
+        languages=list(about.languages) or None,
+        size_label=gguf.size_label(size, 0, 0, 0),
+    )
+    if about.base_model:
+        organisation, _, name = about.base_model.rpartition("/")
+        metadata.base_models = [{"name": name}]
+        if organisation:
+            metadata.base_models[0]["organization"] = organisation
+            url = f"https://huggingface.co/{about.base_model}"
+            metadata.base_models[0]["repo_url"] = url
+    generation = model.generation_config
+    if generation is not None and generation.do_sample:
+        metadata.sampling_temp = generation.temperature
+        metadata.sampling_top_k = generation.top_k
+        metadata.sampling_top_p = generation.top_p
+    writer.add_type("model")
+    metadata.set_gguf_meta_model(writer)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_shape(writer: GGUFWriter, model: PreTrainedModel) -> Tensor | None:
+    """Write the model's shape; head widths are explicit, since hidden_size / heads is not theirs.
+
+    Returns:
+        What each rotary frequency is divided by, [head_dim / 2], where the model needs that.
+
+    Raises:
+        UserError: llama.cpp does not compute this model.
+    """
+    config = model.config
+    if config.hidden_act != "silu":
+        raise UserError(f"llama.cpp runs this class with silu, not {config.hidden_act}.")
+    head_dim = head_dim_of(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head_dim)
+    writer.add_value_length(head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(head_dim)
+    return _add_rope(writer, config, head_dim)
+
+
+def _add_rope(writer: GGUFWriter, config: Any, head_dim: int) -> Tensor | None:
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    kind = rope.get("rope_type", "default")
+    if kind == "default":
+        return None
+    if kind == "linear":
+        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+        return None
+    if kind == "llama3" and writer.arch == "llama":
+        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+        return 1.0 / (rope["rope_theta"] ** exponents) / scaled
+    raise UserError(f"Rotary scaling of type '{kind}' is not written as GGUF; use safetensors.")
+
+
+def _notes(model: PreTrainedModel, kind: Kind, stored: list[Kind]) -> list[str]:
+    """What the user should know about a written file."""
+    notes = []
+    config = model.config
+    kept = sum(found == Kind.F16 != kind for found in stored)
+    if kept:
+        block, _ = gguf.GGML_QUANT_SIZES[kind]
+        matrices = sum(found != Kind.F32 for found in stored)
+        notes.append(
+            f"{kept} of {matrices} matrices are f16, because their rows are not a multiple of "
+            f"{block} elements, {kind.name.lower()}'s block (hidden size {config.hidden_size}, FFN "
+            f"width {config.intermediate_size})."
+        )
+    uneven = [w for w in (config.hidden_size, config.intermediate_size) if w % K_BLOCK]
+    if uneven:
+        widths = " and ".join(map(str, uneven))
+        notes.append(
+            f"llama.cpp's K-quants (q4_k_m and others) need rows that are a multiple of {K_BLOCK}; "
+            f"for the matrices with rows of {widths} it falls back to other types."
+        )
+    window = getattr(config, "sliding_window", None)
+    if window and window < config.max_position_embeddings:
+        notes.append(
+            f"llama.cpp attends to the whole context here, not to a window of {window} tokens: "
+            "texts beyond that length come out otherwise than in transformers."
+        )
+    return notes

@@ -1,0 +1,203 @@
+"""A tokenizer in a GGUF file: tokens, their types, merges or scores, special ids, chat template.
+
+llama.cpp has no tokenizer.json. Byte-level BPE (Llama 3, Qwen, SmolLM2) goes in as tokens, merges
+and the *name* of the rule that splits text before merging; BPE with byte fallback (Llama 2,
+Mistral), which came from sentencepiece, as tokens and scores.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from gguf import GGUFWriter, SpecialVocab, TokenType
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+from lrc.system.errors import UserError
+
+SPACE = "\u2581"
+"""How sentencepiece writes a space in a token."""
+
+BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+"""A byte in a vocabulary with byte fallback."""
+
+SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[n]: n for n in ("llama-bpe", "qwen2", "tekken", "gpt-4o")}
+"""llama.cpp's name of a pre-tokenizer by its regular expression, out of transformers' own table."""
+
+
+def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[str]:
+    """Write a tokenizer's vocabulary, settings and chat template.
+
+    Args:
+        writer: the file that is being written.
+        tokenizer: a tokenizer backed by the `tokenizers` library.
+        rows: rows of the embedding; those beyond the tokens become unused tokens.
+
+    Returns:
+        What the user should know: where llama.cpp may cut text otherwise.
+
+    Raises:
+        UserError: llama.cpp has no tokenizer of this kind.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise UserError(
+            "This tokenizer has no tokenizer.json, which GGUF is written from: convert it to a "
+            "fast tokenizer first."
+        )
+    settings = json.loads(backend.to_str())
+    kind = settings["model"]["type"]
+    if kind != "BPE":
+        raise UserError(f"A {kind} tokenizer cannot be written as GGUF here: only BPE ones can.")
+    if len(tokenizer) > rows:
+        raise UserError(f"The tokenizer has {len(tokenizer)} tokens but the model embeds {rows}.")
+    fallback = bool(settings["model"].get("byte_fallback"))
+    notes = []
+    if fallback:
+        notes = _add_sentencepiece(writer, tokenizer, settings, rows)
+    else:
+        _add_byte_level(writer, tokenizer, settings, rows)
+    _add_special(writer, tokenizer, load_merges=not fallback, rows=rows)
+    return notes
+
+
+def _add_byte_level(
+    writer: GGUFWriter, tokenizer: Tokenizer, settings: dict[str, Any], rows: int
+) -> None:
+    tokens, types = zip(*_tokens(tokenizer, settings, rows), strict=True)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre_tokenizer_name(settings))
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+
+
+def _add_sentencepiece(
+    writer: GGUFWriter, tokenizer: Tokenizer, settings: dict[str, Any], rows: int
+) -> list[str]:
+    pairs = list(_tokens(tokenizer, settings, rows))
+    types = [kind for _, kind in pairs]
+    tokens = [
+        token.replace(" ", SPACE) if kind == TokenType.NORMAL else token for token, kind in pairs
+    ]
+    rank = _ranks(settings)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    # A merge's place in the list becomes the score of what it makes: the best is merged first.
+    writer.add_token_scores([float(-rank.get(token, len(rank))) for token in tokens])
+    writer.add_token_types(types)
+    first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
+    writer.add_add_space_prefix(first[0] in (SPACE, " "))
+    odd = _not_from_sentencepiece(tokens, types, settings)
+    if not odd:
+        return []
+    return [
+        f"{odd} tokens have merges that sentencepiece would not give, so llama.cpp may cut text "
+        "otherwise."
+    ]
+
+
+def _tokens(
+    tokenizer: Tokenizer, settings: dict[str, Any], rows: int
+) -> Iterator[tuple[str, TokenType]]:
+    """Every row's token and its type, by id."""
+    by_id = {number: token for token, number in tokenizer.get_vocab().items()}
+    added = {entry["id"]: entry for entry in settings["added_tokens"]}
+    fallback = settings["model"].get("byte_fallback")
+    unknown = tokenizer.unk_token if fallback else None
+    for number in range(rows):
+        token = by_id.get(number)
+        if token is None:
+            yield f"[PAD{number}]", TokenType.UNUSED
+        elif token == unknown:
+            yield token, TokenType.UNKNOWN
+        elif number in added:
+            special = added[number]["special"]
+            yield token, TokenType.CONTROL if special else TokenType.USER_DEFINED
+        elif fallback and BYTE.fullmatch(token):
+            yield token, TokenType.BYTE
+        else:
+            yield token, TokenType.NORMAL
+
+
+def _merges(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The merges in their order, spaces as sentencepiece writes them."""
+    for merge in settings["model"]["merges"]:
+        left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
+        yield left.replace(" ", SPACE), right.replace(" ", SPACE)
+
+
+def _ranks(settings: dict[str, Any]) -> dict[str, int]:
+    """The place of the first merge that makes a token."""
+    rank: dict[str, int] = {}
+    for place, (left, right) in enumerate(_merges(settings)):
+        rank.setdefault(left + right, place)
+    return rank
+
+
+def _not_from_sentencepiece(
+    tokens: list[str], types: list[TokenType], settings: dict[str, Any]
+) -> int:
+    """How many tokens can be made of two others in ways that are not merges.
+
+    llama.cpp joins any two neighbours that make a token; a converted sentencepiece vocabulary lists
+    all of them as merges.
+    """
+    normal = {t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
+    listed = Counter(left + right for left, right in _merges(settings))
+    possible = {
+        token: sum(token[:i] in normal and token[i:] in normal for i in range(1, len(token)))
+        for token in normal
+    }
+    return sum(listed[token] < ways for token, ways in possible.items())
+
+
+def _add_special(writer: GGUFWriter, tokenizer: Tokenizer, load_merges: bool, rows: int) -> None:
+    """Merges, ids of special tokens, which of them are put around a text, and the chat template."""
+    with TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        special = SpecialVocab(Path(folder), load_merges=load_merges, n_vocab=rows)
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    framed = tokenizer.encode("a")
+    special.add_special_token = {
+        "bos": framed[0] == tokenizer.bos_token_id and framed[0] != bare[0],
+        "eos": framed[-1] == tokenizer.eos_token_id and framed[-1] != bare[-1],
+    }
+    special.add_to_gguf(writer, quiet=True)
+
+
+def pre_tokenizer_name(settings: dict[str, Any]) -> str:
+    """llama.cpp's name of the rule that splits text before merging.
+
+    It is found by what the rule is, not by whose it is: a tokenizer that transformers rebuilt from
+    a GGUF file may split otherwise than the original did, and a student learnt with what it does.
+
+    Raises:
+        UserError: llama.cpp has no such rule that we know of.
+    """
+    normalizer = settings["normalizer"]
+    rule = settings["pre_tokenizer"] or {"type": "none"}
+    steps = rule["pretokenizers"] if rule["type"] == "Sequence" else [rule]
+    kinds = [step["type"] for step in steps]
+    if (normalizer is None or normalizer["type"] == "NFC") and kinds[-1] == "ByteLevel":
+        last, before = steps[-1], steps[:-1]
+        if not last["add_prefix_space"] and last["use_regex"]:
+            if not before:
+                return "gpt-2"
+            if kinds == ["Digits", "ByteLevel"] and before[0]["individual_digits"]:
+                return "smollm"
+        if not last["add_prefix_space"] and not last["use_regex"] and kinds[:-1] == ["Split"]:
+            name = SPLITS.get(before[0]["pattern"].get("Regex"))
+            # llama-bpe takes words that are tokens as they are; smaug-bpe always merges.
+            if name == "llama-bpe" and not settings["model"].get("ignore_merges"):
+                return "smaug-bpe"
+            if name and before[0]["behavior"] == "Isolated" and not before[0]["invert"]:
+                return name
+    raise UserError(
+        f"llama.cpp has no pre-tokenizer that we know to be this one ({', '.join(kinds)}): export "
+        "to safetensors, or convert that with llama.cpp's own converter."
+    )

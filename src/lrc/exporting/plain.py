@@ -1,0 +1,111 @@
+"""The plain export: safetensors, tokenizer, generation config and model card.
+
+transformers 5 writes some settings under names that 4.x does not know and takes its own defaults
+for, without a word: another rotary base, no rotary scaling. So both names are written.
+"""
+
+import copy
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from lrc.model.loading import without_bars
+from lrc.system.errors import UserError
+from lrc.system.files import new_folder
+
+
+def export_student(
+    student: PreTrainedModel,
+    tokenizer: Tokenizer,
+    card: str | None,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a model folder that plain transformers opens, 4.57 and later.
+
+    Args:
+        student: the student with its weights written.
+        tokenizer: the teacher's tokenizer.
+        card: text of the model card; None: there is none.
+        folder: where to write; an older export there is replaced as a whole.
+        dtype: element type of the written weights; None: the student's own.
+
+    Raises:
+        UserError: a weight is not finite, or is too large for the element type; the disk is full or
+            the place cannot be written.
+    """
+    check_range(student.named_parameters(), dtype or student.dtype)
+    if dtype not in (None, student.dtype):
+        student = copy.deepcopy(student).to(dtype)
+    with new_folder(folder) as temporary, without_bars():
+        student.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        _update(temporary / "config.json", model_settings)
+        _update(temporary / "tokenizer_config.json", tokenizer_settings)
+        if card is not None:
+            (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_range(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
+    """Refuse weights that an element type cannot hold.
+
+    Args:
+        weights: by name.
+        dtype: the element type that they are to be written in.
+
+    Raises:
+        UserError: one is not finite, or would become infinite; the message names it.
+    """
+    largest = torch.finfo(dtype).max
+    for name, value in weights:
+        low, high = (float(v) for v in torch.aminmax(value.detach().to(torch.float32)))
+        reach = max(abs(low), abs(high))
+        if not reach < float("inf"):
+            raise UserError(
+                f"The weights of {name} are not finite: the training diverged; start anew with a "
+                "lower train.learning_rate, or export an older checkpoint."
+            )
+        if reach > largest:
+            raise UserError(
+                f"The weights of {name} reach {reach:,.0f}, beyond {str(dtype)[6:]}'s "
+                f"{largest:,.0f}, and would become infinite: export to bfloat16 or float32."
+            )
+
+
+def model_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4.x reads in a config.json besides what 5 writes."""
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return {}
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    kind = scaling.get("rope_type", "default")
+    return {
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": None if kind == "default" else scaling,
+    }
+
+
+def tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4.x reads in a tokenizer_config.json in place of what 5 writes."""
+    found: dict[str, Any] = {}
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        found["tokenizer_class"] = "PreTrainedTokenizerFast"
+    extra = settings.get("extra_special_tokens")
+    if isinstance(extra, list):
+        found["additional_special_tokens"] = extra
+        found["extra_special_tokens"] = {}
+    return found
+
+
+def _update(path: Path, changes_of: Any) -> None:
+    """Change settings of a JSON file that was just written."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings |= changes_of(settings)
+    text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

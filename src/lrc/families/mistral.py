@@ -1,5 +1,0 @@
-"""Mistral: Llama's layout with sliding-window attention."""
-
-from lrc.families.base import Family
-
-MISTRAL = Family("mistral", gguf="llama", gguf_neighbours=True)

@@ -1,8 +1,0 @@
-"""Qwen3: Llama's layout with norms on q and k inside the attention.
-
-Those norms are as wide as a head, and head_dim does not change, so the teacher's gains stay.
-"""
-
-from lrc.families.base import Family
-
-QWEN3 = Family("qwen3", gguf="qwen3")

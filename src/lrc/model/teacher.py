@@ -1,0 +1,260 @@
+"""A teacher: a frozen model with what belongs to it, loaded from wherever it is."""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGUFReader
+from huggingface_hub import ModelCard
+from torch import Tensor
+from transformers import PreTrainedModel as Model
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.integrations.accelerate import load_offloaded_parameter
+
+from lrc.model.families import Family, family_of
+from lrc.model.gguf import read_header
+from lrc.model.loading import load_config, load_skeleton_of, load_weights
+from lrc.model.locate import PACKAGE_PREFIX, ModelFiles, locate, locate_locally, short_name
+from lrc.model.tokenizer import load_tokenizer_files
+from lrc.recipe.sections import TeacherSection
+from lrc.system.errors import UserError
+
+__all__ = [
+    "PACKAGE_PREFIX",
+    "Teacher",
+    "as_teacher",
+    "describe_teacher",
+    "load_model",
+    "load_skeleton",
+    "load_teacher",
+    "load_tokenizer",
+    "model_files",
+    "short_name",
+]
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model with what belongs to it."""
+
+    model: Model
+    tokenizer: Tokenizer
+    family: Family
+    name: str
+    """How the teacher is called in the recipe, for cards and reports."""
+
+    files: ModelFiles | None = None
+    """The files that it was loaded from; None: it was handed over as a loaded model."""
+
+    notes: tuple[str, ...] = ()
+    """What the user should know of how it was read, a sentence each."""
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.model.config
+
+    @property
+    def hidden_size(self) -> int:
+        """d_T, the width of the residual stream."""
+        return int(self.config.hidden_size)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return int(self.config.num_hidden_layers)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Number of token ids in use; the embedding's rows beyond are padding."""
+        rows = int(self.model.get_input_embeddings().weight.shape[0])
+        return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
+
+    @cached_property
+    def on_disk(self) -> bool:
+        """Whether the decoder layers' weights stay in their files (`teacher.load: layers`)."""
+        return any(parameter.is_meta for parameter in self.model.parameters())
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter by its name in the model, read from its file where it stays there."""
+        value = self.model.get_parameter(name)
+        return load_offloaded_parameter(self.model, name) if value.is_meta else value
+
+    def gain(self, norm: str, dtype: torch.dtype | None = None) -> Tensor:
+        """The factor [d_T] by which the norm at a module path multiplies, computed in `dtype`;
+        None: in that of its weight."""
+        weight = self.parameter(f"{norm}.weight")
+        return weight.to(dtype or weight.dtype) + self.family.gain_offset
+
+
+def load_teacher(
+    section: TeacherSection | str | os.PathLike[str], device: torch.device | str = "cpu"
+) -> Teacher:
+    """Load a teacher, in evaluation mode and without gradients.
+
+    Args:
+        section: a recipe's section, or the teacher's name alone (as in `teacher.model`).
+        device: where its weights go.
+
+    Raises:
+        UserError: it is not found, cannot be read, its files do not fill it, or its family is not
+            supported.
+    """
+    if not isinstance(section, TeacherSection):
+        section = TeacherSection(model=os.fspath(section))
+    files = locate(section.model, section.revision)
+    options: dict[str, Any] = {"attn_implementation": section.attention}
+    by_layers = section.load == "layers"
+    if by_layers and files.gguf:
+        raise UserError(
+            f"teacher.load: layers reads safetensors, but '{section.model}' is a GGUF file: give a "
+            "model folder or a hub id, or set teacher.load to full."
+        )
+    config = load_config(files)
+    tokenizer = load_tokenizer_files(files)
+    if by_layers:
+        family = family_of(config.model_type)
+        options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
+        options["use_safetensors"] = True
+    loaded = load_weights(files, getattr(torch, section.dtype), section.tie_head, **options)
+    model = loaded.model if by_layers else loaded.model.to(device)
+    return as_teacher(model, tokenizer, section.model, files, loaded.notes)
+
+
+def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:
+    """Where the parts of a model go whose decoder layers stay on the disk.
+
+    accelerate then reads a layer's weights when it runs and lets them go after, and so the model
+    can be measured as any other.
+    """
+    places = dict.fromkeys((family.embedding, family.final_norm, family.head), device)
+    return places | {f"{family.layers}.{layer}": "disk" for layer in range(layers)}
+
+
+def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
+    """Load any causal language model, named as a teacher is, and its tokenizer.
+
+    Args:
+        name: as in a recipe's `teacher.model`.
+        dtype: element type of the weights; `auto`: as stored.
+
+    Raises:
+        UserError: it is not found, cannot be read, or its files do not fill it.
+    """
+    files = locate(name)
+    load_config(files, any_family=True)  # refuses before the tokenizer is read
+    tokenizer = load_tokenizer_files(files)
+    wanted = dtype if dtype == "auto" else getattr(torch, dtype)
+    return load_weights(files, wanted).model, tokenizer
+
+
+def model_files(name: str) -> list[Path]:
+    """The local files of a model, named as a teacher is; none for a hub id.
+
+    Raises:
+        UserError: it is not found.
+    """
+    files = locate_locally(name)
+    if files is None:
+        return []
+    if files.gguf_path is not None:
+        return [files.gguf_path]
+    return sorted(file for file in files.folder.glob("*") if file.is_file())
+
+
+def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
+    """Load the tokenizer of a model, named as a teacher is, without the model.
+
+    Raises:
+        UserError: it is not found or cannot be read.
+    """
+    files = locate(name, revision, weights=False)
+    if files.gguf_path is not None:
+        read_header(files.gguf_path)
+    return load_tokenizer_files(files)
+
+
+def load_skeleton(name: str) -> Model:
+    """A model without its weights (on the meta device), to read its shape. The files of a model on
+    this machine are held against it; of a hub id the configuration alone is downloaded.
+
+    Raises:
+        UserError: it is not found, cannot be read, or its files do not fill it.
+    """
+    files = locate(name, weights=False)
+    return load_skeleton_of(files, check=files.commit is None)
+
+
+def as_teacher(
+    model: Model,
+    tokenizer: Tokenizer,
+    name: str,
+    files: ModelFiles | None = None,
+    notes: list[str] | None = None,
+) -> Teacher:
+    """Freeze a loaded model and wrap it as a teacher.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer.
+        name: how cards and reports call it.
+        files: what it was loaded from; None: not known.
+        notes: what the user should know of how it was read.
+
+    Raises:
+        UserError: its family is not supported, or its tokenizer does not fit its embedding.
+    """
+    family = family_of(model.config.model_type)
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max(tokenizer.get_vocab().values(), default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"The tokenizer of '{name}' has {largest + 1} tokens but the model embeds only "
+            f"{rows}; give the tokenizer that the model was trained with."
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return Teacher(model, tokenizer, family, name, files, tuple(notes or ()))
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a teacher's files say of it, for cards."""
+
+    license: str | None = None
+    """Its licence's identifier; None: unknown."""
+
+    languages: tuple[str, ...] = ()
+    """Codes of the languages that it writes."""
+
+
+def describe_teacher(section: TeacherSection) -> Description:
+    """Licence (the recipe's, if it names one) and languages of a teacher, from its card or its GGUF
+    file. What cannot be read is left out: nothing beside the weights may cost a student."""
+    try:
+        files = locate(section.model, section.revision, weights=False)
+        if files.gguf_path is not None:
+            fields = GGUFReader(files.gguf_path).fields
+            found = {
+                "license": _contents(fields, "general.license"),
+                "language": _contents(fields, "general.languages"),
+            }
+        else:
+            card = files.folder / "README.md"
+            found = ModelCard.load(card).data.to_dict() if card.is_file() else {}
+    except Exception:
+        found = {}
+    license_name, languages = found.get("license"), found.get("language")
+    if isinstance(languages, str):
+        languages = [languages]
+    return Description(
+        section.license or (license_name if isinstance(license_name, str) else None),
+        tuple(str(one) for one in languages or () if isinstance(one, str)),
+    )
+
+
+def _contents(fields: Any, name: str) -> Any:
+    return fields[name].contents() if name in fields else None

@@ -1,0 +1,294 @@
+"""A run's whole configuration: typed and validated; one YAML file is one run.
+
+The settings themselves are in `lrc.recipe.sections`. Unknown keys are refused with the nearest
+valid one, and all mistakes of a file are told together.
+"""
+
+import copy
+import difflib
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType, NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import ValidationError, ValidationInfo, field_validator, model_validator
+
+from lrc.recipe.method_sections import METHOD_SECTIONS, LrcSection, MethodSection
+from lrc.recipe.sections import (
+    DataSection,
+    InitialiseSection,
+    ObjectiveSection,
+    Section,
+    StudentSection,
+    TeacherSection,
+    TrainSection,
+)
+from lrc.recipe.shipped import find_yaml
+from lrc.system.errors import UserError
+from lrc.system.yaml_files import parse_yaml, read_yaml
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+SHORT_FORMS = {"method": "name", "initialise": "method"}
+"""Sections that may be written as one of their values: `initialise: random`."""
+
+ORIGINS = ("text", "shards", "stream")
+"""Settings of the data section of which exactly one is given."""
+
+
+class Recipe(Section):
+    """All that decides what a run does."""
+
+    method: MethodSection = LrcSection(name="lrc")
+    teacher: TeacherSection
+    student: StudentSection
+    initialise: InitialiseSection = InitialiseSection()
+    objective: ObjectiveSection = ObjectiveSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+
+    @field_validator(*SHORT_FORMS, mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any, info: ValidationInfo) -> Any:
+        return {SHORT_FORMS[str(info.field_name)]: value} if isinstance(value, str) else value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _objective_of_the_method(cls, settings: Any) -> Any:
+        """Losses that a method's paper weighs otherwise, where the recipe does not say."""
+        if not isinstance(settings, dict):
+            return settings
+        method, given = settings.get("method"), settings.get("objective") or {}
+        name = method.get("name") if isinstance(method, dict) else method
+        own = getattr(METHOD_SECTIONS.get(str(name)), "objective", None)
+        if own is None or not isinstance(given, dict):
+            return settings
+        return {**settings, "objective": {**own, **given}}
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> "Recipe":
+        loss = self.objective
+        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha_at(1)
+        if isinstance(self.method, LrcSection) and not any(weights):
+            raise ValueError(
+                "every loss is off (at the end at least): give kl_weight, lm_weight or alpha a "
+                "weight"
+            )
+        if loss.alignment == "explicit" and loss.attn_out == "teacher":
+            raise ValueError(
+                "objective.alignment: explicit aligns attention outputs itself; set "
+                "objective.attn_out to student"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _layers_on_disk(self) -> "Recipe":
+        if self.teacher.load == "layers" and not isinstance(self.method, LrcSection):
+            raise ValueError(
+                f"teacher.load: layers is for starts of method lrc, not of {self.method.name}; set "
+                "teacher.load to full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Recipe":
+        given = [name for name in ORIGINS if getattr(self.data, name)]
+        if len(given) != 1:
+            names = " and ".join(f"data.{name}" for name in given) or "none"
+            raise ValueError(f"give one of data.text, data.shards and data.stream, not {names}")
+        if self.data.held_out and given != ["text"]:
+            raise ValueError(f"data.held_out goes with data.text, not with data.{given[0]}")
+        return self
+
+    def step_tokens(self) -> int:
+        """Tokens of one optimiser step."""
+        return self.train.step_sequences() * self.data.sequence_length
+
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return -(-self.train.tokens // self.step_tokens())
+
+    def fingerprint(self) -> str:
+        """A checksum of the recipe, which ties checkpoints to it. Settings at their defaults are
+        left out, so that a new setting keeps older checkpoints valid. So is how the teacher is
+        loaded, which changes no result."""
+        settings = self.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
+        return hashlib.sha256(settings.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML text, with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(
+    source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
+    """Read a recipe from a YAML file, or a shipped one by name (`quickstart`).
+
+    Args:
+        source: path of a YAML file, or the name of a shipped recipe.
+        overrides: settings that win over the file, by dotted key: `{"train.tokens": 10_000}`.
+
+    Raises:
+        UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
+            mistakes are in the one message.
+    """
+    return make_recipe(read_yaml(find_yaml(source, "recipe")), overrides)
+
+
+def make_recipe(
+    settings: dict[str, Any], overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Recipe:
+    """Validate nested settings, with overrides by dotted key applied first.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range.
+    """
+    return validated(Recipe, apply_overrides(settings, overrides), "The recipe")
+
+
+def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
+    """Validate settings.
+
+    Args:
+        kind: the section that they make.
+        settings: nested settings.
+        what: how the whole is called in messages.
+
+    Raises:
+        UserError: a setting is unknown, missing or out of range; all mistakes are in the message.
+    """
+    if null := [key for key, value in flatten({"": settings}).items() if "\0" in str(value)]:
+        raise UserError(f"{what} has mistakes: '{null[0].strip('.')}' holds a null character.")
+    try:
+        return kind.model_validate(settings)
+    except ValidationError as error:
+        problems = [_explain(problem, kind, what) for problem in error.errors()]
+        raise UserError(f"{what} has mistakes: {'; '.join(problems)}.") from error
+
+
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
+
+
+def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of nested settings with some set by dotted key.
+
+    Raises:
+        UserError: a key leads through a value.
+    """
+    settings = copy.deepcopy(settings)
+    _drop_origins(settings, overrides)
+    for key, value in overrides.items():
+        apply_override(settings, key, value)
+    return settings
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """Split `section.key=value`, where the value is YAML.
+
+    Raises:
+        UserError: the text is not of that form.
+    """
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"'{text}' is not a setting; write it as section.key=value.")
+    try:
+        return key, parse_yaml(value)
+    except UserError as error:
+        raise UserError(f"The value of '{text}' is not valid YAML ({error}).") from error
+
+
+def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
+    """Settings from `section.key=value` texts and from flags of the command line.
+
+    Args:
+        texts: as for `parse_override`.
+        flags: by dotted key, the flag that stands for it and its value; None or empty: not given.
+
+    Raises:
+        UserError: a text is not of that form, or a key is given twice.
+    """
+    found: dict[str, Any] = {}
+    given: dict[str, str] = {}
+    pairs = [(flag, key, value) for key, (flag, value) in flags.items() if value]
+    pairs += [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
+    for how, key, value in pairs:
+        short = key in SHORT_FORMS and isinstance(value, str)
+        means = f"{key}.{SHORT_FORMS[key]}" if short else key
+        if means in given:
+            twice = f"{how} twice" if given[means] == how else f"{given[means]} and {how}"
+            raise UserError(f"'{means}' is given more than once ({twice}): give it once.")
+        given[means], found[key] = how, value
+    return found
+
+
+def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
+    """Set one dotted key in nested settings."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        below = settings.get(parent)
+        if below is None:
+            below = settings[parent] = {}
+        elif isinstance(below, str) and parent in SHORT_FORMS:
+            below = settings[parent] = {SHORT_FORMS[parent]: below}
+        if not isinstance(below, dict):
+            raise UserError(f"'{key}' cannot be set: '{parent}' is a value, not a section.")
+        settings = below
+    settings[last] = value
+
+
+def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Where overrides name another origin of the text, that of the settings is not wanted."""
+    data = settings.get("data")
+    chosen = {key.split(".")[1] for key in overrides if key.startswith("data.")} & set(ORIGINS)
+    if isinstance(data, dict) and chosen:
+        others = {*ORIGINS, *([] if "text" in chosen else ["held_out"])} - chosen
+        for name in others:
+            data.pop(name, None)
+
+
+def _explain(problem: Any, kind: type[Section], what: str) -> str:
+    """One pydantic problem as a clause that says what to do."""
+    location = [str(part) for part in problem["loc"]]
+    method = None
+    if location[0:1] == ["method"] and len(location) > 1:
+        method = location.pop(1)  # pydantic puts the name of the method's class between
+    name = ".".join(location) or f"{what[0].lower()}{what[1:]}"
+    if problem["type"] == "extra_forbidden":
+        section = METHOD_SECTIONS[method] if method else _section_at(kind, location[:-1])
+        known = list(section.model_fields)
+        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
+        return f"unknown key '{name}' (nearest: '{'.'.join([*location[:-1], *near])}')"
+    if problem["type"] == "missing":
+        return f"'{name}' is missing"
+    if problem["type"] == "union_tag_not_found":
+        return f"'{name}.name' is missing"
+    if problem["type"] == "union_tag_invalid":
+        return f"'{name}' is '{problem['ctx']['tag']}': choose one of {', '.join(METHOD_SECTIONS)}"
+    message = problem["msg"].removeprefix("Value error, ")
+    if not location:
+        return message
+    return f"'{name}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
+    """The section at `location`."""
+    section: Any = kind
+    for part in location:
+        if get_origin(section) is dict:
+            section = get_args(section)[1]
+        else:
+            section = section.model_fields[part].annotation
+        if get_origin(section) in (Union, UnionType):  # a section that may be left out
+            section = next(kind for kind in get_args(section) if kind is not NoneType)
+    return section

