@@ -3,7 +3,7 @@
     python benchmarks/data.py speed --text train.jsonl.gz --megabytes 60
     python benchmarks/data.py memory --gigabytes 5 --folder /tmp/large
 
-`speed` tokenises the same text with the same tokenizer on the same cores in interleaved rounds: by
+`speed` tokenizes the same text with the same tokenizer on the same cores in interleaved rounds: by
 `tokenizers` alone (`encode_batch_fast` on texts that lie in memory, all of its threads), and by
 whole builds, from JSONL on the disk to finished shards: once plain, once with near-duplicate
 removal and decontamination. A build's time holds all that it does, starting and stopping its

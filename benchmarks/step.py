@@ -47,7 +47,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import initialise_random
+from lrc.cloning.start import initialize_random
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher, as_teacher, load_teacher
 from lrc.recipe.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
@@ -110,7 +110,7 @@ def make_ours(
         clone_scale="none",
     )
     method = LowRankClone(teacher, student, objective, checkpointing)
-    initialise_random(method.projections, 0.02, seed=0)
+    initialize_random(method.projections, 0.02, seed=0)
     if released:
         method.next_stage()
     return method
@@ -166,7 +166,7 @@ class Ours:
 
     def step(self, batches: list[Batch]) -> None:
         self.backward(batches)
-        with self.clock.part("optimiser"):
+        with self.clock.part("optimizer"):
             torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
             self.optimizer.step()
             self.optimizer.zero_grad()

@@ -2,8 +2,8 @@
 
     plain   transformers' forward pass in float32, as training uses it
     fused   q, k and v in one matrix product, and gate and up in one: the same numbers
-    int8    the linear maps of the layers with int8 weights and activations quantised as they come
-            (torch's dynamic quantisation); the LM head stays in float32
+    int8    the linear maps of the layers with int8 weights and activations quantized as they come
+            (torch's dynamic quantization); the LM head stays in float32
 
 Told for each: the time of a pass over 8 sequences of 256, measured in turn; the LM loss; the
 KL(plain || variant); and the relative squared error of the activations that are cloned.
@@ -77,7 +77,7 @@ def int8(teacher: Teacher) -> nn.Module:
     """A copy with the linear maps of its layers in int8."""
     model = copy.deepcopy(teacher.model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch moves its quantisation to a package of its own
+        warnings.simplefilter("ignore")  # torch moves its quantization to a package of its own
         model.model.layers = torch.ao.quantization.quantize_dynamic(model.model.layers, {nn.Linear})
     return model
 

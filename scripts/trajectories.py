@@ -71,7 +71,7 @@ def cases() -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
     for family in FAMILIES:
         for tied in (False, True):
             for start in STARTS:
-                settings = {"initialise": {"method": start}}
+                settings = {"initialize": {"method": start}}
                 yield f"lrc {family} {start} {'tied' if tied else 'untied'}", family, tied, settings
         for method in METHODS:
             yield f"{method} {family}", family, family == "qwen2", {"method": method}
@@ -150,7 +150,7 @@ def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[
     base = {
         "teacher": {"model": str(place)},
         "student": {"hidden_size": 12},
-        "initialise": {"calibration_tokens": 128},
+        "initialize": {"calibration_tokens": 128},
         "data": {
             "text": [str(folder / "text.jsonl")],
             "held_out_fraction": 0.2,

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import initialise_from_text
+from lrc.cloning.start import initialize_from_text
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from tiny import tiny_method, tiny_teacher
@@ -83,7 +83,7 @@ def stories_clone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBas
     method = LowRankClone(
         teacher, StudentSection(hidden_size=32, fold_gains=True), ObjectiveSection()
     )
-    initialise_from_text(method, "closed-form", stories)
+    initialize_from_text(method, "closed-form", stories)
     return method.student(), teacher.tokenizer
 
 

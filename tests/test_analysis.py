@@ -1,4 +1,4 @@
-"""`lrc analyse neurons`: masks, activity, planted neurons, question files, and what is refused."""
+"""`lrc analyze neurons`: masks, activity, planted neurons, question files, and what is refused."""
 
 import copy
 import json
@@ -211,7 +211,7 @@ def test_a_planted_neuron_is_found_and_decides_in_both(
     models = (planted["student"], "--teacher", planted["teacher"])
     out = tmp_path / "out"
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 4, "--out", out)
-    printed = call("analyse", "neurons", *models, *options)
+    printed = call("analyze", "neurons", *models, *options)
     assert "1.000" in printed
     assert "0.000 (-100%)" in printed
     result = result_in(out)
@@ -235,7 +235,7 @@ def test_a_student_that_has_it_elsewhere_loses_nothing(
 ) -> None:
     models = (planted["stranger"], "--teacher", planted["teacher"])
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 0)
-    call("analyse", "neurons", *models, *options, "--out", tmp_path / "out")
+    call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     result = result_in(tmp_path / "out")
     assert result.important == (PLANTED,)
     assert result.teacher.important.apart.value == 0
@@ -250,7 +250,7 @@ def test_settings_reach_the_experiment(
 ) -> None:
     def go(name: str, *options: Any) -> NeuronResult:
         models = (planted["student"], "--teacher", planted["teacher"], "--questions", facts)
-        call("analyse", "neurons", *models, "--out", tmp_path / name, *options)
+        call("analyze", "neurons", *models, "--out", tmp_path / name, *options)
         return result_in(tmp_path / name)
 
     first = go("first", "--neurons", 3, "--random-draws", 2)
@@ -285,7 +285,7 @@ def test_sciq_is_scored_as_the_harness_does(
     write_rows(tmp_path / "data" / "sciq.jsonl", ROWS["sciq"](9))
     models = (byte_models["student"], "--teacher", byte_models["teacher"])
     options = ("--data", tmp_path / "data", "--neurons", 4, "--random-draws", 1)
-    printed = call("analyse", "neurons", *models, *options, "--out", tmp_path / "out")
+    printed = call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     assert "Accuracy on sciq: 5 questions held apart and 4 others" in printed
     result = result_in(tmp_path / "out")
 
@@ -360,10 +360,10 @@ def test_what_is_refused(
 ) -> None:
     student, teacher = planted["student"], planted["teacher"]
     ask = ("--questions", facts, "--out", tmp_path / "out")
-    pair = ("analyse", "neurons", student, "--teacher", teacher, "--neurons", 1)
-    assert "name its teacher" in call("analyse", "neurons", student, *ask)
-    assert "the same" in call("analyse", "neurons", student, "--teacher", student, *ask)
-    other = call("analyse", "neurons", byte_models["student"], "--teacher", teacher, *ask)
+    pair = ("analyze", "neurons", student, "--teacher", teacher, "--neurons", 1)
+    assert "name its teacher" in call("analyze", "neurons", student, *ask)
+    assert "the same" in call("analyze", "neurons", student, "--teacher", student, *ask)
+    other = call("analyze", "neurons", byte_models["student"], "--teacher", teacher, *ask)
     assert "2 layers of FFN width 24" in other
     assert "2 layers of FFN width 20" in other
     assert "more than half of the 40" in call(*pair, *ask, "--neurons", 21)

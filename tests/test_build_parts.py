@@ -22,7 +22,7 @@ from lrc.corpus.overlap import OverlapIndex, write_index
 from lrc.corpus.pieces import Piece, line_ends, read_rows, rest_of_part
 from lrc.corpus.selection import histogram
 from lrc.corpus.unit import divide
-from lrc.corpus.words import hash_words, normalise
+from lrc.corpus.words import hash_words, normalize
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import UserError
 
@@ -51,7 +51,7 @@ def test_runs_of_words(documents: list[str], length: int) -> None:
     seen: dict[tuple[str, ...], int] = {}
     for i, text in enumerate(documents):
         words = naive_words(text)
-        assert normalise(text) == words
+        assert normalize(text) == words
         expected = [tuple(words[j : j + length]) for j in range(len(words) - length + 1)]
         found = runs[first[i] : first[i + 1]].tolist()
         assert len(found) == len(expected)

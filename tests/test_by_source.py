@@ -171,7 +171,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
         {
             "teacher": {"model": str(folder)},
             "student": {"hidden_size": 8},
-            "initialise": {"method": "closed-form", "calibration_tokens": 256},
+            "initialize": {"method": "closed-form", "calibration_tokens": 256},
             "data": {"shards": str(shards), "sequence_length": 16, "document_mask": True},
             "train": {
                 "tokens": 12 * 64,

@@ -98,7 +98,7 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> No
     assert trained.returncode == 0, trained.stderr
     tokens = Run.open(run).summary()["calibration_tokens"]
     assert 1000 < tokens < 40 * 61, "more than the text holds"
-    assert f"is short: the student is initialised from {tokens:,} tokens" in trained.stdout
+    assert f"is short: the student is initialized from {tokens:,} tokens" in trained.stdout
     assert "same top-1 prediction" in trained.stdout
     for name in ("recipe.yaml", "environment.json", "curves.png", "summary.json"):
         assert (run / name).stat().st_size > 0
@@ -138,7 +138,7 @@ def test_init_then_resume(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    start = ["--set", "initialise=closed-form", "--set", "initialise.calibration_tokens=256"]
+    start = ["--set", "initialize=closed-form", "--set", "initialize.calibration_tokens=256"]
     monkeypatch.setattr(sys, "argv", ["lrc", "init", str(recipe_file), *start, "--out", str(run)])
     with pytest.raises(SystemExit) as end:
         main()

@@ -61,7 +61,7 @@ TYPOS = [
     ("train", "quickstart", "--teacher", "package:no-such"),
     ("train", "quickstart", "--text", "no-such.txt"),
     ("train", "quickstart", "--set", "train.report_to=wandb"),
-    ("init", "quickstart", "--set", "initialise.method=zeros"),
+    ("init", "quickstart", "--set", "initialize.method=zeros"),
     ("resume", "no-such"),
     ("compare", "fst"),
     ("data", "build", "no-such.yaml", "out"),
@@ -329,7 +329,7 @@ def comparison_file(folder: Path, rate: float, name: str = "one") -> Path:
         "recipe": {
             "teacher": {"model": str(folder / "model")},
             "student": {"hidden_size": 8},
-            "initialise": "random",
+            "initialize": "random",
             "data": {
                 "text": [str(folder / "text.txt")], "held_out_fraction": 0.2,
                 "sequence_length": 16, "cache": str(folder / "cache"),
@@ -395,9 +395,9 @@ def test_a_share_of_the_peak_beyond_one_is_left_out(monkeypatch: pytest.MonkeyPa
     run = type("Run", (), {"recipe": Recipe()})()
     loop: Any = type("Loop", (), {"run": run, "setup": setup, "first_step": 1})()
     monkeypatch.setattr(closing, "matmul_peak", lambda *_: 400.0)
-    assert closing.flop_utilisation(loop) == 0.5
+    assert closing.flop_utilization(loop) == 0.5
     monkeypatch.setattr(closing, "matmul_peak", lambda *_: 150.0)
-    assert closing.flop_utilisation(loop) is None
+    assert closing.flop_utilization(loop) is None
 
 
 def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:

@@ -69,7 +69,7 @@ def plan(tmp_path: Path, teacher_folder: Path) -> Settings:
             {
                 "name": "lrc",
                 "set": {
-                    "initialise": {"method": "closed-form", "calibration_tokens": 64},
+                    "initialize": {"method": "closed-form", "calibration_tokens": 64},
                     "student.fold_gains": True,
                 },
             },
@@ -150,7 +150,7 @@ def test_runs_share_their_start(
         return solve(setup, recipe, *rest)
 
     monkeypatch.setattr(session_module, "start", counted)
-    settings = {"method": name, "initialise.calibration_tokens": 64}
+    settings = {"method": name, "initialize.calibration_tokens": 64}
     plan |= {
         "entries": [{"name": name, "set": settings}],
         "seeds": [0],
@@ -327,7 +327,7 @@ def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
         compare(comparison, out, Console(quiet=True), only=["nokl"])
 
 
-def signalled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:
+def signaled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:
     """Send this process a signal at a step of a run; the names of the runs that were begun."""
     begun: list[str] = []
     take = training_loop.Loop._step
@@ -350,7 +350,7 @@ def test_a_stopped_comparison_goes_on(
     path = write(one, tmp_path)
     monkeypatch.setattr(sys, "argv", ["lrc", "compare", str(path), "--out", str(tmp_path / "out")])
     with monkeypatch.context() as patch:
-        begun = signalled(patch, signal.SIGTERM, "scratch-seed3", 2)
+        begun = signaled(patch, signal.SIGTERM, "scratch-seed3", 2)
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 128 + signal.SIGTERM
@@ -359,7 +359,7 @@ def test_a_stopped_comparison_goes_on(
     assert "the same command goes on from there" in output
     assert re.search(r"run 2 of 2, about 0:0\d:\d\d left", output)
     with monkeypatch.context() as patch:
-        begun = signalled(patch, signal.SIGTERM, "none", 0)
+        begun = signaled(patch, signal.SIGTERM, "none", 0)
         with pytest.raises(SystemExit) as end:
             main()
     assert end.value.code == 0

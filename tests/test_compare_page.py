@@ -26,7 +26,7 @@ from pages import Look, Tables, add_probe, probe
 from tiny import tiny_teacher
 
 MANY = 11
-"""Entries of the page that has more lines than there are colours."""
+"""Entries of the page that has more lines than there are colors."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
         "recipe": {
             "teacher": {"model": str(folder / "some-teacher")},
             "student": {"hidden_size": 8},
-            "initialise": {"calibration_tokens": 32},
+            "initialize": {"calibration_tokens": 32},
             "data": {
                 "text": [str(text)],
                 "held_out_fraction": 0.2,
@@ -194,7 +194,7 @@ def test_command_line(
 
 @pytest.fixture
 def crowded(compared: tuple[Path, Results], tmp_path: Path) -> Path:
-    """The page of a comparison with more entries than there are colours."""
+    """The page of a comparison with more entries than there are colors."""
     folder = tmp_path / "crowded"
     shutil.copytree(compared[0], folder)
     plan = yaml.safe_load((folder / "comparison.yaml").read_text())
@@ -223,19 +223,19 @@ def test_a_browser_shows_every_line(crowded: Path, tmp_path: Path, browser: Look
     browser(f"--screenshot={shot}", size, f"file://{crowded}")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
     style = crowded.read_text().split("prefers-color-scheme: dark")[0]
-    colours = [
+    colors = [
         [int(value[i : i + 2], 16) for i in (0, 2, 4)]
         for value in re.findall(r"--run-\d: #(\w{6})", style)
     ]
-    assert len(colours) == 8
+    assert len(colors) == 8
     for chart in seen["charts"]:
         left, top, right, bottom = map(math.floor, chart["box"])
         assert chart["shown"]
         assert right - left > 400
         assert chart["lines"] >= MANY, chart
         part = pixels[top:bottom, left:right].reshape(-1, 3)
-        for colour in colours:
-            assert (abs(part - np.array(colour)).sum(1) < 60).sum() > 20, colour
+        for color in colors:
+            assert (abs(part - np.array(color)).sum(1) < 60).sum() > 20, color
 
 
 def test_it_fits_a_telephone(page: Path, tmp_path: Path, browser: Look) -> None:

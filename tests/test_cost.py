@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from lrc.cloning.cost import matmul_peak, step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import initialise_random
+from lrc.cloning.start import initialize_random
 from lrc.data.batch import Batch
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.loop import count
@@ -34,7 +34,7 @@ def test_matrix_products_of_a_step(
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, dtype=torch.float32, **changes)
     method = LowRankClone(teacher, StudentSection(hidden_size=8), objective)
-    initialise_random(method.projections, 0.02, seed=0)
+    initialize_random(method.projections, 0.02, seed=0)
     batches = [Batch(torch.randint(3, 30, (2, 24))) for _ in range(micro_batches)]
     counts = count(batches)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:

@@ -144,7 +144,7 @@ def test_progress_counts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     packed = prepare(section, byte_tokenizer(), lambda *call: calls.append(call))
     counts = [count for _, count in calls]
     assert counts == sorted(counts)
-    assert calls[-1] == ("tokenising", packed.train.tokens + packed.held_out.tokens)
+    assert calls[-1] == ("tokenizing", packed.train.tokens + packed.held_out.tokens)
 
 
 @settings(max_examples=25, deadline=None)

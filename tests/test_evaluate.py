@@ -32,7 +32,7 @@ from lrc.recipe.sections import DataSection
 from lrc.run import Run
 from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
-from lrc.train.session import initialise_only
+from lrc.train.session import initialize_only
 
 QUIET = TextConsole(quiet=True)
 
@@ -79,7 +79,7 @@ def run(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     run = Run.create(folder / "mine", load_recipe(file))
-    initialise_only(run, QUIET)
+    initialize_only(run, QUIET)
     return run
 
 

@@ -55,7 +55,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "apart": {"tie_projections": False},
     "shared": {"tie_projections": True},
 }
-"""The ways to parametrise a student, by name."""
+"""The ways to parametrize a student, by name."""
 
 
 def case_method(case: Case, settings: str = "plain") -> LowRankClone:
@@ -230,7 +230,7 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
     assert "hidden_size: 8" in text
 
 
-def test_card_takes_the_teachers_licence(tmp_path: Path) -> None:
+def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
     method = case_method(("llama", False, {}))
     run = run_for(method, tmp_path)
     assert "not found beside the teacher" in model_card(run, method.teacher, method.student())

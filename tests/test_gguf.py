@@ -82,7 +82,7 @@ def expected_name(path: str) -> str:
     return f"blk.{layer}.{PARTS[part]}.{kind}"
 
 
-def neighbours(weight: Tensor, heads: int) -> Tensor:
+def neighbors(weight: Tensor, heads: int) -> Tensor:
     """Rows of q or k in llama.cpp's order, one by one."""
     rows = torch.empty_like(weight)
     for head in range(heads):
@@ -110,9 +110,9 @@ def test_every_tensor_is_in_its_place(
     expected = {}
     for path, value in student.named_parameters():
         if family != "qwen3" and ".q_proj" in path:
-            value = neighbours(value, HEADS)
+            value = neighbors(value, HEADS)
         if family != "qwen3" and ".k_proj" in path:
-            value = neighbours(value, KV_HEADS)
+            value = neighbors(value, KV_HEADS)
         expected[expected_name(path)] = value.detach().float().numpy()
     assert set(found) == set(expected)
     assert ("output.weight" in found) != tied
@@ -197,7 +197,7 @@ def test_rounded_weights_are_near(kind: Kind, tokenizer: Any, tmp_path: Path) ->
         assert stored == (Kind.F16 if kind == Kind.Q8_0 and narrow in name else kind), name
         expected = weights[name]
         if "attn_q." in name or "attn_k." in name:
-            expected = neighbours(expected, HEADS if "attn_q." in name else KV_HEADS)
+            expected = neighbors(expected, HEADS if "attn_q." in name else KV_HEADS)
         size = expected.abs()
         if stored == Kind.Q8_0:
             size = size.view(len(size), -1, 32).amax(-1, keepdim=True).expand(-1, -1, 32)

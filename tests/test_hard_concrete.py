@@ -105,11 +105,11 @@ def test_ascent_meets_the_constraint() -> None:
         {"params": list(masks.log_alpha.values())},
         {"params": list(masks.multipliers()), "maximize": True},
     ]
-    optimiser = torch.optim.SGD(groups, lr=0.5)
+    optimizer = torch.optim.SGD(groups, lr=0.5)
     for _ in range(1500):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         masks.lagrangian().backward()
-        optimiser.step()
+        optimizer.step()
     for kind, gap in masks.gaps().items():
         assert gap.abs().max() < 1e-3, kind
 

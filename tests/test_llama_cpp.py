@@ -186,7 +186,7 @@ def test_tokens(name: str, text: str, vocabularies: dict[str, tuple[Any, Any]]) 
     theirs, ours = vocabularies[name]
     if "\0" in text:  # a C string ends there
         return
-    if name == "qwen2":  # llama.cpp does not normalise, which docs/export.md says
+    if name == "qwen2":  # llama.cpp does not normalize, which docs/export.md says
         text = unicodedata.normalize("NFC", text)
     assert their_tokens(theirs, text) == ours.encode(text, add_special_tokens=False)
 

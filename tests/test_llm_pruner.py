@@ -55,7 +55,7 @@ def recipe(hidden_size: int = 32, **section: Any) -> Recipe:
 
 def pruned(teacher: Teacher, asked: Recipe) -> LlmPruner:
     method = LlmPruner.build(teacher, asked)
-    method.initialise(TEXT, lambda done, parts: None)
+    method.initialize(TEXT, lambda done, parts: None)
     return method
 
 
@@ -205,7 +205,7 @@ def test_adapters_are_of_lora() -> None:
 
 
 def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
-    """A few optimiser steps, as the loop takes them; the losses."""
+    """A few optimizer steps, as the loop takes them; the losses."""
     state, losses = new_state(method, asked), []
     batch = tiny_batch(4, 9, seed=5)
     for _ in range(steps):

@@ -35,7 +35,7 @@ from tiny import (
     expected_weights,
     gradients,
     linear_path,
-    randomise,
+    randomize,
     tiny_batch,
     tiny_teacher,
     use_exact_norms,
@@ -75,7 +75,7 @@ def recipe_of(method: Any, **sections: dict[str, Any]) -> Recipe:
 def built(teacher: Teacher, recipe: Recipe) -> Method:
     """The method with all its parameters far from zero."""
     method = METHODS[recipe.method.name].build(teacher, recipe)
-    randomise({n: p for n, p in method.parameters().items() if p.ndim == 2 or "norm" in n}, seed=5)
+    randomize({n: p for n, p in method.parameters().items() if p.ndim == 2 or "norm" in n}, seed=5)
     return method
 
 
@@ -391,7 +391,7 @@ def test_the_teacher_stays_as_it_is(name: str) -> None:
 def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
     teacher = tiny_teacher("qwen2", tied)
     state = torch.get_rng_state()
-    recipe = recipe_of("scratch", initialise={"seed": 4})
+    recipe = recipe_of("scratch", initialize={"seed": 4})
     method = METHODS["scratch"].build(teacher, recipe)
     assert torch.equal(torch.get_rng_state(), state)
     student = method.student()
@@ -404,7 +404,7 @@ def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
     assert student.model.layers[0].mlp.up_proj.weight.shape == (FFN, STUDENT_HIDDEN)
     assert student.config.tie_word_embeddings == tied
     assert ("lm_head.weight" in method.parameters()) == (not tied)
-    other = METHODS["scratch"].build(teacher, recipe_of("scratch", initialise={"seed": 5}))
+    other = METHODS["scratch"].build(teacher, recipe_of("scratch", initialize={"seed": 5}))
     assert not torch.equal(other.student().lm_head.weight, student.lm_head.weight)
 
 
@@ -456,11 +456,11 @@ def test_every_loss_off_is_refused(recipe: Recipe) -> None:
 def test_settings_without_effect_are_found() -> None:
     recipe = recipe_of(
         "minilm",
-        initialise={"method": "pca", "seed": 3},
+        initialize={"method": "pca", "seed": 3},
         objective={"clone": {"q": False}, "alpha": 0.3},
     )
     assert unused_settings(recipe) == [
-        "initialise.method",
+        "initialize.method",
         "objective.alpha",
         "objective.kl_weight",
         "objective.temperature",
@@ -479,11 +479,11 @@ def test_every_method_is_complete() -> None:
     )
     for name, method in METHODS.items():
         assert method.title
-        for key in method.honours or ():
+        for key in method.honors or ():
             section, _, setting = key.partition(".")
             assert setting in type(getattr(sections, section)).model_fields, (name, key)
         built = method.build(tiny_teacher("llama", intermediate_size=64), recipe_of(name))
-        assert not isinstance(built, PlainStudent) or method.honours
+        assert not isinstance(built, PlainStudent) or method.honors
 
 
 def test_operations_of_a_step_follow_the_losses() -> None:

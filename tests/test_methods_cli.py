@@ -99,12 +99,12 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
 
 
 def test_settings_without_effect_are_told(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
-    options = ["--set", "initialise=pca", "--set", "train.tokens=64"]
+    options = ["--set", "initialize=pca", "--set", "train.tokens=64"]
     code, output, _ = lrc(
         "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
     )
     assert code == 0
-    assert "No effect with method scratch: initialise.method." in output
+    assert "No effect with method scratch: initialize.method." in output
 
 
 def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:

@@ -165,7 +165,7 @@ def test_idle_parts_go_first() -> None:
     assert all(set(n.tolist()) == set(range(FFN)) - {2, 7} for n in kept.neurons)
     assert not {0, 5} & set(kept.hidden.tolist())
 
-    method.initialise(BATCHES["whole"], lambda done, parts: None)
+    method.initialize(BATCHES["whole"], lambda done, parts: None)
     student = cut(teacher.model, teacher.family, kept)
     for (name, ours), theirs in zip(
         method.student().named_parameters(), student.parameters(), strict=True

@@ -675,7 +675,7 @@ SHORT = {
     "train.micro_batch": 1,
     "data.sequence_length": 16,
     "data.held_out_fraction": 0.2,
-    "initialise.calibration_tokens": 64,
+    "initialize.calibration_tokens": 64,
     "train.eval_sequences": 2,
 }
 

@@ -35,7 +35,7 @@ def test_permutation_of_any_size_needs_no_others(size: int, places: list[float])
 
 
 def test_permutation_mixes_well() -> None:
-    """Neighbours end up far apart, and every number comes to every place about as often."""
+    """Neighbors end up far apart, and every number comes to every place about as often."""
     size, trials = 30, 3000
     results = np.stack([permuted(np.arange(size), size, keys(seed)) for seed in range(trials)])
     for place in (0, 1, 17, 29):

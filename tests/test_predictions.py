@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import projection_key
-from lrc.cloning.start import closed_form, initialise_from_text, predictions
+from lrc.cloning.start import closed_form, initialize_from_text, predictions
 from lrc.cloning.start.calibration import Calibration
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
@@ -45,7 +45,7 @@ def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> list[None]:
 def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClone:
     section = StudentSection(hidden_size=STUDENT_HIDDEN, tie_projections=tied)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_from_text(method, "closed-form", ids, refine_epochs=epochs)
+    initialize_from_text(method, "closed-form", ids, refine_epochs=epochs)
     return method
 
 

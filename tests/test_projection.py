@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import Projections, project
-from lrc.cloning.start import initialise_random
+from lrc.cloning.start import initialize_random
 from lrc.data.batch import Batch
 from lrc.recipe.sections import StudentSection
 from tiny import (
@@ -169,7 +169,7 @@ def test_only_projections_and_gains_are_trained(case: Case) -> None:
     assert all(torch.equal(value, after[name]) for name, value in before.items())
 
 
-def test_student_follows_the_optimiser() -> None:
+def test_student_follows_the_optimizer() -> None:
     method = clone_of(("qwen3", True, {}))
     before = method.student().get_parameter(f"{linear_path(0, 'q')}.weight").clone()
     gradients(method, tiny_batch())
@@ -211,7 +211,7 @@ def test_micro_batches_add_up(
 
 def fresh(seed: int, std: float = 0.02) -> dict[str, Tensor]:
     projections = Projections(tiny_teacher("llama"), StudentSection(hidden_size=STUDENT_HIDDEN))
-    initialise_random(projections, std, seed)
+    initialize_random(projections, std, seed)
     return projections.values
 
 

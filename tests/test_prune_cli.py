@@ -116,7 +116,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
         "train.checkpoint_every": 2,
         "train.keep_checkpoints": 9,
         "method.grouping": "max",
-        "initialise.calibration_tokens": 64,
+        "initialize.calibration_tokens": 64,
     }
     for key, value in given.items():
         options += ["--set", f"{key}={value}"]

@@ -30,17 +30,17 @@ def refusal(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -
 
 def test_defaults_are_the_published_settings_but_for_some() -> None:
     recipe = make_recipe(smallest())
-    assert recipe.initialise.method == "closed-form"
+    assert recipe.initialize.method == "closed-form"
     assert recipe.student.fold_gains
     assert recipe.objective.clone_scale == "relative"
     assert (recipe.objective.temperature, recipe.objective.kl_weight) == (1, 1)
     assert recipe.train.token_grad_clip == 5
     assert recipe.objective.alpha == 0.2
     assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
-    assert recipe.initialise.std == 0.02
+    assert recipe.initialize.std == 0.02
     assert recipe.train.learning_rate == 1e-4
     paper = load_recipe("paper-lrc-1.5b")
-    assert (paper.student.fold_gains, paper.initialise.method) == (False, "random")
+    assert (paper.student.fold_gains, paper.initialize.method) == (False, "random")
     assert (paper.objective.temperature, paper.objective.kl_weight) == (40, 1.28)
     assert (paper.objective.alpha, paper.objective.alpha_at(1)) == (0.2, 0.2)
     assert paper.objective.clone_scale == "none"
@@ -134,19 +134,19 @@ def test_override_below_a_value() -> None:
     assert "'train' is a value, not a section" in refusal(smallest(train=3), {"train.tokens": 5})
 
 
-def test_initialise_by_name_alone() -> None:
-    assert make_recipe(smallest(initialise="random")) == make_recipe(
-        smallest(initialise={"method": "random"})
+def test_initialize_by_name_alone() -> None:
+    assert make_recipe(smallest(initialize="random")) == make_recipe(
+        smallest(initialize={"method": "random"})
     )
-    assert "'initialise.method' is 'zeros'" in refusal(smallest(initialise="zeros"))
+    assert "'initialize.method' is 'zeros'" in refusal(smallest(initialize="zeros"))
 
 
 def test_a_section_by_name_alone_takes_overrides() -> None:
-    settings = smallest(initialise="closed-form")
-    recipe = make_recipe(settings, {"initialise.calibration_tokens": 99})
-    assert recipe.initialise.method == "closed-form"
-    assert recipe.initialise.calibration_tokens == 99
-    assert settings["initialise"] == "closed-form"
+    settings = smallest(initialize="closed-form")
+    recipe = make_recipe(settings, {"initialize.calibration_tokens": 99})
+    assert recipe.initialize.method == "closed-form"
+    assert recipe.initialize.calibration_tokens == 99
+    assert settings["initialize"] == "closed-form"
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:

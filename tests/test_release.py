@@ -40,7 +40,7 @@ from tiny import (
     Case,
     gradients,
     linear_path,
-    randomise,
+    randomize,
     tiny_batch,
     tiny_method,
     tiny_teacher,
@@ -118,7 +118,7 @@ def test_gradients_are_finite_differences(
 ) -> None:
     method = releasing(case, student, {"temperature": 2.0, **objective})
     method.next_stage()
-    randomise_around(method.parameters())
+    randomize_around(method.parameters())
     batch = tiny_batch(length=6, lengths=[6, 4])
     counts = count([batch])
     _, grads = gradients(method, batch)
@@ -140,7 +140,7 @@ def test_gradients_are_finite_differences(
             ), f"{name}[{index}]"
 
 
-def randomise_around(parameters: dict[str, torch.nn.Parameter]) -> None:
+def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
     """Move weights off what the projections gave."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def test_clone_terms_of_moved_weights(family: str) -> None:
     frozen = {k: v.detach().clone() for k, v in method.projections.values.items()}
     method.begin_step(0)
     method.next_stage()
-    randomise_around(method.parameters())
+    randomize_around(method.parameters())
     batch = tiny_batch(lengths=[9, 4])
     losses, _ = gradients(method, batch)
     paths = {(i, name): linear_path(i, name) for i in range(LAYERS) for name in TERMS}
@@ -372,7 +372,7 @@ def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any
     return {
         "teacher": {"model": str(folder / "teacher")},
         "student": {"hidden_size": 8},
-        "initialise": {"method": "pca", "calibration_tokens": 64},
+        "initialize": {"method": "pca", "calibration_tokens": 64},
         "objective": objective,
         "data": {
             "text": [str(folder / "text.jsonl")],
@@ -630,7 +630,7 @@ def test_matrix_products_of_a_released_step(family: str, objective: ObjectiveSec
     method = LowRankClone(
         teacher, StudentSection(hidden_size=8), objective, steps=2, release_at=0.5
     )
-    randomise({n: p for n, p in method.parameters().items() if p.ndim == 2}, 1)
+    randomize({n: p for n, p in method.parameters().items() if p.ndim == 2}, 1)
     method.next_stage()
     batches = [Batch(torch.randint(3, 30, (2, 24))) for _ in range(2)]
     counts = count(batches)

@@ -330,15 +330,15 @@ def test_a_browser_shows_the_pictures(overlaid: Path, tmp_path: Path, browser: L
     shot = tmp_path / "page.png"
     browser(f"--screenshot={shot}", size, f"file://{overlaid}")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
-    runs = [np.array(colour) for colour in ((0x0B, 0x66, 0xB0), (0xC1, 0x49, 0x0F))]
+    runs = [np.array(color) for color in ((0x0B, 0x66, 0xB0), (0xC1, 0x49, 0x0F))]
     for chart in shown:
         left, top, right, bottom = map(math.floor, chart["box"])
         part = pixels[top:bottom, left:right].reshape(-1, 3)
         if chart["images"]:
             assert len(np.unique(part // 16, axis=0)) > 20, chart
         else:
-            for colour in runs:
-                assert (abs(part - colour).sum(1) < 60).sum() > 20, chart
+            for color in runs:
+                assert (abs(part - color).sum(1) < 60).sum() > 20, chart
 
 
 def test_it_fits_a_telephone(overlaid: Path, tmp_path: Path, browser: Look) -> None:

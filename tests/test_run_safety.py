@@ -28,7 +28,7 @@ from lrc.train import closing, train
 from lrc.train import session as session_module
 from lrc.train.checkpoint import list_checkpoints, read_checkpoint
 from lrc.train.export_run import export_run
-from lrc.train.session import initialise_only
+from lrc.train.session import initialize_only
 from model_files import edit_json, edit_weights, save_model
 from test_model_files import SHORT, text_of
 from tiny import tiny_teacher
@@ -500,7 +500,7 @@ def test_positions_that_the_teacher_was_not_made_for_are_told(
 ) -> None:
     run = new_run(tmp_path)
     teacher = tiny_teacher("llama", max_position_embeddings=8)
-    initialise_only(run, TextConsole(width=300), teacher)
+    initialize_only(run, TextConsole(width=300), teacher)
     assert "max_position_embeddings is 8" in capsys.readouterr().out
 
 

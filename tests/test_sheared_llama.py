@@ -228,7 +228,7 @@ def test_a_whole_run(whole: Run) -> None:
     assert [line["step"] for line in lines if "lagrangian" in line] == [1, 2, 3, 4]
     changed = [line["step"] for line in lines if "hidden_by_rank" in line]
     assert changed == [STAGE_ONE]
-    # The optimiser's schedule begins anew: the rate falls to 0 twice.
+    # The optimizer's schedule begins anew: the rate falls to 0 twice.
     rates = [line["learning_rate"] for line in lines[1:]]
     assert rates[:STAGE_ONE] == rates[STAGE_ONE:]
     assert rates == sorted(rates[:STAGE_ONE], reverse=True) * 2 or rates[1] > rates[2]

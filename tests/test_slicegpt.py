@@ -43,7 +43,7 @@ def sliced(teacher: Teacher, hidden_size: int, ids: Tensor = IDS) -> SliceGpt:
     """The method after its start."""
     method = METHODS["slicegpt"].build(teacher, recipe_of(hidden_size))
     assert isinstance(method, SliceGpt)
-    method.initialise(Batch(ids), lambda done, parts: None)
+    method.initialize(Batch(ids), lambda done, parts: None)
     return method
 
 
@@ -157,7 +157,7 @@ def test_what_cannot_be_sliced() -> None:
 
 
 def leading(stream: Tensor, hidden_size: int) -> Tensor:
-    """Projector on the leading principal directions of a normalised stream."""
+    """Projector on the leading principal directions of a normalized stream."""
     rows = stream.flatten(0, 1).double()
     rows = rows / rows.pow(2).mean(-1, keepdim=True).sqrt()
     basis = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -hidden_size:]

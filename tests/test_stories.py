@@ -33,7 +33,7 @@ SECONDS = 240
 SAMPLES, SAMPLE_TOKENS = 300, 96
 
 LESSON = {
-    "initialise": "random",
+    "initialize": "random",
     "data.sequence_length": 64,
     "data.held_out_fraction": 0.1,
     "train.tokens": 200 * 4 * 64,

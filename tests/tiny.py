@@ -114,11 +114,11 @@ def tiny_method(
         ),
         gradient_checkpointing,
     )
-    randomise(method.parameters(), seed)
+    randomize(method.parameters(), seed)
     return method
 
 
-def randomise(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
+def randomize(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """Draw projections around 0 and gains around 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def tiny_batch(
 
 
 def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one optimiser step over micro-batches, as the loop takes it."""
+    """Losses and gradients of one optimizer step over micro-batches, as the loop takes it."""
     counts = count(batches)
     for value in method.parameters().values():
         value.grad = None

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from lrc.model.teacher import Teacher
+from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import make_recipe
 from lrc.run import Run, default_folder
 from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.train import train
-from lrc.train.preflight import check_recipe, need_whole_teacher
 
 
 def clone(

@@ -25,7 +25,7 @@ METHODS: dict[str, type[Method]] = {
     "llm-pruner": LlmPruner,
 }
 
-SHARED_SECTIONS = ("student", "initialise", "objective")
+SHARED_SECTIONS = ("student", "initialize", "objective")
 """Sections that a method may use in part."""
 
 RELEASE_SETTINGS = ("release_at", "release_learning_rate")
@@ -35,7 +35,7 @@ RELEASE_SETTINGS = ("release_at", "release_learning_rate")
 def unused_settings(recipe: Recipe) -> list[str]:
     """Settings of a recipe, by dotted key, that differ from their default although the recipe's
     method does not use them."""
-    used = METHODS[recipe.method.name].honours
+    used = METHODS[recipe.method.name].honors
     if used is None:
         return []
     found = []

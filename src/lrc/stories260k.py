@@ -114,7 +114,7 @@ def read_model(path: Path) -> LlamaForCausalLM:
 
 def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
     """Reorder the rows of q or k [heads * head_dim, dim] from llama2.c's rotary layout, where
-    neighbours turn together, to transformers', where row i turns with row i + head_dim / 2."""
+    neighbors turn together, to transformers', where row i turns with row i + head_dim / 2."""
     heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 

@@ -109,12 +109,12 @@ def draw_layers(result: NeuronResult, path: Path) -> None:
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()
     places = range(result.layers)
-    for offset, counts, name, colour in (
+    for offset, counts, name, color in (
         (-0.2, result.by_layer, "most active in the teacher (masked)", "tab:blue"),
         (0.2, result.student_by_layer, "most active in the student", "tab:orange"),
     ):
         shares = [100 * count / result.width for count in counts]
-        axes.bar([place + offset for place in places], shares, 0.4, label=name, color=colour)
+        axes.bar([place + offset for place in places], shares, 0.4, label=name, color=color)
     axes.set_xlabel("layer")
     axes.set_ylabel("percent of the layer's neurons")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -123,7 +123,7 @@ class NeuronResult(Section):
     student: ModelAnswers
 
 
-def analyse_neurons(
+def analyze_neurons(
     model: str, teacher: str | None, settings: Settings, out: Path, console: Console
 ) -> NeuronResult:
     """Run the experiment; neurons.json is written at the end.
@@ -141,7 +141,7 @@ def analyse_neurons(
     student_subject, teacher_subject = _pair(model, teacher)
     layers, width = _shared_shape(student_subject, teacher_subject)
     count = _count(settings, layers, width)
-    with tempfile.TemporaryDirectory(prefix="lrc-analyse-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="lrc-analyze-") as scratch:
         questions = _questions(settings, Path(scratch))
         selection = _half(questions.rows(settings.limit), settings.seed)
         teller = _Teller(console, 2 * (3 + settings.random_draws))

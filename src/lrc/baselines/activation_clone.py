@@ -24,7 +24,7 @@ class ActivationClone(RandomStudent):
     """Activation clone, KL and LM, from random weights."""
 
     title = "activation clone without projection, an ablation of LRC (arXiv 2505.12781)"
-    honours = PLAIN_SETTINGS | {
+    honors = PLAIN_SETTINGS | {
         "objective.alpha",
         "objective.alpha_schedule",
         "objective.alpha_zero_at",
@@ -38,7 +38,7 @@ class ActivationClone(RandomStudent):
         self.clone = ClonePass(
             teacher, self.model, self.objective, self.clock, self._sides, recomputes
         )
-        seed = recipe.initialise.seed
+        seed = recipe.initialize.seed
         self.alignment = writer_alignment(teacher, self.model, self.clone.places, seed)
 
     def loss_weights(self) -> list[float]:

@@ -59,7 +59,7 @@ class LlmPruner(PrunedStudent):
                 teacher.family,
                 self.pruner.lora_rank,
                 self.pruner.lora_alpha,
-                recipe.initialise.seed,
+                recipe.initialize.seed,
             )
 
     @property
@@ -121,7 +121,7 @@ class LlmPruner(PrunedStudent):
         after = sum(p.numel() for p in self.plain.parameters())
         return [f"Pruned from {before:,} to {after:,} parameters ({after / before - 1:+.1%})."]
 
-    def initialise(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> float:
         kept = self.choose(calibration, progress)
         write_kept(self.plain, self.teacher.model, self.teacher.family, kept)
         if self.adapts:

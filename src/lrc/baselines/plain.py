@@ -22,7 +22,7 @@ PLAIN_SETTINGS = frozenset(
     {
         "student.hidden_size",
         "student.tie_projections",
-        "initialise.seed",
+        "initialize.seed",
         "objective.kl_weight",
         "objective.temperature",
         "objective.lm_weight",
@@ -38,7 +38,7 @@ class PlainStudent(Method):
     Subclasses give the student to start from, and may add losses and parameters.
     """
 
-    honours = PLAIN_SETTINGS
+    honors = PLAIN_SETTINGS
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         """Arguments and errors are those of `build`."""
@@ -61,7 +61,7 @@ class PlainStudent(Method):
     @abstractmethod
     def make_student(self) -> PreTrainedModel:
         """The student in its shape, on the teacher's device, in float32 at least; its weights may
-        be set here or in `initialise`."""
+        be set here or in `initialize`."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
@@ -110,11 +110,11 @@ class PlainStudent(Method):
 
 
 class RandomStudent(PlainStudent):
-    """A student of LRC's shape that starts from transformers' own initialisation."""
+    """A student of LRC's shape that starts from transformers' own initialization."""
 
     def make_student(self) -> PreTrainedModel:
         config = student_config(self.teacher, self.recipe.student)
-        return random_student(self.teacher, config, self.recipe.initialise.seed)
+        return random_student(self.teacher, config, self.recipe.initialize.seed)
 
 
 def random_student(teacher: Teacher, config: object, seed: int) -> PreTrainedModel:

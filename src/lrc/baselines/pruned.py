@@ -13,7 +13,7 @@ from lrc.data.batch import Batch
 from lrc.model.student import ties_weights
 from lrc.recipe.method_sections import PrunedShapeSection
 
-PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialise.calibration_tokens"}
+PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialize.calibration_tokens"}
 """What every pruned student takes from the recipe's sections. Nothing in its start is random, but
 the seed is no mistake: comparisons set it for all methods."""
 
@@ -24,7 +24,7 @@ class PrunedStudent(PlainStudent):
     Subclasses choose what is kept.
     """
 
-    honours = PRUNED_SETTINGS
+    honors = PRUNED_SETTINGS
 
     @property
     def section(self) -> PrunedShapeSection:
@@ -48,9 +48,9 @@ class PrunedStudent(PlainStudent):
         return [] if sizes.student == sizes.clone else [sizes.sentence()]
 
     def calibration_tokens(self) -> int:
-        return self.recipe.initialise.calibration_tokens
+        return self.recipe.initialize.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> float:
         kept = self.choose(calibration, progress)
         assert kept.shape == self.shape
         write_kept(self.model, self.teacher.model, self.teacher.family, kept)
@@ -58,4 +58,4 @@ class PrunedStudent(PlainStudent):
 
     @abstractmethod
     def choose(self, calibration: Batch, progress: Progress) -> Kept:
-        """What stays of the teacher, in the student's shape; arguments as in `initialise`."""
+        """What stays of the teacher, in the student's shape; arguments as in `initialize`."""

@@ -8,7 +8,7 @@ dimensions, heads and FFN neurons; a Lagrangian holds the expected number of ope
 target's, its multipliers trained by ascent (`lrc.baselines.pruning.learned`). Both take learning
 rates of their own, and the target moves from the teacher's shape to the student's over the first
 fifth of the stage. Then the most probably open units are cut out (`lrc.baselines.pruning.cut`), and
-stage two trains what is left, a plain model, with a new optimiser and a new schedule. In both
+stage two trains what is left, a plain model, with a new optimizer and a new schedule. In both
 stages the sources of the text are weighed anew after every held-out measurement (dynamic batch
 loading): w' is in proportion to w * exp(max(loss - reference, 0)).
 
@@ -139,7 +139,7 @@ class ShearedLlama(PlainStudent):
         self.step = step
         if self.kept_layers is None:
             # Drawn from the step alone: a run resumes with the same noise.
-            seed = (self.recipe.initialise.seed << 32) + step
+            seed = (self.recipe.initialize.seed << 32) + step
             self.noise = self.masks.draw(torch.Generator().manual_seed(seed % (1 << 63)))
 
     def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:

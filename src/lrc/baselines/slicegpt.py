@@ -3,7 +3,7 @@
 Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns
 (arXiv 2401.15024). The teacher's gains are fused into the maps that read its norms, after which a
 rotation of the residual stream can be taken into the weights without any change. The rotation is a
-PCA of the normalised stream over calibration tokens, of which the first d_S directions stay
+PCA of the normalized stream over calibration tokens, of which the first d_S directions stay
 (`lrc.baselines.pruning.rotate`). Recovery training follows, of all the student's weights, on KL +
 LM.
 
@@ -15,7 +15,7 @@ gives a student of the plain class and of LRC's shape exactly; the paper's need 
 the cut and untrained stories260K (d_T = 64, teacher at 1.22): 2.77 in place of 2.59 at d_S = 48,
 4.84 in place of 4.56 at d_S = 32 (`test_what_one_rotation_costs`).
 
-The student of `lrc` with `initialise: pca` starts from the same basis, but with gains of 1, which
+The student of `lrc` with `initialize: pca` starts from the same basis, but with gains of 1, which
 loses less before training where much is cut; and there projections into the teacher's weights are
 trained, here the student's own weights.
 """
@@ -36,7 +36,7 @@ class SliceGpt(PlainStudent):
     """The teacher's leading directions, trained on KL + LM."""
 
     title = "SliceGPT with one rotation for all blocks (arXiv 2401.15024)"
-    honours = PRUNED_SETTINGS
+    honors = PRUNED_SETTINGS
 
     def make_student(self) -> PreTrainedModel:
         student = self.recipe.student
@@ -44,9 +44,9 @@ class SliceGpt(PlainStudent):
         return random_student(self.teacher, derive_config(self.teacher, student), seed=0)
 
     def calibration_tokens(self) -> int:
-        return self.recipe.initialise.calibration_tokens
+        return self.recipe.initialize.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> float:
         hidden_size = self.recipe.student.hidden_size
         with Calibration(self.teacher, calibration.input_ids, hidden_size) as pass_over:
             basis = principal_basis(pass_over, progress)

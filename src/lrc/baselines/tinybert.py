@@ -41,13 +41,13 @@ class TinyBert(RandomStudent):
     """Hidden states, attention maps, KL and LM, from random weights."""
 
     title = "TinyBERT's layer-wise distillation (arXiv 1909.10351), adapted to decoders"
-    honours = PLAIN_SETTINGS | {"objective.clone_scale"}
+    honors = PLAIN_SETTINGS | {"objective.clone_scale"}
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
         states = range(teacher.num_layers + 1) if self.section.hidden_weight else range(0)
         names = [f"alignment.{state}" for state in states]
-        self.alignment = new_alignment(teacher, self.model, names, recipe.initialise.seed)
+        self.alignment = new_alignment(teacher, self.model, names, recipe.initialize.seed)
 
     @property
     def section(self) -> TinyBertSection:

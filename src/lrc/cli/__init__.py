@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lrc import __version__
-from lrc.cli import analyse, data
+from lrc.cli import analyze, data
 from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
@@ -32,7 +32,7 @@ for command in (train, init, resume, prune, compare, export, report, info, gener
     app.command(no_args_is_help=True)(command)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.add_typer(data.app, name="data")
-app.add_typer(analyse.app, name="analyse")
+app.add_typer(analyze.app, name="analyze")
 
 
 def _show_version(wanted: bool) -> None:

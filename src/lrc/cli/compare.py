@@ -30,7 +30,7 @@ def compare(
     Examples:
 
     * `lrc compare fast`
-    * `lrc compare initialisation --text corpus/ --out runs/starts`
+    * `lrc compare initialization --text corpus/ --out runs/starts`
     * `lrc compare mine.yaml --set train.micro_batch=4`
 
     Entries can be run side by side by processes with the same `--out`, each with its own `--only`.

@@ -40,7 +40,7 @@ def build(
         int | None, typer.Option(min=1, help="Processes; default: one a core.")
     ] = None,
 ) -> None:
-    """Mix, filter, deduplicate and tokenise text into shards for training.
+    """Mix, filter, deduplicate and tokenize text into shards for training.
 
     Examples:
 

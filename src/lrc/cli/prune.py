@@ -71,23 +71,23 @@ def prune(
     (LLM-Pruner, arXiv 2305.11627).
     """
     from lrc.model.teacher import short_name
+    from lrc.preflight import check_recipe
     from lrc.recipe import parse_overrides
     from lrc.run import Run, default_folder
-    from lrc.train.preflight import check_recipe
     from lrc.train.prune import prune_recipe
-    from lrc.train.session import initialise_only, train
+    from lrc.train.session import initialize_only, train
 
     quiet_libraries()
     flags: dict[str, tuple[str, Any]] = {
         "method.importance": ("--importance", importance and importance.value),
-        "initialise.calibration_tokens": ("--calibration-tokens", calibration_tokens),
+        "initialize.calibration_tokens": ("--calibration-tokens", calibration_tokens),
     }
     given = parse_overrides(settings or [], flags)
     way = recover.value if recover else None
     recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
     run = Run.create(out or default_folder(recipe, f"{short_name(model)}-pruned"), recipe)
     check_recipe(recipe)
-    carry_out(run, train if recover else initialise_only)
+    carry_out(run, train if recover else initialize_only)
     _print_shapes(run)
 
 

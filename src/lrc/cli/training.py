@@ -58,7 +58,7 @@ def train(
 
     Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
     """
-    from lrc.train.preflight import need_whole_teacher
+    from lrc.preflight import need_whole_teacher
 
     run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
     need_whole_teacher(run.recipe)
@@ -76,20 +76,20 @@ def init(
     method: MethodOption = None,
     out: Out = None,
 ) -> None:
-    """Compress without training: initialise a student, export it and measure it.
+    """Compress without training: initialize a student, export it and measure it.
 
     Examples:
 
     * `lrc init quickstart`
-    * `lrc init my.yaml --set initialise.calibration_tokens=65536 --out runs/start`
+    * `lrc init my.yaml --set initialize.calibration_tokens=65536 --out runs/start`
     * `lrc init my.yaml --set teacher.load=layers` (a teacher larger than memory, layer by layer)
 
     `lrc resume` trains on from there.
     """
     run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
-    from lrc.train.session import initialise_only
+    from lrc.train.session import initialize_only
 
-    carry_out(run, initialise_only)
+    carry_out(run, initialize_only)
 
 
 def resume(
@@ -118,11 +118,11 @@ def _new_run(
 ) -> "Run":
     """The new run that the options of a command ask for. All that can be checked without torch is
     checked here: a typo should not take seconds to be told."""
+    from lrc.preflight import check_recipe
     from lrc.recipe import make_recipe, parse_overrides
     from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
     from lrc.system.yaml_files import read_yaml
-    from lrc.train.preflight import check_recipe
 
     flags: dict[str, tuple[str, Any]] = {
         "method": ("--method", method),
@@ -146,7 +146,7 @@ def _new_run(
 
 
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
-    """Train or initialise a run; a signal to stop it ends the command with 128 + its number."""
+    """Train or initialize a run; a signal to stop it ends the command with 128 + its number."""
     from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 

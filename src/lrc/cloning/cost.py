@@ -1,4 +1,4 @@
-"""What an optimiser step costs in floating-point operations, from the shapes (docs/cost.md).
+"""What an optimizer step costs in floating-point operations, from the shapes (docs/cost.md).
 
 A multiply and an add are two operations. Only matrix products are counted: at any useful size all
 else is a matter of memory traffic.
@@ -56,7 +56,7 @@ def step_flops(
     vocab: int | None = None,
     released: bool = False,
 ) -> dict[str, float]:
-    """Operations of one optimiser step by part.
+    """Operations of one optimizer step by part.
 
     Args:
         teacher: widths of the teacher.
@@ -107,14 +107,14 @@ def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0
     for _ in range(8):
-        _synchronise(device)
+        _synchronize(device)
         start = time.perf_counter()
         a @ a
-        _synchronise(device)
+        _synchronize(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - start))
     return best
 
 
-def _synchronise(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

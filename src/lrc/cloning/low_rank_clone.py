@@ -25,13 +25,13 @@ from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.method import Counts, Method, Progress
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.recomputing import recompute
-from lrc.cloning.start import initialise
+from lrc.cloning.start import initialize
 from lrc.data.batch import Batch
 from lrc.model.families import WRITERS
 from lrc.model.student import build_student, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
-from lrc.recipe.sections import Checkpointing, InitialiseSection, ObjectiveSection, StudentSection
+from lrc.recipe.sections import Checkpointing, InitializeSection, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 
 
@@ -53,18 +53,18 @@ class LowRankClone(Method):
         student: StudentSection,
         objective: ObjectiveSection,
         gradient_checkpointing: Checkpointing = False,
-        start: InitialiseSection = InitialiseSection(),  # noqa: B008 - immutable
+        start: InitializeSection = InitializeSection(),  # noqa: B008 - immutable
         steps: int = 1,
         release_at: float = 1.0,
     ) -> None:
         """
         Args:
             teacher: the teacher.
-            student: the student's shape and parametrisation.
+            student: the student's shape and parametrization.
             objective: the losses.
             gradient_checkpointing: as in the recipe's `train`.
             start: how the projections start.
-            steps: optimiser steps of the whole run, by which alpha falls and the release comes.
+            steps: optimizer steps of the whole run, by which alpha falls and the release comes.
             release_at: share of them after which the projections are released.
         """
         self.teacher, self.section = teacher, student
@@ -83,13 +83,13 @@ class LowRankClone(Method):
             recipe.student,
             recipe.objective,
             recipe.train.gradient_checkpointing,
-            recipe.initialise,
+            recipe.initialize,
             recipe.steps(),
             recipe.train.release_at,
         )
 
     def _begin(self) -> None:
-        """Go to the first stage, with nothing initialised."""
+        """Go to the first stage, with nothing initialized."""
         self.released = False
         self.projections = Projections(self.teacher, self.section)
         self.model = build_student(self.teacher, self.section)
@@ -111,8 +111,8 @@ class LowRankClone(Method):
     def calibration_tokens(self) -> int:
         return 0 if self.start.method == "random" else self.start.calibration_tokens
 
-    def initialise(self, calibration: Batch, progress: Progress) -> float:
-        return initialise(self, self.start, calibration.input_ids, progress)
+    def initialize(self, calibration: Batch, progress: Progress) -> float:
+        return initialize(self, self.start, calibration.input_ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         if self.released:

@@ -26,7 +26,7 @@ TOKEN_LM = "token_lm"
 
 @dataclass(frozen=True)
 class Counts:
-    """What the losses of one optimiser step are averaged over, all micro-batches together."""
+    """What the losses of one optimizer step are averaged over, all micro-batches together."""
 
     tokens: int
     """Tokens that are not padding."""
@@ -38,7 +38,7 @@ class Counts:
 class Method(ABC):
     """A way to get a small model out of a teacher.
 
-    A new run calls `initialise` once. Per optimiser step the loop calls `begin_step`, then
+    A new run calls `initialize` once. Per optimizer step the loop calls `begin_step`, then
     `losses` and `backward` on the entry "loss" for every micro-batch, then `end_step`; after that
     the gradients of `parameters` are complete. A method with several stages names the steps that
     they end at, and may have other parameters in each.
@@ -47,8 +47,8 @@ class Method(ABC):
     title: ClassVar[str]
     """What the method is, with its source, as a noun phrase for model cards."""
 
-    honours: ClassVar[frozenset[str] | None] = None
-    """Settings of `student`, `initialise` and `objective`, and of the release in `train`, that the
+    honors: ClassVar[frozenset[str] | None] = None
+    """Settings of `student`, `initialize` and `objective`, and of the release in `train`, that the
     method uses, by dotted key (`objective.clone` stands for all below it); None: all. Others are
     warned of where they are set."""
 
@@ -65,7 +65,7 @@ class Method(ABC):
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":
-        """The method that a recipe asks for, before `initialise`.
+        """The method that a recipe asks for, before `initialize`.
 
         Raises:
             UserError: the recipe does not fit the teacher.
@@ -76,10 +76,10 @@ class Method(ABC):
         return []
 
     def calibration_tokens(self) -> int:
-        """Training tokens that `initialise` asks for; it gets whole sequences, at least two."""
+        """Training tokens that `initialize` asks for; it gets whole sequences, at least two."""
         return 0
 
-    def initialise(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> float:
         """Set the start of a new run, in place.
 
         Args:
@@ -95,7 +95,7 @@ class Method(ABC):
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name: what the optimiser and the checkpoints hold."""
+        """The trainable parameters by name: what the optimizer and the checkpoints hold."""
 
     def decayed(self) -> set[str]:
         """Names of the parameters that weight decay applies to; default: all matrices."""
@@ -113,7 +113,7 @@ class Method(ABC):
 
     def stage_ends(self) -> tuple[int, ...]:
         """Steps after which another stage begins, ascending: `next_stage` is called, and the
-        optimiser begins anew with the parameters of then. Default: one stage."""
+        optimizer begins anew with the parameters of then. Default: one stage."""
         return ()
 
     def next_stage(self) -> dict[str, Any]:
@@ -138,10 +138,10 @@ class Method(ABC):
         return {}
 
     def begin_step(self, step: int) -> None:  # noqa: B027 - optional
-        """Prepare the forward passes of one optimiser step.
+        """Prepare the forward passes of one optimizer step.
 
         Args:
-            step: the optimiser steps of the run that are done.
+            step: the optimizer steps of the run that are done.
         """
 
     @abstractmethod
@@ -180,7 +180,7 @@ class Method(ABC):
         """The student with the parameters of now: a plain model of the teacher's class."""
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        """Floating-point operations of the matrix products of an optimiser step; None where they
+        """Floating-point operations of the matrix products of an optimizer step; None where they
         are not known.
 
         Args:

@@ -8,7 +8,7 @@ For a teacher weight W_T in torch's [out, in] layout (paper section 3.1):
 Every P_m is [d_T, d_S]. With folded gains a reader's weight is W_T diag(g) P_m, g being the
 teacher's RMSNorm gain that the reader sees; this reaches the same students as W_T P_m.
 
-Cost: the weights are projected once an optimiser step. The student's parameters are leaves, so
+Cost: the weights are projected once an optimizer step. The student's parameters are leaves, so
 the gradients of any number of micro-batches gather on them, and at the end of the step they are
 brought to the P_m at once: grad P = W_T^T grad W_S, or W_T grad W_S^T. Weights and gradients keep
 their memory from step to step: new blocks of it every step would break up the heap.

@@ -37,7 +37,7 @@ def comparison_figure(results: Results) -> Figure:
     """
     figure = Figure(figsize=(13, 6), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)
-    colours = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
+    colors = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
     curves = [entry.curve() for entry in results.entries]
     teacher = results.teacher_held_out_lm
     lowest = min((min(curve.low) for curve in curves if curve), default=0.0)
@@ -46,11 +46,11 @@ def comparison_figure(results: Results) -> Figure:
     for number, (entry, curve) in enumerate(zip(results.entries, curves, strict=True)):
         if curve is None:
             continue
-        colour, style = colours[number % 10], STYLES[number // 10 % len(STYLES)]
+        color, style = colors[number % 10], STYLES[number // 10 % len(STYLES)]
         loss, low, high = ([y - floor for y in ys] for ys in (curve.loss, curve.low, curve.high))
         for axes, x in ((by_tokens, curve.tokens), (by_time, curve.seconds)):
-            axes.plot(x, loss, color=colour, linestyle=style, marker=".", label=entry.name)
-            axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.plot(x, loss, color=color, linestyle=style, marker=".", label=entry.name)
+            axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
     for axes, name in ((by_tokens, "training and calibration tokens"), (by_time, "seconds")):
         if teacher is not None and not above:
             axes.axhline(teacher, color="black", linestyle="--", label="teacher")

@@ -11,9 +11,9 @@ from lrc.comparison.results import EntryResult, Results, collect
 from lrc.comparison.table import header, notes, row
 from lrc.model.teacher import short_name
 from lrc.recipe import flatten
-from lrc.report.charts import DASHES, LARGE, RUN_COLOURS, Line, line_chart, run_colour
+from lrc.report.charts import DASHES, LARGE, RUN_COLORS, Line, line_chart, run_color
 from lrc.report.contents import NONE, time_unit, written
-from lrc.report.page import check_path, colour_variable, write_page
+from lrc.report.page import check_path, color_variable, write_page
 from lrc.system.errors import UserError
 from lrc.system.files import reading
 
@@ -91,7 +91,7 @@ def curve_charts(results: Results) -> list[tuple[str, str]]:
         lines = [
             Line(
                 results.entries[number].name,
-                run_colour(number),
+                run_color(number),
                 [second / unit for second in curve.seconds] if over_time else curve.tokens,
                 curve.loss,
                 results.teacher_held_out_lm,
@@ -129,12 +129,12 @@ def _try(entry: EntryResult, rate: float) -> str:
 
 
 def _chip(number: int) -> tuple[str, int]:
-    """Colour and dashes of an entry's line, as the chip before its name shows them."""
-    return colour_variable(run_colour(number)), _dash(number)
+    """Color and dashes of an entry's line, as the chip before its name shows them."""
+    return color_variable(run_color(number)), _dash(number)
 
 
 def _dash(number: int) -> int:
-    return number // len(RUN_COLOURS) % len(DASHES)
+    return number // len(RUN_COLORS) % len(DASHES)
 
 
 def _settings(entry: EntryResult) -> list[str]:

@@ -25,7 +25,7 @@ RESERVED = MappingProxyType(
     {
         "train.tokens": "the comparison's `tokens`",
         "train.seed": "the comparison's `seeds`",
-        "initialise.seed": "the comparison's `seeds`",
+        "initialize.seed": "the comparison's `seeds`",
     }
 )
 """Settings of a run that the comparison decides, besides the rate that is tried, and where."""
@@ -151,7 +151,7 @@ class Comparison(Section):
             "train.tokens": tokens,
             f"train.{entry.tries}": rate,
             "train.seed": seed,
-            "initialise.seed": seed,
+            "initialize.seed": seed,
         }
         return make_recipe(self.recipe, {**entry.settings, **decided})
 

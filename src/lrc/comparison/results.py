@@ -23,7 +23,7 @@ class Point:
     tokens: int
     """Training tokens, and those that the start was calibrated with."""
     seconds: float
-    """Seconds of optimiser steps and of the start."""
+    """Seconds of optimizer steps and of the start."""
     loss: float
     """Held-out LM loss in nats."""
 

@@ -29,11 +29,11 @@ from lrc.comparison.table import comparison_table, markdown
 from lrc.data.sources import STDLIB_DOCS
 from lrc.model.locate import PACKAGE_PREFIX
 from lrc.model.teacher import Teacher, load_teacher
+from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import Recipe, flatten
 from lrc.run import Run, is_run
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import is_taken, reading, write_text
-from lrc.train.preflight import check_recipe, need_whole_teacher
 from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
 from lrc.train.starts import Starts

@@ -1,7 +1,7 @@
 """Near-duplicates: MinHash signatures by rensa, compared band by band in bounded memory.
 
 Why rensa: of the kept libraries it is the fastest by far (2 million hashed runs in 0.02 s of one
-core, less than 1% of what tokenising their text takes), it is one small wheel, and it takes hashes,
+core, less than 1% of what tokenizing their text takes), it is one small wheel, and it takes hashes,
 so that the runs of words are hashed once, by numpy. datasketch's signatures take Python calls for
 every run; datatrove wants all documents to pass through its own pipeline several times, which
 leaves no room for budgets that end the reading. The index in memory of either library (and
@@ -19,7 +19,7 @@ import rensa
 from numpy.typing import NDArray
 
 from lrc.corpus.mix import Deduplicate
-from lrc.corpus.words import Hashes, Words, mix, normalise
+from lrc.corpus.words import Hashes, Words, mix, normalize
 from lrc.data.identity import text_hash
 
 _SEED = 1
@@ -43,7 +43,7 @@ def band_keys(texts: list[str], words: Words, settings: Deduplicate) -> Hashes:
     runs, first = words.runs(settings.words)
     counts = np.diff(first)
     short = np.flatnonzero(counts == 0)
-    whole = [text_hash(" ".join(normalise(texts[i])) or texts[i]) for i in short.tolist()]
+    whole = [text_hash(" ".join(normalize(texts[i])) or texts[i]) for i in short.tolist()]
     flat = np.insert(runs, first[short], np.array(whole, np.uint64))
     offsets = np.concatenate([[0], np.cumsum(np.maximum(counts, 1))]).astype(np.uint64)
     size = settings.bands * settings.rows

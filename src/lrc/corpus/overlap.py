@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lrc.corpus.words import Hashes, Words, hash_words, normalise
+from lrc.corpus.words import Hashes, Words, hash_words, normalize
 from lrc.data.sources import JSONL_SUFFIXES
 from lrc.data.text_files import COMPRESSED_SUFFIXES, json_lines
 from lrc.system.errors import UserError
@@ -37,7 +37,7 @@ class Overlap(NamedTuple):
 
     evaluation_set: str
     run: str
-    """The words that both have, normalised."""
+    """The words that both have, normalized."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class OverlapIndex:
                 continue
             name, item = self._texts[self._owners[place]]
             start = run - int(first[text])
-            shared = " ".join(normalise(texts[text])[start : start + self._words])
+            shared = " ".join(normalize(texts[text])[start : start + self._words])
             if f" {shared} " in f" {item} ":
                 found[text] = Overlap(text, name, shared)
         return list(found.values())
@@ -116,7 +116,7 @@ def write_index(sets: Path, words: int, folder: Path) -> dict[str, EvaluationSet
         items = too_short = 0
         for _, item in json_lines(path):
             items += 1
-            normal = [normalise(text) for text in _texts_of(item)]
+            normal = [normalize(text) for text in _texts_of(item)]
             long = [" ".join(one) for one in normal if len(one) >= words]
             too_short += not long
             texts += [(name, text) for text in long]

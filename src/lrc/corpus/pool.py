@@ -1,6 +1,6 @@
 """The processes of a build.
 
-Tokenising scales best over processes with one thread each: threads of one process would wait for
+Tokenizing scales best over processes with one thread each: threads of one process would wait for
 each other's Python. The processes are forked from a small server that has imported what they need
 and nothing else, so that they share its memory and start at once.
 """

@@ -1,6 +1,6 @@
 """`lrc data build`: from a mix to shards, by many processes, and from where it was stopped.
 
-1. The sources are divided into units; processes filter and tokenise these (`unit`).
+1. The sources are divided into units; processes filter and tokenize these (`unit`).
 2. The main process takes the results in the order of the mix, drops near-duplicates and ends
    sources whose budget is met (`selection`). It waits for the next unit in order while others are
    worked on ahead, so that nothing depends on which process is quicker.
@@ -35,7 +35,7 @@ from lrc.corpus.progress import BuildProgress
 from lrc.corpus.rejects import Rejects
 from lrc.corpus.selection import SourceSelection
 from lrc.corpus.splitting import Splitter, local_files
-from lrc.corpus.summary import summarise, write_summary
+from lrc.corpus.summary import summarize, write_summary
 from lrc.corpus.workspace import FOLDER, Plan, Workspace
 from lrc.data.identity import token_dtype, tokenizer_identity
 from lrc.data.shards import (
@@ -167,7 +167,7 @@ class _Build:
         found = self._space.overlap / "found.json"
         sets = json.loads(found.read_text()) if found.is_file() else {}
         mistakes = self._seen.mistakes if self._seen else 0.0
-        return summarise(self._mix, tallies, self._rejects, sets, mistakes)
+        return summarize(self._mix, tallies, self._rejects, sets, mistakes)
 
     def _select(self) -> None:
         """Steps 1 and 2: work on units, and select from them in order."""

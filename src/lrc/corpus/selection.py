@@ -36,8 +36,8 @@ class Tally:
     read: Count = field(default_factory=Count)
     divided: int = 0
     dropped: dict[str, Count] = field(default_factory=dict)
-    tokenised: Count = field(default_factory=Count)
-    """All documents that were tokenised, to estimate the tokens of those that were not."""
+    tokenized: Count = field(default_factory=Count)
+    """All documents that were tokenized, to estimate the tokens of those that were not."""
 
     train: Count = field(default_factory=Count)
     held_out: Count = field(default_factory=Count)
@@ -56,7 +56,7 @@ class Tally:
         for name, count in report.dropped.items():
             self.dropped.setdefault(name, Count()).add(**vars(count))
             if count.tokens:
-                self.tokenised.add(**vars(count))
+                self.tokenized.add(**vars(count))
 
 
 class SourceSelection:
@@ -93,7 +93,7 @@ class SourceSelection:
             result: its result.
         """
         self.tally.add_report(result.report)
-        self.tally.tokenised.add(*_sums(result, np.ones(len(result.lengths), bool)))
+        self.tally.tokenized.add(*_sums(result, np.ones(len(result.lengths), bool)))
         train_tokens = int(result.lengths[~result.held_out].sum())
         left = None if self._budget is None else self._budget - self.tally.train.tokens
         # Where the budget may end within the unit, documents are taken one by one: those after

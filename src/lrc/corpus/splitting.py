@@ -4,7 +4,7 @@ The units of a source do not depend on the number of processes. What can be read
 (plain JSONL and text, Parquet, data sets on the disk) is only described; what cannot (compressed
 files, hub data sets that are streamed) is read by the main process, once, and copied to the disk
 in parts that the other processes read: a copied part is removed as soon as its unit is done.
-Decompressing runs at about 200 MB a second, fifty times as fast as one core tokenises.
+Decompressing runs at about 200 MB a second, fifty times as fast as one core tokenizes.
 """
 
 import json

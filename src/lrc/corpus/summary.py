@@ -23,7 +23,7 @@ PICTURE = "summary.png"
 OVERLAPS = "decontamination.jsonl"
 
 
-def summarise(
+def summarize(
     mix: Mix, tallies: dict[str, Tally], rejects: Rejects, found: dict[str, Any], mistakes: float
 ) -> dict[str, Any]:
     """The summary as JSON values.
@@ -192,7 +192,7 @@ def _draw_steps(axes: Axes, summary: dict[str, Any]) -> None:
         if step["documents_in"] != step["documents_out"]
     ]
     places = np.arange(len(rows))
-    axes.barh(places, [row[2] for row in rows], color="lightgrey", label="in")
+    axes.barh(places, [row[2] for row in rows], color="lightgray", label="in")
     axes.barh(places, [row[1] for row in rows], label="out")
     axes.set_yticks(places, [as_label(row[0]) for row in rows])
     axes.invert_yaxis()
@@ -204,10 +204,10 @@ def _draw_steps(axes: Axes, summary: dict[str, Any]) -> None:
 def _steps(mix: Mix, source: Source, tally: Tally) -> list[dict[str, Any]]:
     """Documents and tokens before and after everything that can drop them.
 
-    What is dropped before it is tokenised (for most filters that is the point) has no known number
+    What is dropped before it is tokenized (for most filters that is the point) has no known number
     of tokens: it is estimated from its characters and marked so.
     """
-    ratio = tally.tokenised.tokens / max(1, tally.tokenised.characters)
+    ratio = tally.tokenized.tokens / max(1, tally.tokenized.characters)
     names = filters.steps_of(source, mix.decontaminate is not None, mix.deduplicate is not None)
     exact = names.index(filters.NO_TOKENS)
     dropped = [tally.dropped.get(name, Count()) for name in names]

@@ -1,4 +1,4 @@
-"""What a process does with a unit: read, filter, tokenise, and write the result to the disk.
+"""What a process does with a unit: read, filter, tokenize, and write the result to the disk.
 
 A result is two files: NAME.bin (the token ids of the documents that passed, end to end) and
 NAME.npz (their lengths, sides, signatures, and the counts), which is written last. A unit with a
@@ -20,7 +20,7 @@ from lrc.corpus.chat import Malformed, messages_of, render
 from lrc.corpus.duplicates import band_keys
 from lrc.corpus.overlap import OverlapIndex
 from lrc.corpus.pieces import Piece, Unit, missing_field, read_rows
-from lrc.corpus.tokenise import Tokeniser
+from lrc.corpus.tokenize import Tokenizer
 from lrc.corpus.words import Hashes, Words, hash_words
 from lrc.corpus.workspace import Plan, Workspace
 from lrc.data.identity import HASH_RANGE, text_hash
@@ -28,14 +28,14 @@ from lrc.system.errors import UserError
 from lrc.system.files import new_file
 
 BATCH_CHARACTERS = 1 << 18
-"""Characters that are hashed and tokenised at once; more is slower, since it leaves the caches."""
+"""Characters that are hashed and tokenized at once; more is slower, since it leaves the caches."""
 
 SHOWN_BAD_ROWS = 5
 
 
 @dataclass
 class Count:
-    """Documents, and what they hold; tokens are known after tokenising only."""
+    """Documents, and what they hold; tokens are known after tokenizing only."""
 
     documents: int = 0
     characters: int = 0
@@ -153,7 +153,7 @@ class Worker:
         self.space = space
         self.plan: Plan = space.read_plan()
         self.overlap = OverlapIndex(space.overlap) if self.plan.mix.decontaminate else None
-        self.tokeniser = Tokeniser(space.tokenizer / "tokenizer.json", self.plan.tokenizer)
+        self.tokenizer = Tokenizer(space.tokenizer / "tokenizer.json", self.plan.tokenizer)
         self.chat: Any = None
         if any(source.chat for source in self.plan.mix.sources.values()):
             from transformers import AutoTokenizer  # Brings torch along: 200 MB.
@@ -315,7 +315,7 @@ class _UnitWork:
         overlapping = self._overlapping(batch, texts, hashed)
         rest = [i for i in range(len(batch)) if i not in overlapping]
         whole = self._source.chat is not None
-        all_ids = self._worker.tokeniser.encode(
+        all_ids = self._worker.tokenizer.encode(
             [texts[i] for i in rest], whole, self._source.parse_special_tokens
         )
         bounds = self._source.filters.tokens
@@ -328,7 +328,7 @@ class _UnitWork:
             else:
                 step = f"tokens {bounds}" if ids else filters.NO_TOKENS
                 self.report.drop(step, len(texts[i]), len(ids))
-        tokens, lengths = self._worker.tokeniser.framed(kept_ids, self._worker.plan.dtype)
+        tokens, lengths = self._worker.tokenizer.framed(kept_ids, self._worker.plan.dtype)
         self._tokens.append(tokens)
         self._lengths += lengths
         self._characters += [len(texts[i]) for i in kept]

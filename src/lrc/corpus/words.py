@@ -2,7 +2,7 @@
 
 A word is a run of letters and digits, lower case; punctuation, symbols and spaces part words and
 are no part of any. Words and runs of words are hashed to 64 bits with numpy over all texts of a
-batch together, which costs about a twentieth of the time that tokenising them takes.
+batch together, which costs about a twentieth of the time that tokenizing them takes.
 """
 
 from collections.abc import Sequence
@@ -74,14 +74,14 @@ def hash_words(texts: Sequence[str]) -> Words:
     return Words(hashes, begins.astype(np.int64), ends.astype(np.int64), first)
 
 
-def normalise(text: str) -> list[str]:
+def normalize(text: str) -> list[str]:
     """The words of one text, in plain Python: what `hash_words` hashes."""
     lower = text.lower()
     return "".join(c if c.isalnum() or ord(c) >= _BEYOND else " " for c in lower).split()
 
 
 def mix(values: Hashes) -> Hashes:
-    """Spread 64-bit values over all bits (the finaliser of splitmix64)."""
+    """Spread 64-bit values over all bits (the finalizer of splitmix64)."""
     values = values ^ (values >> np.uint64(30))
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)

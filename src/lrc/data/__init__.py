@@ -1,4 +1,4 @@
-"""Text sources, tokenising and packing to a cache or to shards, and reading the tokens back in
+"""Text sources, tokenizing and packing to a cache or to shards, and reading the tokens back in
 training."""
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Tokenised text on disk: what a cache folder holds, and how it comes to be whole or not at all.
+"""Tokenized text on disk: what a cache folder holds, and how it comes to be whole or not at all.
 
 A folder holds, for `train` and `held_out` each, `NAME.bin` (token ids end to end) and
 `NAME.offsets.bin` (where each document begins), and `index.json`, which is written last. It is
@@ -74,7 +74,7 @@ class PackedPart:
 
 @dataclass(frozen=True)
 class PackedText:
-    """Tokenised text, split into training and held-out documents."""
+    """Tokenized text, split into training and held-out documents."""
 
     folder: Path
     train: PackedPart

@@ -1,4 +1,4 @@
-"""What tokenised text depends on: which tokenizer made it, and which side a document stands on."""
+"""What tokenized text depends on: which tokenizer made it, and which side a document stands on."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ class TokenizerIdentity:
     """All of a tokenizer that decides which tokens a text becomes, in a form that can be kept."""
 
     tokenizer: str
-    """SHA-256 of the fast tokenizer's own description (vocabulary, merges, normaliser, ...)."""
+    """SHA-256 of the fast tokenizer's own description (vocabulary, merges, normalizer, ...)."""
 
     split_special_tokens: bool
     """Whether special tokens that stand in the text are taken for plain text."""

@@ -17,7 +17,7 @@ from lrc.system.errors import UserError
 
 
 def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = None) -> Reader:
-    """Open the text of a recipe: shards, a stream, or files that are tokenised first.
+    """Open the text of a recipe: shards, a stream, or files that are tokenized first.
 
     Args:
         recipe: the recipe.

@@ -1,4 +1,4 @@
-"""Tokenise the text of a recipe once and pack it end to end into a cache on disk.
+"""Tokenize the text of a recipe once and pack it end to end into a cache on disk.
 
 Each document stands between the tokenizer's bos and eos, whichever of the two it has. A document
 belongs to the held-out text or to the training text by its own wording, so that the same text never
@@ -30,19 +30,19 @@ from lrc.system.checksums import cache_root
 from lrc.system.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
-"""Characters that are tokenised at once: enough for all cores, and it bounds the memory."""
+"""Characters that are tokenized at once: enough for all cores, and it bounds the memory."""
 
 SHORTEST_SEQUENCE = 8
 """The recipe allows no shorter sequences, so none is advised."""
 
 Progress = Callable[[str, int], None]
-"""Called with what is done (`tokenising`) and the tokens so far."""
+"""Called with what is done (`tokenizing`) and the tokens so far."""
 
 
 def prepare(
     data: DataSection, tokenizer: Tokenizer, progress: Progress | None = None
 ) -> PackedText:
-    """The tokenised text of a recipe, from the cache or built now.
+    """The tokenized text of a recipe, from the cache or built now.
 
     Raises:
         UserError: a source cannot be read, there is too little text for one sequence of training
@@ -109,7 +109,7 @@ def _build(
         for name, writer in writers.items():
             writer.write([d for side, d in zip(sides, encoded, strict=True) if d and side == name])
         if progress is not None:
-            progress("tokenising", sum(writer.tokens for writer in writers.values()))
+            progress("tokenizing", sum(writer.tokens for writer in writers.values()))
     parts = {name: writer.entry() for name, writer in writers.items()}
     write_index(folder, dtype, parts, inputs)
 

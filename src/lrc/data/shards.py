@@ -1,4 +1,4 @@
-"""Shards: tokenised text in many files, with an index. Written by `lrc data build`.
+"""Shards: tokenized text in many files, with an index. Written by `lrc data build`.
 
 A folder of shards holds
 

@@ -1,4 +1,4 @@
-"""A data set that is tokenised and packed while it is downloaded, with nothing kept on the disk.
+"""A data set that is tokenized and packed while it is downloaded, with nothing kept on the disk.
 
 Documents are read in blocks and shuffled in each; `datasets` shuffles the order of the data set's
 files. A position in the stream is that of a block, which `datasets` goes to, and of a document and
@@ -30,7 +30,7 @@ BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdata
 """Names of `datasets`' own readers of files, which need no hub."""
 
 TOGETHER = 64
-"""Documents that are tokenised at once."""
+"""Documents that are tokenized at once."""
 
 
 class Mark(NamedTuple):
@@ -46,7 +46,7 @@ class Mark(NamedTuple):
 
 START = Mark(0, 0, None, 0)
 
-Tokenised = tuple[Mark, NDArray[np.int64]]
+Tokenized = tuple[Mark, NDArray[np.int64]]
 """A document as its place and its token ids."""
 
 
@@ -59,10 +59,10 @@ class Packer:
         used: tokens of the first document that are left out.
     """
 
-    def __init__(self, documents: Iterator[Tokenised], length: int, used: int = 0) -> None:
+    def __init__(self, documents: Iterator[Tokenized], length: int, used: int = 0) -> None:
         self._documents = documents
         self._length = length
-        self._document: Tokenised | None = None
+        self._document: Tokenized | None = None
         self._used = used
 
     def place(self) -> tuple[Mark, int]:
@@ -88,7 +88,7 @@ class Packer:
                 self._document, self._used = None, 0
         return Span(np.concatenate(pieces), np.array(begins, np.int64), None)
 
-    def _current(self) -> Tokenised:
+    def _current(self) -> Tokenized:
         """The document that is being given out."""
         if self._document is None:
             self._document = next(self._documents)
@@ -184,7 +184,7 @@ class StreamedText:
 
     def _packed_from(self, mark: Mark, used: int) -> Packer:
         """The sequences from a token of a document on."""
-        return Packer(self._tokenised(self._documents(mark), TOGETHER), self._length, used)
+        return Packer(self._tokenized(self._documents(mark), TOGETHER), self._length, used)
 
     @property
     def _length(self) -> int:
@@ -211,9 +211,9 @@ class StreamedText:
                 )
             epoch, block, before, document = epoch + 1, 0, None, 0
 
-    def _tokenised(
+    def _tokenized(
         self, documents: Iterator[tuple[Mark, str]], together: int
-    ) -> Iterator[Tokenised]:
+    ) -> Iterator[Tokenized]:
         """Documents as tokens, in the same order; those without any are left out."""
         while some := list(islice(documents, together)):
             texts = [text for _, text in some]
@@ -248,7 +248,7 @@ class StreamedText:
         rows = self._builder.as_streaming_dataset(split=self._stream.split)
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
         # One by one: each of them stands for many that are read and left.
-        documents = self._tokenised(((START, text) for text in texts), 1)
+        documents = self._tokenized(((START, text) for text in texts), 1)
         packer = Packer(documents, self._length)
         spans: list[Span] = []
         for span in islice(packer, sequences):

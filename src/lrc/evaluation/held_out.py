@@ -56,7 +56,7 @@ def held_out_loss(
     """
     total, count = 0.0, 0
     for batch in batches:
-        hidden, labels = _labelled(last_hidden(model, batch), batch)
+        hidden, labels = _labeled(last_hidden(model, batch), batch)
         losses = [
             functional.cross_entropy(logits, target, reduction="none")
             for logits, target in _chunks(model, hidden, labels, vocab)
@@ -87,8 +87,8 @@ def measure_agreement(
     by_source = [SourceLosses(sources) for _ in range(2)]
     for batch in batches:
         losses: list[list[Tensor]] = [[], []]
-        theirs, labels = _labelled(last_hidden(teacher.model, batch), batch)
-        ours, _ = _labelled(last_hidden(student, batch), batch)
+        theirs, labels = _labeled(last_hidden(teacher.model, batch), batch)
+        ours, _ = _labeled(last_hidden(student, batch), batch)
         pairs = zip(
             _chunks(teacher.model, theirs, labels, teacher.vocab_size),
             _chunks(student, ours, labels, teacher.vocab_size),
@@ -117,13 +117,13 @@ def measure_agreement(
 
 
 def _add(by_source: SourceLosses | None, losses: Sequence[Tensor], batch: Batch) -> None:
-    """Add the losses of a batch's labelled tokens, chunk by chunk, to those of their sources."""
+    """Add the losses of a batch's labeled tokens, chunk by chunk, to those of their sources."""
     sources = batch.label_sources()
     if by_source is not None and sources is not None:
         by_source.add(torch.cat(list(losses)), sources[sources >= 0])
 
 
-def _labelled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def _labeled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     """The hidden states [n, d] and the labels [n] of the tokens that have a label."""
     labels = batch.labels()
     kept = labels >= 0

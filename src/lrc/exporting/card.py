@@ -43,9 +43,9 @@ model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 ```
 
-## Licence
+## License
 
-{licence}
+{license}
 
 ## Recipe
 
@@ -77,7 +77,7 @@ def model_card(
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
-        licence=_licence(described.license),
+        license=_license(described.license),
         recipe=public_recipe(run.recipe),
     )
 
@@ -129,10 +129,10 @@ def front_matter(run: Run, described: Description) -> dict[str, Any]:
     return front
 
 
-def _licence(name: str | None) -> str:
+def _license(name: str | None) -> str:
     if name:
-        return f"The teacher's licence, {name}, applies to the student."
-    return "The teacher's licence applies to the student; it was not found beside the teacher."
+        return f"The teacher's license, {name}, applies to the student."
+    return "The teacher's license applies to the student; it was not found beside the teacher."
 
 
 def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Models as GGUF files, for llama.cpp and what builds on it (Ollama, LM Studio).
 
-The `gguf` package, llama.cpp's own, writes the container, names the tensors and quantises.
+The `gguf` package, llama.cpp's own, writes the container, names the tensors and quantizes.
 transformers only reads GGUF, and llama.cpp's converter script is not in any package, so what is
 here is the part between: which numbers go where. Every tensor is converted when it is written, so
 no second copy of the model is held.
@@ -56,7 +56,7 @@ class Place(NamedTuple):
     kind: Kind
     """The type that it is stored in."""
     heads: int | None = None
-    """Number of heads, where rows are to be reordered by `neighbours_from_halves`."""
+    """Number of heads, where rows are to be reordered by `neighbors_from_halves`."""
 
     def shape(self) -> tuple[int, ...]:
         """Its shape in bytes as it is stored."""
@@ -67,7 +67,7 @@ class Place(NamedTuple):
         values = self.tensor.detach()
         check_range([(self.name, values)], TORCH_TYPES.get(self.kind, torch.float32))
         if self.heads is not None:
-            values = neighbours_from_halves(values, self.heads)
+            values = neighbors_from_halves(values, self.heads)
         return quantize(values.to("cpu", torch.float32).contiguous().numpy(), self.kind)
 
 
@@ -164,7 +164,7 @@ def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tup
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     heads = {}
-    if family.gguf_neighbours:
+    if family.gguf_neighbors:
         for layer in range(config.num_hidden_layers):
             heads[family.linear(layer, "q")] = config.num_attention_heads
             heads[family.linear(layer, "k")] = config.num_key_value_heads
@@ -177,8 +177,8 @@ def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tup
         yield name, Place(path, parameter, _stored(parameter, kind), heads.get(module))
 
 
-def neighbours_from_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of q or k, or its bias, for rotary embedding of neighbours.
+def neighbors_from_halves(weight: Tensor, heads: int) -> Tensor:
+    """Reorder the rows of q or k, or its bias, for rotary embedding of neighbors.
 
     Args:
         weight: [heads * head_dim, width] or [heads * head_dim]; row i of a head is rotated with row
@@ -209,10 +209,10 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
         size_label=gguf.size_label(size, 0, 0, 0),
     )
     if about.base_model:
-        organisation, _, name = about.base_model.rpartition("/")
+        organization, _, name = about.base_model.rpartition("/")
         metadata.base_models = [{"name": name}]
-        if organisation:
-            metadata.base_models[0]["organization"] = organisation
+        if organization:
+            metadata.base_models[0]["organization"] = organization
             url = f"https://huggingface.co/{about.base_model}"
             metadata.base_models[0]["repo_url"] = url
     generation = model.generation_config

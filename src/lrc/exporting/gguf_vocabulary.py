@@ -144,7 +144,7 @@ def _not_from_sentencepiece(
 ) -> int:
     """How many tokens can be made of two others in ways that are not merges.
 
-    llama.cpp joins any two neighbours that make a token; a converted sentencepiece vocabulary lists
+    llama.cpp joins any two neighbors that make a token; a converted sentencepiece vocabulary lists
     all of them as merges.
     """
     normal = {t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}

@@ -1,7 +1,7 @@
 """The student: its configuration, and an instance of the teacher's own class to hold its weights.
 
 The student is an ordinary transformers model whose projected weights are written into it before
-every optimiser step (`lrc.cloning.projection`). Its forward pass, and the model that is exported,
+every optimizer step (`lrc.cloning.projection`). Its forward pass, and the model that is exported,
 are therefore transformers' own, and nothing of ours is needed to run it.
 """
 
@@ -99,7 +99,7 @@ def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
 def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
     """An instance of the teacher's class in the student's shape, on the teacher's device and dtype.
 
-    Weights that are projected are left uninitialised and residual norms are at gain 1; all else
+    Weights that are projected are left uninitialized and residual norms are at gain 1; all else
     (biases of q, k and v, norms inside the attention) is the teacher's, and frozen.
     """
     family, source = teacher.family, teacher.model

@@ -225,14 +225,14 @@ class Description:
     """What a teacher's files say of it, for cards."""
 
     license: str | None = None
-    """Its licence's identifier; None: unknown."""
+    """Its license's identifier; None: unknown."""
 
     languages: tuple[str, ...] = ()
     """Codes of the languages that it writes."""
 
 
 def describe_teacher(section: TeacherSection) -> Description:
-    """Licence (the recipe's, if it names one) and languages of a teacher, from its card or its GGUF
+    """License (the recipe's, if it names one) and languages of a teacher, from its card or its GGUF
     file. What cannot be read is left out: nothing beside the weights may cost a student."""
     try:
         files = locate(section.model, section.revision, weights=False)

@@ -30,7 +30,7 @@ class PrunedShapeSection(Section):
 
 
 class LrcSection(Section):
-    """Low-Rank Clone; its settings are in `student`, `initialise` and `objective`."""
+    """Low-Rank Clone; its settings are in `student`, `initialize` and `objective`."""
 
     name: Literal["lrc"]
 

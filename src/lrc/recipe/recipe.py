@@ -18,7 +18,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 from lrc.recipe.method_sections import METHOD_SECTIONS, LrcSection, MethodSection
 from lrc.recipe.sections import (
     DataSection,
-    InitialiseSection,
+    InitializeSection,
     ObjectiveSection,
     Section,
     StudentSection,
@@ -31,8 +31,8 @@ from lrc.system.yaml_files import parse_yaml, read_yaml
 
 SectionType = TypeVar("SectionType", bound=Section)
 
-SHORT_FORMS = {"method": "name", "initialise": "method"}
-"""Sections that may be written as one of their values: `initialise: random`."""
+SHORT_FORMS = {"method": "name", "initialize": "method"}
+"""Sections that may be written as one of their values: `initialize: random`."""
 
 ORIGINS = ("text", "shards", "stream")
 """Settings of the data section of which exactly one is given."""
@@ -44,7 +44,7 @@ class Recipe(Section):
     method: MethodSection = LrcSection(name="lrc")
     teacher: TeacherSection
     student: StudentSection
-    initialise: InitialiseSection = InitialiseSection()
+    initialize: InitializeSection = InitializeSection()
     objective: ObjectiveSection = ObjectiveSection()
     data: DataSection
     train: TrainSection = TrainSection()
@@ -103,11 +103,11 @@ class Recipe(Section):
         return self
 
     def step_tokens(self) -> int:
-        """Tokens of one optimiser step."""
+        """Tokens of one optimizer step."""
         return self.train.step_sequences() * self.data.sequence_length
 
     def steps(self) -> int:
-        """Optimiser steps of the whole run."""
+        """Optimizer steps of the whole run."""
         return -(-self.train.tokens // self.step_tokens())
 
     def fingerprint(self) -> str:

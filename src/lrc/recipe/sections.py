@@ -40,7 +40,7 @@ class TeacherSection(Section):
     rounded apart (many GGUF files): the student then needs one projection and one matrix less."""
 
     license: str | None = None
-    """Licence identifier of the teacher, for the model card. Empty: read from the .gguf file or
+    """License identifier of the teacher, for the model card. Empty: read from the .gguf file or
     the model card beside the weights, where one is there."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
@@ -48,7 +48,7 @@ class TeacherSection(Section):
 
 
 class StudentSection(Section):
-    """The shape and the parametrisation of the student."""
+    """The shape and the parametrization of the student."""
 
     hidden_size: int = Field(gt=0)
     """d_S, the student's hidden size: even and smaller than the teacher's."""
@@ -59,11 +59,11 @@ class StudentSection(Section):
 
     fold_gains: bool = True
     """Multiply the teacher's RMSNorm gain into the weights that read it before projecting
-    (design of the parametrisation only: the same students can be reached). A start from text has
+    (design of the parametrization only: the same students can be reached). A start from text has
     to be trained with it: without, the first steps undo the start. The paper does not."""
 
 
-class InitialiseSection(Section):
+class InitializeSection(Section):
     """How the projections start."""
 
     method: Literal["closed-form", "pca", "random"] = "closed-form"
@@ -80,7 +80,7 @@ class InitialiseSection(Section):
     calibration_tokens: int = Field(16_384, gt=0)
     """Training tokens that a start from text is solved from; all where the text holds fewer. Their
     residual streams are in temporary files where they take more than 1 GiB
-    (docs/initialise.md)."""
+    (docs/initialize.md)."""
 
     refine_epochs: int = Field(2, ge=0, le=1000)
     """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
@@ -225,7 +225,7 @@ class DataSection(Section):
     """Let no token attend across the boundary between two packed documents."""
 
     cache: str | None = None
-    """Folder of the tokenised cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
+    """Folder of the tokenized cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
 
     @field_validator("text", "shards", "held_out", mode="before")
     @classmethod
@@ -238,7 +238,7 @@ class DataSection(Section):
 
 
 class TrainSection(Section):
-    """The optimisation and its bookkeeping."""
+    """The optimization and its bookkeeping."""
 
     tokens: int = Field(1_000_000, gt=0)
     """Training tokens in all; rounded up to whole steps."""
@@ -247,7 +247,7 @@ class TrainSection(Section):
     """Sequences of a forward pass."""
 
     accumulate: int = Field(1, gt=0, le=1 << 20)
-    """Forward passes of an optimiser step."""
+    """Forward passes of an optimizer step."""
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
@@ -342,5 +342,5 @@ class TrainSection(Section):
         return self
 
     def step_sequences(self) -> int:
-        """Sequences of one optimiser step."""
+        """Sequences of one optimizer step."""
         return self.micro_batch * self.accumulate

@@ -1,6 +1,6 @@
 """Charts as SVG text to stand inside a page, drawn by matplotlib.
 
-Colours are the page's own: matplotlib draws in stand-ins, which are then replaced by the page's
+Colors are the page's own: matplotlib draws in stand-ins, which are then replaced by the page's
 CSS variables, so that one picture serves a light and a dark screen. Text stays text, in the page's
 font. A chart is small, so that it is still legible where it fills the width of a telephone.
 """
@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, MUTED, GRID = "#000001", "#000002", "#000003"
-RUN_COLOURS = tuple(f"#0000{16 + i:02x}" for i in range(8))
-"""Stand-ins of the page's colours; runs beyond the last take the first again."""
+RUN_COLORS = tuple(f"#0000{16 + i:02x}" for i in range(8))
+"""Stand-ins of the page's colors; runs beyond the last take the first again."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
-VARIABLES |= {stand_in: f"--run-{i}" for i, stand_in in enumerate(RUN_COLOURS)}
+VARIABLES |= {stand_in: f"--run-{i}" for i, stand_in in enumerate(RUN_COLORS)}
 
 DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-"""Line styles, for more lines than there are colours; page.css draws their chips."""
+"""Line styles, for more lines than there are colors; page.css draws their chips."""
 
 POINTS = 300
 """Points of a drawn line; more would make the page large and the line no clearer."""
@@ -42,7 +42,7 @@ class Line:
     """One run's values in a chart."""
 
     name: str
-    colour: str
+    color: str
     x: Sequence[float]
     y: Sequence[float]
     baseline: float | None = None
@@ -57,9 +57,9 @@ class Line:
     """Places on the horizontal axis where another stage began, and what happened there."""
 
 
-def run_colour(index: int) -> str:
-    """The stand-in of a run's colour."""
-    return RUN_COLOURS[index % len(RUN_COLOURS)]
+def run_color(index: int) -> str:
+    """The stand-in of a run's color."""
+    return RUN_COLORS[index % len(RUN_COLORS)]
 
 
 def line_chart(
@@ -87,21 +87,19 @@ def line_chart(
         for line in lines:
             if line.marked:
                 if line.band is not None:
-                    axes.fill_between(
-                        line.x, *line.band, color=line.colour, alpha=0.16, linewidth=0
-                    )
+                    axes.fill_between(line.x, *line.band, color=line.color, alpha=0.16, linewidth=0)
                 dashes = DASHES[line.dash]
                 axes.plot(
-                    line.x, line.y, color=line.colour, marker="o", markersize=2.5, linestyle=dashes
+                    line.x, line.y, color=line.color, marker="o", markersize=2.5, linestyle=dashes
                 )
             else:
                 x, y, low, high = spans(line.x, line.y)
-                axes.fill_between(x, low, high, color=line.colour, alpha=0.18, linewidth=0)
-                axes.plot(x, y, color=line.colour)
+                axes.fill_between(x, low, high, color=line.color, alpha=0.18, linewidth=0)
+                axes.plot(x, y, color=line.color)
             if line.baseline is not None:
                 axes.axhline(line.baseline, color=MUTED, linestyle=(0, (4, 3)), linewidth=1)
             for place, stage in line.stages:
-                axes.axvline(place, color=line.colour, linestyle=(0, (1, 2)), linewidth=1)
+                axes.axvline(place, color=line.color, linestyle=(0, (1, 2)), linewidth=1)
                 axes.annotate(
                     stage,
                     (place, 1),
@@ -134,7 +132,7 @@ def heat_map(
         title: the chart's name.
         values: [layers, columns], the columns evenly spaced in training tokens.
         tokens: training tokens at the right edge.
-        norm: the colours' scale, shared by the charts of a run.
+        norm: the colors' scale, shared by the charts of a run.
         x_label: name of the horizontal axis.
     """
     with _style(title):
@@ -150,7 +148,7 @@ def heat_map(
         return _svg(figure, title)
 
 
-def colour_scale(title: str, norm: LogNorm) -> str:
+def color_scale(title: str, norm: LogNorm) -> str:
     """The legend of heat maps."""
     with _style(title):
         figure = Figure(figsize=(4.6, 0.55), layout="constrained")
@@ -187,7 +185,7 @@ def _plain_decades(axis: Axis, low: float, high: float) -> None:
 
 
 def _style(salt: str) -> Any:
-    """matplotlib's settings: text as text, colours of the page, the same file every time."""
+    """matplotlib's settings: text as text, colors of the page, the same file every time."""
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
@@ -215,7 +213,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The picture as an element, in the page's colours and as wide as its place."""
+    """The picture as an element, in the page's colors and as wide as its place."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()

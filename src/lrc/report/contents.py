@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 
 from lrc.model.teacher import short_name
 from lrc.recipe import flatten
-from lrc.report.charts import Line, colour_scale, heat_map, line_chart, run_colour
+from lrc.report.charts import Line, color_scale, heat_map, line_chart, run_color
 from lrc.report.curves import PANELS, stage_marks
 from lrc.run import Run
 
@@ -41,7 +41,7 @@ class Story:
     """A run as a page tells it."""
 
     name: str
-    colour: str
+    color: str
     run: Run
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
@@ -61,7 +61,7 @@ def read_stories(runs: Sequence[Run]) -> list[Story]:
     return [
         Story(
             name,
-            run_colour(i),
+            run_color(i),
             run,
             run.metrics(),
             run.summary() if run.summary_file.is_file() else {},
@@ -85,7 +85,7 @@ def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, st
                 lines.append(
                     Line(
                         story.name,
-                        story.colour,
+                        story.color,
                         [value / unit for value in x],
                         y,
                         _teacher_level(story) if measured else None,
@@ -110,12 +110,12 @@ def throughput_chart(stories: Sequence[Story]) -> str | None:
         points = _points(story.metrics, "tokens_per_second", over_time=False)
         if points:
             x, y = zip(*points, strict=True)
-            lines.append(Line(story.name, story.colour, x, y))
+            lines.append(Line(story.name, story.color, x, y))
     return line_chart("tokens per second", lines, "training tokens") if lines else None
 
 
 def clone_maps(story: Story) -> tuple[str, list[str]] | None:
-    """The clone terms by layer over the run: the legend of the colours and a chart a term."""
+    """The clone terms by layer over the run: the legend of the colors and a chart a term."""
     lines = [line for line in story.metrics if CLONE_LAYERS in line]
     if not lines:
         return None
@@ -135,7 +135,7 @@ def clone_maps(story: Story) -> tuple[str, list[str]] | None:
         for i, term in enumerate(terms)
     ]
     scale = "relative " if story.run.recipe.objective.clone_scale == "relative" else ""
-    return colour_scale(f"{scale}squared difference", norm), charts
+    return color_scale(f"{scale}squared difference", norm), charts
 
 
 def results(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
@@ -154,7 +154,7 @@ def results(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
         ("KL(teacher, student)", lambda s: f"{s.summary['kl']:.4f}"),
         ("same top-1 prediction", lambda s: f"{s.summary['top1_agreement']:.1%}"),
         ("tokens per second", lambda s: f"{s.summary['tokens_per_second']:,.0f}"),
-        ("share of peak FLOP/s", lambda s: f"{s.summary['flop_utilisation']:.0%}"),
+        ("share of peak FLOP/s", lambda s: f"{s.summary['flop_utilization']:.0%}"),
         ("peak memory", lambda s: f"{s.summary['peak_memory_gib']:.1f} GiB"),
     ]
     return [(name, [_or_dash(value, story) for story in stories]) for name, value in rows]

@@ -66,7 +66,7 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
         points = [(tokens, losses[name]) for tokens, losses in by_source if name in losses]
         axes.plot(*zip(*points, strict=True), linewidth=0.8, label=as_label(name))
     for at, name in stage_marks(metrics):
-        axes.axvline(at, color="grey", linestyle=":", label=name)
+        axes.axvline(at, color="gray", linestyle=":", label=name)
     axes.set_title(title)
     axes.set_xlabel("training tokens")
     axes.grid(alpha=0.3)

@@ -61,7 +61,7 @@ def _values(
     return {
         "title": " · ".join(story.name for story in stories),
         "stories": stories,
-        "colours": {story.name: colour_variable(story.colour) for story in stories},
+        "colors": {story.name: color_variable(story.color) for story in stories},
         "results": contents.results(stories),
         "charts": {
             "tokens": contents.loss_charts(stories, over_time=False),
@@ -133,6 +133,6 @@ def _samples(
     return list(found.values())
 
 
-def colour_variable(stand_in: str) -> str:
-    """A stand-in's colour in CSS."""
+def color_variable(stand_in: str) -> str:
+    """A stand-in's color in CSS."""
     return f"var({VARIABLES[stand_in]})"

@@ -10,7 +10,7 @@ class Clock:
     counted in the outer one.
 
     On CUDA, kernels run after the call that starts them returns, so shares are only approximate
-    there; no synchronisation is forced, since that would slow the run.
+    there; no synchronization is forced, since that would slow the run.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints: the trainable parameters, the optimiser's state and the position of a run.
+"""Checkpoints: the trainable parameters, the optimizer's state and the position of a run.
 
 A checkpoint is a folder `step-00000100` with `state.safetensors` and `checkpoint.json`, which
 names the step, the recipe and the checksums of the tensors and of itself. The teacher is never in
@@ -34,7 +34,7 @@ class State:
     """What a run needs to go on as if it had never stopped."""
 
     step: int
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     """Holds `parameters` in its groups."""
@@ -95,7 +95,7 @@ def fill_state(
     fill_parameters(state, path, tensors)
     state.optimizer.load_state_dict(_optimizer_state(state, tensors))
     state.scheduler.load_state_dict(header["scheduler"])
-    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimiser's rates alone
+    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimizer's rates alone
     for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     state.step = int(header["step"])

@@ -24,8 +24,8 @@ from lrc.system.files import write_text
 from lrc.train.loop import Loop
 from lrc.train.progress import phase
 
-STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimiser")
-"""Parts of the clock that belong to an optimiser step."""
+STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimizer")
+"""Parts of the clock that belong to an optimizer step."""
 
 Made = TypeVar("Made")
 
@@ -52,7 +52,7 @@ def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, An
     with phase(quiet, "Measuring the student beside its teacher"):
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
-    summary = summarise(loop, agreement, student)
+    summary = summarize(loop, agreement, student)
     summary["samples"] = best_effort(console, "samples", lambda: samples(loop, student)) or {}
     card = best_effort(
         console, "the model card", lambda: model_card(run, setup.teacher, student, summary)
@@ -87,7 +87,7 @@ def best_effort(console: Console, what: str, make: Callable[[], Made]) -> Made |
         return None
 
 
-def summarise(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dict[str, Any]:
+def summarize(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dict[str, Any]:
     """The closing table of a run, as JSON values."""
     run, setup = loop.run, loop.setup
     steps_rate = loop.tokens() / loop.step_seconds if loop.step_seconds else None
@@ -116,7 +116,7 @@ def summarise(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dic
             name: {"teacher_lm": theirs, "student_lm": ours, "labels": labels}
             for name, (theirs, ours, labels) in agreement.by_source.items()
         },
-        "flop_utilisation": flop_utilisation(loop),
+        "flop_utilization": flop_utilization(loop),
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
     }
@@ -157,8 +157,8 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     table.add_row("training tokens", "", f"{summary['tokens']:,}")
     if summary["tokens"]:
         table.add_row("tokens per second (steps)", "", f"{summary['tokens_per_second']:,.0f}")
-    if summary["flop_utilisation"] is not None:
-        table.add_row("share of measured peak FLOP/s", "", f"{summary['flop_utilisation']:.0%}")
+    if summary["flop_utilization"] is not None:
+        table.add_row("share of measured peak FLOP/s", "", f"{summary['flop_utilization']:.0%}")
     table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
     console.print(table)
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
@@ -178,7 +178,7 @@ def calibration_forwards(loop: Loop) -> float | None:
     return round(loop.calibration_seconds / loop.forward_seconds, 2)
 
 
-def flop_utilisation(loop: Loop) -> float | None:
+def flop_utilization(loop: Loop) -> float | None:
     """Operations of the steps' matrix products a second, as a share of this machine's measured
     peak; None where this process made no step, where the method's operations are not known, or
     where the peak was measured on a busy machine (the steps were quicker than it)."""

@@ -1,4 +1,4 @@
-"""The training loop: optimiser steps, metrics, held-out measurements and checkpoints.
+"""The training loop: optimizer steps, metrics, held-out measurements and checkpoints.
 
 It knows nothing of a method but the interface in `lrc.cloning.method`.
 """
@@ -45,7 +45,7 @@ class Loop:
     text: Reader
     console: Console
     calibration_seconds: float = 0.0
-    """Seconds that initialising the method took, where this process did it."""
+    """Seconds that initializing the method took, where this process did it."""
     forward_seconds: float = 0.0
     """Seconds of them in which the teacher's layers alone ran once over the calibration tokens; 0
     where not known."""
@@ -54,7 +54,7 @@ class Loop:
     seconds_before: float = 0.0
     """Training seconds of earlier stretches."""
     step_seconds: float = 0.0
-    """Seconds of optimiser steps alone, all stretches together."""
+    """Seconds of optimizer steps alone, all stretches together."""
     started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
     """Step that this stretch went on from."""
@@ -115,7 +115,7 @@ class Loop:
         return step % every == 0 or step == self.run.recipe.steps()
 
     def _step(self, progress: StepProgress) -> dict[str, Any]:
-        """One optimiser step; its line of metrics.
+        """One optimizer step; its line of metrics.
 
         Raises:
             DivergedError: the loss or its gradient is not finite; nothing was updated.
@@ -141,7 +141,7 @@ class Loop:
             for name, value in losses.items():
                 sums[name] = sums.get(name, 0) + value.detach()
         method.end_step()
-        with method.clock.part("optimiser"):
+        with method.clock.part("optimizer"):
             norm = self._clip()
             self._refuse_nan(float(sums["loss"]), norm)
             state.optimizer.step()
@@ -192,7 +192,7 @@ class Loop:
         ]
 
     def _calibration_sequences(self) -> int:
-        """Sequences at the head of the text that the method was initialised from. Training begins
+        """Sequences at the head of the text that the method was initialized from. Training begins
         after them: there is more to learn from text that the start does not fit already."""
         return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
@@ -260,7 +260,7 @@ class Loop:
         return {"source_shares": shares}
 
     def calibration(self) -> dict[str, Any]:
-        """Tokens and seconds that the method was initialised with, and the seconds of the teacher's
+        """Tokens and seconds that the method was initialized with, and the seconds of the teacher's
         layers alone over these tokens, where known."""
         sequences = self._calibration_sequences()
         found = {

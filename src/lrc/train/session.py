@@ -12,6 +12,7 @@ from lrc.cloning.activations import last_hidden
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.model.teacher import Teacher
+from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.system.errors import UserError, reason
@@ -19,7 +20,6 @@ from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs
 from lrc.train.loop import Loop
-from lrc.train.preflight import check_installed, need_whole_teacher
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
@@ -32,23 +32,23 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 
 
 def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
-    """Initialise the method from the head of the training stream; the seconds that it took, and
+    """Initialize the method from the head of the training stream; the seconds that it took, and
     those of the teacher's layers alone on the same tokens (0 where not known)."""
     sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
     if tokens + recipe.data.sequence_length <= wanted:
         console.print(
-            f"The training text is short: the student is initialised from {tokens:,} tokens of it, "
+            f"The training text is short: the student is initialized from {tokens:,} tokens of it, "
             f"not from {wanted:,}.",
             style="yellow",
         )
     if sequences and not setup.teacher.on_disk:
         refuse_dead_teacher(setup.teacher, calibration.rows(slice(1)))
     started = time.perf_counter()
-    with phase(console, "Initialising the student") as detail:
+    with phase(console, "Initializing the student") as detail:
         try:
-            forward_seconds = setup.method.initialise(
+            forward_seconds = setup.method.initialize(
                 calibration,
                 lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
             )
@@ -56,7 +56,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
             raise UserError(
                 f"The start cannot be solved, since the activations of {setup.teacher.name} on "
                 f"this text are degenerate ({reason(error)}): check the teacher's weights, or set "
-                "initialise.method to random."
+                "initialize.method to random."
             ) from error
     return time.perf_counter() - started, forward_seconds
 
@@ -140,8 +140,8 @@ def has_ended(run: Run) -> bool:
         return False  # a damaged table is written again
 
 
-def initialise_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
-    """Initialise a new run's student and export it, without any training.
+def initialize_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
+    """Initialize a new run's student and export it, without any training.
 
     The run can be continued by `train`. Arguments, return value and errors are those of `train`.
     """

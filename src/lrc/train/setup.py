@@ -26,21 +26,21 @@ SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_
 
 @dataclass
 class Setup:
-    """A method on its device, with its optimiser, at some step of its run."""
+    """A method on its device, with its optimizer, at some step of its run."""
 
     teacher: Teacher
     method: Method
     state: State
     device: torch.device
     restored: bool
-    """Whether the state is a checkpoint's; else the method is still to be initialised."""
+    """Whether the state is a checkpoint's; else the method is still to be initialized."""
 
 
 def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     """Load the teacher, build the method, and go to the last checkpoint that is whole.
 
     Args:
-        run: the run; without checkpoints its method is still to be initialised.
+        run: the run; without checkpoints its method is still to be initialized.
         console: where a damaged checkpoint is told.
         teacher: a teacher that is loaded already; None: the one that the recipe names.
 
@@ -80,7 +80,7 @@ def context_notes(teacher: Teacher, recipe: Recipe) -> list[str]:
 
 
 def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
-    """Training sequences that a new run of the method is initialised from: none twice, since some
+    """Training sequences that a new run of the method is initialized from: none twice, since some
     check what others were solved on, but for a text of a single one."""
     tokens = method.calibration_tokens()
     if not tokens:

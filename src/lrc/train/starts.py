@@ -1,6 +1,6 @@
 """Starts that runs share, so that a comparison solves each of them once.
 
-A start hangs on the teacher, the student, the method, `initialise`, the text and the seed, not on
+A start hangs on the teacher, the student, the method, `initialize`, the text and the seed, not on
 how the run goes on: tries of several learning rates begin from the same one.
 
     FOLDER/KEY/step-00000000/   the start, as a checkpoint
@@ -34,7 +34,7 @@ class Starts:
     folder: Path
 
     def keep(self, setup: Setup, recipe: Recipe, seconds: tuple[float, float]) -> None:
-        """Keep the start of a method that was just initialised.
+        """Keep the start of a method that was just initialized.
 
         Args:
             setup: the run before its first step.
@@ -72,7 +72,7 @@ class Starts:
 
 def start_key(setup: Setup, recipe: Recipe) -> str:
     """What a run's start hangs on, as a checksum."""
-    names = {"teacher", "student", "method", "initialise", "data"}
+    names = {"teacher", "student", "method", "initialize", "data"}
     sections = recipe.model_dump(mode="json", include=names)
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
     parts = [sections, recipe.train.seed, str(setup.device), shapes]

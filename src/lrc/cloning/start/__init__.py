@@ -16,30 +16,30 @@ from transformers import PreTrainedModel
 from lrc.cloning.projection import Projections
 from lrc.cloning.start.closed_form.solve import solve_projections
 from lrc.cloning.start.pca import pca_projections
-from lrc.cloning.start.random import initialise_random
+from lrc.cloning.start.random import initialize_random
 from lrc.model.teacher import Teacher
-from lrc.recipe.sections import InitialiseSection
+from lrc.recipe.sections import InitializeSection
 
 __all__ = [
-    "initialise",
-    "initialise_from_text",
-    "initialise_random",
+    "initialize",
+    "initialize_from_text",
+    "initialize_random",
     "pca_projections",
     "solve_projections",
 ]
 
 
 class Projected(Protocol):
-    """What is initialised: a method whose student comes out of projections."""
+    """What is initialized: a method whose student comes out of projections."""
 
     teacher: Teacher
     projections: Projections
     model: PreTrainedModel
 
 
-def initialise(
+def initialize(
     method: Projected,
-    section: InitialiseSection,
+    section: InitializeSection,
     ids: Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
@@ -55,12 +55,12 @@ def initialise(
         Seconds in which the teacher's layers alone ran once over the tokens; 0 for `random`.
     """
     if section.method == "random":
-        initialise_random(method.projections, section.std, section.seed)
+        initialize_random(method.projections, section.std, section.seed)
         return 0.0
-    return initialise_from_text(method, section.method, ids, progress, section.refine_epochs)
+    return initialize_from_text(method, section.method, ids, progress, section.refine_epochs)
 
 
-def initialise_from_text(
+def initialize_from_text(
     method: Projected,
     way: str,
     ids: Tensor,
@@ -70,7 +70,7 @@ def initialise_from_text(
     """Set a method's projections and final gain to what calibration tokens give, in place.
 
     Args:
-        way: `closed-form` or `pca`; the others, and what is returned, are those of `initialise`.
+        way: `closed-form` or `pca`; the others, and what is returned, are those of `initialize`.
         refine_epochs: as in `lrc.cloning.start.closed_form.solve.solve_projections`; nothing for
         `pca`.
 

@@ -6,7 +6,7 @@ predictions lose with it,
 
     sum over norms of tr F (C - C B (B^T C B)^-1 B^T C),
 
-C [d_T, d_T] being the second moment of the normalised stream h there, F the Fisher information that
+C [d_T, d_T] being the second moment of the normalized stream h there, F the Fisher information that
 the predictions hold about it, and the bracket the second moment of h - E[h | B^T h] by least
 squares. Where all norms are alike and F is the identity, the principal directions are best. A tied
 head can only read what it also embeds, so its term is another one (`_lost_by_a_tied_head`).
@@ -41,7 +41,7 @@ SEED = 0
 """Of the tokens that are drawn from the teacher's predictions."""
 
 GROUPS = 15
-"""Norms are taken together in so many groups of neighbours; the final one stands alone."""
+"""Norms are taken together in so many groups of neighbors; the final one stands alone."""
 
 FINAL_SHARE = 1 / 4
 """Share of the final norm under a tied head."""
@@ -57,7 +57,7 @@ SMALLEST = 1e-7
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """What is known of the teacher's stream, by groups of neighbouring norms and the final one."""
+    """What is known of the teacher's stream, by groups of neighboring norms and the final one."""
 
     moments: Tensor
     """E[h h^T] / tr E[h h^T], [groups + 1, d_T, d_T]."""
@@ -207,7 +207,7 @@ def _gradient_of_predictions(calibration: Calibration, final: Tensor) -> Tensor:
         part = slice(start, start + CHUNK)
         with torch.enable_grad():
             x = final[part].detach().requires_grad_()
-            logits = calibration.normalise(x) @ head.T
+            logits = calibration.normalize(x) @ head.T
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = functional.cross_entropy(logits, drawn, reduction="sum")
         (gradient[part],) = torch.autograd.grad(loss, x)
@@ -225,7 +225,7 @@ def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[
     for stream in read:
         total: Tensor = torch.zeros(())
         for part in calibration.batches(0, stop):
-            total = total + second_moment(calibration.normalise(stream[part]))
+            total = total + second_moment(calibration.normalize(stream[part]))
         yield total
 
 

@@ -105,7 +105,7 @@ class Calibration:
         ours = student.norm(dim=-1, keepdim=True) * teacher.shape[-1] ** -0.5
         return 1 / self.rms(teacher).maximum(ours)
 
-    def normalise(self, stream: Tensor) -> Tensor:
+    def normalize(self, stream: Tensor) -> Tensor:
         """A residual stream [..., d] as rows [tokens, d] that an RMSNorm of gain 1 gives."""
         rows = stream.reshape(-1, stream.shape[-1])
         return rows / self.rms(rows)

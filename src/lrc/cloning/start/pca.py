@@ -1,6 +1,6 @@
 """The plain start from data: every projection is the basis of the teacher's leading directions.
 
-B [d_T, d_S] are the leading principal directions of the teacher's normalised residual stream, as in
+B [d_T, d_S] are the leading principal directions of the teacher's normalized residual stream, as in
 SliceGPT (arXiv 2401.15024) but one basis for all layers, since the clone has no rotations between
 its blocks. With folded gains every reader is W_T diag(gain) c B, every writer B^T W_T and the
 embedding E_T B: nothing answers for what is lost, unlike in `lrc.cloning.start.closed_form.solve`.

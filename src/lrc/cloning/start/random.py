@@ -5,7 +5,7 @@ import torch
 from lrc.cloning.projection import Projections
 
 
-def initialise_random(projections: Projections, std: float, seed: int) -> None:
+def initialize_random(projections: Projections, std: float, seed: int) -> None:
     """Draw every projection [d_T, d_S] from normal(0, std), the same on every device."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

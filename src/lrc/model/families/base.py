@@ -65,8 +65,8 @@ class Family:
     gguf: str | None = None
     """llama.cpp's name of the architecture, for GGUF files; None where it has none that fits."""
 
-    gguf_neighbours: bool = False
-    """Whether llama.cpp rotates neighbouring rows of q and k together in this architecture, where
+    gguf_neighbors: bool = False
+    """Whether llama.cpp rotates neighboring rows of q and k together in this architecture, where
     transformers rotates row i of a head with row i + head_dim / 2."""
 
     def linear(self, layer: int, name: str) -> str:

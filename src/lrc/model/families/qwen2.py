@@ -6,4 +6,4 @@ llama.cpp's own `qwen2` takes heads * head_dim for the hidden size, which a stud
 
 from lrc.model.families.base import Family
 
-QWEN2 = Family("qwen2", gguf="llama", gguf_neighbours=True)
+QWEN2 = Family("qwen2", gguf="llama", gguf_neighbors=True)

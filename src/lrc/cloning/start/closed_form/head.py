@@ -37,7 +37,7 @@ class OwnHead:
 
         Args:
             value: P [d_T, d_S].
-            z: the student's last residual stream, normalised, [n, d_S].
+            z: the student's last residual stream, normalized, [n, d_S].
         """
         return z, self.rows @ value
 
@@ -69,7 +69,7 @@ def folded_head(calibration: Calibration) -> Tensor:
 
 
 def head_metric(calibration: Calibration, final: Stream) -> Tensor:
-    """The second-order term of KL(teacher || student) in the final normalised state.
+    """The second-order term of KL(teacher || student) in the final normalized state.
 
     K = E[H^T (diag p - p p^T) H] + mix Cov(H) with H = H_T diag(final gain), over the teacher's
     predictions p.
@@ -89,9 +89,9 @@ def head_metric(calibration: Calibration, final: Stream) -> Tensor:
         mass += p.sum(0)
         mean = p @ head
         outer += mean.T @ mean
-    centred = head - head.mean(0)
+    centerd = head - head.mean(0)
     metric = ((head * mass[:, None]).T @ head - outer) / len(rows)
-    return (metric + METRIC_MIX * centred.T @ centred / len(head)).double()
+    return (metric + METRIC_MIX * centerd.T @ centerd / len(head)).double()
 
 
 def logit_scale(
@@ -124,13 +124,13 @@ def logit_scale(
 
 
 def _spread_rows(calibration: Calibration, stream: Stream, first: int = 0) -> Iterator[Tensor]:
-    """Every n-th token's normalised state from a sequence on, by batches, METRIC_TOKENS or more in
+    """Every n-th token's normalized state from a sequence on, by batches, METRIC_TOKENS or more in
     all."""
     sequences, length = calibration.ids.shape
     every = max(1, (sequences - first) * length // METRIC_TOKENS)
     for part in calibration.batches(first):
         skipped = -(part.start - first) * length % every
-        yield calibration.normalise(stream[part].flatten(0, 1)[skipped::every])
+        yield calibration.normalize(stream[part].flatten(0, 1)[skipped::every])
 
 
 def tied_head(
@@ -154,7 +154,7 @@ def tied_head(
     """
     second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
     for part in calibration.batches():
-        second += second_moment(calibration.normalise(stream[part]))
+        second += second_moment(calibration.normalize(stream[part]))
     wide = basis.double()
     ridge = RIDGE * second.diagonal().mean()
     cross = read.double() @ second

@@ -90,8 +90,8 @@ class LastLayers:
         def losses(part: slice, value: Tensor, first: int = 0) -> VocabularyLosses:
             """The losses of some sequences, means over every other token."""
             counted = slice(first, None, 2)
-            states, rows = head(value, calibration.normalise(self._run(part))[counted])
-            h = calibration.normalise(final[part])[counted]
+            states, rows = head(value, calibration.normalize(self._run(part))[counted])
+            h = calibration.normalize(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
             learnt = int((labels >= 0).sum())
             weights = VocabularyWeights(1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK)

@@ -1,6 +1,6 @@
 """An FFN's readers refined by gradients on what the FFN writes.
 
-The closed form solves gate and up for the teacher's normalised stream, the best guess of it that is
+The closed form solves gate and up for the teacher's normalized stream, the best guess of it that is
 linear in the student's. What counts is their product behind the activation function: here both are
 moved by Adam so that the FFN's output comes nearer to the target of its writer,
 
@@ -65,7 +65,7 @@ class Ffn:
         """What the teacher's down projection writes on the student's activations, [..., d_T].
 
         Args:
-            z: the student's normalised stream, [..., d_S].
+            z: the student's normalized stream, [..., d_S].
             readers: as `readers` gives them.
         """
 
@@ -77,7 +77,7 @@ class Ffn:
         costs less than to project what the teacher's writes.
 
         Args:
-            z: the student's normalised stream, [..., d_S].
+            z: the student's normalized stream, [..., d_S].
             readers: as `readers` gives them.
             projection: that of down, [d_T, d_S].
         """
@@ -136,7 +136,7 @@ def refine_ffn(
     _, metric_root = roots(target.metric.double())
 
     def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's normalised stream, the writer's target and the root of its weight."""
+        """The student's normalized stream, the writer's target and the root of its weight."""
         student, teacher = stream[part], target.stream[part]
         root = calibration.weights(teacher, student).sqrt()
         return student / calibration.rms(student), teacher @ target.basis - student, root
@@ -151,11 +151,11 @@ def refine_ffn(
             written = written + second_moment(wrote[part] * root)
             energy += float((wanted * root @ metric_root).square().sum())
 
-        whiten_read, colour_read = roots(read)
-        whiten_wrote, colour_wrote = roots(written)
+        whiten_read, color_read = roots(read)
+        whiten_wrote, color_wrote = roots(written)
         left = {name: roots(second_moment(weight)) for name, weight in ffn.weights.items()}
-        values = {name: left[name][1] @ start[name] @ colour_read for name in left}
-        values["down"] = colour_wrote @ start["down"]
+        values = {name: left[name][1] @ start[name] @ color_read for name in left}
+        values["down"] = color_wrote @ start["down"]
     for value in values.values():
         value.requires_grad_()
 

@@ -241,8 +241,8 @@ class _Solver:
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
             for part in calibration.batches(start, stop):
-                z = calibration.normalise(self.stream[part])
-                yield z, calibration.normalise(teacher[part]), None
+                z = calibration.normalize(self.stream[part])
+                yield z, calibration.normalize(teacher[part]), None
 
         solved_on = calibration.solved_on
         prior = self.basis.double().T

@@ -12,8 +12,8 @@ from torch import Tensor
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.start import (
     calibration,
-    initialise_from_text,
-    initialise_random,
+    initialize_from_text,
+    initialize_random,
     least_squares,
     pca_projections,
     predictions,
@@ -45,7 +45,7 @@ def closed_form(
     teacher = tiny_teacher(family, tied, **changes)
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_from_text(method, "closed-form", ids, refine_epochs=epochs)
+    initialize_from_text(method, "closed-form", ids, refine_epochs=epochs)
     return method
 
 
@@ -84,7 +84,7 @@ def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
         return float((ours - theirs).var(dim=-1).mean())  # a shift of all logits says nothing
 
     solved = error()
-    initialise_random(method.projections, 0.02, seed=0)
+    initialize_random(method.projections, 0.02, seed=0)
     assert solved < error()
 
 
@@ -148,7 +148,7 @@ def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
 
 
 def test_the_principal_start_keeps_most_of_the_stream() -> None:
-    """No other subspace of its size keeps more of the normalised stream, and all uses are one."""
+    """No other subspace of its size keeps more of the normalized stream, and all uses are one."""
     teacher = tiny_teacher("llama", tied=True)
     start = pca_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=True)
     solved, gains = start.projections, start.final_gain
@@ -175,7 +175,7 @@ def test_the_principal_start_at_the_full_hidden_size_is_the_teacher(case: Case) 
     teacher = tiny_teacher(family, tied, **changes)
     student = StudentSection(hidden_size=HIDDEN, tie_projections=False)  # no gain is lost
     method = LowRankClone(teacher, student, ObjectiveSection())
-    initialise_from_text(method, "pca", tokens(24))
+    initialize_from_text(method, "pca", tokens(24))
     with torch.no_grad():
         theirs, ours = teacher.model(tokens(3)).logits, method.student()(tokens(3)).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
@@ -244,7 +244,7 @@ def test_the_scale_of_the_logits_is_the_best_on_the_unseen_tokens(
     text = sample(teacher, 32, 128)
     section = StudentSection(hidden_size=32, tie_projections=shared)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_from_text(method, "closed-form", text)
+    initialize_from_text(method, "closed-form", text)
     unseen = text[-round(len(text) * calibration.HELD_OUT) :]
     with torch.no_grad():
         theirs = torch.log_softmax(teacher.model(unseen).logits, -1)
@@ -260,10 +260,10 @@ def test_the_scale_of_the_logits_is_the_best_on_the_unseen_tokens(
 def test_square_roots_whiten() -> None:
     rows = torch.randn(50, 6).double() @ torch.randn(6, 6).double() + 3
     moment = second_moment(rows)
-    whiten, colour = square_roots(moment)
+    whiten, color = square_roots(moment)
     eye = torch.eye(6, dtype=torch.float64)
-    torch.testing.assert_close(whiten @ colour, eye)
-    torch.testing.assert_close(colour @ colour, 6 * moment / moment.trace() + RIDGE * eye)
+    torch.testing.assert_close(whiten @ color, eye)
+    torch.testing.assert_close(color @ color, 6 * moment / moment.trace() + RIDGE * eye)
 
 
 def test_refining_starts_further_ahead(
@@ -275,7 +275,7 @@ def test_refining_starts_further_ahead(
     method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
 
     def start(epochs: int) -> tuple[float, dict[str, Tensor]]:
-        initialise_from_text(method, "closed-form", text[:48], refine_epochs=epochs)
+        initialize_from_text(method, "closed-form", text[:48], refine_epochs=epochs)
         values = {key: value.detach().clone() for key, value in method.projections.values.items()}
         return held_out_loss(method.student(), [Batch(text[48:])], teacher.vocab_size), values
 
@@ -307,8 +307,8 @@ def test_a_trained_teacher_is_imitated_without_training(stories_folder: Path) ->
     def loss() -> float:
         return held_out_loss(method.student(), held_out, teacher.vocab_size)
 
-    initialise_random(method.projections, 0.02, seed=0)
+    initialize_random(method.projections, 0.02, seed=0)
     random = loss()
-    initialise_from_text(method, "closed-form", text[:48])
+    initialize_from_text(method, "closed-form", text[:48])
     floor = held_out_loss(teacher.model, held_out, teacher.vocab_size)
     assert loss() < floor + 0.5 * (random - floor)

@@ -1,4 +1,4 @@
-"""`lrc analyse neurons`."""
+"""`lrc analyze neurons`."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +13,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 
 @app.callback()
-def analyse() -> None:
+def analyze() -> None:
     """Look into what a student took over from its teacher."""
 
 
@@ -64,7 +64,7 @@ def neurons(
         Path | None,
         typer.Option(
             help="Folder of the results; default: `analysis` in the run's folder, or one below "
-            "analyses/."
+            "analyzes/."
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a forward pass.")] = 16,
@@ -81,13 +81,13 @@ def neurons(
 
     Examples:
 
-    * `lrc analyse neurons runs/mine`
-    * `lrc analyse neurons runs/mine --data eval-data --limit 200`
-    * `lrc analyse neurons my-student --teacher Qwen/Qwen3-1.7B --questions facts.jsonl`
-    * `lrc analyse neurons runs/mine --share 0.002 --positions last --random-draws 5`
+    * `lrc analyze neurons runs/mine`
+    * `lrc analyze neurons runs/mine --data eval-data --limit 200`
+    * `lrc analyze neurons my-student --teacher Qwen/Qwen3-1.7B --questions facts.jsonl`
+    * `lrc analyze neurons runs/mine --share 0.002 --positions last --random-draws 5`
     """
     from lrc.analysis.neuron_tables import draw_layers, markdown, table
-    from lrc.analysis.neurons import Settings, analyse_neurons
+    from lrc.analysis.neurons import Settings, analyze_neurons
     from lrc.cli.evaluate import folder_for
     from lrc.system.files import write_text
     from lrc.system.memory import keep_freed_memory
@@ -110,8 +110,8 @@ def neurons(
         dtype=dtype or "auto",
         device=str(find_device(device)),
     )
-    folder = out or folder_for(model, "analysis", "analyses")
-    result = analyse_neurons(model, teacher, settings, folder, console)
+    folder = out or folder_for(model, "analysis", "analyzes")
+    result = analyze_neurons(model, teacher, settings, folder, console)
     write_text(folder / "neurons.md", markdown(result))
     draw_layers(result, folder / "neurons.png")
     console.print(table(result))

@@ -20,7 +20,7 @@ from torch import Tensor
 from command_line import Command
 from lrc.api import clone
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import calibration, head, initialise_from_text
+from lrc.cloning.start import calibration, head, initialize_from_text
 from lrc.cloning.start.streams import Stream
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
@@ -39,7 +39,7 @@ def started(
     """The weights of a student that was started from 26 sequences."""
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialise_from_text(method, way, tokens(26))
+    initialize_from_text(method, way, tokens(26))
     return {name: value.clone() for name, value in method.student().state_dict().items()}
 
 
@@ -154,7 +154,7 @@ def test_the_files_have_no_name_and_are_closed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        initialise_from_text(method, "closed-form", tokens(26), look)
+        initialize_from_text(method, "closed-form", tokens(26), look)
     assert all(file.closed for file in made)
 
 
@@ -208,7 +208,7 @@ def test_the_full_hidden_size_gives_a_teacher_of_low_precision_back(
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, dtype=dtype, **changes)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
-    initialise_from_text(method, "closed-form", tokens(26))
+    initialize_from_text(method, "closed-form", tokens(26))
     ids = tokens(3)
     with torch.no_grad():
         ours = method.student()(ids).logits
@@ -270,7 +270,7 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
     recipe = {
         "teacher": {"model": str(folder)},
         "student": {"hidden_size": 8},
-        "initialise": {"method": "closed-form", "calibration_tokens": 256},
+        "initialize": {"method": "closed-form", "calibration_tokens": 256},
         "data": {
             "text": [str(text)],
             "held_out_fraction": 0.2,
@@ -336,7 +336,7 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
 PEAK = """
 import torch
-from lrc.cloning.start import calibration, initialise_from_text
+from lrc.cloning.start import calibration, initialize_from_text
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.model.teacher import load_teacher
@@ -350,7 +350,7 @@ def start(load, tokens, in_memory=2**30, folder="teacher"):
     teacher = load_teacher(TeacherSection(model=folder, load=load))
     method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
     ids = torch.randint(3, 33, (tokens // 256, 256))
-    initialise_from_text(method, "closed-form", ids, refine_epochs=1)
+    initialize_from_text(method, "closed-form", ids, refine_epochs=1)
     method.student()
     return peak()
 """

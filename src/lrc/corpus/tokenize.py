@@ -1,4 +1,4 @@
-"""Tokenising at the speed of `tokenizers`, without importing transformers."""
+"""Tokenizing at the speed of `tokenizers`, without importing transformers."""
 
 from itertools import chain
 from pathlib import Path
@@ -12,7 +12,7 @@ from lrc.data.encoding import encode_texts
 from lrc.data.identity import TokenizerIdentity
 
 
-class Tokeniser:
+class Tokenizer:
     """A fast tokenizer that parts documents as packed text wants it.
 
     Args:
