@@ -77,7 +77,7 @@ def test_the_gradients_are_those_of_the_whole_model(
 
 
 def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(basis, "LARGEST", 1e9)
+    monkeypatch.setattr(basis, "LARGEST_TOKEN_WEIGHT", 1e9)
     monkeypatch.setattr(basis, "GROUPS", 2)
     teacher, ids = tiny_teacher("llama"), tokens(24)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:

@@ -21,7 +21,7 @@ from PIL import Image
 from build_helpers import build, make_mix, steps_of, summary_of, texts_of, write_rows
 from data_helpers import ByteTokenizer, byte_tokenizer
 from lrc.corpus import hub, splitting, summary
-from lrc.corpus.unit import Worker
+from lrc.corpus.unit import UnitWorker
 from lrc.data.identity import HASH_RANGE, text_hash
 from lrc.data.shards import Shards, open_shards
 from lrc.system.errors import UserError
@@ -466,14 +466,14 @@ def test_streamed_data_set_goes_on_where_it_stopped(
 
 def fail_at(monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
     """Let the work on a unit fail."""
-    real = Worker.process
+    real = UnitWorker.process
 
-    def process(self: Worker, wanted: Any) -> None:
+    def process(self: UnitWorker, wanted: Any) -> None:
         if wanted.number == unit:
             raise RuntimeError("stopped")
         real(self, wanted)
 
-    monkeypatch.setattr(Worker, "process", process)
+    monkeypatch.setattr(UnitWorker, "process", process)
 
 
 def refused(mix: Any, out: Path, message: str, tokenizer: Any = None) -> None:

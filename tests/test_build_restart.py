@@ -18,7 +18,7 @@ from data_helpers import byte_tokenizer
 from lrc.corpus import pool, run, splitting, summary
 from lrc.corpus.mix import Mix
 from lrc.corpus.pieces import Unit
-from lrc.corpus.unit import Worker
+from lrc.corpus.unit import UnitWorker
 from lrc.system import files
 from lrc.system.errors import UserError
 from test_build import documents, rows
@@ -70,7 +70,7 @@ def test_killed_at_every_moment(mix: Mix, tmp_path: Path) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
 
     def build_and_die(at: int) -> None:
-        real_replace, real_process, count = os.replace, Worker.process, 0
+        real_replace, real_process, count = os.replace, UnitWorker.process, 0
 
         def replace(source: Any, target: Any) -> None:
             nonlocal count
@@ -79,13 +79,13 @@ def test_killed_at_every_moment(mix: Mix, tmp_path: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             real_replace(source, target)
 
-        def process(self: Worker, unit: Unit) -> None:
+        def process(self: UnitWorker, unit: Unit) -> None:
             real_process(self, unit)
             with log.open("a") as file:
                 file.write(f"{unit.name}\n")
 
         # `lrc.system.files` and the shards' files are put in place by the same function.
-        os.replace, Worker.process = replace, process  # type: ignore[method-assign]
+        os.replace, UnitWorker.process = replace, process  # type: ignore[method-assign]
         build(mix, out)
 
     codes = []

@@ -22,9 +22,9 @@ from lrc.cli import main
 from lrc.data import open_text
 from lrc.evaluation import evaluation as evaluation_module
 from lrc.evaluation.agreement import pack
-from lrc.evaluation.evaluation import Settings, evaluate
+from lrc.evaluation.evaluation import EvaluationSettings, evaluate
 from lrc.evaluation.published import published
-from lrc.evaluation.results import Evaluation, Kept, ModelResult, Score, TaskResult
+from lrc.evaluation.results import Evaluation, KeptResults, ModelResult, Score, TaskResult
 from lrc.evaluation.subject import find_subjects, fingerprint_of
 from lrc.evaluation.tables import average, markdown, notes, short_count
 from lrc.recipe import load_recipe
@@ -209,7 +209,7 @@ def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Pat
 
     written = kept[0].stat().st_mtime_ns
     write_rows(data / "sciq.jsonl", ROWS["sciq"](5))  # its own key only
-    settings = Settings(("piqa", "sciq"), data=data)
+    settings = EvaluationSettings(("piqa", "sciq"), data=data)
     found = evaluate(str(byte_model), [], settings, out, QUIET).models[0]
     assert kept[0].stat().st_mtime_ns == written
     assert [result.rows for result in found.tasks.values()] == [4, 5]
@@ -219,7 +219,7 @@ def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Pat
 
 
 def test_kept_results_belong_to_all_settings(byte_model: Path, tmp_path: Path) -> None:
-    kept = Kept(tmp_path)
+    kept = KeptResults(tmp_path)
     key = {"task": "piqa", "limit": 3, "model": fingerprint_of(str(byte_model))}
     result = TaskResult(task="piqa", metrics={"acc": Score(value=0.5)}, rows=3, rows_in_all=9)
     kept.save(key, result)
@@ -266,7 +266,7 @@ def test_held_out_of_a_plain_model(run: Run, byte_model: Path, tmp_path: Path) -
     """The student's folder with teacher and text by hand, against the losses written out."""
     text = tmp_path / "own.txt"
     text.write_text("A cow is an animal.\n\nA hen is an animal too. " * 40)
-    settings = Settings(("heldout",), limit=2, teacher=str(byte_model), text=(str(text),))
+    settings = EvaluationSettings(("heldout",), limit=2, teacher=str(byte_model), text=(str(text),))
     found = evaluate(str(run.student_folder), [], settings, tmp_path / "out", QUIET)
     metrics = found.models[0].tasks["heldout"].metrics
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
@@ -333,8 +333,10 @@ def test_other_refusals(
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="different vocabularies"):
-        evaluate(str(run.folder), [str(other)], Settings(("heldout",)), tmp_path / "out", QUIET)
-    settings = Settings(("heldout",), data=rows)
+        evaluate(
+            str(run.folder), [str(other)], EvaluationSettings(("heldout",)), tmp_path / "out", QUIET
+        )
+    settings = EvaluationSettings(("heldout",), data=rows)
     with pytest.raises(UserError, match="--data holds rows of benchmarks"):
         evaluate(str(run.folder), [], settings, tmp_path / "out", QUIET)
 
@@ -343,7 +345,7 @@ def test_other_refusals(
 
     monkeypatch.setattr("lrc.evaluation.harness.metadata.version", missing)
     with pytest.raises(UserError, match=r"pip install low-rank-clone\[eval\]"):
-        evaluate(str(run.folder), [], Settings(), tmp_path / "out", QUIET)
+        evaluate(str(run.folder), [], EvaluationSettings(), tmp_path / "out", QUIET)
 
 
 def result_of(task: str, accuracy: float, norm: float | None, rows: int) -> TaskResult:

@@ -21,7 +21,7 @@ from command_line import Command
 from lrc.api import clone
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.start import calibration, head, initialize_from_text
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
@@ -85,7 +85,7 @@ def test_a_stream_in_a_file_is_the_tensor(
     dtype = torch.float64 if wide else torch.float32
     generator = torch.Generator().manual_seed(seed)
     expected = torch.zeros(shape, dtype=dtype)
-    streams = [Stream(shape, dtype, on_disk=on_disk) for on_disk in (False, True)]
+    streams = [ActivationStore(shape, dtype, on_disk=on_disk) for on_disk in (False, True)]
     everything = slice(0, shape[0])
     for stream in streams:
         stream[everything] = expected
@@ -179,7 +179,7 @@ class FullFile:
 
 
 def test_a_disk_that_fills_up_is_told(scratch: Path) -> None:
-    stream = Stream((2, 3, 4), torch.float32, on_disk=True)
+    stream = ActivationStore((2, 3, 4), torch.float32, on_disk=True)
     stream._file = FullFile()  # type: ignore[assignment]
     with pytest.raises(UserError, match=f"disk is full while writing {scratch}"):
         stream[slice(0, 1)] = torch.zeros(1, 3, 4)

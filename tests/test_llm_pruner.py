@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lrc.baselines.llm_pruner import LlmPruner, most_important
 from lrc.baselines.pruning.budget import Budget
-from lrc.baselines.pruning.cut import Kept, cut, keep_all
+from lrc.baselines.pruning.cut import KeptUnits, cut, keep_all
 from lrc.baselines.pruning.shape import teacher_shape
 from lrc.baselines.pruning.taylor import taylor_importance
 from lrc.model.student import derive_config
@@ -35,7 +35,7 @@ TEXT = tiny_batch(4, 9)
 IDS = TEXT.input_ids
 
 
-def wide(family: str = "qwen3", tied: bool = False, **changes: Any) -> Teacher:
+def upcast(family: str = "qwen3", tied: bool = False, **changes: Any) -> Teacher:
     return tiny_teacher(family, tied, **{**WIDE, **changes})
 
 
@@ -71,7 +71,7 @@ def clone_size(teacher: Teacher, asked: Recipe) -> int:
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_the_least_important_go_and_the_rest_stays(case: Case) -> None:
     family, tied, changes = case
-    teacher = wide(family, tied, **changes)
+    teacher = upcast(family, tied, **changes)
     method = pruned(teacher, recipe(ratio=0.3, importance="param_mix", grouping="max"))
     found = taylor_importance(teacher, TEXT, "param_mix", "max")
     heads, neurons = method.shape.kv_heads, method.shape.neurons
@@ -104,7 +104,7 @@ def test_what_stays_is_in_its_order() -> None:
 @pytest.mark.parametrize("ratio", [0.1, 0.3, 0.5])
 def test_the_ratio_is_met(case: Case, ratio: float) -> None:
     family, tied, changes = case
-    teacher = wide(family, tied, **changes)
+    teacher = upcast(family, tied, **changes)
     method = LlmPruner.build(teacher, recipe(ratio=ratio))
     before, after = parameters(teacher.model), parameters(method.student())
     neuron = teacher.num_layers * 3 * 34
@@ -116,7 +116,7 @@ def test_the_ratio_is_met(case: Case, ratio: float) -> None:
 @settings(max_examples=25, deadline=None)
 def test_both_shares_are_near(heads: int, size: int, neurons: int, ratio: float) -> None:
     """The shape found is the best of all that there are, tried out one by one."""
-    teacher = wide(
+    teacher = upcast(
         num_key_value_heads=heads, num_attention_heads=heads * size, intermediate_size=neurons
     )
     budget, whole = Budget(teacher, tied=False), teacher_shape(teacher)
@@ -148,7 +148,7 @@ def test_both_shares_are_near(heads: int, size: int, neurons: int, ratio: float)
 
 def test_only_heads_that_the_class_takes() -> None:
     """Llama wants its hidden size to be a multiple of the heads: not 6 of 8 here."""
-    budget = Budget(wide("llama"), tied=False)
+    budget = Budget(upcast("llama"), tied=False)
     total = parameters(budget.teacher.model)
     shapes = [budget.widths(round((1 - ratio / 12) * total)) for ratio in range(1, 11)]
     assert {shape.kv_heads for shape in shapes if shape} == {1, 2, 4}
@@ -157,7 +157,7 @@ def test_only_heads_that_the_class_takes() -> None:
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_as_large_as_the_clone(case: Case) -> None:
     family, tied, changes = case
-    teacher = wide(family, tied, **changes)
+    teacher = upcast(family, tied, **changes)
     asked = recipe(16)
     method = pruned(teacher, asked)
     ours, theirs = parameters(method.student()), clone_size(teacher, asked)
@@ -178,12 +178,12 @@ def test_as_large_as_the_clone(case: Case) -> None:
 )
 def test_sizes_that_cannot_be(family: str, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
-        LlmPruner.build(wide(family, True, vocab_size=400), recipe(**asked))
+        LlmPruner.build(upcast(family, True, vocab_size=400), recipe(**asked))
     assert "\n" not in str(error.value)
 
 
 def test_the_ratio_that_is_named_can_be() -> None:
-    teacher = wide(vocab_size=400)
+    teacher = upcast(vocab_size=400)
     with pytest.raises(UserError) as error:
         LlmPruner.build(teacher, recipe(ratio=0.95))
     limit = float(str(error.value).rstrip(".").rpartition(" ")[2])
@@ -222,7 +222,7 @@ def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
 
 def test_adapters_start_as_nothing_and_merge_into_plain_weights() -> None:
     pytest.importorskip("peft")
-    teacher = wide("qwen2", True)
+    teacher = upcast("qwen2", True)
     full = pruned(teacher, recipe(ratio=0.3))
     asked = recipe(ratio=0.3, recovery="lora", lora_rank=3, lora_alpha=5.0)
     state = torch.get_rng_state()
@@ -253,7 +253,7 @@ def test_adapters_start_as_nothing_and_merge_into_plain_weights() -> None:
 
 def test_only_adapters_train() -> None:
     pytest.importorskip("peft")
-    teacher, asked = wide(), recipe(ratio=0.3, recovery="lora")
+    teacher, asked = upcast(), recipe(ratio=0.3, recovery="lora")
     method = pruned(teacher, asked)
     before = {name: value.detach().clone() for name, value in method.parameters().items()}
     adapters = {name for name in before if ".lora_" in name}
@@ -265,7 +265,7 @@ def test_only_adapters_train() -> None:
 
 
 def test_full_recovery_trains_all() -> None:
-    teacher, asked = wide(), recipe(ratio=0.3)
+    teacher, asked = upcast(), recipe(ratio=0.3)
     method = pruned(teacher, asked)
     before = {name: value.detach().clone() for name, value in method.parameters().items()}
     losses = step(method, asked)
@@ -276,11 +276,11 @@ def test_full_recovery_trains_all() -> None:
 def test_adapters_without_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=r"pip install 'low-rank-clone\[peft\]'"):
-        LlmPruner.build(wide(), recipe(ratio=0.3, recovery="lora"))
+        LlmPruner.build(upcast(), recipe(ratio=0.3, recovery="lora"))
 
 
 def test_kept_parts_have_the_shape_of_the_student() -> None:
-    method = LlmPruner.build(wide(), recipe(16))
+    method = LlmPruner.build(upcast(), recipe(16))
     kept = method.choose(TEXT, lambda done, parts: None)
-    assert isinstance(kept, Kept)
+    assert isinstance(kept, KeptUnits)
     assert kept.shape == method.shape

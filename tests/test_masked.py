@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.baselines.pruning.cut import Kept, cut
+from lrc.baselines.pruning.cut import KeptUnits, cut
 from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
@@ -54,7 +54,7 @@ def test_masks_of_0_and_1_are_the_cut_model(case: Case) -> None:
     layers, hidden = [0, 2], chosen(HIDDEN, 10, 0)
     groups = [chosen(GROUPS, 1, layer) for layer in range(LAYERS)]
     neurons = [chosen(FFN, 7, layer) for layer in range(LAYERS)]
-    kept = Kept(
+    kept = KeptUnits(
         layers,
         torch.tensor(hidden),
         [torch.tensor(groups[i]) for i in layers],

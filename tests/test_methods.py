@@ -479,11 +479,11 @@ def test_every_method_is_complete() -> None:
     )
     for name, method in METHODS.items():
         assert method.title
-        for key in method.honors or ():
+        for key in method.used_settings or ():
             section, _, setting = key.partition(".")
             assert setting in type(getattr(sections, section)).model_fields, (name, key)
         built = method.build(tiny_teacher("llama", intermediate_size=64), recipe_of(name))
-        assert not isinstance(built, PlainStudent) or method.honors
+        assert not isinstance(built, PlainStudent) or method.used_settings
 
 
 def test_operations_of_a_step_follow_the_losses() -> None:

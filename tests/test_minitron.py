@@ -11,8 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.baselines.minitron import Minitron
 from lrc.baselines.pruning.cut import cut
-from lrc.baselines.pruning.importance import Importance, measure_importance
-from lrc.baselines.pruning.shape import Shape, shape_of_config
+from lrc.baselines.pruning.importance import ActivationImportance, measure_importance
+from lrc.baselines.pruning.shape import PrunedShape, shape_of_config
 from lrc.data.batch import Batch
 from lrc.methods import METHODS
 from lrc.model.families import FAMILIES
@@ -22,7 +22,7 @@ from stories import sample
 from tiny import FFN, HEAD_DIM, tiny_batch, tiny_teacher
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
-"""Shape of the teachers here; QUERIES are the query heads of a key/value head."""
+"""PrunedShape of the teachers here; QUERIES are the query heads of a key/value head."""
 
 BATCHES = {
     "whole": tiny_batch(rows=10),
@@ -88,7 +88,7 @@ class Reference:
         ]
         return pool(rows, over_sequences)
 
-    def importance(self, over_tokens: str, over_sequences: str) -> Importance:
+    def importance(self, over_tokens: str, over_sequences: str) -> ActivationImportance:
         how = over_tokens, over_sequences
         norms = ["input_layernorm", "post_attention_layernorm"]
         paths = [f"model.layers.{i}.{norm}" for i in range(LAYERS) for norm in norms]
@@ -107,7 +107,7 @@ class Reference:
                 for i in tokens
             ]
             influence.append(sum(changes) / len(changes))
-        return Importance(
+        return ActivationImportance(
             sum(hidden), torch.stack(groups), torch.stack(neurons), torch.stack(influence)
         )
 
@@ -127,13 +127,13 @@ def test_importance(family: str, batch: str, how: tuple[Any, Any]) -> None:
 
 
 def test_the_largest_scores_stay() -> None:
-    scores = Importance(
+    scores = ActivationImportance(
         torch.tensor([3.0, 1, 4, 1.5, 5]),
         torch.tensor([[1.0, 2], [9, 8], [5, 7]]),
         torch.tensor([[1.0, 2, 3], [9, 7, 8], [1, 3, 2]]),
         torch.tensor([0.3, 0.1, 0.2]),
     )
-    kept = scores.most_important(Shape(layers=2, hidden=3, kv_heads=1, neurons=2))
+    kept = scores.most_important(PrunedShape(layers=2, hidden=3, kv_heads=1, neurons=2))
     assert kept.layers == [0, 2]
     assert kept.hidden.tolist() == [0, 2, 4]
     assert [group.tolist() for group in kept.groups] == [[1], [1]]
@@ -232,7 +232,7 @@ def test_importance_tells_what_matters(stories_folder: Path) -> None:
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
     ids = sample(teacher, 32, 64)
     importance = measure_importance(teacher, Batch(ids), "mean", "l2")
-    opposite = Importance(
+    opposite = ActivationImportance(
         -importance.hidden, -importance.groups, -importance.neurons, -importance.layers
     )
     whole = shape_of_config(model.config)

@@ -362,7 +362,7 @@ def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
     weight = relative_weight(target, mask) if weighted else None
     _, expected = clone_term(ours, theirs.detach(), weight, tokens=7)
     (expected_grad,) = torch.autograd.grad(expected, ours)
-    _, term = clone_term(ours, target, weight, tokens=7, spend=True)
+    _, term = clone_term(ours, target, weight, tokens=7, reuse_target_buffer=True)
     assert torch.equal(target, (ours - theirs).detach())
     assert torch.equal(term, expected)
     assert torch.equal(torch.autograd.grad(term, ours)[0], expected_grad)
@@ -372,10 +372,10 @@ def test_a_target_is_spent_only_where_it_can_be() -> None:
     """Not where it takes a gradient, and not where the difference needs another precision."""
     ours, theirs, _ = sides()
     copy = theirs.detach().clone()
-    clone_term(ours, theirs, None, 10, spend=True)
+    clone_term(ours, theirs, None, 10, reuse_target_buffer=True)
     assert torch.equal(theirs, copy)
     half = copy.bfloat16()
-    clone_term(ours.bfloat16(), half, None, 10, spend=True)
+    clone_term(ours.bfloat16(), half, None, 10, reuse_target_buffer=True)
     assert torch.equal(half, copy.bfloat16())
 
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.baselines.pruning.cut import Kept, cut, keep_all
-from lrc.baselines.pruning.shape import Shape, pruned_config, target_shape, teacher_shape
+from lrc.baselines.pruning.cut import KeptUnits, cut, keep_all
+from lrc.baselines.pruning.shape import PrunedShape, pruned_config, target_shape, teacher_shape
 from lrc.baselines.pruning.size import compare_sizes, parameter_count
 from lrc.exporting import export_student
 from lrc.model.shapes import shape_of
@@ -31,7 +31,7 @@ def grouped(family: str = "llama", tied: bool = False, **changes: Any) -> Teache
     return tiny_teacher(family, tied, **{**GROUPED, "hidden_size": hidden, **changes})
 
 
-KEPT = Kept(
+KEPT = KeptUnits(
     [0, 2],
     torch.tensor([1, 2, 5, 6, 7, 11, 13, 17]),
     [torch.tensor([0, 2]), torch.tensor([1, 2])],
@@ -39,7 +39,7 @@ KEPT = Kept(
 )
 
 
-def by_hand(weights: dict[str, Tensor], kept: Kept, tied: bool) -> dict[str, Tensor]:
+def by_hand(weights: dict[str, Tensor], kept: KeptUnits, tied: bool) -> dict[str, Tensor]:
     """The pruned weights of a `grouped` teacher, row by row."""
 
     def pick(value: Tensor, rows: list[int], columns: list[int] | None = None) -> Tensor:
@@ -127,16 +127,16 @@ def test_a_part_without_effect_can_go(part: str) -> None:
         if part == "layer":
             model.model.layers[1].self_attn.o_proj.weight.zero_()
             model.model.layers[1].mlp.down_proj.weight.zero_()
-            kept = Kept([0, 2], kept.hidden, kept.groups[:2], kept.neurons[:2])
+            kept = KeptUnits([0, 2], kept.hidden, kept.groups[:2], kept.neurons[:2])
         elif part == "group":
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight[:, 2 * HEAD_DIM : 4 * HEAD_DIM] = 0
-            kept = Kept(kept.layers, kept.hidden, [torch.tensor([0, 2])] * 3, kept.neurons)
+            kept = KeptUnits(kept.layers, kept.hidden, [torch.tensor([0, 2])] * 3, kept.neurons)
         else:
             for layer in model.model.layers:
                 layer.mlp.down_proj.weight[:, 4] = 0
             rest = torch.tensor([i for i in range(FFN) if i != 4])
-            kept = Kept(kept.layers, kept.hidden, kept.groups, [rest] * 3)
+            kept = KeptUnits(kept.layers, kept.hidden, kept.groups, [rest] * 3)
         ours, theirs = cut(model, teacher.family, kept)(IDS).logits, model(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
@@ -156,13 +156,13 @@ def test_every_shape(data: st.DataObject) -> None:
     layers = sorted(choose(3, data.draw(st.integers(1, 3))).tolist())
     kv_heads, neurons = data.draw(st.integers(1, 3)), data.draw(st.integers(1, FFN))
     hidden = 2 * kv_heads * data.draw(st.integers(1, 24 // (2 * kv_heads)))
-    kept = Kept(
+    kept = KeptUnits(
         layers,
         choose(24, hidden),
         [choose(3, kv_heads) for _ in layers],
         [choose(FFN, neurons) for _ in layers],
     )
-    shape = Shape(len(layers), hidden, kv_heads, neurons)
+    shape = PrunedShape(len(layers), hidden, kv_heads, neurons)
     assert kept.shape == shape
     student = cut(teacher.model, teacher.family, kept)
     theirs = by_hand(dict(teacher.model.named_parameters()), kept, tied)
@@ -186,7 +186,7 @@ def test_a_tied_model_can_be_cut_untied() -> None:
 def test_layer_types_go_with_the_layers() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     teacher = grouped("qwen3", layer_types=kinds, use_sliding_window=True, sliding_window=4)
-    shape = Shape(2, 18, 3, FFN)
+    shape = PrunedShape(2, 18, 3, FFN)
     assert pruned_config(teacher, shape, [0, 2]).layer_types == kinds[::2]
     assert pruned_config(teacher, shape, [0, 1]).layer_types == kinds[:2]
     with pytest.raises(UserError, match=r"method.layers is 2, .* of 2 kinds .* all 3 have to stay"):
@@ -206,18 +206,18 @@ def test_the_export_runs_in_plain_transformers(family: str, tmp_path: Path) -> N
 def test_uneven_layers_are_refused() -> None:
     even = keep_all(grouped().model)
     with pytest.raises(ValueError, match="as many heads and neurons"):
-        Kept(even.layers, even.hidden, even.groups, [*even.neurons[1:], torch.arange(3)])
+        KeptUnits(even.layers, even.hidden, even.groups, [*even.neurons[1:], torch.arange(3)])
 
 
-def asked(teacher: Teacher, hidden: int, **section: int) -> Shape:
+def asked(teacher: Teacher, hidden: int, **section: int) -> PrunedShape:
     return target_shape(teacher, StudentSection(hidden_size=hidden), PrunedShapeSection(**section))
 
 
 def test_the_target_is_lrcs_shape_by_default() -> None:
     teacher = tiny_teacher("llama")
-    assert asked(teacher, 8) == Shape(LAYERS, 8, 1, FFN)
-    assert asked(teacher, HIDDEN) == teacher_shape(teacher) == Shape(LAYERS, HIDDEN, 1, FFN)
-    assert asked(grouped(), 8, layers=1, kv_heads=2, intermediate_size=7) == Shape(1, 8, 2, 7)
+    assert asked(teacher, 8) == PrunedShape(LAYERS, 8, 1, FFN)
+    assert asked(teacher, HIDDEN) == teacher_shape(teacher) == PrunedShape(LAYERS, HIDDEN, 1, FFN)
+    assert asked(grouped(), 8, layers=1, kv_heads=2, intermediate_size=7) == PrunedShape(1, 8, 2, 7)
 
 
 def test_heads_that_go_change_what_the_hidden_size_divides_by() -> None:
@@ -244,12 +244,12 @@ def test_all_that_does_not_fit_is_told_together() -> None:
 def test_sizes_beside_lrcs(tied: bool) -> None:
     teacher = tiny_teacher("llama", tied)
     student = StudentSection(hidden_size=8)
-    same = compare_sizes(teacher, student, pruned_config(teacher, Shape(LAYERS, 8, 1, FFN)))
+    same = compare_sizes(teacher, student, pruned_config(teacher, PrunedShape(LAYERS, 8, 1, FFN)))
     assert same.student == same.clone
     assert same.fair
     assert "%" not in same.sentence()
     for fewer, fair in ((1, True), (2, False)):
-        shape = Shape(LAYERS, 8, 1, FFN - fewer)
+        shape = PrunedShape(LAYERS, 8, 1, FFN - fewer)
         sizes = compare_sizes(teacher, student, pruned_config(teacher, shape))
         assert sizes.clone - sizes.student == fewer * LAYERS * 3 * 8
         assert sizes.fair == fair

@@ -136,7 +136,7 @@ def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:
 
 def test_names_that_are_the_same_are_told_apart(finished: list[Run], tmp_path: Path) -> None:
     shutil.copytree(finished[0].folder, tmp_path / "first")
-    stories = contents.read_stories([finished[0], Run.open(tmp_path / "first")])
+    stories = contents.read_runs([finished[0], Run.open(tmp_path / "first")])
     assert len({story.name for story in stories}) == 2
 
 
@@ -177,7 +177,7 @@ def test_heat_maps_show_the_values_of_their_time(
     monkeypatch.setattr(
         contents, "heat_map", lambda title, values, tokens, *_: drawn.update({title: values})
     )
-    (story,) = contents.read_stories(finished[:1])
+    (story,) = contents.read_runs(finished[:1])
     lines = [line for line in story.metrics if "clone_layers" in line]
     assert len(lines) == 10
     # unevenly spaced: drop the lines of steps 2 and 3

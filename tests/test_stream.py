@@ -128,7 +128,7 @@ def test_it_goes_on_from_any_place(opened: Callable[..., StreamedText]) -> None:
 def test_going_on_reads_one_block_again(
     opened: Callable[..., StreamedText], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrc.data.stream.TOGETHER", 1)
+    monkeypatch.setattr("lrc.data.stream.DOCUMENTS_PER_BATCH", 1)
     text = opened()
     text.training_batch(0, 400)
     state = text.state()

@@ -107,7 +107,7 @@ def combine(shares: list[float], grouping: Grouping) -> float:
 def naive(
     teacher: Teacher, kind: str, grouping: Grouping, of_vector: Callable[[str, int], float]
 ) -> Tensor:
-    """Importance [layers, groups] from that of single rows and columns."""
+    """TaylorImportance [layers, groups] from that of single rows and columns."""
     places, groups = (4, GROUPS) if kind == "groups" else (3, FFN)
     result = torch.zeros(LAYERS, groups, dtype=torch.float64)
     for layer in range(LAYERS):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.cloning.activations import Place, observe
+from lrc.cloning.activations import LinearSite, observe
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts
 from lrc.cloning.token_clipping import clip_tokens, clipped_tokens
@@ -85,10 +85,10 @@ def test_the_first_token_after_padding_is_found() -> None:
 
 
 @contextmanager
-def gradients(method: LowRankClone, found: dict[Place, Tensor]) -> Iterator[None]:
+def gradients(method: LowRankClone, found: dict[LinearSite, Tensor]) -> Iterator[None]:
     """Keep the gradients at the outputs of the student's linear maps, as its passes leave them."""
 
-    def attend(place: Place, _input: Tensor, output: Tensor) -> Tensor:
+    def attend(place: LinearSite, _input: Tensor, output: Tensor) -> Tensor:
         if output.requires_grad:
             output.register_hook(lambda gradient: found.__setitem__(place, gradient.clone()))
         return output
@@ -98,9 +98,9 @@ def gradients(method: LowRankClone, found: dict[Place, Tensor]) -> Iterator[None
         yield
 
 
-def learn(method: LowRankClone, batch: Batch, limit: float) -> dict[Place, Tensor]:
+def learn(method: LowRankClone, batch: Batch, limit: float) -> dict[LinearSite, Tensor]:
     """One pass there and back; gradients at the outputs of linear maps."""
-    found: dict[Place, Tensor] = {}
+    found: dict[LinearSite, Tensor] = {}
     family = method.teacher.family
     clipped = clipped_tokens(method.model, family, batch, limit)
     tokens = batch.input_ids.numel() if batch.attention_mask is None else 21

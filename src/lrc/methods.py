@@ -35,7 +35,7 @@ RELEASE_SETTINGS = ("release_at", "release_learning_rate")
 def unused_settings(recipe: Recipe) -> list[str]:
     """Settings of a recipe, by dotted key, that differ from their default although the recipe's
     method does not use them."""
-    used = METHODS[recipe.method.name].honors
+    used = METHODS[recipe.method.name].used_settings
     if used is None:
         return []
     found = []

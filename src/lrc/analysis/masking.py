@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import Place, last_hidden, observe
+from lrc.cloning.activations import LinearSite, last_hidden, observe
 from lrc.data.batch import Batch
 from lrc.model.families import Family
 from lrc.system.errors import UserError
@@ -67,7 +67,7 @@ def activity(
     counted = torch.zeros(())
     tokens = 0
 
-    def add(place: Place, states: Tensor, output: Tensor) -> Tensor:
+    def add(place: LinearSite, states: Tensor, output: Tensor) -> Tensor:
         total = states[counted].abs().double().sum(0)
         sums[place[0]] = sums.get(place[0], torch.zeros_like(total)) + total
         return output

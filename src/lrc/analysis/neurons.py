@@ -42,7 +42,7 @@ PUBLISHED_COUNT = 50
 
 
 @dataclass(frozen=True)
-class Settings:
+class NeuronSettings:
     """What decides the experiment, besides the models."""
 
     task: str = "sciq"
@@ -124,7 +124,7 @@ class NeuronResult(Section):
 
 
 def analyze_neurons(
-    model: str, teacher: str | None, settings: Settings, out: Path, console: Console
+    model: str, teacher: str | None, settings: NeuronSettings, out: Path, console: Console
 ) -> NeuronResult:
     """Run the experiment; neurons.json is written at the end.
 
@@ -176,7 +176,12 @@ class _Bench:
     """A loaded model that answers the questions."""
 
     def __init__(
-        self, subject: Subject, role: str, questions: Questions, settings: Settings, say: "_Teller"
+        self,
+        subject: Subject,
+        role: str,
+        questions: Questions,
+        settings: NeuronSettings,
+        say: "_Teller",
     ) -> None:
         self._role, self._questions, self._settings, self._say = role, questions, settings, say
         self._name = subject.name
@@ -285,7 +290,7 @@ def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
     return shapes[0]
 
 
-def _count(settings: Settings, layers: int, width: int) -> int:
+def _count(settings: NeuronSettings, layers: int, width: int) -> int:
     """How many neurons are masked, of the model or of each layer.
 
     Raises:
@@ -307,7 +312,7 @@ def _count(settings: Settings, layers: int, width: int) -> int:
     return count
 
 
-def _questions(settings: Settings, scratch: Path) -> Questions:
+def _questions(settings: NeuronSettings, scratch: Path) -> Questions:
     if settings.questions is None:
         limited = settings.limit is not None
         return questions_of_task(settings.task, settings.data, limited, scratch)
@@ -328,7 +333,7 @@ def _half(rows: int, seed: int) -> list[int]:
     return sorted(order[: rows // 2].tolist())
 
 
-def _batches(rows: Sequence[list[int]], settings: Settings) -> Iterator[Batch]:
+def _batches(rows: Sequence[list[int]], settings: NeuronSettings) -> Iterator[Batch]:
     """Prompts padded on the right, those of about the same length together."""
     ordered = sorted(rows, key=len)
     for first in range(0, len(ordered), settings.batch_size):
@@ -347,7 +352,7 @@ def _accuracy(right: Sequence[float]) -> Accuracy:
     return Accuracy(value=mean, stderr=error, questions=len(right))
 
 
-def _told(settings: Settings, count: int, questions: Questions) -> dict[str, Any]:
+def _told(settings: NeuronSettings, count: int, questions: Questions) -> dict[str, Any]:
     """The settings that decide the numbers."""
     return {
         "questions": questions.source,

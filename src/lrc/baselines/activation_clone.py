@@ -10,9 +10,9 @@ projection to reuse. Losses and weights are LRC's.
 from torch import Tensor, nn
 
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
-from lrc.cloning.activations import Place
+from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
-from lrc.cloning.clone_pass import ClonePass, Sides
+from lrc.cloning.clone_pass import ClonePair, ClonePass
 from lrc.cloning.method import Counts
 from lrc.data.batch import Batch
 from lrc.model.families import WRITERS
@@ -24,7 +24,7 @@ class ActivationClone(RandomStudent):
     """Activation clone, KL and LM, from random weights."""
 
     title = "activation clone without projection, an ablation of LRC (arXiv 2505.12781)"
-    honors = PLAIN_SETTINGS | {
+    used_settings = PLAIN_SETTINGS | {
         "objective.alpha",
         "objective.alpha_schedule",
         "objective.alpha_zero_at",
@@ -60,8 +60,10 @@ class ActivationClone(RandomStudent):
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the alignment is not in the formula."""
 
-    def _sides(self, place: Place, _inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
+    def _sides(
+        self, place: LinearSite, _inputs: Tensor, output: Tensor, target: Tensor
+    ) -> ClonePair:
         """The student's outputs of attention and FFN aligned to the teacher's width."""
         if place[1] in WRITERS:
             output = align(output, self.alignment, place)
-        return Sides(output, target)
+        return ClonePair(output, target)

@@ -18,7 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from lrc.model.families import Family
-from lrc.model.precision import wide_dtype
+from lrc.model.precision import upcast_dtype
 
 OBSERVED = "lrc_observed"
 """Name of the observed attention among transformers' attention functions."""
@@ -53,7 +53,7 @@ class Heads:
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
     """Dot products of all pairs of rows, in float32 at least."""
-    dtype = wide_dtype(a)
+    dtype = upcast_dtype(a)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype).transpose(-1, -2)
 

@@ -30,9 +30,9 @@ from lrc.baselines.lora import add_adapters, write_base, write_merged
 from lrc.baselines.plain import random_student
 from lrc.baselines.pruned import PrunedStudent
 from lrc.baselines.pruning.budget import Budget
-from lrc.baselines.pruning.cut import Kept, keep_all, write_kept
+from lrc.baselines.pruning.cut import KeptUnits, keep_all, write_kept
 from lrc.baselines.pruning.importance import largest
-from lrc.baselines.pruning.shape import Shape, pruned_config, teacher_shape
+from lrc.baselines.pruning.shape import PrunedShape, pruned_config, teacher_shape
 from lrc.baselines.pruning.size import parameter_count
 from lrc.baselines.pruning.taylor import taylor_importance
 from lrc.cloning.method import Progress
@@ -81,7 +81,7 @@ class LlmPruner(PrunedStudent):
         shape = self._by_ratio(budget) if self.pruner.ratio else self._beside_clone(budget)
         return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
 
-    def _by_ratio(self, budget: Budget) -> Shape:
+    def _by_ratio(self, budget: Budget) -> PrunedShape:
         ratio, teacher = self.pruner.ratio, self.teacher
         assert ratio is not None
         if self.recipe.student.hidden_size != teacher.hidden_size:
@@ -101,7 +101,7 @@ class LlmPruner(PrunedStudent):
             )
         return shape
 
-    def _beside_clone(self, budget: Budget) -> Shape:
+    def _beside_clone(self, budget: Budget) -> PrunedShape:
         teacher, student = self.teacher, self.recipe.student
         check_hidden_size(teacher, student.hidden_size)
         clone = parameter_count(teacher, derive_config(teacher, student))
@@ -128,14 +128,14 @@ class LlmPruner(PrunedStudent):
             write_base(self.model, self.plain)
         return 0.0
 
-    def choose(self, calibration: Batch, progress: Progress) -> Kept:
+    def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:
         pruner, shape, whole = self.pruner, self.shape, keep_all(self.teacher.model)
         found = taylor_importance(
             self.teacher, calibration, pruner.importance, pruner.grouping, progress
         )
         groups = most_important(found.groups, shape.kv_heads)
         neurons = most_important(found.neurons, shape.neurons)
-        return Kept(whole.layers, whole.hidden, groups, neurons)
+        return KeptUnits(whole.layers, whole.hidden, groups, neurons)
 
     def student(self) -> PreTrainedModel:
         if self.adapts:

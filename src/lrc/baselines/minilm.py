@@ -30,7 +30,7 @@ class MiniLm(RandomStudent):
     """LM + relations of the last layer, from random weights."""
 
     title = "MiniLM's self-attention distillation (arXiv 2002.10957)"
-    honors = PLAIN_SETTINGS - {"objective.kl_weight", "objective.temperature"}
+    used_settings = PLAIN_SETTINGS - {"objective.kl_weight", "objective.temperature"}
 
     def loss_weights(self) -> list[float]:
         return [self.objective.lm_weight, self.section.relation_weight]

@@ -16,7 +16,7 @@ which the paper uses where many layers go.
 """
 
 from lrc.baselines.pruned import PrunedStudent
-from lrc.baselines.pruning.cut import Kept
+from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.importance import measure_importance
 from lrc.cloning.method import Progress
 from lrc.data.batch import Batch
@@ -28,7 +28,7 @@ class Minitron(PrunedStudent):
 
     title = "Minitron's activation-based pruning and distillation (arXiv 2407.14679)"
 
-    def choose(self, calibration: Batch, progress: Progress) -> Kept:
+    def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:
         section = self.recipe.method
         assert isinstance(section, MinitronSection)
         importance = measure_importance(

@@ -10,7 +10,7 @@ from lrc.cloning.activations import last_hidden
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.method import Counts, Method
 from lrc.cloning.recomputing import recompute
-from lrc.cloning.vocabulary import learn_vocabulary
+from lrc.cloning.vocabulary import kl_and_lm_losses
 from lrc.data.batch import Batch
 from lrc.model.student import empty_student, student_config
 from lrc.model.teacher import Teacher
@@ -38,7 +38,7 @@ class PlainStudent(Method):
     Subclasses give the student to start from, and may add losses and parameters.
     """
 
-    honors = PLAIN_SETTINGS
+    used_settings = PLAIN_SETTINGS
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         """Arguments and errors are those of `build`."""
@@ -83,7 +83,7 @@ class PlainStudent(Method):
     ) -> dict[str, Tensor]:
         """The losses "loss", "kl" (where it has a weight) and "lm" from the last hidden states."""
         with self.clock.part("loss"):
-            return learn_vocabulary(
+            return kl_and_lm_losses(
                 self.teacher,
                 self.model,
                 teacher_hidden,

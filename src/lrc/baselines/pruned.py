@@ -5,8 +5,8 @@ from abc import abstractmethod
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
-from lrc.baselines.pruning.cut import Kept, write_kept
-from lrc.baselines.pruning.shape import Shape, pruned_config, shape_of_config, target_shape
+from lrc.baselines.pruning.cut import KeptUnits, write_kept
+from lrc.baselines.pruning.shape import PrunedShape, pruned_config, shape_of_config, target_shape
 from lrc.baselines.pruning.size import compare_sizes
 from lrc.cloning.method import Progress
 from lrc.data.batch import Batch
@@ -24,7 +24,7 @@ class PrunedStudent(PlainStudent):
     Subclasses choose what is kept.
     """
 
-    honors = PRUNED_SETTINGS
+    used_settings = PRUNED_SETTINGS
 
     @property
     def section(self) -> PrunedShapeSection:
@@ -33,7 +33,7 @@ class PrunedStudent(PlainStudent):
         return self.recipe.method
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> PrunedShape:
         """The student's shape."""
         return shape_of_config(self.model.config)
 
@@ -57,5 +57,5 @@ class PrunedStudent(PlainStudent):
         return 0.0
 
     @abstractmethod
-    def choose(self, calibration: Batch, progress: Progress) -> Kept:
+    def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:
         """What stays of the teacher, in the student's shape; arguments as in `initialize`."""

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PlainStudent
-from lrc.baselines.pruning.cut import Kept, cut
+from lrc.baselines.pruning.cut import KeptUnits, cut
 from lrc.baselines.pruning.learned import LearnedMasks
 from lrc.baselines.pruning.masked import MaskHooks
 from lrc.baselines.pruning.shape import pruned_config, target_shape, teacher_shape
@@ -133,7 +133,7 @@ class ShearedLlama(PlainStudent):
             # Which units of a layer were kept no longer matters: the checkpoint has their weights.
             sizes = self.target.kv_heads, self.target.neurons
             groups, neurons = ([torch.arange(size)] * len(layers) for size in sizes)
-            self._prune(Kept(layers, torch.arange(self.target.hidden), groups, neurons))
+            self._prune(KeptUnits(layers, torch.arange(self.target.hidden), groups, neurons))
 
     def begin_step(self, step: int) -> None:
         self.step = step
@@ -206,14 +206,14 @@ class ShearedLlama(PlainStudent):
             weight.dtype,
         )
 
-    def _cut(self, kept: Kept) -> PreTrainedModel:
+    def _cut(self, kept: KeptUnits) -> PreTrainedModel:
         return cut(self.model, self.teacher.family, kept, self._tied())
 
     def _tied(self) -> bool:
         """Whether the student's LM head is its embedding."""
         return ties_weights(self.teacher, self.recipe.student)
 
-    def _prune(self, kept: Kept) -> None:
+    def _prune(self, kept: KeptUnits) -> None:
         """Begin stage two."""
         self.hooks.remove()
         self.model = self._cut(kept)

@@ -36,7 +36,7 @@ class SliceGpt(PlainStudent):
     """The teacher's leading directions, trained on KL + LM."""
 
     title = "SliceGPT with one rotation for all blocks (arXiv 2401.15024)"
-    honors = PRUNED_SETTINGS
+    used_settings = PRUNED_SETTINGS
 
     def make_student(self) -> PreTrainedModel:
         student = self.recipe.student

@@ -41,7 +41,7 @@ class TinyBert(RandomStudent):
     """Hidden states, attention maps, KL and LM, from random weights."""
 
     title = "TinyBERT's layer-wise distillation (arXiv 1909.10351), adapted to decoders"
-    honors = PLAIN_SETTINGS | {"objective.clone_scale"}
+    used_settings = PLAIN_SETTINGS | {"objective.clone_scale"}
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)

@@ -87,7 +87,7 @@ def neurons(
     * `lrc analyze neurons runs/mine --share 0.002 --positions last --random-draws 5`
     """
     from lrc.analysis.neuron_tables import draw_layers, markdown, table
-    from lrc.analysis.neurons import Settings, analyze_neurons
+    from lrc.analysis.neurons import NeuronSettings, analyze_neurons
     from lrc.cli.evaluate import folder_for
     from lrc.system.files import write_text
     from lrc.system.memory import keep_freed_memory
@@ -95,7 +95,7 @@ def neurons(
 
     quiet_libraries()
     keep_freed_memory()
-    settings = Settings(
+    settings = NeuronSettings(
         task=task,
         questions=questions,
         data=data,

@@ -82,13 +82,13 @@ def evaluate(
         return
     if model is None:
         raise UserError("Give the model to evaluate, or --published for the paper's results.")
-    from lrc.evaluation.evaluation import Settings, evaluate
+    from lrc.evaluation.evaluation import EvaluationSettings, evaluate
     from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
 
     quiet_libraries()
     keep_freed_memory()
-    settings = Settings(
+    settings = EvaluationSettings(
         tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
         limit=limit,
         data=data,

@@ -14,17 +14,17 @@ from transformers import PreTrainedModel
 from lrc.data.batch import Batch
 from lrc.model.families import Family
 
-Place = tuple[int, str]
+LinearSite = tuple[int, str]
 """Layer and name of a linear map (one of `lrc.model.families.LINEARS`)."""
 
-Observer = Callable[[Place, Tensor, Tensor], Tensor]
+Observer = Callable[[LinearSite, Tensor, Tensor], Tensor]
 """Called with the place, the linear map's input and its output, each [batch, sequence, width];
 returns the output that the model goes on with."""
 
 
 @contextmanager
 def observe(
-    model: nn.Module, family: Family, places: Iterable[Place], observer: Observer
+    model: nn.Module, family: Family, places: Iterable[LinearSite], observer: Observer
 ) -> Iterator[None]:
     """While the context is open, show every forward pass through the given linear maps."""
     handles = []
@@ -38,7 +38,9 @@ def observe(
             handle.remove()
 
 
-def _hook(place: Place, observer: Observer) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
+def _hook(
+    place: LinearSite, observer: Observer
+) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
     def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return observer(place, inputs[0], output)
 

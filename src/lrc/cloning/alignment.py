@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import Place
+from lrc.cloning.activations import LinearSite
 from lrc.cloning.projection import projection_key
 from lrc.model.families import WRITERS
 from lrc.model.teacher import Teacher
@@ -31,17 +31,17 @@ def new_alignment(
 
 
 def writer_alignment(
-    teacher: Teacher, student: PreTrainedModel, places: Iterable[Place], seed: int
+    teacher: Teacher, student: PreTrainedModel, places: Iterable[LinearSite], seed: int
 ) -> dict[str, nn.Parameter]:
     """A matrix for every place that writes to the residual stream."""
     names = [_key(place) for place in places if place[1] in WRITERS]
     return new_alignment(teacher, student, names, seed)
 
 
-def align(output: Tensor, alignment: dict[str, nn.Parameter], place: Place) -> Tensor:
+def align(output: Tensor, alignment: dict[str, nn.Parameter], place: LinearSite) -> Tensor:
     """The student's output [b, s, d_S] of a place at the teacher's width, [b, s, d_T]."""
     return output @ alignment[_key(place)].to(output.dtype)
 
 
-def _key(place: Place) -> str:
+def _key(place: LinearSite) -> str:
     return f"alignment.{projection_key(*place)}"

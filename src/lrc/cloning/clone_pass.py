@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import Place, last_hidden, observe
+from lrc.cloning.activations import LinearSite, last_hidden, observe
 from lrc.cloning.method import Counts
 from lrc.cloning.objective import clone_term, relative_weight
 from lrc.cloning.recomputing import recompute_inside_ffns
-from lrc.cloning.vocabulary import learn_vocabulary
+from lrc.cloning.vocabulary import kl_and_lm_losses
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection
@@ -26,7 +26,7 @@ LAYERWISE = "clone_layers"
 """Key of the clone terms by layer in what `losses` gives: [layers, enabled terms]."""
 
 
-class Sides(NamedTuple):
+class ClonePair(NamedTuple):
     """What is compared at a place, each [batch, sequence, width]."""
 
     student: Tensor
@@ -35,7 +35,7 @@ class Sides(NamedTuple):
     """What the teacher's side is the product of, where it is projected (`clone_term`)."""
 
 
-Compare = Callable[[Place, Tensor, Tensor, Tensor], Sides]
+MakePair = Callable[[LinearSite, Tensor, Tensor, Tensor], ClonePair]
 """Given a place, the student's input and output of its linear map, and the teacher's output, what
 is to be compared there."""
 
@@ -58,7 +58,7 @@ class ClonePass:
         model: PreTrainedModel,
         objective: ObjectiveSection,
         clock: Clock,
-        sides: Compare,
+        sides: MakePair,
         recomputes: bool,
     ) -> None:
         self.teacher, self.model, self.objective = teacher, model, objective
@@ -66,7 +66,7 @@ class ClonePass:
         self.alpha = objective.alpha
         """Weight of the clone terms in the present step; 0: nothing is cloned."""
         self.terms = objective.clone.enabled() if objective.alpha else ()
-        self.places: list[Place] = [
+        self.places: list[LinearSite] = [
             (layer, name) for layer in range(teacher.num_layers) for name in self.terms
         ]
         self._observing = ExitStack()
@@ -81,14 +81,14 @@ class ClonePass:
         mask = batch.token_mask()
         places = self.places if self.alpha else []
         teacher_hidden: Tensor | None = None
-        targets: dict[Place, Tensor] = {}
+        targets: dict[LinearSite, Tensor] = {}
         if places or self.objective.kl_weight:
             with self.clock.part("teacher"):
                 teacher_hidden, targets = self._teacher_pass(batch, places)
         with self.clock.part("student"):
             student_hidden, terms = self._student_pass(batch, targets, mask, counts, places)
         with self.clock.part("loss"):
-            losses = learn_vocabulary(
+            losses = kl_and_lm_losses(
                 self.teacher,
                 self.model,
                 teacher_hidden,
@@ -106,12 +106,12 @@ class ClonePass:
         return losses
 
     def _teacher_pass(
-        self, batch: Batch, places: list[Place]
-    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        self, batch: Batch, places: list[LinearSite]
+    ) -> tuple[Tensor, dict[LinearSite, Tensor]]:
         """The teacher's last hidden state [b, s, d_T] and its activations at some places."""
-        targets: dict[Place, Tensor] = {}
+        targets: dict[LinearSite, Tensor] = {}
 
-        def keep(place: Place, _input: Tensor, output: Tensor) -> Tensor:
+        def keep(place: LinearSite, _input: Tensor, output: Tensor) -> Tensor:
             targets[place] = output
             return output
 
@@ -122,19 +122,19 @@ class ClonePass:
     def _student_pass(
         self,
         batch: Batch,
-        targets: dict[Place, Tensor],
+        targets: dict[LinearSite, Tensor],
         mask: Tensor | None,
         counts: Counts,
-        places: list[Place],
-    ) -> tuple[Tensor, dict[Place, Tensor]]:
+        places: list[LinearSite],
+    ) -> tuple[Tensor, dict[LinearSite, Tensor]]:
         """The student's last hidden state [b, s, d_S] and its clone term at every place.
 
         Each of the teacher's activations is let go as soon as it is compared, unless the layer is
         to be recomputed in the backward pass.
         """
-        terms: dict[Place, Tensor] = {}
+        terms: dict[LinearSite, Tensor] = {}
 
-        def compare(place: Place, inputs: Tensor, output: Tensor) -> Tensor:
+        def compare(place: LinearSite, inputs: Tensor, output: Tensor) -> Tensor:
             with self.clock.part("loss"):
                 target = targets[place] if self.recomputes else targets.pop(place)
                 sides = self.sides(place, inputs, output, target)
@@ -145,7 +145,7 @@ class ClonePass:
                     weight,
                     counts.tokens,
                     sides.factors,
-                    spend=not self.recomputes,
+                    reuse_target_buffer=not self.recomputes,
                 )
             return compared if sides.student is output else output
 

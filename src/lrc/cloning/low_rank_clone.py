@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import Place
+from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
-from lrc.cloning.clone_pass import ClonePass, Sides
+from lrc.cloning.clone_pass import ClonePair, ClonePass
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.method import Counts, Method, Progress
 from lrc.cloning.projection import Projections, projection_key
@@ -197,7 +197,9 @@ class LowRankClone(Method):
         )
         return sum(parts.values())
 
-    def _sides(self, place: Place, inputs: Tensor, output: Tensor, target: Tensor) -> Sides:
+    def _sides(
+        self, place: LinearSite, inputs: Tensor, output: Tensor, target: Tensor
+    ) -> ClonePair:
         """What is compared at a place: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
         layer, name = place
@@ -206,20 +208,20 @@ class LowRankClone(Method):
                 output = self._teacher_output(place, inputs)
             elif name in WRITERS:
                 output = align(output, self.alignment, place)
-            return Sides(output, target)
+            return ClonePair(output, target)
         projection = self.projections.values[projection_key(layer, name)]
         factors = target.to(projection.dtype), projection
         with torch.no_grad():
             projected = factors[0] @ factors[1]
-        return Sides(output, projected, factors)
+        return ClonePair(output, projected, factors)
 
-    def _projects(self, place: Place) -> bool:
+    def _projects(self, place: LinearSite) -> bool:
         """Whether the teacher's side of a place is compared through the student's projection."""
         _, name = place
         in_teachers_space = name == "o" and self.objective.attn_out == "teacher"
         return name in WRITERS and not (in_teachers_space or self.alignment)
 
-    def _teacher_output(self, place: Place, inputs: Tensor) -> Tensor:
+    def _teacher_output(self, place: LinearSite, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a place, applied to the student's input of it."""
         module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
         bias = None if module.bias is None else module.bias.to(inputs.dtype)

@@ -47,7 +47,7 @@ class Method(ABC):
     title: ClassVar[str]
     """What the method is, with its source, as a noun phrase for model cards."""
 
-    honors: ClassVar[frozenset[str] | None] = None
+    used_settings: ClassVar[frozenset[str] | None] = None
     """Settings of `student`, `initialize` and `objective`, and of the release in `train`, that the
     method uses, by dotted key (`objective.clone` stands for all below it); None: all. Others are
     warned of where they are set."""

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lrc.model.precision import wide, wide_dtype
+from lrc.model.precision import upcast, upcast_dtype
 
-FAR = 20.0
+LARGEST_EXPM1_ARGUMENT = 20.0
 """Largest difference of scaled logits, less its mean, up to which the KL is summed by e^d - 1."""
 
 CACHED_LOGITS = 4 * 49_152
@@ -119,11 +119,11 @@ class _Vocabulary(torch.autograd.Function):
             for start in range(0, len(student_hidden), weights.chunk_tokens):
                 rows = slice(start, start + weights.chunk_tokens)
                 hidden = student_hidden[rows].to(dtype)
-                logits = wide(hidden @ head.T)
+                logits = upcast(hidden @ head.T)
                 scaled = None
                 if weights.kl_weight:
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
-                    scaled = wide(scaled @ frozen_head.T)
+                    scaled = upcast(scaled @ frozen_head.T)
                 chunk_mask = None if mask is None else mask[rows]
                 chunk_token_lm = None if token_lm is None else token_lm[rows]
                 chunk_kl, chunk_lm = _differentiate(
@@ -248,7 +248,7 @@ def _kl(
     total = p.sum(-1, keepdim=True)  # p is divided by it where it has become a number a row
     minus_d = scaled_teacher.sub_(logits, alpha=1 / temperature)
     mean = torch.mul(p, minus_d, out=work).sum(-1, keepdim=True) / total
-    far = (mean - minus_d.amin(-1, keepdim=True) > FAR)[:, 0]
+    far = (mean - minus_d.amin(-1, keepdim=True) > LARGEST_EXPM1_ARGUMENT)[:, 0]
     usual = None
     if far.any():
         usual = _usual_kl(logits[far] / temperature, minus_d[far])
@@ -284,7 +284,7 @@ def clone_term(
     weight: Tensor | None,
     tokens: int,
     factors: tuple[Tensor, Tensor] | None = None,
-    spend: bool = False,
+    reuse_target_buffer: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Mean squared difference over the elements of the tokens that count (paper section 3.2).
 
@@ -297,7 +297,8 @@ def clone_term(
         factors: a_T [batch, sequence, d_T] without gradient and P [d_T, width], where the target
             is their product, given without gradient. P gets its gradient, which is formed at once:
             so a_T need not be kept until the backward pass.
-        spend: whether the target, where it takes no gradient, may be overwritten: the difference is
+        reuse_target_buffer: whether the target, where it takes no gradient, may be overwritten: the
+        difference is
             then kept in its memory.
 
     Returns:
@@ -307,7 +308,7 @@ def clone_term(
     scale = 1 / (tokens * student.shape[-1])
     source, projection = factors or (None, None)
     return _SquaredDifference.apply(  # type: ignore[no-untyped-call]
-        student, target, projection, source, weight, scale, spend
+        student, target, projection, source, weight, scale, reuse_target_buffer
     )
 
 
@@ -326,7 +327,7 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
     Returns:
         Weights [batch, sequence], zero where masked, in float32 at least.
     """
-    truth = wide(target.detach())
+    truth = upcast(target.detach())
     mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
     counted = mean_square if mask is None else mean_square[mask]
     weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(truth.dtype).tiny)
@@ -346,14 +347,14 @@ class _SquaredDifference(torch.autograd.Function):
         source: Tensor | None,
         weight: Tensor | None,
         scale: float,
-        spend: bool,
+        reuse_target_buffer: bool,
     ) -> tuple[Tensor, Tensor]:
         ctx.dtypes = student.dtype, target.dtype
-        exact = student.dtype == target.dtype == wide_dtype(target)
-        if spend and exact and not ctx.needs_input_grad[1]:
+        exact = student.dtype == target.dtype == upcast_dtype(target)
+        if reuse_target_buffer and exact and not ctx.needs_input_grad[1]:
             difference = torch.sub(student, target, out=target)
         else:
-            difference = wide(student - target)
+            difference = upcast(student - target)
         weighted = difference if weight is None else difference * weight[..., None]
         unit = None  # the gradient of the projection for a loss that counts once
         if projection is not None and source is not None and ctx.needs_input_grad[2]:

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import Place, observe
+from lrc.cloning.activations import LinearSite, observe
 from lrc.data.batch import Batch
 from lrc.model.families import LINEARS, Family
-from lrc.model.precision import wide_dtype
+from lrc.model.precision import upcast_dtype
 
 
 def clipped_tokens(
@@ -35,7 +35,7 @@ def clipped_tokens(
         return nullcontext()
     spared = batch.first_tokens()
 
-    def attend(_place: Place, _input: Tensor, output: Tensor) -> Tensor:
+    def attend(_place: LinearSite, _input: Tensor, output: Tensor) -> Tensor:
         if output.requires_grad:
             output.register_hook(  # type: ignore[no-untyped-call]
                 lambda gradient: clip_tokens(gradient, spared, limit)
@@ -56,7 +56,7 @@ def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:
         spared: tokens that are left as they are, bool [batch, sequence].
         limit: in medians.
     """
-    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=wide_dtype(gradient))
+    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
     largest = limit * norms.where(norms > 0, torch.nan).nanmedian()
     over = (norms > largest) & ~spared
     factors = torch.where(over, largest / norms, 1.0)

@@ -11,7 +11,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection
 
 
-def learn_vocabulary(
+def kl_and_lm_losses(
     teacher: Teacher,
     student: PreTrainedModel,
     teacher_hidden: Tensor | None,

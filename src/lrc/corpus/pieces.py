@@ -59,7 +59,7 @@ class Unit:
         return f"{self.source:03d}-{self.number:07d}"
 
 
-class Row(NamedTuple):
+class TextRow(NamedTuple):
     """A row of a piece."""
 
     number: int
@@ -72,7 +72,7 @@ class Row(NamedTuple):
     """What is wrong with it."""
 
 
-def read_rows(piece: Piece, columns: set[str]) -> Iterator[Row]:
+def read_rows(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     """Stream the rows of a piece.
 
     Args:
@@ -93,7 +93,7 @@ def missing_field(where: str, field: str, fields: Any) -> UserError:
     return UserError(f"{where} has no field '{field}'; name one that it has in the mix ({names}).")
 
 
-def _text(piece: Piece, columns: set[str]) -> Iterator[Row]:
+def _text(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     with reading_errors(Path(piece.shown)), open(piece.path, "rb") as file:
         file.seek(piece.start)
         data = file.read(piece.end - piece.start)
@@ -101,10 +101,10 @@ def _text(piece: Piece, columns: set[str]) -> Iterator[Row]:
             data = data.removeprefix(UTF8_MARK)
         lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
         for number, document in enumerate(cut_documents(lines)):
-            yield Row(number, {"text": document})
+            yield TextRow(number, {"text": document})
 
 
-def _jsonl(piece: Piece, columns: set[str]) -> Iterator[Row]:
+def _jsonl(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     # Copies are plain, whatever they are called; whole compressed files are copied first.
     with reading_errors(Path(piece.shown)), open(piece.path, "rb") as file:
         file.seek(piece.start)
@@ -120,35 +120,35 @@ def _jsonl(piece: Piece, columns: set[str]) -> Iterator[Row]:
                 yield _parse(number, line)
 
 
-def _parse(number: int, line: bytes) -> Row:
+def _parse(number: int, line: bytes) -> TextRow:
     """The row of one line of JSON."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
         long = len(line) == LONGEST_LINE
         reason = f"longer than {LONGEST_LINE >> 20} MiB" if long else f"not valid JSON ({error})"
-        return Row(number, None, reason)
+        return TextRow(number, None, reason)
     if not isinstance(fields, dict):
-        return Row(number, None, f"not a JSON object but a {type(fields).__name__}")
-    return Row(number, fields)
+        return TextRow(number, None, f"not a JSON object but a {type(fields).__name__}")
+    return TextRow(number, fields)
 
 
-def _parquet(piece: Piece, columns: set[str]) -> Iterator[Row]:
+def _parquet(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     with open_parquet(piece.path) as file:
         wanted = _present(piece, columns, file.schema_arrow.names)
         groups = list(range(piece.start, piece.end))
         batches = file.iter_batches(ROWS_AT_ONCE, groups, wanted, use_threads=False)
         rows = (row for batch in batches for row in batch.to_pylist())
-        yield from (Row(number, row) for number, row in enumerate(rows))
+        yield from (TextRow(number, row) for number, row in enumerate(rows))
 
 
-def _dataset(piece: Piece, columns: set[str]) -> Iterator[Row]:
+def _dataset(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     data = open_dataset(piece.path)
     data = data.select_columns(_present(piece, columns, data.column_names)).with_format(None)
     for start in range(piece.start, piece.end, ROWS_AT_ONCE):
         rows = data[start : min(start + ROWS_AT_ONCE, piece.end)]
         for number, values in enumerate(zip(*rows.values(), strict=True), start - piece.start):
-            yield Row(number, dict(zip(rows, values, strict=True)))
+            yield TextRow(number, dict(zip(rows, values, strict=True)))
 
 
 def open_dataset(path: Path) -> Any:

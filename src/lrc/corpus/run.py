@@ -36,7 +36,7 @@ from lrc.corpus.rejects import Rejects
 from lrc.corpus.selection import SourceSelection
 from lrc.corpus.splitting import Splitter, local_files
 from lrc.corpus.summary import summarize, write_summary
-from lrc.corpus.workspace import FOLDER, Plan, Workspace
+from lrc.corpus.workspace import FOLDER, BuildPlan, Workspace
 from lrc.data.identity import token_dtype, tokenizer_identity
 from lrc.data.shards import (
     INDEX,
@@ -99,7 +99,7 @@ def build_shards(
     return shards
 
 
-def make_plan(mix: Mix, tokenizer: Tokenizer) -> Plan:
+def make_plan(mix: Mix, tokenizer: Tokenizer) -> BuildPlan:
     """What decides the build.
 
     Raises:
@@ -117,14 +117,16 @@ def make_plan(mix: Mix, tokenizer: Tokenizer) -> Plan:
         sets = evaluation_files(mix.path(mix.decontaminate.folder))
         files += [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sets]
     versions = {name: metadata.version(name) for name in ("tokenizers", "rensa")}
-    return Plan(mix, identity, token_dtype(tokenizer), files, versions | {"build": str(FORMAT)})
+    return BuildPlan(
+        mix, identity, token_dtype(tokenizer), files, versions | {"build": str(FORMAT)}
+    )
 
 
 class _Build:
     """A build on its way."""
 
     def __init__(
-        self, space: Workspace, plan: Plan, out: Path, pool: Pool, progress: BuildProgress
+        self, space: Workspace, plan: BuildPlan, out: Path, pool: Pool, progress: BuildProgress
     ) -> None:
         self._space = space
         self._plan = plan
@@ -133,7 +135,7 @@ class _Build:
         self._pool = pool
         self._progress = progress
         self._names = list(plan.mix.sources)
-        self._worker = unit.Worker(space) if pool.workers == 1 else None
+        self._worker = unit.UnitWorker(space) if pool.workers == 1 else None
         self._rejects = Rejects(space, self._mix)
         seen = SeenDocuments(self._mix.deduplicate) if self._mix.deduplicate else None
         self._seen = seen
@@ -253,7 +255,7 @@ class _Build:
             yield shard
 
 
-def _finished(plan: Plan, out: Path) -> Shards:
+def _finished(plan: BuildPlan, out: Path) -> Shards:
     """Shards that were built before, where they are of this plan; what a build left is removed."""
     shards = open_shards(out)
     differences = _differences(shards.build, plan)
@@ -268,7 +270,7 @@ def _finished(plan: Plan, out: Path) -> Shards:
     return shards
 
 
-def _check_place(space: Workspace, plan: Plan, out: Path) -> None:
+def _check_place(space: Workspace, plan: BuildPlan, out: Path) -> None:
     """Refuse a folder that is taken, or holds a stopped build of another plan."""
     if space.plan.is_file():
         found = read_json(space.plan, f"remove {out} to begin anew")
@@ -282,7 +284,7 @@ def _check_place(space: Workspace, plan: Plan, out: Path) -> None:
         raise UserError(f"{out} already holds something: choose another folder for the shards.")
 
 
-def _differences(found: dict[str, Any], plan: Plan) -> list[str]:
+def _differences(found: dict[str, Any], plan: BuildPlan) -> list[str]:
     """What differs between a plan on the disk and another one, in words."""
     words = {"mix": "settings", "files": "input files", "dtype": "token size"}
     wanted = json.loads(json.dumps(plan.to_json()))
@@ -293,7 +295,7 @@ def _differences(found: dict[str, Any], plan: Plan) -> list[str]:
     return names
 
 
-def _begin(space: Workspace, plan: Plan, tokenizer: Tokenizer) -> None:
+def _begin(space: Workspace, plan: BuildPlan, tokenizer: Tokenizer) -> None:
     """Write what processes need, and the plan last; nothing where a stopped build did."""
     if space.plan.is_file():
         return

@@ -22,7 +22,7 @@ from lrc.corpus.overlap import OverlapIndex
 from lrc.corpus.pieces import Piece, Unit, missing_field, read_rows
 from lrc.corpus.tokenize import Tokenizer
 from lrc.corpus.words import Hashes, Words, hash_words
-from lrc.corpus.workspace import Plan, Workspace
+from lrc.corpus.workspace import BuildPlan, Workspace
 from lrc.data.identity import HASH_RANGE, text_hash
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
@@ -137,12 +137,12 @@ def read_result(space: Workspace, unit: Unit) -> Result:
 
 
 @cache
-def _worker(folder: Path) -> "Worker":
+def _worker(folder: Path) -> "UnitWorker":
     """The worker of this process, which lives as long as the build."""
-    return Worker(Workspace(folder))
+    return UnitWorker(Workspace(folder))
 
 
-class Worker:
+class UnitWorker:
     """What the work on every unit needs: tokenizer, evaluation sets, the mix.
 
     Args:
@@ -151,7 +151,7 @@ class Worker:
 
     def __init__(self, space: Workspace) -> None:
         self.space = space
-        self.plan: Plan = space.read_plan()
+        self.plan: BuildPlan = space.read_plan()
         self.overlap = OverlapIndex(space.overlap) if self.plan.mix.decontaminate else None
         self.tokenizer = Tokenizer(space.tokenizer / "tokenizer.json", self.plan.tokenizer)
         self.chat: Any = None
@@ -179,7 +179,7 @@ class Worker:
 class _UnitWork:
     """The work on one unit."""
 
-    def __init__(self, worker: Worker, unit: Unit) -> None:
+    def __init__(self, worker: UnitWorker, unit: Unit) -> None:
         self._worker = worker
         self._mix = worker.plan.mix
         self._unit = unit

@@ -14,7 +14,7 @@ FOLDER = "build"
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildPlan:
     """All that decides what a build gives; a build that was stopped goes on with the same one."""
 
     mix: Mix
@@ -33,7 +33,7 @@ class Plan:
         return asdict(self) | {"mix": self.mix.model_dump(mode="json")}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> "Plan":
+    def from_json(cls, values: dict[str, Any]) -> "BuildPlan":
         """The plan out of its JSON values."""
         identity = TokenizerIdentity(**values["tokenizer"])
         mix = Mix.model_validate(values["mix"], strict=False)
@@ -95,13 +95,13 @@ class Workspace:
         """File of the documents that overlap evaluation sets."""
         return self.folder / "decontamination.jsonl"
 
-    def write_plan(self, plan: Plan) -> None:
+    def write_plan(self, plan: BuildPlan) -> None:
         """Keep the plan, after which the build counts as begun."""
         write_text(self.plan, json.dumps(plan.to_json(), indent=1))
 
-    def read_plan(self) -> Plan:
+    def read_plan(self) -> BuildPlan:
         """The plan of a build that has begun."""
-        return Plan.from_json(json.loads(self.plan.read_text(encoding="utf-8")))
+        return BuildPlan.from_json(json.loads(self.plan.read_text(encoding="utf-8")))
 
     def clear_copies(self) -> None:
         """Remove the copied parts that a stopped build left; they are made again where needed."""

@@ -29,7 +29,7 @@ from lrc.system.hub import cache_alone_if_unreachable, no_way
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdataset")
 """Names of `datasets`' own readers of files, which need no hub."""
 
-TOGETHER = 64
+DOCUMENTS_PER_BATCH = 64
 """Documents that are tokenized at once."""
 
 
@@ -184,7 +184,9 @@ class StreamedText:
 
     def _packed_from(self, mark: Mark, used: int) -> Packer:
         """The sequences from a token of a document on."""
-        return Packer(self._tokenized(self._documents(mark), TOGETHER), self._length, used)
+        return Packer(
+            self._tokenized(self._documents(mark), DOCUMENTS_PER_BATCH), self._length, used
+        )
 
     @property
     def _length(self) -> int:

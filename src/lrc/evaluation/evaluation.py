@@ -24,7 +24,7 @@ from lrc.evaluation.harness import (
 from lrc.evaluation.local_data import use_folder
 from lrc.evaluation.progress import Progress, task_progress
 from lrc.evaluation.published import published
-from lrc.evaluation.results import HELD_OUT, Evaluation, Kept, ModelResult, TaskResult
+from lrc.evaluation.results import HELD_OUT, Evaluation, KeptResults, ModelResult, TaskResult
 from lrc.evaluation.subject import Subject, find_subjects
 from lrc.evaluation.tables import markdown
 from lrc.model.teacher import load_model, load_teacher
@@ -43,7 +43,7 @@ FORMAT = 2
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """What all models of an evaluation have in common."""
 
     tasks: tuple[str, ...] = (PAPER,)
@@ -76,7 +76,7 @@ class _Plan:
 
 
 def evaluate(
-    model: str, others: list[str], settings: Settings, out: Path, console: Console
+    model: str, others: list[str], settings: EvaluationSettings, out: Path, console: Console
 ) -> Evaluation:
     """Evaluate a model, and others with the same settings.
 
@@ -97,7 +97,7 @@ def evaluate(
     subjects = find_subjects(model, others)
     with tempfile.TemporaryDirectory(prefix="lrc-eval-") as scratch:
         plan = _plan(subjects[0], settings, Path(scratch))
-        kept = Kept(out / "tasks")
+        kept = KeptResults(out / "tasks")
         results = [_evaluate(subject, plan, settings, kept, console) for subject in subjects]
     evaluation = Evaluation(
         settings={
@@ -129,7 +129,7 @@ def refuse_other_folder(out: Path) -> None:
         )
 
 
-def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
+def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
     """Find tasks and data, before any model is loaded."""
     names = [
         name
@@ -176,7 +176,7 @@ def _plan(first: Subject, settings: Settings, scratch: Path) -> _Plan:
 
 
 def _evaluate(
-    subject: Subject, plan: _Plan, settings: Settings, kept: Kept, console: Console
+    subject: Subject, plan: _Plan, settings: EvaluationSettings, kept: KeptResults, console: Console
 ) -> ModelResult:
     """One model on all tasks; it is loaded only if a task is still to be evaluated."""
     print_ = _printer(console)
@@ -211,7 +211,11 @@ class _Worker:
     """A loaded model, on one task after another."""
 
     def __init__(
-        self, plan: _Plan, settings: Settings, model: PreTrainedModel, tokenizer: Tokenizer
+        self,
+        plan: _Plan,
+        settings: EvaluationSettings,
+        model: PreTrainedModel,
+        tokenizer: Tokenizer,
     ) -> None:
         self._plan, self._settings = plan, settings
         self._model, self._tokenizer = model, tokenizer

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lrc.cloning.activations import last_hidden
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
-from lrc.model.precision import wide
+from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
 
 CHUNK = 128
@@ -137,4 +137,4 @@ def _chunks(
     head = model.get_output_embeddings().weight[:vocab]
     for states, target in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
         logits = states.to(head.dtype) @ head.T
-        yield wide(logits), target
+        yield upcast(logits), target

@@ -76,7 +76,7 @@ class Evaluation(Section):
         return list(self.models[0].tasks)
 
 
-class Kept:
+class KeptResults:
     """The finished tasks of a folder.
 
     Args:

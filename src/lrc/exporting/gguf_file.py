@@ -47,7 +47,7 @@ K_BLOCK = 256
 """Elements of a block of llama.cpp's K-quants."""
 
 
-class Place(NamedTuple):
+class StoredPlace(NamedTuple):
     """A tensor on its way into the file."""
 
     name: str
@@ -120,7 +120,7 @@ def write_gguf(
             factors = _add_shape(writer, model)
             notes = add_vocabulary(writer, tokenizer, model.config.vocab_size)
             if factors is not None:
-                tensors["rope_freqs.weight"] = Place("rope_freqs", factors, Kind.F32)
+                tensors["rope_freqs.weight"] = StoredPlace("rope_freqs", factors, Kind.F32)
             for name, place in tensors.items():
                 shape = place.shape()
                 byte = np.dtype(np.uint8)
@@ -158,7 +158,9 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
 
 
-def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tuple[str, Place]]:
+def _tensors(
+    model: PreTrainedModel, family: Family, kind: Kind
+) -> Iterator[tuple[str, StoredPlace]]:
     """llama.cpp's name of every parameter and what is stored of it, tied ones once."""
     config = model.config
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
@@ -174,7 +176,7 @@ def _tensors(model: PreTrainedModel, family: Family, kind: Kind) -> Iterator[tup
         if name is None or no_bias:
             raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
         module = path.rpartition(".")[0]
-        yield name, Place(path, parameter, _stored(parameter, kind), heads.get(module))
+        yield name, StoredPlace(path, parameter, _stored(parameter, kind), heads.get(module))
 
 
 def neighbors_from_halves(weight: Tensor, heads: int) -> Tensor:

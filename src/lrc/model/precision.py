@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 
-def wide_dtype(tensor: Tensor) -> torch.dtype:
+def upcast_dtype(tensor: Tensor) -> torch.dtype:
     """The tensor's element type, or float32 where that is wider."""
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def wide(tensor: Tensor) -> Tensor:
+def upcast(tensor: Tensor) -> Tensor:
     """A tensor in float32 at least: softmax over a large vocabulary and long sums need it."""
-    return tensor.to(wide_dtype(tensor))
+    return tensor.to(upcast_dtype(tensor))

@@ -37,7 +37,7 @@ NONE = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
-class Story:
+class RunView:
     """A run as a page tells it."""
 
     name: str
@@ -53,13 +53,13 @@ class Story:
         return short_name(self.run.recipe.teacher.model)
 
 
-def read_stories(runs: Sequence[Run]) -> list[Story]:
+def read_runs(runs: Sequence[Run]) -> list[RunView]:
     """The runs with names that tell them apart."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
     return [
-        Story(
+        RunView(
             name,
             run_color(i),
             run,
@@ -70,7 +70,7 @@ def read_stories(runs: Sequence[Run]) -> list[Story]:
     ]
 
 
-def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, str]]:
+def loss_charts(stories: Sequence[RunView], over_time: bool) -> list[tuple[str, str]]:
     """Title and chart of every quantity in the metrics, over training tokens or over time."""
     longest = max((_seconds(story) for story in stories), default=0.0)
     unit, label = time_unit(longest) if over_time else (1.0, "training tokens")
@@ -103,7 +103,7 @@ def loss_charts(stories: Sequence[Story], over_time: bool) -> list[tuple[str, st
     return charts
 
 
-def throughput_chart(stories: Sequence[Story]) -> str | None:
+def throughput_chart(stories: Sequence[RunView]) -> str | None:
     """Tokens per second over training tokens."""
     lines = []
     for story in stories:
@@ -114,7 +114,7 @@ def throughput_chart(stories: Sequence[Story]) -> str | None:
     return line_chart("tokens per second", lines, "training tokens") if lines else None
 
 
-def clone_maps(story: Story) -> tuple[str, list[str]] | None:
+def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
     """The clone terms by layer over the run: the legend of the colors and a chart a term."""
     lines = [line for line in story.metrics if CLONE_LAYERS in line]
     if not lines:
@@ -138,7 +138,7 @@ def clone_maps(story: Story) -> tuple[str, list[str]] | None:
     return color_scale(f"{scale}squared difference", norm), charts
 
 
-def results(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
+def results(stories: Sequence[RunView]) -> list[tuple[str, list[str]]]:
     """The closing tables side by side: each row's name and its value for every run."""
     rows = [
         ("status", _status),
@@ -160,7 +160,7 @@ def results(stories: Sequence[Story]) -> list[tuple[str, list[str]]]:
     return [(name, [_or_dash(value, story) for story in stories]) for name, value in rows]
 
 
-def _or_dash(value: Any, story: Story) -> str:
+def _or_dash(value: Any, story: RunView) -> str:
     """A value as text; a dash where the run has not come to it."""
     try:
         return str(value(story))
@@ -168,7 +168,7 @@ def _or_dash(value: Any, story: Story) -> str:
         return NONE
 
 
-def shapes(stories: Sequence[Story]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def shapes(stories: Sequence[RunView]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Columns and rows of the shapes of teachers and students, teachers that are shared once."""
     columns: dict[str, dict[str, Any]] = {}
     for story in stories:
@@ -181,7 +181,7 @@ def shapes(stories: Sequence[Story]) -> tuple[list[str], list[tuple[str, list[st
     return list(columns), rows
 
 
-def settings(stories: Sequence[Story]) -> list[tuple[str, list[str], bool]]:
+def settings(stories: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
     """Every setting's name, its value for each run, and whether the runs differ in it."""
     flat = [flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
     names = dict.fromkeys(name for recipe in flat for name in recipe)
@@ -189,7 +189,7 @@ def settings(stories: Sequence[Story]) -> list[tuple[str, list[str], bool]]:
     return [(name, values, len(set(values)) > 1) for name, values in rows]
 
 
-def time_shares(story: Story) -> list[tuple[str, float]]:
+def time_shares(story: RunView) -> list[tuple[str, float]]:
     """Where the time of the run's last stretch went, largest first."""
     return list(story.summary.get("time_shares", {}).items())
 
@@ -220,20 +220,20 @@ def time_unit(longest: float) -> tuple[float, str]:
     return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")
 
 
-def _seconds(story: Story) -> float:
+def _seconds(story: RunView) -> float:
     return max((line.get("seconds", 0.0) for line in story.metrics), default=0.0)
 
 
-def _held_out(story: Story) -> list[float]:
+def _held_out(story: RunView) -> list[float]:
     return [line["held_out_lm"] for line in story.metrics if "held_out_lm" in line]
 
 
-def _teacher_level(story: Story) -> float | None:
+def _teacher_level(story: RunView) -> float | None:
     levels = (line.get("teacher_held_out_lm") for line in story.metrics)
     return next((level for level in levels if level is not None), None)
 
 
-def _status(story: Story) -> str:
+def _status(story: RunView) -> str:
     done = story.metrics[-1]["step"] if story.metrics else 0
     steps = story.run.recipe.steps()
     if story.summary:
@@ -241,7 +241,7 @@ def _status(story: Story) -> str:
     return f"at step {done:,} of {steps:,}"
 
 
-def _compression(story: Story) -> str:
+def _compression(story: RunView) -> str:
     ratio = story.summary["teacher_parameters"] / story.summary["student_parameters"]
     return f"{ratio:.2f}x smaller"
 

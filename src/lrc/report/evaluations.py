@@ -25,7 +25,7 @@ METRICS = ("acc", "acc_norm")
 
 
 @dataclass(frozen=True)
-class Row:
+class EvaluationRow:
     """A model's accuracies by one metric."""
 
     model: str
@@ -44,7 +44,7 @@ class Evaluations:
 
     tasks: tuple[str, ...]
     """Names of the columns."""
-    rows: tuple[Row, ...]
+    rows: tuple[EvaluationRow, ...]
     notes: tuple[str, ...]
     """What to know before comparing the numbers."""
 
@@ -68,7 +68,7 @@ def read_evaluations(runs: Sequence[Run]) -> Evaluations | None:
     ]
     rows = dict.fromkeys(measured)  # a teacher that two runs share comes once
     beside = [
-        Row(
+        EvaluationRow(
             entry["model"],
             _note(entry["teacher"], entry["tokens"]),
             "",
@@ -108,7 +108,7 @@ def _task_names(content: dict[str, Any]) -> list[str]:
     ]
 
 
-def _row(model: dict[str, Any], metric: str, order: Sequence[str]) -> Row | None:
+def _row(model: dict[str, Any], metric: str, order: Sequence[str]) -> EvaluationRow | None:
     """A model's row by one metric; None where no task has it."""
     scores = [
         model["tasks"].get(name, {}).get("metrics", {}).get(metric, {}).get("value")
@@ -117,7 +117,7 @@ def _row(model: dict[str, Any], metric: str, order: Sequence[str]) -> Row | None
     if not any(score is not None for score in scores):
         return None
     tokens = model.get("tokens")
-    return Row(
+    return EvaluationRow(
         model["label"],
         _note(model.get("teacher"), f"{tokens:,}" if tokens else None),
         metric,

@@ -57,7 +57,7 @@ def _values(
     runs: Sequence[Run], prompts: Sequence[str], progress: Callable[[str], None]
 ) -> dict[str, Any]:
     """What the template of the page takes."""
-    stories = contents.read_stories(runs)
+    stories = contents.read_runs(runs)
     return {
         "title": " · ".join(story.name for story in stories),
         "stories": stories,
@@ -112,7 +112,7 @@ def check_path(path: Path) -> None:
 
 
 def _samples(
-    stories: Sequence[contents.Story], prompts: Sequence[str], progress: Callable[[str], None]
+    stories: Sequence[contents.RunView], prompts: Sequence[str], progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Prompts with what every model made of them; runs that kept the same sample share it."""
     found: dict[str, dict[str, Any]] = {}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from lrc.baselines.pruning.shape import Shape, group_size, pruned_config, teacher_shape
+from lrc.baselines.pruning.shape import PrunedShape, group_size, pruned_config, teacher_shape
 from lrc.baselines.pruning.size import parameter_count
 from lrc.model.teacher import Teacher
 
@@ -18,16 +18,16 @@ class Budget:
     tied: bool
     """Whether the LM head is the embedding."""
 
-    def count(self, shape: Shape) -> int:
+    def count(self, shape: PrunedShape) -> int:
         """Parameters of a model of a shape."""
         return parameter_count(self.teacher, pruned_config(self.teacher, shape, tied=self.tied))
 
     @property
-    def smallest(self) -> Shape:
+    def smallest(self) -> PrunedShape:
         """One key/value head and one neuron a layer."""
         return replace(teacher_shape(self.teacher), kv_heads=1, neurons=1)
 
-    def widths(self, parameters: int) -> Shape | None:
+    def widths(self, parameters: int) -> PrunedShape | None:
         """The shape for so many parameters; None where even the smallest has more.
 
         LLM-Pruner takes the same share of heads and of neurons. Of the key/value heads only whole
@@ -41,7 +41,7 @@ class Budget:
             return None
         others = whole.kv_heads - 1  # one head is what every configuration accepts
         of_others = total - self.count(replace(whole, kv_heads=1))
-        found: list[tuple[int, float, Shape]] = []
+        found: list[tuple[int, float, PrunedShape]] = []
         for heads in filter(self._takes, range(1, whole.kv_heads + 1)):
             gone = of_others * (whole.kv_heads - heads) // max(1, others)
             surplus = total - gone - parameters

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.baselines.pruning.shape import Shape, group_size, pruned_config
+from lrc.baselines.pruning.shape import PrunedShape, group_size, pruned_config
 from lrc.model.families import Family
 from lrc.model.shapes import head_dim_of
 from lrc.model.student import empty_student
 
 
 @dataclass(frozen=True)
-class Kept:
+class KeptUnits:
     """The parts of a model that stay, by the model's own numbers, each int64 and in the order that
     they are to have.
 
@@ -22,16 +22,16 @@ class Kept:
     """
 
     layers: list[int]
-    """Kept layers, ascending."""
+    """KeptUnits layers, ascending."""
 
     hidden: Tensor
-    """Kept channels of the residual stream, [d_S]."""
+    """KeptUnits channels of the residual stream, [d_S]."""
 
     groups: list[Tensor]
-    """Kept key/value heads of each kept layer; every one brings all its query heads."""
+    """KeptUnits key/value heads of each kept layer; every one brings all its query heads."""
 
     neurons: list[Tensor]
-    """Kept FFN neurons of each kept layer."""
+    """KeptUnits FFN neurons of each kept layer."""
 
     def __post_init__(self) -> None:
         for parts in (self.groups, self.neurons):
@@ -39,17 +39,17 @@ class Kept:
                 raise ValueError("every kept layer needs as many heads and neurons as the others")
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> PrunedShape:
         """The shape of what is kept."""
         layers, hidden = len(self.layers), len(self.hidden)
-        return Shape(layers, hidden, len(self.groups[0]), len(self.neurons[0]))
+        return PrunedShape(layers, hidden, len(self.groups[0]), len(self.neurons[0]))
 
 
-def keep_all(model: PreTrainedModel) -> Kept:
+def keep_all(model: PreTrainedModel) -> KeptUnits:
     """All parts of a model, to replace some of them."""
     config = model.config
     layers = list(range(config.num_hidden_layers))
-    return Kept(
+    return KeptUnits(
         layers,
         torch.arange(config.hidden_size),
         [torch.arange(config.num_key_value_heads) for _ in layers],
@@ -58,7 +58,7 @@ def keep_all(model: PreTrainedModel) -> Kept:
 
 
 def cut(
-    model: PreTrainedModel, family: Family, kept: Kept, tied: bool | None = None
+    model: PreTrainedModel, family: Family, kept: KeptUnits, tied: bool | None = None
 ) -> PreTrainedModel:
     """A model of the same class whose weights are the kept slices, in float32 at least.
 
@@ -77,7 +77,7 @@ def cut(
 
 @torch.no_grad()
 def write_kept(
-    smaller: PreTrainedModel, model: PreTrainedModel, family: Family, kept: Kept
+    smaller: PreTrainedModel, model: PreTrainedModel, family: Family, kept: KeptUnits
 ) -> None:
     """Give a model of the shape of `kept` the kept slices of another model, in place."""
     slices = kept_slices(model, family, kept)
@@ -95,7 +95,7 @@ Slice = tuple[str, Tensor | None, Tensor | None]
 """Name of a parameter of the model that is pruned, its kept rows and columns; None: all."""
 
 
-def kept_slices(model: PreTrainedModel, family: Family, kept: Kept) -> dict[str, Slice]:
+def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict[str, Slice]:
     """Where every parameter of a pruned model comes from, by its name there."""
     head_dim, size = head_dim_of(model.config), group_size(model.config)
     found: dict[str, Slice] = {}

@@ -21,11 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.baselines.pruning.cut import Kept
-from lrc.baselines.pruning.shape import Shape
-from lrc.cloning.activations import Place, last_hidden, observe
+from lrc.baselines.pruning.cut import KeptUnits
+from lrc.baselines.pruning.shape import PrunedShape
+from lrc.cloning.activations import LinearSite, last_hidden, observe
 from lrc.data.batch import Batch
-from lrc.model.precision import wide
+from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import Aggregation
 
@@ -34,7 +34,7 @@ ROWS = 8
 
 
 @dataclass(frozen=True)
-class Importance:
+class ActivationImportance:
     """Scores of a teacher's parts; larger ones matter more."""
 
     hidden: Tensor
@@ -49,10 +49,10 @@ class Importance:
     layers: Tensor
     """Of the layers, [layers]."""
 
-    def most_important(self, shape: Shape) -> Kept:
+    def most_important(self, shape: PrunedShape) -> KeptUnits:
         """The parts of the highest scores, in their order in the teacher, to fill a shape."""
         layers = largest(self.layers, shape.layers).tolist()
-        return Kept(
+        return KeptUnits(
             layers,
             largest(self.hidden, shape.hidden),
             [largest(self.groups[layer], shape.kv_heads) for layer in layers],
@@ -67,7 +67,7 @@ def measure_importance(
     over_tokens: Aggregation,
     over_sequences: Aggregation,
     progress: Callable[[int, int], None] = lambda done, parts: None,
-) -> Importance:
+) -> ActivationImportance:
     """Score all parts of a teacher in one pass over calibration text.
 
     Args:
@@ -91,7 +91,7 @@ def measure_importance(
         for kind, places in watch.rows.items()
     }
     influence = [torch.cat(values).mean() for values in watch.influence.values()]
-    return Importance(
+    return ActivationImportance(
         scores["hidden"].sum(0), scores["groups"], scores["neurons"], torch.stack(influence)
     )
 
@@ -130,7 +130,7 @@ class _Watch:
             )
             for layer in layers
         ]
-        places: list[Place] = [(layer, name) for layer in layers for name in ("o", "down")]
+        places: list[LinearSite] = [(layer, name) for layer in layers for name in ("o", "down")]
         try:
             with observe(model, family, places, self._linear):
                 yield
@@ -146,11 +146,11 @@ class _Watch:
             after = output[0] if isinstance(output, tuple) else output
             change = 1 - functional.cosine_similarity(inputs[0], after, dim=-1)
             counted = change.flatten() if self.mask is None else change[self.mask]
-            self.influence.setdefault(layer, []).append(wide(counted))
+            self.influence.setdefault(layer, []).append(upcast(counted))
 
         return hook
 
-    def _linear(self, place: Place, inputs: Tensor, output: Tensor) -> Tensor:
+    def _linear(self, place: LinearSite, inputs: Tensor, output: Tensor) -> Tensor:
         layer, name = place
         if name == "down":
             self._score("neurons", layer, inputs)
@@ -165,7 +165,7 @@ class _Watch:
         rows = self.rows[kind].setdefault(place, [])
         for row, tokens in enumerate(values):
             counted = tokens if self.mask is None else tokens[self.mask[row]]
-            rows.append(aggregate(wide(counted), self.over_tokens))
+            rows.append(aggregate(upcast(counted), self.over_tokens))
 
 
 def _parts(batch: Batch) -> Iterator[Batch]:

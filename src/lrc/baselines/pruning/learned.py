@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrc.baselines.pruning.cut import Kept
+from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
 from lrc.baselines.pruning.masked import MaskValues
-from lrc.baselines.pruning.shape import Shape
+from lrc.baselines.pruning.shape import PrunedShape
 
 KINDS = ("layers", "hidden", "groups", "neurons")
 
@@ -29,7 +29,7 @@ class Counted:
     """How many stay, along the last one."""
 
 
-def counted(teacher: Shape, target: Shape) -> dict[str, Counted]:
+def counted(teacher: PrunedShape, target: PrunedShape) -> dict[str, Counted]:
     """The kinds of which the target has fewer than the teacher: only they are masked."""
     kinds = {
         "layers": Counted((teacher.layers,), target.layers),
@@ -53,8 +53,8 @@ class LearnedMasks:
 
     def __init__(
         self,
-        teacher: Shape,
-        target: Shape,
+        teacher: PrunedShape,
+        target: PrunedShape,
         open_at_first: float,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -116,7 +116,7 @@ class LearnedMasks:
             total = total + term.sum()
         return total
 
-    def kept(self) -> Kept:
+    def kept(self) -> KeptUnits:
         """The units of the target's shape: those that are most probably open."""
         whole = self.teacher
         layers = self._highest("layers", whole.layers)[0].tolist()
@@ -124,7 +124,7 @@ class LearnedMasks:
             self._highest(kind, number).expand(whole.layers, -1)
             for kind, number in (("groups", whole.kv_heads), ("neurons", whole.neurons))
         )
-        return Kept(
+        return KeptUnits(
             layers,
             self._highest("hidden", whole.hidden)[0],
             [groups[layer] for layer in layers],

@@ -16,7 +16,7 @@ from lrc.system.errors import UserError
 
 
 @dataclass(frozen=True)
-class Shape:
+class PrunedShape:
     """What pruning changes of a decoder's shape. Query heads go with their key/value head, and
     head_dim never changes."""
 
@@ -27,9 +27,9 @@ class Shape:
     """Width of the FFN."""
 
 
-def shape_of_config(config: Any) -> Shape:
+def shape_of_config(config: Any) -> PrunedShape:
     """The shape that a model's configuration gives."""
-    return Shape(
+    return PrunedShape(
         int(config.num_hidden_layers),
         int(config.hidden_size),
         int(config.num_key_value_heads),
@@ -37,7 +37,7 @@ def shape_of_config(config: Any) -> Shape:
     )
 
 
-def teacher_shape(teacher: Teacher) -> Shape:
+def teacher_shape(teacher: Teacher) -> PrunedShape:
     """The shape of a teacher."""
     return shape_of_config(teacher.config)
 
@@ -47,7 +47,9 @@ def group_size(config: Any) -> int:
     return int(config.num_attention_heads) // int(config.num_key_value_heads)
 
 
-def target_shape(teacher: Teacher, student: StudentSection, section: PrunedShapeSection) -> Shape:
+def target_shape(
+    teacher: Teacher, student: StudentSection, section: PrunedShapeSection
+) -> PrunedShape:
     """The shape that a recipe asks for; what it leaves out is as in the teacher.
 
     Unlike LRC's, a pruned student may keep the teacher's hidden size.
@@ -56,7 +58,7 @@ def target_shape(teacher: Teacher, student: StudentSection, section: PrunedShape
         UserError: a size is larger than the teacher's or does not fit; all that do not are told.
     """
     whole = teacher_shape(teacher)
-    asked = Shape(
+    asked = PrunedShape(
         section.layers or whole.layers,
         student.hidden_size,
         section.kv_heads or whole.kv_heads,
@@ -89,7 +91,7 @@ def target_shape(teacher: Teacher, student: StudentSection, section: PrunedShape
 
 def pruned_config(
     model: PreTrainedModel | Teacher,
-    shape: Shape,
+    shape: PrunedShape,
     layers: Sequence[int] | None = None,
     tied: bool | None = None,
 ) -> Any:

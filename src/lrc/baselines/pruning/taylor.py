@@ -32,7 +32,7 @@ from lrc.cloning.activations import last_hidden
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data.batch import Batch
 from lrc.model.families import LINEARS, READERS
-from lrc.model.precision import wide, wide_dtype
+from lrc.model.precision import upcast, upcast_dtype
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import Grouping, Taylor
 
@@ -48,7 +48,7 @@ CHUNK = 512
 
 
 @dataclass(frozen=True)
-class Importance:
+class TaylorImportance:
     """Importance of every group of a model, float64."""
 
     groups: Tensor
@@ -64,7 +64,7 @@ def taylor_importance(
     taylor: Taylor,
     grouping: Grouping,
     progress: Callable[[int, int], None] | None = None,
-) -> Importance:
+) -> TaylorImportance:
     """Importance of a model's groups on calibration text.
 
     Args:
@@ -84,7 +84,7 @@ def taylor_importance(
         return _together(torch.stack(shares).double(), grouping)
 
     layers, config = range(teacher.num_layers), teacher.config
-    return Importance(
+    return TaylorImportance(
         torch.stack([of_groups(i, HEADS, config.num_key_value_heads) for i in layers]),
         torch.stack([of_groups(i, NEURONS, config.intermediate_size) for i in layers]),
     )
@@ -116,7 +116,7 @@ def lm_gradients(
     parameters = _coupled_parameters(teacher)
     zeros = [
         {
-            name: torch.zeros_like(value, dtype=wide_dtype(value))
+            name: torch.zeros_like(value, dtype=upcast_dtype(value))
             for name, value in parameters.items()
         }
         for _ in range(1 + squared)
@@ -131,7 +131,7 @@ def lm_gradients(
     def gather(name: str, parameter: Tensor) -> None:
         """Add the gradient of a part's mean loss as soon as it is there, and free it."""
         assert parameter.grad is not None
-        gradient = parameter.grad.to(wide_dtype(parameter))
+        gradient = parameter.grad.to(upcast_dtype(parameter))
         parameter.grad = None
         found.mean[name].add_(gradient, alpha=share)
         if squared:
@@ -208,7 +208,7 @@ def _vectors(
 
 def _salience(weight: Tensor, name: str, gradients: Gradients, taylor: Taylor) -> Tensor:
     """Salience of every weight of a parameter, in float32 at least."""
-    weight = wide(weight.detach())
+    weight = upcast(weight.detach())
     if taylor == "param_second":
         return weight.square() * gradients.squared[name]
     first = weight * gradients.mean[name]

@@ -33,7 +33,7 @@ MOMENT_TOKENS = 16_384
 GRADIENT_TOKENS = 2048
 """Tokens that the Fisher information is measured on, in whole sequences."""
 
-LARGEST = 10.0
+LARGEST_TOKEN_WEIGHT = 10.0
 """No token's squared gradient counts more than so many times the median: massive activations have
 gradients of their own."""
 
@@ -113,7 +113,7 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
         sizes[site * groups // inside] += 1
     for site, rows in zip(range(inside, -1, -1), gradients(calibration), strict=True):
         energy = rows.square().sum(-1, keepdim=True)
-        cap = (LARGEST * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)
+        cap = (LARGEST_TOKEN_WEIGHT * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)
         moment = second_moment(rows * cap.sqrt())
         share = FISHER_SHARE * width / moment.trace().clamp_min(1e-30) * moment
         fisher[site * groups // inside] += share.to(calibration.dtype)

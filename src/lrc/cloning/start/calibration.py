@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 from lrc.model.student import head_dim
 from lrc.model.teacher import Teacher
 
@@ -40,11 +40,11 @@ class TeacherLayer:
     index: int
     module: nn.Module
     """The layer, in the calibration's dtype."""
-    before: Stream
+    before: ActivationStore
     """The stream before the layer, [sequences, length, d_T]. It may be overwritten."""
-    middle: Stream
+    middle: ActivationStore
     """Between its attention and its FFN."""
-    after: Stream
+    after: ActivationStore
     """After it."""
 
 
@@ -74,7 +74,7 @@ class Calibration:
         widths = 3 * teacher.hidden_size + 2 * hidden_size
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
         self._opened = ExitStack()
-        self._teacher_streams: list[Stream] = []
+        self._teacher_streams: list[ActivationStore] = []
         self._eps = float(teacher.config.rms_norm_eps)
         self._config = copy.deepcopy(teacher.config)
         self._config.head_dim = head_dim(teacher)
@@ -116,10 +116,12 @@ class Calibration:
         for first in range(start, stop, self._batch):
             yield slice(first, min(first + self._batch, stop))
 
-    def stream(self, width: int) -> Stream:
+    def stream(self, width: int) -> ActivationStore:
         """A new stream [sequences, length, width], not yet written."""
         sequences, length = self.ids.shape
-        stream = Stream((sequences, length, width), self.dtype, self.ids.device, self._on_disk)
+        stream = ActivationStore(
+            (sequences, length, width), self.dtype, self.ids.device, self._on_disk
+        )
         self._opened.callback(stream.close)
         return stream
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from lrc.system.files import disk_errors
 
 
-class Stream:
+class ActivationStore:
     """A tensor [sequences, length, width] that is read and written by slices of sequences.
 
     What is read may share memory with the stream, and is to be used before it is written again.

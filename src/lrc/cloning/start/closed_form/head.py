@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form.least_squares import second_moment
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 
 METRIC_TOKENS = 4096
 """Tokens whose predictions form the metric."""
@@ -68,7 +68,7 @@ def folded_head(calibration: Calibration) -> Tensor:
     return calibration.weight(family.head) * calibration.gain(family.final_norm)
 
 
-def head_metric(calibration: Calibration, final: Stream) -> Tensor:
+def head_metric(calibration: Calibration, final: ActivationStore) -> Tensor:
     """The second-order term of KL(teacher || student) in the final normalized state.
 
     K = E[H^T (diag p - p p^T) H] + mix Cov(H) with H = H_T diag(final gain), over the teacher's
@@ -95,7 +95,11 @@ def head_metric(calibration: Calibration, final: Stream) -> Tensor:
 
 
 def logit_scale(
-    calibration: Calibration, head: StudentHead, value: Tensor, stream: Stream, final: Stream
+    calibration: Calibration,
+    head: StudentHead,
+    value: Tensor,
+    stream: ActivationStore,
+    final: ActivationStore,
 ) -> float:
     """The factor of the student's logits that brings KL(teacher || student) lowest on tokens that
     no solve sees: a student that errs must not be as sure as its teacher.
@@ -123,7 +127,9 @@ def logit_scale(
     return LOGIT_SCALES[int(divergence.argmin())]
 
 
-def _spread_rows(calibration: Calibration, stream: Stream, first: int = 0) -> Iterator[Tensor]:
+def _spread_rows(
+    calibration: Calibration, stream: ActivationStore, first: int = 0
+) -> Iterator[Tensor]:
     """Every n-th token's normalized state from a sequence on, by batches, METRIC_TOKENS or more in
     all."""
     sequences, length = calibration.ids.shape
@@ -134,7 +140,7 @@ def _spread_rows(calibration: Calibration, stream: Stream, first: int = 0) -> It
 
 
 def tied_head(
-    calibration: Calibration, basis: Tensor, stream: Stream, read: Tensor, metric: Tensor
+    calibration: Calibration, basis: Tensor, stream: ActivationStore, read: Tensor, metric: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The rotation R [d_S, d_S] of the student's basis and its final gain s [d_S].
 

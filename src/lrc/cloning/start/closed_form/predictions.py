@@ -23,7 +23,7 @@ from lrc.cloning.projection import project, projection_gradient, projection_key
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form.descent import descend
 from lrc.cloning.start.closed_form.head import CHUNK, StudentHead, folded_head
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 from lrc.data.batch import Batch
 from lrc.model.families import LINEARS, READERS
 
@@ -56,7 +56,7 @@ class LastLayers:
         self._before = calibration.stream(calibration.hidden_size)
         self._layers: list[nn.Module] = []
 
-    def begin(self, stream: Stream) -> None:
+    def begin(self, stream: ActivationStore) -> None:
         """Keep the student's residual stream before the first of the layers."""
         calibration = self.calibration
         for part in calibration.batches():
@@ -70,7 +70,7 @@ class LastLayers:
     def refine(
         self,
         solved: Mapping[str, Tensor],
-        final: Stream,
+        final: ActivationStore,
         head: StudentHead,
         value: Tensor,
         epochs: int,
@@ -125,7 +125,7 @@ class LastLayers:
         )
 
     @torch.no_grad()
-    def write(self, stream: Stream, solved: Mapping[str, Tensor], first: int = 0) -> None:
+    def write(self, stream: ActivationStore, solved: Mapping[str, Tensor], first: int = 0) -> None:
         """Overwrite the student's last residual stream, from sequence `first` on, by what these
         projections make it."""
         self._project(solved)

@@ -28,7 +28,7 @@ from lrc.cloning.projection import project
 from lrc.cloning.start.calibration import Calibration, input_of
 from lrc.cloning.start.closed_form.descent import descend
 from lrc.cloning.start.closed_form.least_squares import second_moment
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 
 LEARNING_RATE = 0.04
 """Of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values of Q are
@@ -96,7 +96,7 @@ class Ffn:
 class Target:
     """What the student's residual stream is meant to be after an FFN."""
 
-    stream: Stream
+    stream: ActivationStore
     """The teacher's, [sequences, length, d_T]."""
     basis: Tensor
     """B [d_T, d_S]."""
@@ -108,8 +108,8 @@ class Target:
 def refine_ffn(
     calibration: Calibration,
     ffn: Ffn,
-    stream: Stream,
-    wrote: Stream,
+    stream: ActivationStore,
+    wrote: ActivationStore,
     target: Target,
     start: Mapping[str, Tensor],
     epochs: int,

@@ -47,7 +47,7 @@ from lrc.cloning.start.closed_form.least_squares import Rows, regress
 from lrc.cloning.start.closed_form.predictions import LastLayers
 from lrc.cloning.start.closed_form.refine import Ffn, Target, refine_ffn
 from lrc.cloning.start.start import Start
-from lrc.cloning.start.streams import Stream
+from lrc.cloning.start.streams import ActivationStore
 from lrc.model.teacher import Teacher
 
 FFN_READERS = "gate", "up"
@@ -130,9 +130,9 @@ def cut_sequences(ids: Tensor) -> tuple[Tensor, int]:
 def _solved_head(
     calibration: Calibration,
     basis: Tensor,
-    stream: Stream,
+    stream: ActivationStore,
     read: Tensor,
-    after: Stream,
+    after: ActivationStore,
     shared: bool,
 ) -> tuple[StudentHead, Tensor]:
     """The student's head and what it takes.
@@ -223,19 +223,21 @@ class _Solver:
             teacher.module.get_submodule(family.linears["down"]),
         )
 
-    def _write_ffn(self, written: Stream, ffn: Ffn, projections: dict[str, Tensor]) -> None:
+    def _write_ffn(
+        self, written: ActivationStore, ffn: Ffn, projections: dict[str, Tensor]
+    ) -> None:
         """Fill a stream with what the teacher's down projection writes on the student's FFN."""
         readers = ffn.readers(projections)
         for part in self.calibration.batches():
             stream = self.stream[part]
             written[part] = ffn.written(stream / self.calibration.rms(stream), readers)
 
-    def _add(self, written: Stream, projection: Tensor) -> None:
+    def _add(self, written: ActivationStore, projection: Tensor) -> None:
         """Add what a solved writer writes to the student's stream."""
         for part in self.calibration.batches():
             self.stream[part] += written[part] @ projection
 
-    def reader(self, teacher: Stream) -> Tensor:
+    def reader(self, teacher: ActivationStore) -> Tensor:
         """P [d_T, d_S] that gives the teacher's h from the student's z."""
         calibration = self.calibration
 
@@ -249,7 +251,7 @@ class _Solver:
         solved = regress(rows(0, solved_on), rows(solved_on, None), prior, scale_prior=True)
         return solved.T.to(teacher.dtype).contiguous()
 
-    def writer(self, written: Stream, teacher: Stream) -> Tensor:
+    def writer(self, written: ActivationStore, teacher: ActivationStore) -> Tensor:
         """P [d_T, d_S] with written @ P nearest to teacher @ B - stream."""
         calibration = self.calibration
 
