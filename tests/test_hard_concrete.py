@@ -10,10 +10,10 @@ from torch import Tensor
 
 from lrc.baselines.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
 from lrc.baselines.pruning.learned import LearnedMasks
-from lrc.baselines.pruning.shape import Shape
+from lrc.baselines.pruning.shape import PrunedShape
 
-TEACHER = Shape(layers=3, hidden=10, kv_heads=2, neurons=12)
-TARGET = Shape(layers=2, hidden=6, kv_heads=1, neurons=5)
+TEACHER = PrunedShape(layers=3, hidden=10, kv_heads=2, neurons=12)
+TARGET = PrunedShape(layers=2, hidden=6, kv_heads=1, neurons=5)
 GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
 
 
@@ -63,7 +63,7 @@ def test_settled_masks() -> None:
     torch.testing.assert_close(settled(log_alpha), expected)
 
 
-def random_masks(seed: int = 0, target: Shape = TARGET) -> LearnedMasks:
+def random_masks(seed: int = 0, target: PrunedShape = TARGET) -> LearnedMasks:
     masks = LearnedMasks(TEACHER, target, 0.9, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_ascent_meets_the_constraint() -> None:
     st.integers(0, 99),
 )
 def test_kept_units_have_the_exact_shape(sizes: tuple[int, int, int, int], seed: int) -> None:
-    target = Shape(*sizes)
+    target = PrunedShape(*sizes)
     masks = random_masks(seed, target)
     kept = masks.kept()
     assert len(kept.layers) == len(kept.groups) == len(kept.neurons) == target.layers

@@ -14,14 +14,12 @@ from lrc.cloning.start import (
     calibration,
     initialize_from_text,
     initialize_random,
-    least_squares,
     pca_projections,
-    predictions,
-    refine,
     solve_projections,
 )
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form import least_squares, predictions, refine
 from lrc.cloning.start.closed_form.least_squares import moments, regress, second_moment
 from lrc.cloning.start.closed_form.refine import RIDGE, square_roots
 from lrc.cloning.start.closed_form.solve import cut_sequences

@@ -20,7 +20,8 @@ from torch import Tensor
 from command_line import Command
 from lrc.api import clone
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import calibration, head, initialize_from_text
+from lrc.cloning.start import calibration, initialize_from_text
+from lrc.cloning.start.closed_form import head
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection

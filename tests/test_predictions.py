@@ -9,8 +9,10 @@ from torch import Tensor
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import projection_key
-from lrc.cloning.start import closed_form, initialize_from_text, predictions
+from lrc.cloning.start import initialize_from_text
 from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form import predictions
+from lrc.cloning.start.closed_form import solve as closed_form
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
 from lrc.model.families import FAMILIES, LINEARS
