@@ -1,6 +1,7 @@
 """The losses against naive references that hold all logits and leave the gradients to autograd."""
 
-from typing import Any, NamedTuple
+import math
+from typing import Any, NamedTuple, get_args
 
 import pytest
 import torch
@@ -16,8 +17,15 @@ from lrc.cloning.objective import (
     relative_weight,
     vocabulary_losses,
 )
+from lrc.cloning.objective.clone import naive_clone_term
+from lrc.cloning.objective.vocabulary import naive_vocabulary_losses
+from lrc.recipe import make_recipe
+from lrc.recipe.sections import Divergence
+from lrc.system.errors import UserError
 
 ROWS, TOKENS, D_S, D_T = 37, 33, 8, 16
+
+DIVERGENCES = get_args(Divergence)
 
 
 class Inputs(NamedTuple):
@@ -67,22 +75,6 @@ def weights_for(inputs: Inputs, **changes: Any) -> VocabularyWeights:
     return VocabularyWeights(**{**defaults, **changes})
 
 
-def naive(inputs: Inputs, weights: VocabularyWeights) -> VocabularyLosses:
-    """The same losses from full logits, by torch's own functions."""
-    t = weights.temperature
-    student = (inputs.student_hidden @ inputs.student_head.T)[:, : weights.vocab]
-    teacher = (inputs.teacher_hidden @ inputs.teacher_head.T)[:, : weights.vocab]
-    log_q, log_p = (student / t).log_softmax(-1), (teacher / t).log_softmax(-1)
-    by_token = (log_p.exp() * (log_p - log_q)).sum(-1)
-    if inputs.mask is not None:
-        by_token = by_token[inputs.mask]
-    kl = t**2 * by_token.sum() / weights.tokens
-    learned = inputs.labels >= 0
-    lm = functional.cross_entropy(student[learned], inputs.labels[learned], reduction="sum")
-    lm = lm / weights.labels
-    return VocabularyLosses(weights.kl_weight * kl + weights.lm_weight * lm, kl, lm)
-
-
 def with_gradients(
     losses: VocabularyLosses, inputs: Inputs
 ) -> tuple[VocabularyLosses, tuple[Tensor, ...]]:
@@ -95,11 +87,11 @@ def compare(inputs: Inputs, weights: VocabularyWeights, **tolerances: float) -> 
     """Ours against the naive losses, values and gradients."""
     tolerances = tolerances or {"rtol": 1e-10, "atol": 1e-12}
     ours, our_grads = with_gradients(vocabulary_losses(*inputs, weights), inputs)
-    theirs, their_grads = with_gradients(naive(inputs, weights), inputs)
+    theirs, their_grads = with_gradients(naive_vocabulary_losses(*inputs, weights), inputs)
     torch.testing.assert_close(ours.weighted, theirs.weighted, **tolerances)
     torch.testing.assert_close(ours.lm, theirs.lm.detach(), **tolerances)
     if weights.kl_weight:
-        torch.testing.assert_close(ours.kl, theirs.kl.detach(), **tolerances)
+        torch.testing.assert_close(ours.divergence, theirs.divergence.detach(), **tolerances)
     for mine, reference in zip(our_grads, their_grads, strict=True):
         assert reference.abs().max() > 1e-6
         torch.testing.assert_close(mine, reference, **tolerances)
@@ -108,10 +100,33 @@ def compare(inputs: Inputs, weights: VocabularyWeights, **tolerances: float) -> 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 40.0])
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 7, 11, 100])
 @pytest.mark.parametrize("masked", [False, True])
-def test_vocabulary_losses(chunk_tokens: int, temperature: float, masked: bool) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_vocabulary_losses(
+    chunk_tokens: int, temperature: float, masked: bool, divergence: str
+) -> None:
     inputs = random_inputs(masked=masked)
-    weights = weights_for(inputs, chunk_tokens=chunk_tokens, temperature=temperature)
+    weights = weights_for(
+        inputs, chunk_tokens=chunk_tokens, temperature=temperature, divergence=divergence
+    )
     compare(inputs, weights)
+
+
+@pytest.mark.parametrize("beta", [0.01, 0.3, 0.9])
+@pytest.mark.parametrize("temperature", [1.0, 40.0])
+def test_jsd_of_any_mixture(beta: float, temperature: float) -> None:
+    inputs = random_inputs(scale=2.0)
+    compare(inputs, weights_for(inputs, temperature=temperature, divergence="jsd", jsd_beta=beta))
+
+
+def test_jsd_lies_between_both_directions() -> None:
+    """Divided by 1 - beta or beta, it comes near KL or the reverse KL at the ends."""
+    inputs = random_inputs()
+    plain, reverse, low, high = (
+        vocabulary_losses(*inputs, weights_for(inputs, divergence=name, jsd_beta=beta)).divergence
+        for name, beta in (("kl", 0.5), ("reverse_kl", 0.5), ("jsd", 1e-6), ("jsd", 1 - 1e-6))
+    )
+    torch.testing.assert_close(low / 1e-6, plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(high / 1e-6, reverse, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("logits", [1, 60, 10**6])
@@ -119,7 +134,7 @@ def test_rows_that_a_processor_works_on_at_once(
     logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """They change nothing, whether they divide the chunk or not."""
-    monkeypatch.setattr("lrc.cloning.objective.CACHED_LOGITS", logits)
+    monkeypatch.setattr("lrc.cloning.objective.vocabulary.CACHED_LOGITS", logits)
     inputs = random_inputs(23)
     compare(inputs, weights_for(inputs, chunk_tokens=7))
 
@@ -151,15 +166,29 @@ def test_counts_are_the_callers() -> None:
     vocab=st.integers(TOKENS, ROWS),
     temperature=st.floats(0.5, 50),
     masked=st.booleans(),
+    divergence=st.sampled_from(DIVERGENCES),
+    scale=st.sampled_from([0.05, 1.0, 12.0]),
     seed=st.integers(0, 999),
 )
 def test_any_shape(
-    n: int, chunk_tokens: int, vocab: int, temperature: float, masked: bool, seed: int
+    n: int,
+    chunk_tokens: int,
+    vocab: int,
+    temperature: float,
+    masked: bool,
+    divergence: str,
+    scale: float,
+    seed: int,
 ) -> None:
-    inputs = random_inputs(max(n, 3) if masked else n, seed, masked)
+    inputs = random_inputs(max(n, 3) if masked else n, seed, masked, scale)
     labels = max(int((inputs.labels >= 0).sum()), 1)
     weights = weights_for(
-        inputs, chunk_tokens=chunk_tokens, vocab=vocab, temperature=temperature, labels=labels
+        inputs,
+        chunk_tokens=chunk_tokens,
+        vocab=vocab,
+        temperature=temperature,
+        labels=labels,
+        divergence=divergence,
     )
     compare(inputs, weights, rtol=1e-8, atol=1e-11)
 
@@ -169,13 +198,14 @@ def test_no_label_at_all() -> None:
     inputs.labels.fill_(-100)
     losses = vocabulary_losses(*inputs, weights_for(inputs, labels=1))
     assert losses.lm == 0
-    assert losses.kl > 0
+    assert losses.divergence > 0
 
 
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
-def test_padded_rows_never_count(temperature: float) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_padded_rows_never_count(temperature: float, divergence: str) -> None:
     inputs = random_inputs()
-    weights = weights_for(inputs, temperature=temperature)
+    weights = weights_for(inputs, temperature=temperature, divergence=divergence)
     losses, (by_hidden, by_head) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
     assert (by_head[TOKENS:] == 0).all()
     assert (by_head[:TOKENS] != 0).all()
@@ -188,9 +218,10 @@ def test_padded_rows_never_count(temperature: float) -> None:
     assert torch.equal(by_head, by_head_2)
 
 
-def test_masked_tokens_never_count() -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masked_tokens_never_count(divergence: str) -> None:
     inputs = random_inputs()
-    weights = weights_for(inputs)
+    weights = weights_for(inputs, divergence=divergence)
     losses, (by_hidden, by_head) = with_gradients(vocabulary_losses(*inputs, weights), inputs)
     assert inputs.mask is not None
     assert (by_hidden[~inputs.mask] == 0).all()
@@ -206,33 +237,35 @@ def test_only_the_student_gets_gradients() -> None:
     inputs = random_inputs()
     losses = vocabulary_losses(*inputs, weights_for(inputs))
     assert losses.weighted.requires_grad
-    assert not losses.kl.requires_grad
+    assert not losses.divergence.requires_grad
     assert not losses.lm.requires_grad
 
 
-def test_equal_models_have_no_divergence() -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_equal_models_have_no_divergence(divergence: str) -> None:
     inputs = random_inputs()
     hidden, head = inputs.student_hidden, inputs.student_head
     same = inputs._replace(teacher_hidden=hidden.detach(), teacher_head=head.detach())
-    weights = weights_for(same, lm_weight=0.0)
+    weights = weights_for(same, lm_weight=0.0, divergence=divergence)
     losses, grads = with_gradients(vocabulary_losses(*same, weights), same)
-    assert abs(losses.kl.item()) < 1e-12
+    assert abs(losses.divergence.item()) < 1e-12
     assert all(grad.abs().max() < 1e-12 for grad in grads)
 
 
 @pytest.mark.parametrize("scale", [0.05, 1.0, 5.0])
-def test_float32_is_accurate_at_temperature_40(scale: float) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_float32_is_accurate_at_temperature_40(scale: float, divergence: str) -> None:
     """Flat, nearly equal distributions: the plain sum of p log(p / q) fails here at scale 0.05."""
     exact = random_inputs(n=64, scale=scale)
     rounded = [t.detach().float() if t.is_floating_point() else t for t in exact[:5]]
     single = Inputs(*(t.requires_grad_(i < 2) for i, t in enumerate(rounded)), exact.mask)
     widened = [t.detach().double() if t.is_floating_point() else t for t in rounded]
     double = Inputs(*(t.requires_grad_(i < 2) for i, t in enumerate(widened)), exact.mask)
-    weights = weights_for(single, lm_weight=0.0)
+    weights = weights_for(single, lm_weight=0.0, divergence=divergence)
     ours, our_grads = with_gradients(vocabulary_losses(*single, weights), single)
-    theirs, their_grads = with_gradients(naive(double, weights), double)
-    assert ours.kl.dtype == torch.float32
-    assert abs(ours.kl.item() / theirs.kl.item() - 1) < 1e-4
+    theirs, their_grads = with_gradients(naive_vocabulary_losses(*double, weights), double)
+    assert ours.divergence.dtype == torch.float32
+    assert abs(ours.divergence.item() / theirs.divergence.item() - 1) < 1e-4
     for mine, reference in zip(our_grads, their_grads, strict=True):
         assert ((mine - reference).norm() / reference.norm()).item() < 1e-4
 
@@ -269,21 +302,41 @@ def extreme_inputs(dtype: torch.dtype) -> Inputs:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
-def test_extreme_logits_stay_finite(temperature: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits_stay_finite(
+    temperature: float, dtype: torch.dtype, divergence: str
+) -> None:
     inputs = extreme_inputs(dtype)
-    weights = weights_for(inputs, temperature=temperature)
+    weights = weights_for(inputs, temperature=temperature, divergence=divergence)
     losses, grads = with_gradients(vocabulary_losses(*inputs, weights), inputs)
     assert torch.stack(losses).isfinite().all()
     assert all(grad.isfinite().all() for grad in grads)
-    assert losses.kl >= 0
+    assert losses.divergence >= 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("temperature", [1.0, 40.0])
-def test_extreme_logits_are_right(temperature: float, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_extreme_logits_are_right(temperature: float, dtype: torch.dtype, divergence: str) -> None:
     """A student that is far off has a large loss and a gradient, not a vanished one."""
     inputs = extreme_inputs(dtype)
-    compare(inputs, weights_for(inputs, temperature=temperature), rtol=1e-5, atol=1e-5)
+    weights = weights_for(inputs, temperature=temperature, divergence=divergence)
+    compare(inputs, weights, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gap", [10.0, 60.0, 300.0])
+def test_jsd_of_opposed_models_is_that_of_distant_distributions(gap: float) -> None:
+    """Both directions end at -log of their weight in the mixture."""
+    head = torch.eye(2).double()
+    teacher = torch.tensor([[gap, 0.0]]).double()
+    student = torch.tensor([[0.0, gap]]).double().requires_grad_()
+    weights = VocabularyWeights(1.0, 0.0, 1.0, 1, 1, 2, 1, "jsd", 0.3)
+    label = torch.tensor([-100])
+    losses = vocabulary_losses(student, head, teacher, head, label, None, weights)
+    expected = -0.3 * math.log(0.3) - 0.7 * math.log(0.7)
+    assert losses.divergence.item() == pytest.approx(expected, rel=5e-3)
+    (grad,) = torch.autograd.grad(losses.weighted, student)
+    assert grad.isfinite().all()
 
 
 @pytest.mark.parametrize("gap", [10.0, 60.0, 100.0, 300.0])
@@ -295,7 +348,7 @@ def test_confident_teacher_and_opposed_student(gap: float) -> None:
     label = torch.tensor([-100])
     losses = vocabulary_losses(student, head, teacher, head, label, None, weights)
     (grad,) = torch.autograd.grad(losses.weighted, student)
-    assert losses.kl.item() == pytest.approx(gap, rel=1e-3)
+    assert losses.divergence.item() == pytest.approx(gap, rel=1e-3)
     torch.testing.assert_close(grad, torch.tensor([[-1.0, 1.0]]).double(), rtol=1e-3, atol=0)
 
 
@@ -310,6 +363,7 @@ def sides(seed: int = 0, dtype: Any = torch.float64) -> tuple[Tensor, Tensor, Te
 def test_clone_term() -> None:
     ours, theirs, _ = sides()
     expected = functional.mse_loss(ours, theirs)
+    torch.testing.assert_close(naive_clone_term(ours, theirs, None, 10), expected)
     _, term = clone_term(ours, theirs, None, tokens=10)
     torch.testing.assert_close(term, expected, rtol=1e-13, atol=0)
     mine = torch.autograd.grad(3 * term, (ours, theirs))
@@ -432,3 +486,13 @@ def test_clone_term_of_a_product(weighting: str) -> None:
     expected = torch.autograd.grad(3 * naive, (ours, projection))
     found = torch.autograd.grad(3 * term, (ours, projection))
     torch.testing.assert_close(found, expected)
+
+
+def test_every_divergence_is_a_setting_of_the_recipe() -> None:
+    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
+    for name in DIVERGENCES:
+        assert make_recipe(base, {"objective.divergence": name}).objective.divergence == name
+    with pytest.raises(UserError, match="'kl', 'reverse_kl' or 'jsd'"):
+        make_recipe(base, {"objective.divergence": "js"})
+    with pytest.raises(UserError, match="jsd_beta goes with divergence: jsd"):
+        make_recipe(base, {"objective.jsd_beta": 0.3})

@@ -4,15 +4,15 @@ Source: Wang et al., MiniLM: Deep Self-Attention Distillation for Task-Agnostic 
 Pre-Trained Transformers (arXiv 2002.10957). The student learns, by KL(teacher || student),
 
 * the last layer's attention distributions softmax(Q K^T / sqrt(head_dim)), and
-* its value relations softmax(V V^T / sqrt(head_dim)),
+* its value relations softmax(V V^T / sqrt(head_dim)).
 
-each a mean over heads and tokens, added up. Nothing has to be aligned: the relations are as large
-as the sequence, and student and teacher have the same number of heads.
+Each is a mean over heads and tokens; the loss is their sum. No alignment is needed: the size of the
+relations is the sequence length, and student and teacher have the same number of heads.
 
-Deviations: MiniLM was made for encoders. Here both relations are taken over the keys that the
-causal (and document) mask shows to a token, queries and keys are those after rotary embedding,
-values have the family's key/value heads, and next-token cross-entropy is added, as in the
-comparison of LRC's paper (arXiv 2505.12781). As in MiniLM there is no KL over the vocabulary.
+Deviations: MiniLM was made for encoders. Here both relations are over the keys that the causal (and
+document) mask shows to a token. Queries and keys are those after rotary embedding, and values have
+the family's key/value heads. The loss includes next-token cross-entropy, as in the comparison of
+LRC's paper (arXiv 2505.12781). As in MiniLM there is no KL over the vocabulary.
 """
 
 import torch
@@ -30,7 +30,12 @@ class MiniLm(RandomStudent):
     """LM + relations of the last layer, from random weights."""
 
     title = "MiniLM's self-attention distillation (arXiv 2002.10957)"
-    used_settings = PLAIN_SETTINGS - {"objective.kl_weight", "objective.temperature"}
+    used_settings = PLAIN_SETTINGS - {
+        "objective.divergence",
+        "objective.jsd_beta",
+        "objective.kl_weight",
+        "objective.temperature",
+    }
 
     def loss_weights(self) -> list[float]:
         return [self.objective.lm_weight, self.section.relation_weight]
@@ -72,4 +77,4 @@ class MiniLm(RandomStudent):
         }
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
-        """Not counted: the relations' products are none of the usual ones."""
+        """Not counted: the formula does not cover the products of the relations."""

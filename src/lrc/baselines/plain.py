@@ -1,4 +1,4 @@
-"""Base of the methods that train a student's own weights, whatever these start from."""
+"""Base class of the methods that train a student's own weights, whatever their initialization."""
 
 from abc import abstractmethod
 
@@ -23,19 +23,21 @@ PLAIN_SETTINGS = frozenset(
         "student.hidden_size",
         "student.tie_projections",
         "initialize.seed",
+        "objective.divergence",
+        "objective.jsd_beta",
         "objective.kl_weight",
         "objective.temperature",
         "objective.lm_weight",
         "objective.chunk_tokens",
     }
 )
-"""What every plain student takes from the recipe's sections."""
+"""Recipe settings that every plain student uses."""
 
 
 class PlainStudent(Method):
-    """A student whose own weights are trained on KL + LM, in the same way as LRC's.
+    """A student whose own weights train on KL + LM, in the same way as LRC's.
 
-    Subclasses give the student to start from, and may add losses and parameters.
+    Subclasses provide the initial student, and may add losses and parameters.
     """
 
     used_settings = PLAIN_SETTINGS
@@ -45,7 +47,7 @@ class PlainStudent(Method):
         self.teacher, self.recipe = teacher, recipe
         self.objective = recipe.objective
         if not any(self.loss_weights()):
-            raise UserError(f"Every loss of method {recipe.method.name} is off; weigh one.")
+            raise UserError(f"Every loss of method {recipe.method.name} is off; give one a weight.")
         self.clock = Clock()
         self.model = self.make_student()
         recompute(self.model, recipe.train.gradient_checkpointing)
@@ -55,12 +57,12 @@ class PlainStudent(Method):
         return cls(teacher, recipe)
 
     def loss_weights(self) -> list[float]:
-        """Weights of all losses, one of which has to be positive."""
+        """Weights of all losses, at least one of which must be positive."""
         return [self.objective.kl_weight, self.objective.lm_weight]
 
     @abstractmethod
     def make_student(self) -> PreTrainedModel:
-        """The student in its shape, on the teacher's device, in float32 at least; its weights may
+        """The student in its shape, on the teacher's device, in float32 at least. Its weights may
         be set here or in `initialize`."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -81,7 +83,7 @@ class PlainStudent(Method):
     def vocabulary(
         self, teacher_hidden: Tensor | None, student_hidden: Tensor, batch: Batch, counts: Counts
     ) -> dict[str, Tensor]:
-        """The losses "loss", "kl" (where it has a weight) and "lm" from the last hidden states."""
+        """The losses "loss", "kl" (if it has a weight) and "lm" from the last hidden states."""
         with self.clock.part("loss"):
             return kl_and_lm_losses(
                 self.teacher,
@@ -94,7 +96,7 @@ class PlainStudent(Method):
             )
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        """The student's and the heads' operations, and the teacher's where there is a KL."""
+        """Operations of the student and the heads, plus the teacher's if there is a KL."""
         loss = self.objective.model_copy(update={"alpha": 0.0})
         parts = step_flops(
             widths_of(self.teacher.model),
@@ -110,7 +112,7 @@ class PlainStudent(Method):
 
 
 class RandomStudent(PlainStudent):
-    """A student of LRC's shape that starts from transformers' own initialization."""
+    """A student of LRC's shape with transformers' own random initialization."""
 
     def make_student(self) -> PreTrainedModel:
         config = student_config(self.teacher, self.recipe.student)
@@ -121,9 +123,9 @@ def random_student(teacher: Teacher, config: object, seed: int) -> PreTrainedMod
     """A model of the teacher's class with random weights, the same on every device.
 
     Args:
-        teacher: the teacher, whose device and attention implementation the model takes.
+        teacher: the teacher, which provides the device and the attention implementation.
         config: the student's configuration.
-        seed: seed of the weights; the state of torch's generator is left as it was.
+        seed: seed of the weights; the state of torch's generator does not change.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -59,12 +59,15 @@ def kl_and_lm_losses(
             counts.labels,
             teacher.vocab_size,
             objective.chunk_tokens,
+            objective.divergence,
+            objective.jsd_beta,
         ),
         None if token_lm is None else token_lm.view(-1),
     )
-    found = {"loss": losses.weighted, "kl": losses.kl, "lm": losses.lm}
-    if without_teacher:
-        del found["kl"]
+    found = {"loss": losses.weighted}
+    if not without_teacher:
+        found[objective.divergence] = losses.divergence
+    found["lm"] = losses.lm
     if token_lm is not None:
         found[TOKEN_LM] = token_lm
     return found

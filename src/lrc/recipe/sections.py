@@ -8,6 +8,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+Divergence = Literal["kl", "reverse_kl", "jsd"]
+"""Divergences of the student's predictions from the teacher's, by their files in
+`lrc.cloning.objective`."""
+
 Checkpointing = bool | Literal["elementwise"]
 """Whether and how a student's activations are computed again in the backward pass."""
 
@@ -126,6 +130,14 @@ class ObjectiveSection(Section):
     kl_weight: float = Field(1.0, ge=0)
     """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
 
+    divergence: Divergence = "kl"
+    """Which divergence `kl_weight` weighs: `kl` (the paper) is KL(teacher || student), which covers
+    all that the teacher may say. `reverse_kl` holds the student to what the teacher finds likely.
+    `jsd` is the generalized Jensen-Shannon divergence between the two."""
+
+    jsd_beta: float = Field(0.5, gt=0, lt=1)
+    """Weight of the teacher in the mixture of `jsd`."""
+
     temperature: float = Field(1.0, gt=0)
     """T of the softmax in the KL term. The paper's 40 asks for logits near the teacher's over the
     whole vocabulary, likely token or not; a short run is better off with 1."""
@@ -154,9 +166,11 @@ class ObjectiveSection(Section):
     """Tokens whose logits are held at once; changes memory and speed, not the loss."""
 
     @model_validator(mode="after")
-    def _falls_to_zero(self) -> Self:
+    def _settings_that_go_together(self) -> Self:
         if self.alpha_schedule == "constant" and self.alpha_zero_at != 1:
             raise ValueError("alpha_zero_at goes with alpha_schedule: linear or cosine")
+        if self.divergence != "jsd" and self.jsd_beta != 0.5:
+            raise ValueError("jsd_beta goes with divergence: jsd")
         return self
 
     def alpha_at(self, share: float) -> float:

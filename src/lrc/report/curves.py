@@ -13,6 +13,8 @@ PANELS = {
     "held_out_lm": "held-out LM loss (nats)",
     "lm": "LM loss (nats)",
     "kl": "T² · KL (nats)",
+    "reverse_kl": "T² · reverse KL (nats)",
+    "jsd": "T² · JSD (nats)",
     "clone": "clone loss",
     "hidden": "hidden states (mean squares)",
     "attention": "attention scores (mean squares)",

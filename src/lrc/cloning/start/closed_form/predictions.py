@@ -106,7 +106,7 @@ class LastLayers:
         def judge(reached: Mapping[str, Tensor]) -> float:
             self._project(reached)
             return sum(
-                float(losses(part, reached[head.key]).kl) * (part.stop - part.start)
+                float(losses(part, reached[head.key]).divergence) * (part.stop - part.start)
                 for part in calibration.batches(calibration.solved_on)
             )
 

@@ -1,0 +1,122 @@
+"""The activation clone: squared differences of the student's and the teacher's activations.
+
+A clone term is the mean squared difference over all elements of the tokens that count (paper
+section 3.2). Its fast path keeps one buffer for the backward pass: the difference.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lrc.model.precision import upcast, upcast_dtype
+
+
+def clone_term(
+    student: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    tokens: int,
+    factors: tuple[Tensor, Tensor] | None = None,
+    reuse_target_buffer: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Mean squared difference over the elements of the tokens that count (paper section 3.2).
+
+    Args:
+        student: [batch, sequence, width].
+        target: the teacher's side, [batch, sequence, width]; differentiable too.
+        weight: what each token weighs, [batch, sequence], no gradient: a bool mask, or
+            `relative_weight`; None: all weigh 1.
+        tokens: number of tokens to average over.
+        factors: a_T [batch, sequence, d_T] without gradient and P [d_T, width], where the target
+            is their product, given without gradient. P gets its gradient, which is formed at once:
+            so a_T need not be kept until the backward pass.
+        reuse_target_buffer: whether the target, where it takes no gradient, may be overwritten: the
+        difference is
+            then kept in its memory.
+
+    Returns:
+        The student's activation, for the model to go on with, and the loss, a scalar. Going on
+        with what is returned lets one pass add up the gradients of the loss and of the model.
+    """
+    scale = 1 / (tokens * student.shape[-1])
+    source, projection = factors or (None, None)
+    return _SquaredDifference.apply(  # type: ignore[no-untyped-call]
+        student, target, projection, source, weight, scale, reuse_target_buffer
+    )
+
+
+def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
+    """Token weights that make a clone term a relative error: 1 / (m + median of m), m being the
+    mean square of the teacher's side of a token.
+
+    A few tokens carry massive activations, hundreds of times the rest, which rule the plain mean
+    squared difference; here every token counts for about the same, and so does every layer. The
+    median is that of the micro-batch.
+
+    Args:
+        target: the teacher's side, [batch, sequence, width].
+        mask: bool [batch, sequence], false where a token does not count; None: all count.
+
+    Returns:
+        Weights [batch, sequence], zero where masked, in float32 at least.
+    """
+    truth = upcast(target.detach())
+    mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
+    counted = mean_square if mask is None else mean_square[mask]
+    weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(truth.dtype).tiny)
+    return weight if mask is None else weight * mask
+
+
+class _SquaredDifference(torch.autograd.Function):
+    """scale * weighted sum of squared differences, keeping the difference alone for the backward
+    pass, and the gradient of the projection that the target came by."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        target: Tensor,
+        projection: Tensor | None,
+        source: Tensor | None,
+        weight: Tensor | None,
+        scale: float,
+        reuse_target_buffer: bool,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.dtypes = student.dtype, target.dtype
+        exact = student.dtype == target.dtype == upcast_dtype(target)
+        if reuse_target_buffer and exact and not ctx.needs_input_grad[1]:
+            difference = torch.sub(student, target, out=target)
+        else:
+            difference = upcast(student - target)
+        weighted = difference if weight is None else difference * weight[..., None]
+        unit = None  # the gradient of the projection for a loss that counts once
+        if projection is not None and source is not None and ctx.needs_input_grad[2]:
+            rows = weighted.flatten(0, -2).to(source.dtype)
+            unit = -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
+        ctx.save_for_backward(weighted, unit)
+        ctx.scale = scale
+        loss = scale * torch.dot(weighted.flatten(), difference.flatten())
+        return student.view_as(student), loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_student: Tensor, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        weighted, unit = ctx.saved_tensors
+        factor = 2 * ctx.scale * grad_loss
+        student, target = ctx.dtypes
+        grad_target = (weighted * -factor).to(target) if ctx.needs_input_grad[1] else None
+        grad_projection = None if unit is None else unit * grad_loss
+        grad = None
+        if ctx.needs_input_grad[0]:
+            grad = torch.addcmul(grad_student, weighted, factor).to(student)
+        return grad, grad_target, grad_projection, None, None, None, None
+
+
+def naive_clone_term(student: Tensor, target: Tensor, weight: Tensor | None, tokens: int) -> Tensor:
+    """The loss of `clone_term` with all gradients left to autograd: its reference in tests."""
+    squares = (student - target).square().sum(-1)
+    if weight is not None:
+        squares = squares * weight
+    return squares.sum() / (tokens * student.shape[-1])

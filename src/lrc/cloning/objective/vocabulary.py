@@ -1,0 +1,218 @@
+"""The losses over the vocabulary, D_T + LM, from the last hidden states of both models.
+
+Cost: the logits of at most `chunk_tokens` tokens exist at any time. Gradients are formed in the
+forward pass, chunk by chunk, so nothing is computed twice.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+from lrc.cloning.objective.divergence import Rows, find_divergence, find_reference
+from lrc.cloning.objective.lm import cross_entropy
+from lrc.model.precision import upcast
+
+CACHED_LOGITS = 4 * 49_152
+"""Logits that a CPU's thread works on at once; with all that is formed beside them, 3 MB."""
+
+
+class VocabularyLosses(NamedTuple):
+    """Losses over the vocabulary, all scalars."""
+
+    weighted: Tensor
+    """kl_weight * T^2 * D_T + lm_weight * LM; the one that carries gradients."""
+
+    divergence: Tensor
+    """T^2 * D_T, without its weight."""
+
+    lm: Tensor
+    """LM, without its weight, in nats."""
+
+
+class VocabularyWeights(NamedTuple):
+    """How the vocabulary losses are weighted, averaged and chunked."""
+
+    kl_weight: float
+    lm_weight: float
+    temperature: float
+    tokens: int
+    """Tokens that the divergence is averaged over."""
+    labels: int
+    """Labels that the LM loss is averaged over."""
+    vocab: int
+    """Rows of the heads that are real tokens; rows beyond are padding and never count."""
+    chunk_tokens: int
+    """Tokens whose logits are held at once."""
+    divergence: str = "kl"
+    """Name of D_T (`lrc.recipe.sections.Divergence`), which kl_weight weighs."""
+    jsd_beta: float = 0.5
+    """Weight of the teacher in the mixture of `jsd`."""
+
+
+def vocabulary_losses(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    weights: VocabularyWeights,
+    token_lm: Tensor | None = None,
+) -> VocabularyLosses:
+    """D_T and LM from the last hidden states of both models.
+
+    Args:
+        student_hidden: after the final norm, [n, d_S].
+        student_head: [rows, d_S].
+        teacher_hidden: after the final norm, [n, d_T], no gradient.
+        teacher_head: [rows, d_T], no gradient.
+        labels: next tokens, int64 [n]; negative where there is none.
+        mask: bool [n], false where D_T does not count; None: all count.
+        weights: loss weights, counts and chunk size.
+        token_lm: [n], overwritten by the cross-entropy of each token in nats, 0 where it has no
+            label; None: that is not wanted.
+    """
+    losses = _Vocabulary.apply(  # type: ignore[no-untyped-call]
+        student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, weights, token_lm
+    )
+    return VocabularyLosses(*losses)
+
+
+class _Vocabulary(torch.autograd.Function):
+    """`vocabulary_losses` with the gradients formed beside the losses."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        labels: Tensor,
+        mask: Tensor | None,
+        weights: VocabularyWeights,
+        token_lm: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        device = student_hidden.device.type
+        dtype = student_hidden.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+        head = student_head[: weights.vocab].to(dtype)
+        frozen_head = teacher_head[: weights.vocab].to(dtype)
+        grad_hidden = torch.empty_like(student_hidden)
+        grad_head = torch.zeros_like(student_head)
+        kl = student_hidden.new_zeros(())
+        lm = student_hidden.new_zeros(())
+        with torch.autocast(device, enabled=False):
+            for start in range(0, len(student_hidden), weights.chunk_tokens):
+                rows = slice(start, start + weights.chunk_tokens)
+                hidden = student_hidden[rows].to(dtype)
+                logits = upcast(hidden @ head.T)
+                scaled = None
+                if weights.kl_weight:
+                    scaled = teacher_hidden[rows].to(dtype) / weights.temperature
+                    scaled = upcast(scaled @ frozen_head.T)
+                chunk_mask = None if mask is None else mask[rows]
+                chunk_token_lm = None if token_lm is None else token_lm[rows]
+                chunk_kl, chunk_lm = _differentiate(
+                    logits, scaled, labels[rows], chunk_mask, weights, chunk_token_lm
+                )
+                kl += chunk_kl
+                lm += chunk_lm
+                grad_logits = logits.to(dtype)
+                grad_hidden[rows] = grad_logits @ head
+                if dtype == grad_head.dtype:
+                    grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
+                else:
+                    grad_head[: weights.vocab] += grad_logits.T @ hidden
+                del logits, scaled, grad_logits  # so that the next chunk's take their place
+        ctx.save_for_backward(grad_hidden, grad_head)
+        ctx.mark_non_differentiable(kl, lm)
+        weighted = weights.kl_weight * kl + weights.lm_weight * lm
+        return weighted, kl, lm
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_head = ctx.saved_tensors
+        return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
+
+
+def _differentiate(
+    logits: Tensor,
+    scaled_teacher: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    weights: VocabularyWeights,
+    token_lm: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """T^2 * D_T and LM of a chunk; its logits become the gradient of the weighted losses.
+
+    On a CPU the many passes over the vocabulary are done on a few rows at a time, which stay in the
+    cache from one pass to the next.
+
+    Args:
+        logits: s, [chunk, vocab]; overwritten by the gradient.
+        scaled_teacher: t / T, [chunk, vocab]; overwritten; None where D_T has no weight.
+        labels: int64 [chunk], negative where there is none.
+        mask: bool [chunk] or None.
+        token_lm: [chunk] or None; overwritten by the cross-entropy of each token.
+
+    Returns:
+        The chunk's shares of T^2 * D_T and LM.
+    """
+    divergence, temperature = find_divergence(weights.divergence), weights.temperature
+    total, lm = logits.new_zeros(()), logits.new_zeros(())
+    step = len(logits)
+    if logits.device.type == "cpu":
+        step = max(1, CACHED_LOGITS // logits.shape[1]) * torch.get_num_threads()
+    first, second = (torch.empty_like(logits[:step]) for _ in range(2))
+    for start in range(0, len(logits), step):
+        rows = slice(start, start + step)
+        s, gradient = logits[rows], None
+        if scaled_teacher is not None:
+            scale = torch.full_like(s[:, :1], 1 / weights.tokens)
+            if mask is not None:
+                scale *= mask[rows, None]
+            factor = weights.kl_weight * temperature * scale
+            buffers = first[: len(s)], second[: len(s)]
+            values, gradient = divergence(
+                Rows(s, scaled_teacher[rows], temperature, factor, weights.jsd_beta, buffers)
+            )
+            total += temperature**2 * (values * scale).sum()
+        block_lm, losses = cross_entropy(s, labels[rows], weights.lm_weight, weights.labels)
+        if token_lm is not None:
+            token_lm[rows] = losses
+        lm += block_lm
+        if gradient is not None:
+            s += gradient
+    return total, lm
+
+
+def naive_vocabulary_losses(
+    student_hidden: Tensor,
+    student_head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    weights: VocabularyWeights,
+) -> VocabularyLosses:
+    """`vocabulary_losses` from whole logits with all gradients left to autograd: its reference in
+    tests."""
+    t = weights.temperature
+    student = (student_hidden @ student_head.T)[:, : weights.vocab]
+    teacher = (teacher_hidden @ teacher_head.T)[:, : weights.vocab]
+    log_p, log_q = (teacher / t).log_softmax(-1), (student / t).log_softmax(-1)
+    by_token = find_reference(weights.divergence)(log_p, log_q, weights.jsd_beta)
+    if mask is not None:
+        by_token = by_token[mask]
+    divergence = t**2 * by_token.sum() / weights.tokens
+    learned = labels >= 0
+    lm = functional.cross_entropy(student[learned], labels[learned], reduction="sum")
+    lm = lm / weights.labels
+    weighted = weights.kl_weight * divergence + weights.lm_weight * lm
+    return VocabularyLosses(weighted, divergence, lm)
