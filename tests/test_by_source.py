@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from data_helpers import Document, write_shards
 from lrc.cli import main
-from lrc.cloning.method import TOKEN_LM
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data import Batch, StreamedText, TrainingText
 from lrc.data.by_source import SourceLosses
@@ -92,11 +91,11 @@ def test_losses_of_a_step_by_source(masked: bool) -> None:
     method.begin_step(0)
     for batch in batches:
         losses = method.losses(batch, count(batches))
-        losses["loss"].backward()
-        sums.add_batch(losses[TOKEN_LM], batch)
+        losses.loss.backward()
+        sums.add_batch(losses.token_lm, batch)
         plain = method.losses(Batch(batch.input_ids, batch.position_ids), count(batches))
-        assert TOKEN_LM not in plain
-        assert torch.equal(plain["loss"], losses["loss"])
+        assert plain.token_lm is None
+        assert torch.equal(plain.loss, losses.loss)
     found = [f for batch in batches for f in naive_losses(method.student(), batch)]
     assert sums.means() == pytest.approx(means_of(found), rel=1e-6)
     assert sum(sums.labels().values()) == len(found) == count(batches).labels
@@ -293,7 +292,7 @@ def test_command_line(
         return end.value.code
 
     assert lrc(str(tmp_path / "none")) == 2
-    assert "holds no finished shards" in capsys.readouterr().err
+    assert "contains no finished shards" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert lrc(*recipe.data.shards) == 0
     assert set(Run.open(tmp_path / "run").summary()["held_out_by_source"]) == {"web", "code"}

@@ -1,6 +1,7 @@
 """The methods that train a plain student, and LRC's ablations, in float64 against the formulas of
 their papers written out."""
 
+import gc
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -67,6 +68,7 @@ def recipe_of(method: Any, **sections: dict[str, Any]) -> Recipe:
             "student": {"hidden_size": STUDENT_HIDDEN},
             "data": {"text": ["x"]},
             "objective": objective | sections.pop("objective", {}),
+            "train": {"token_grad_clip": 0} | sections.pop("train", {}),
             **sections,
         }
     )
@@ -191,7 +193,7 @@ class Reference:
         if isinstance(method, LowRankClone):
             fold = StudentSection.model_fields["fold_gains"].default
             weights = expected_weights(teacher, method.projections.values, fold)
-        model = method.student()
+        model = method.model
         self.family, self.batches = teacher.family.model_type, batches
         self.ours = [Seen(model, batch, weights) for batch in batches]
         with torch.no_grad():
@@ -344,11 +346,10 @@ def test_the_reference_scores_are_the_attention_of_transformers(kv_heads: int) -
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-@pytest.mark.parametrize("how", [True, "elementwise"])
-def test_recomputing_changes_nothing(name: str, how: Any) -> None:
+def test_recomputing_changes_nothing(name: str) -> None:
     recipe = RECIPES[name]
     again = recipe.model_copy(
-        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": how})}
+        update={"train": recipe.train.model_copy(update={"gradient_checkpointing": True})}
     )
     (losses, grads), (losses_again, grads_again) = (
         gradients(built(tiny_teacher("llama"), r), *BATCHES["padded"]) for r in (recipe, again)
@@ -381,7 +382,10 @@ def test_the_teacher_stays_as_it_is(name: str) -> None:
     gradients(method, *BATCHES["whole"])
     for model in (teacher.model, method.student()):
         assert model.config._attn_implementation == "sdpa" != OBSERVED
-        assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks for module in method.student().modules())
+    del method
+    gc.collect()
+    assert not any(module._forward_hooks for module in teacher.model.modules())
     for key, value in teacher.model.state_dict().items():
         assert torch.equal(value, before[key])
     assert all(p.grad is None for p in teacher.model.parameters())

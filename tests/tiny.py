@@ -19,7 +19,7 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher, as_teacher
-from lrc.recipe.sections import Checkpointing, ObjectiveSection, StudentSection
+from lrc.recipe.sections import ObjectiveSection, StudentSection
 from lrc.train.loop import count
 
 HIDDEN, STUDENT_HIDDEN = 16, 8
@@ -100,7 +100,7 @@ def tiny_method(
     student: Mapping[str, Any] | None = None,
     objective: Mapping[str, Any] | None = None,
     seed: int = 1,
-    gradient_checkpointing: Checkpointing = False,
+    gradient_checkpointing: bool = False,
 ) -> LowRankClone:
     """A clone of the teacher whose projections and gains are random and far from zero, with the
     paper's clone loss; gains are folded only where `student` says so."""
@@ -164,9 +164,9 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
     sums: dict[str, Tensor] = {}
     for batch in batches:
         losses = method.losses(batch, counts)
-        losses["loss"].backward()
-        for name, value in losses.items():
-            sums[name] = sums.get(name, torch.zeros(())) + value.detach()
+        losses.loss.backward()
+        for name, value in losses.logged().items():
+            sums[name] = sums.get(name, torch.zeros(())) + value
     method.end_step()
     return sums, {name: p.grad.clone() for name, p in method.parameters().items()}
 

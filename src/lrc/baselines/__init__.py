@@ -1,1 +1,1 @@
-"""The systems that Low-Rank Clone is measured against."""
+"""Baselines that Low-Rank Clone is compared with."""

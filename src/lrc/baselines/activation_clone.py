@@ -1,10 +1,10 @@
 """LRC without its projections: a random student that clones the teacher's activations.
 
-Source: the ablation of Low-Rank Clone (arXiv 2505.12781) that keeps the clone loss and gives up
-the low-rank projection. All linear maps of the student are free and start as transformers starts
-them. Pre-activations of q, k, v, gate and up have the teacher's width already; outputs of attention
-and FFN are carried to it by learned alignment matrices [d_S, d_T], one for each, since there is no
-projection to reuse. Losses and weights are LRC's.
+Source: the ablation of Low-Rank Clone (arXiv 2505.12781) that keeps the clone loss and drops the
+low-rank projection. All linear maps of the student are free parameters and start from transformers'
+initialization. Pre-activations of q, k, v, gate and up already have the teacher's width. The
+outputs of attention and FFN need learned alignment matrices [d_S, d_T], one each, to reach that
+width, since there is no projection to reuse. Losses and weights are LRC's.
 """
 
 from torch import Tensor, nn
@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
-from lrc.cloning.clone_pass import ClonePair, ClonePass
-from lrc.cloning.method import Counts
-from lrc.data.batch import Batch
+from lrc.cloning.distill_pass import ClonePair
 from lrc.model.families import WRITERS
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
@@ -34,12 +32,8 @@ class ActivationClone(RandomStudent):
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
-        recomputes = bool(recipe.train.gradient_checkpointing)
-        self.clone = ClonePass(
-            teacher, self.model, self.objective, self.clock, self._sides, recomputes
-        )
         seed = recipe.initialize.seed
-        self.alignment = writer_alignment(teacher, self.model, self.clone.places, seed)
+        self.alignment = writer_alignment(teacher, self.model, self.distill.sites, seed)
 
     def loss_weights(self) -> list[float]:
         clones = self.objective.alpha_at(1) if self.objective.clone.enabled() else 0.0
@@ -49,21 +43,13 @@ class ActivationClone(RandomStudent):
         return {**super().parameters(), **self.alignment}
 
     def begin_step(self, step: int) -> None:
-        self.clone.alpha = self.objective.alpha_at(step / self.recipe.steps())
-
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        return self.clone.losses(batch, counts)
-
-    def end_step(self) -> None:
-        self.clone.end_step()
+        self.distill.alpha = self.objective.alpha_at(step / self.recipe.steps())
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
-        """Not counted: the alignment is not in the formula."""
+        """Not counted: the formula does not cover the alignment."""
 
-    def _sides(
-        self, place: LinearSite, _inputs: Tensor, output: Tensor, target: Tensor
-    ) -> ClonePair:
-        """The student's outputs of attention and FFN aligned to the teacher's width."""
+    def pair(self, place: LinearSite, _inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
+        """Align the student's outputs of attention and FFN to the teacher's width."""
         if place[1] in WRITERS:
             output = align(output, self.alignment, place)
         return ClonePair(output, target)

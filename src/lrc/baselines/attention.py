@@ -1,9 +1,9 @@
-"""Queries, keys and values of a model's attention, and the relations between tokens they give.
+"""Queries, keys and values of a model's attention, and the token relations they define.
 
-transformers lets a program name its own attention function. While `observe_attention` is open, the
-model runs with one that shows queries, keys and values as the attention takes them (after rotary
-embedding and norms inside the attention), and then calls transformers' own `sdpa` function. So
-every family's attention is observed in the same way, and none is written here again.
+transformers lets a program register its own attention function. While `observe_attention` is open,
+the model uses one that passes queries, keys and values to an observer, as the attention receives
+them (after rotary embedding and the norms inside the attention), and then calls transformers' own
+`sdpa` function. This works the same way for every family, without reimplementing any attention.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -26,7 +26,7 @@ OBSERVED = "lrc_observed"
 
 @dataclass(frozen=True)
 class Heads:
-    """What an attention block works on."""
+    """The inputs of an attention block."""
 
     query: Tensor
     """[batch, heads, sequence, head_dim]"""
@@ -37,17 +37,16 @@ class Heads:
     visible: Tensor
     """Which keys a query sees: bool [batch or 1, 1, sequence, sequence]."""
     scaling: float
-    """What scores are multiplied by."""
+    """Factor of the scores."""
 
     def scores(self) -> Tensor:
-        """Attention scores before the softmax, masked ones included:
+        """Attention scores before the softmax, including masked ones,
         [batch, heads, sequence, sequence]."""
         groups = self.query.shape[1] // self.key.shape[1]
         return _products(self.query, self.key.repeat_interleave(groups, dim=1)) * self.scaling
 
     def value_scores(self) -> Tensor:
-        """Scaled products of values with values:
-        [batch, key/value heads, sequence, sequence]."""
+        """Scaled products of values with values, [batch, key/value heads, sequence, sequence]."""
         return _products(self.value, self.value) * self.value.shape[-1] ** -0.5
 
 
@@ -65,13 +64,13 @@ def observe_attention(
     layers: Iterable[int],
     observer: Callable[[int, Heads], None],
 ) -> Iterator[None]:
-    """While the context is open, show what the attention of some layers works on.
+    """Pass the inputs of some layers' attention to an observer while the context is open.
 
     Args:
-        model: the model; it runs with `sdpa` meanwhile, whatever it is set to.
+        model: the model; it uses `sdpa` while observed, whatever its setting.
         family: its family.
         layers: layers to observe.
-        observer: called with the layer and what its attention works on.
+        observer: function that gets the layer and the inputs of its attention.
     """
     modules = {model.get_submodule(family.attention(layer)): layer for layer in layers}
 
@@ -105,14 +104,14 @@ def observe_attention(
 def score_difference(
     student: Tensor, teacher: Tensor, visible: Tensor, mask: Tensor | None, tokens: int
 ) -> Tensor:
-    """Mean squared difference of attention scores: over the keys that a query sees, over heads,
-    and over the queries that are tokens.
+    """Mean squared difference of attention scores: over the keys that a query sees, over heads, and
+    over the queries that are tokens.
 
     Args:
         student: scores [batch, heads, sequence, sequence].
         teacher: scores [batch, heads, sequence, sequence], no gradient.
         visible: bool [batch or 1, 1, sequence, sequence].
-        mask: bool [batch, sequence], false for padding; None: no padding.
+        mask: bool [batch, sequence], false for padding; None for no padding.
         tokens: number of tokens to average over.
     """
     difference = (student - teacher).masked_fill(~visible, 0)
@@ -130,10 +129,10 @@ def relation_divergence(
         student: scores [batch, heads, sequence, sequence].
         teacher: scores [batch, heads, sequence, sequence], no gradient.
         visible: bool [batch or 1, 1, sequence, sequence].
-        mask: bool [batch, sequence], false for padding; None: no padding.
+        mask: bool [batch, sequence], false for padding; None for no padding.
         tokens: number of tokens to average over.
     """
-    # A finite floor: a padded query may see nothing, and infinities would give NaN gradients.
+    # The floor is finite: a padded query may see no key, and infinities would give NaN gradients.
     floor = torch.finfo(student.dtype).min
     log_q = student.masked_fill(~visible, floor).log_softmax(-1)
     log_p = teacher.masked_fill(~visible, floor).log_softmax(-1)

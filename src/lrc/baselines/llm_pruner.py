@@ -1,23 +1,23 @@
-"""LLM-Pruner: heads and FFN neurons of the least importance go, and training recovers the rest.
+"""LLM-Pruner: remove the least important heads and FFN neurons, then recover by training.
 
 Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv
-2305.11627). Importance is what a Taylor expansion says of the LM loss on calibration text
-(`lrc.baselines.pruning.taylor`). The hidden size stays: the paper's block-wise strategy, which it
-found far better than pruning channels. The defaults are the official code's: first order by weight,
-summed over a group.
+2305.11627). Importance comes from a Taylor expansion of the LM loss on calibration text
+(`lrc.baselines.pruning.taylor`). The hidden size does not change: this is the paper's block-wise
+strategy, which it found far better than pruning channels. The defaults are those of the official
+code: first order per weight, summed over a group.
 
 Deviations:
 
 * Every layer loses the same number of key/value heads (with their query heads) and of neurons,
-  since the plain class can hold nothing else; the paper leaves the first and the last layers alone
+  since the plain class allows nothing else. The paper leaves the first and the last layers unpruned
   and prunes the others more.
 * Calibration is on training text, by default on more of it than the official code's ten sequences.
-* Recovery is on KL + LM as the recipe weighs them, of all weights or by LoRA. The paper's is by
-  LoRA, on instructions and LM alone, with a dropout of 0.05 that is left out here.
+* Recovery is on KL + LM with the recipe's weights, of all model weights or by LoRA. The paper's
+  recovery is by LoRA, on instructions and LM alone, with a dropout of 0.05 that is omitted here.
 
-Without a ratio the student has as many parameters as LRC's of the same `student.hidden_size`. A
-family that wants its hidden size to be a multiple of the heads (Llama) can only have some numbers
-of heads; then the neurons make up for it.
+Without a ratio the student has as many parameters as LRC's with the same `student.hidden_size`.
+Some families (Llama) need a hidden size that is a multiple of the number of heads, so only some
+numbers of heads are possible; the number of neurons makes up the difference.
 """
 
 import copy
@@ -37,7 +37,7 @@ from lrc.baselines.pruning.size import parameter_count
 from lrc.baselines.pruning.taylor import taylor_importance
 from lrc.cloning.method import Progress
 from lrc.data.batch import Batch
-from lrc.model.student import check_hidden_size, derive_config, ties_weights
+from lrc.model.student import check_hidden_size, derive_config, plain_view, ties_weights
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.recipe.method_sections import LlmPrunerSection
@@ -45,22 +45,24 @@ from lrc.system.errors import UserError
 
 
 class LlmPruner(PrunedStudent):
-    """Groups of the least Taylor importance pruned, then trained on KL + LM, whole or by LoRA."""
+    """Groups of least Taylor importance pruned, then trained on KL + LM, in full or by LoRA."""
 
     title = "LLM-Pruner's gradient-based structured pruning (arXiv 2305.11627)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
         self.plain = self.model
-        """The student without adapters, for `student`; with LoRA one copy more of its weights."""
+        """The student without adapters, for `student`; with LoRA, one more copy of its weights."""
         if self.adapts:
-            self.model = add_adapters(
+            self.distill.remove_hooks()
+            adapted = add_adapters(
                 copy.deepcopy(self.plain),
                 teacher.family,
                 self.pruner.lora_rank,
                 self.pruner.lora_alpha,
                 recipe.initialize.seed,
             )
+            self.train_model(adapted)
 
     @property
     def pruner(self) -> LlmPrunerSection:
@@ -70,8 +72,8 @@ class LlmPruner(PrunedStudent):
 
     @property
     def adapts(self) -> bool:
-        """Whether adapters are trained, and the weights frozen. The frozen ones are among
-        `parameters`, without gradients, since a checkpoint has to hold them."""
+        """Whether adapters are trained and the weights are frozen. The frozen weights are among
+        `parameters`, without gradients, since a checkpoint must contain them."""
         return self.pruner.recovery == "lora"
 
     def make_student(self) -> PreTrainedModel:
@@ -86,9 +88,9 @@ class LlmPruner(PrunedStudent):
         assert ratio is not None
         if self.recipe.student.hidden_size != teacher.hidden_size:
             raise UserError(
-                "method.ratio says how much is taken out, and the hidden size stays as it is: set "
-                f"student.hidden_size to the teacher's {teacher.hidden_size}, or leave out the "
-                "ratio to match LRC's size."
+                "method.ratio sets how much to remove, and llm-pruner keeps the hidden size: set "
+                f"student.hidden_size to the teacher's {teacher.hidden_size}, or omit the ratio "
+                "to match LRC's size."
             )
         total = budget.count(teacher_shape(teacher))
         shape = budget.widths(round((1 - ratio) * total))
@@ -140,18 +142,18 @@ class LlmPruner(PrunedStudent):
     def student(self) -> PreTrainedModel:
         if self.adapts:
             write_merged(self.plain, self.model)
-        return self.plain
+        return plain_view(self.plain)
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        """As for every plain student; not counted for adapters, whose backward pass is another."""
+        """As for every plain student; not counted with adapters, whose backward pass differs."""
         return None if self.adapts else super().step_flops(step, tokens, sequence)
 
 
 def most_important(importance: Tensor, count: int) -> list[Tensor]:
-    """Numbers of the most important parts of every layer, ascending.
+    """Indices of the most important parts of every layer, ascending.
 
     Args:
         importance: [layers, parts].
-        count: parts to keep of a layer.
+        count: number of parts to keep per layer.
     """
     return [largest(row, count) for row in importance]

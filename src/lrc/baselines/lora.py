@@ -1,4 +1,4 @@
-"""Low-rank adapters on a student's linear maps (peft), and the plain model that they amount to."""
+"""Low-rank adapters on a student's linear maps (peft), and the equivalent plain model."""
 
 from collections.abc import Iterator
 
@@ -10,23 +10,23 @@ from lrc.model.families import Family
 from lrc.system.errors import UserError
 
 BASE = ".base_layer."
-"""What peft puts into the names of the parameters that it adapts."""
+"""Infix that peft adds to the names of the parameters that it adapts."""
 
 
 def add_adapters(
     model: PreTrainedModel, family: Family, rank: int, alpha: float, seed: int
 ) -> PreTrainedModel:
-    """Put an adapter beside every linear map of a model, in place, and freeze all else.
+    """Add an adapter to every linear map of a model, in place, and freeze all other parameters.
 
     Args:
-        model: the model, which at first computes what it did before.
+        model: the model; the adapters do not change its outputs at first.
         family: its family.
         rank: rank of the adapters.
-        alpha: they are scaled by alpha / rank.
-        seed: seed of their first factors; torch's generator is left as it was.
+        alpha: numerator of the adapters' scale, alpha / rank.
+        seed: seed of their first factors; the state of torch's generator does not change.
 
     Raises:
-        UserError: peft is not installed.
+        UserError: if peft is not installed.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
@@ -41,7 +41,7 @@ def add_adapters(
 
 
 def adapted_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The model's own parameters beside its adapters, by their names without these."""
+    """The model's own parameters without its adapters, by their names in the plain model."""
     for name, value in adapted.named_parameters():
         if ".lora_" not in name:
             yield name.replace(BASE, "."), value
@@ -49,14 +49,14 @@ def adapted_parameters(adapted: nn.Module) -> Iterator[tuple[str, nn.Parameter]]
 
 @torch.no_grad()
 def write_base(adapted: nn.Module, plain: nn.Module) -> None:
-    """Give a model with adapters the weights of a plain one, beside its adapters."""
+    """Copy the weights of a plain model to a model with adapters; the adapters do not change."""
     for name, value in adapted_parameters(adapted):
         value.copy_(plain.get_parameter(name))
 
 
 @torch.no_grad()
 def write_merged(plain: nn.Module, adapted: nn.Module) -> None:
-    """Give a plain model the weights that a model with adapters amounts to."""
+    """Merge a model with adapters into a plain model."""
     from peft.tuners.lora import LoraLayer
 
     for name, value in adapted_parameters(adapted):

@@ -15,13 +15,14 @@ the family's key/value heads. The loss includes next-token cross-entropy, as in 
 LRC's paper (arXiv 2505.12781). As in MiniLM there is no KL over the vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
-from torch import Tensor
 
 from lrc.baselines.attention import Heads, observe_attention, relation_divergence
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.cloning.activations import last_hidden
-from lrc.cloning.method import Counts
+from lrc.cloning.method import Counts, StepLosses
 from lrc.data.batch import Batch
 from lrc.recipe.method_sections import MiniLmSection
 
@@ -46,7 +47,8 @@ class MiniLm(RandomStudent):
         assert isinstance(self.recipe.method, MiniLmSection)
         return self.recipe.method
 
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
+        self.distill.begin(batch, counts)
         seen: list[Heads] = []
 
         def keep(_layer: int, heads: Heads) -> None:
@@ -62,19 +64,15 @@ class MiniLm(RandomStudent):
             last_hidden(teacher, batch)
         with self.clock.part("student"), observe_attention(self.model, family, last, keep):
             hidden = last_hidden(self.model, batch)
-        losses = self.vocabulary(None, hidden, batch, counts)
+        losses = self.distill.predictions(None, hidden, batch, counts)
         with self.clock.part("loss"):
             theirs, ours = seen
             common = theirs.visible, batch.token_mask(), counts.tokens
             attention = relation_divergence(ours.scores(), theirs.scores(), *common)
             values = relation_divergence(ours.value_scores(), theirs.value_scores(), *common)
-            loss = losses["loss"] + self.section.relation_weight * (attention + values)
-        return {
-            **losses,
-            "loss": loss,
-            "attention_relation": attention.detach(),
-            "value_relation": values.detach(),
-        }
+            loss = losses.loss + self.section.relation_weight * (attention + values)
+        terms = {"attention_relation": attention.detach(), "value_relation": values.detach()}
+        return replace(losses, loss=loss, terms={**losses.terms, **terms})
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the formula does not cover the products of the relations."""

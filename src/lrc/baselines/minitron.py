@@ -1,18 +1,18 @@
-"""Minitron: prune by activations, then distil from the logits.
+"""Minitron: prune by activations, then distill from the logits.
 
 Source: Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation (arXiv
 2407.14679), and Sreenivas et al., LLM Pruning and Distillation in Practice (arXiv 2408.11796). A
 calibration pass scores the teacher's channels, key/value heads, FFN neurons and layers
-(`lrc.baselines.pruning.importance`), the highest scores of each fill the student's shape at once,
-and the student learns from the teacher's logits.
+(`lrc.baselines.pruning.importance`). The highest scores of each kind fill the student's shape in
+one shot. The student then learns from the teacher's logits.
 
-The loss is the paper's where the recipe says nothing: with this method `objective` is by default
-KL alone, at weight 1 and temperature 1. A recipe that gives these weights is followed; comparisons
-should, so that all entries learn from the same losses.
+The default loss is the paper's: for this method `objective` defaults to KL alone, at weight 1 and
+temperature 1. A recipe can set other weights. Comparisons should do so, so that all entries learn
+from the same losses.
 
-Deviations: a key/value head goes with all its query heads, scored together; the outputs of pruned
-heads are not added to kept ones; there is no search among shapes; and no loss on hidden states,
-which the paper uses where many layers go.
+Deviations: a key/value head is removed with all its query heads, which are scored together. The
+outputs of pruned heads are not added to kept ones. There is no search among shapes. There is no
+loss on hidden states, which the paper uses when it removes many layers.
 """
 
 from lrc.baselines.pruned import PrunedStudent

@@ -3,16 +3,15 @@
 from abc import abstractmethod
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import last_hidden
 from lrc.cloning.cost import step_flops, widths_of
-from lrc.cloning.method import Counts, Method
-from lrc.cloning.recomputing import recompute
-from lrc.cloning.vocabulary import kl_and_lm_losses
+from lrc.cloning.distill_pass import DistillPass, MakePair
+from lrc.cloning.method import Counts, Method, StepLosses
+from lrc.cloning.recomputing import recompute_layers
 from lrc.data.batch import Batch
-from lrc.model.student import empty_student, student_config
+from lrc.model.student import empty_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.system.clock import Clock
@@ -49,8 +48,7 @@ class PlainStudent(Method):
         if not any(self.loss_weights()):
             raise UserError(f"Every loss of method {recipe.method.name} is off; give one a weight.")
         self.clock = Clock()
-        self.model = self.make_student()
-        recompute(self.model, recipe.train.gradient_checkpointing)
+        self.train_model(self.make_student())
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "PlainStudent":
@@ -65,35 +63,37 @@ class PlainStudent(Method):
         """The student in its shape, on the teacher's device, in float32 at least. Its weights may
         be set here or in `initialize`."""
 
+    def train_model(self, model: PreTrainedModel) -> None:
+        """Set the model to train."""
+        train = self.recipe.train
+        self.model = model
+        if train.gradient_checkpointing:
+            recompute_layers(model)
+        self.distill = DistillPass(
+            self.teacher,
+            model,
+            self.objective,
+            self.clock,
+            self.pair,
+            train.token_grad_clip,
+            train.gradient_checkpointing,
+        )
+
+    pair: MakePair | None = None
+    """Function that gives what to clone at an activation site; None for no cloning."""
+
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())
 
     def student(self) -> PreTrainedModel:
-        return self.model
+        return plain_view(self.model)
 
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        teacher_hidden = None
-        if self.objective.kl_weight:
-            with self.clock.part("teacher"), torch.no_grad():
-                teacher_hidden = last_hidden(self.teacher.model, batch)
-        with self.clock.part("student"):
-            student_hidden = last_hidden(self.model, batch)
-        return self.vocabulary(teacher_hidden, student_hidden, batch, counts)
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
+        losses: StepLosses = self.distill(batch, counts)
+        return losses
 
-    def vocabulary(
-        self, teacher_hidden: Tensor | None, student_hidden: Tensor, batch: Batch, counts: Counts
-    ) -> dict[str, Tensor]:
-        """The losses "loss", "kl" (if it has a weight) and "lm" from the last hidden states."""
-        with self.clock.part("loss"):
-            return kl_and_lm_losses(
-                self.teacher,
-                self.model,
-                teacher_hidden,
-                student_hidden,
-                batch,
-                counts,
-                self.objective,
-            )
+    def end_step(self) -> None:
+        self.distill.end_step()
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """Operations of the student and the heads, plus the teacher's if there is a KL."""

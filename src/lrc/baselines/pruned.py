@@ -1,4 +1,4 @@
-"""Base of the methods whose student starts as chosen parts of the teacher."""
+"""Base class of the methods whose student starts from selected parts of the teacher."""
 
 from abc import abstractmethod
 
@@ -14,14 +14,14 @@ from lrc.model.student import ties_weights
 from lrc.recipe.method_sections import PrunedShapeSection
 
 PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialize.calibration_tokens"}
-"""What every pruned student takes from the recipe's sections. Nothing in its start is random, but
-the seed is no mistake: comparisons set it for all methods."""
+"""Recipe settings that every pruned student uses. Its start has no randomness, but setting the seed
+is not an error: comparisons set it for all methods."""
 
 
 class PrunedStudent(PlainStudent):
-    """A student cut out of the teacher after a look at training text, then trained on KL + LM.
+    """A student that is cut out of the teacher based on training text, then trained on KL + LM.
 
-    Subclasses choose what is kept.
+    Subclasses choose what to keep.
     """
 
     used_settings = PRUNED_SETTINGS
@@ -58,4 +58,5 @@ class PrunedStudent(PlainStudent):
 
     @abstractmethod
     def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:
-        """What stays of the teacher, in the student's shape; arguments as in `initialize`."""
+        """The parts of the teacher to keep, in the student's shape. Arguments are those of
+        `initialize`."""

@@ -1,10 +1,10 @@
 """The plain baseline: a random student of the same shape, trained on LM + KL.
 
 Source: the ordinary distillation that LRC is compared with (arXiv 2505.12781), after Hinton et al.,
-Distilling the Knowledge in a Neural Network (arXiv 1503.02531). The weights start as transformers
-starts them for the teacher's class; losses, weights and temperature are LRC's, so that nothing
-differs but what is cloned. `objective.kl_weight: 0` is ordinary pre-training, without a teacher
-forward.
+Distilling the Knowledge in a Neural Network (arXiv 1503.02531). The weights start from
+transformers' initialization for the teacher's class. Losses, weights and temperature are LRC's, so
+that the only difference is the cloning. `objective.kl_weight: 0` is ordinary pre-training, without
+a teacher forward pass.
 """
 
 from lrc.baselines.plain import RandomStudent

@@ -1,49 +1,51 @@
-"""Sheared LLaMA: structured pruning to a given shape by learned masks, then continued training.
+"""Sheared LLaMA: structured pruning to a given shape with learned masks, then continued training.
 
 Source: Xia et al., Sheared LLaMA: Accelerating Language Model Pre-training via Structured Pruning
 (arXiv 2310.06694).
 
 Stage one trains a copy of the teacher together with hard-concrete masks over layers, hidden
-dimensions, heads and FFN neurons; a Lagrangian holds the expected number of open units to the
-target's, its multipliers trained by ascent (`lrc.baselines.pruning.learned`). Both take learning
-rates of their own, and the target moves from the teacher's shape to the student's over the first
-fifth of the stage. Then the most probably open units are cut out (`lrc.baselines.pruning.cut`), and
-stage two trains what is left, a plain model, with a new optimizer and a new schedule. In both
-stages the sources of the text are weighed anew after every held-out measurement (dynamic batch
-loading): w' is in proportion to w * exp(max(loss - reference, 0)).
+dimensions, heads and FFN neurons. A Lagrangian holds the expected number of open units to the
+target's; gradient ascent trains its multipliers (`lrc.baselines.pruning.learned`). Masks and
+multipliers have their own learning rates. The target moves from the teacher's shape to the
+student's over the first fifth of the stage. At the end of the stage, the units that are most likely
+open are cut out (`lrc.baselines.pruning.cut`). Stage two trains the result, a plain model, with a
+new optimizer and a new schedule. In both stages every held-out measurement updates the weights of
+the text sources (dynamic batch loading): w' is proportional to w * exp(max(loss - reference, 0)).
 
 Deviations:
 
-* The paper prunes on 0.4 of 50.4 billion tokens, in 3,200 steps; at the budgets of a comparison
-  that share would be no step at all, so `pruning_share` is larger. The authors' rate of 1 for
-  masks and multipliers lets prices rise too slowly for tens of steps: on stories260K 45 steps left
-  nearly all masks open, and a rate of 5 for the multipliers met the constraint.
-* The masks start open with probability `open_at_first`; the authors' code starts at log alpha = 5,
-  a probability of 0.999, and bounds it by 4.6 on both sides. Here nothing bounds it.
-* One pair of multipliers a layer for heads and neurons, where the authors' code has one pair for
-  the mean over layers and holds single layers by the square alone.
-* Heads are pruned by groups that share a key-value head, so that grouped queries stay as they are.
-  A kind of unit of which none is to go has no masks: in LRC's shape only hidden dimensions have.
-* A kept unit stays as it is: what is left of its mask below 1 is not multiplied into the weights.
-  Where masks have not settled, the rank of their probabilities decides, which gives the exact shape
-  in any case; the metrics tell of how many units (`hidden_by_rank` and so on).
+* The paper prunes on 0.4 of 50.4 billion tokens, in 3,200 steps. At the budgets of a comparison
+  that share would be less than one step, so `pruning_share` is larger. With the authors' rate of 1
+  for masks and multipliers, prices rise too slowly for tens of steps: on stories260K, 45 steps left
+  nearly all masks open. A rate of 5 for the multipliers met the constraint.
+* The masks start open with probability `open_at_first`. The authors' code starts at log alpha = 5,
+  a probability of 0.999, and bounds log alpha by 4.6 on both sides. Here it is unbounded.
+* Heads and neurons have one pair of multipliers per layer. The authors' code has one pair for the
+  mean over layers and constrains single layers only by the square.
+* Heads are pruned in groups that share a key-value head, so that grouped queries stay intact. A
+  kind of unit that loses no units has no masks: with LRC's shape, only hidden dimensions have
+  masks.
+* A kept unit is copied unchanged: a mask value below 1 is not multiplied into the weights. Where
+  masks have not settled, the rank of their probabilities decides, so the shape is always exact. The
+  metrics report how many units this concerns (`hidden_by_rank` and so on).
 * The reference losses are the teacher's own, measured on the run's held-out text before the first
-  step; the paper predicts a model's of the student's size by a scaling law, and names the source
-  model's as the other choice. The held-out text is that which is reported.
-* KL to the teacher beside LM, by `objective.kl_weight`, as all methods of a comparison have it; the
-  paper has LM alone (`objective.kl_weight: 0`).
+  step. The paper predicts the losses of a model of the student's size with a scaling law, and names
+  the source model's losses as the alternative. The held-out text is the same as the reported one.
+* The loss has KL to the teacher in addition to LM, weighted by `objective.kl_weight`, as in all
+  methods of a comparison. The paper has LM alone (`objective.kl_weight: 0`).
 
-"loss" in the metrics of stage one holds the Lagrangian, which is told as "lagrangian"; `hidden_gap`
-and so on are the expected share of open units less that which is wanted at the step.
+In the metrics of stage one, "loss" includes the Lagrangian, which is also reported as "lagrangian".
+`hidden_gap` and so on are the expected share of open units minus the share wanted at that step.
 """
 
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PlainStudent
@@ -52,8 +54,7 @@ from lrc.baselines.pruning.learned import LearnedMasks
 from lrc.baselines.pruning.masked import MaskHooks
 from lrc.baselines.pruning.shape import pruned_config, target_shape, teacher_shape
 from lrc.baselines.pruning.size import compare_sizes
-from lrc.cloning.method import Counts
-from lrc.cloning.recomputing import recompute
+from lrc.cloning.method import Counts, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.student import ties_weights
 from lrc.model.teacher import Teacher
@@ -65,13 +66,13 @@ CONSTRAINT_WARMUP = 0.2
 
 
 class ShearedLlama(PlainStudent):
-    """Masks in stage one, the pruned student in stage two."""
+    """Masked teacher in stage one, pruned student in stage two."""
 
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self.step = 0
-        """Steps done before the present one."""
+        """Steps completed before the current one."""
         self.kept_layers: list[int] | None = None
         """Layers of the teacher that the student of stage two has; None in stage one."""
         super().__init__(teacher, recipe)
@@ -83,7 +84,7 @@ class ShearedLlama(PlainStudent):
         assert isinstance(self.recipe.method, ShearedLlamaSection)
         return self.recipe.method
 
-    # What the loop asks for.
+    # Interface to the training loop.
 
     def notes(self) -> list[str]:
         config = pruned_config(self.teacher, self.target, tied=self._tied())
@@ -99,7 +100,7 @@ class ShearedLlama(PlainStudent):
         return {name for name, value in super().parameters().items() if value.ndim > 1}
 
     def learning_rates(self) -> dict[str, float]:
-        """Masks and multipliers have a rate of their own."""
+        """Masks and multipliers have their own learning rates."""
         if self.kept_layers is not None:
             return {}
         section = self.section
@@ -126,11 +127,11 @@ class ShearedLlama(PlainStudent):
     def load_state(self, state: dict[str, Any]) -> None:
         layers = state["kept_layers"]
         if layers is None and self.kept_layers is not None:
-            self.kept_layers, self.model = None, self.make_student()
-            recompute(self.model, self.recipe.train.gradient_checkpointing)
+            self.kept_layers = None
+            self.train_model(self.make_student())
             self._mask()
         if layers is not None and self.kept_layers is None:
-            # Which units of a layer were kept no longer matters: the checkpoint has their weights.
+            # The choice of units no longer matters: the checkpoint already has their weights.
             sizes = self.target.kv_heads, self.target.neurons
             groups, neurons = ([torch.arange(size)] * len(layers) for size in sizes)
             self._prune(KeptUnits(layers, torch.arange(self.target.hidden), groups, neurons))
@@ -138,11 +139,11 @@ class ShearedLlama(PlainStudent):
     def begin_step(self, step: int) -> None:
         self.step = step
         if self.kept_layers is None:
-            # Drawn from the step alone: a run resumes with the same noise.
+            # The seed depends only on the step, so a resumed run draws the same noise.
             seed = (self.recipe.initialize.seed << 32) + step
             self.noise = self.masks.draw(torch.Generator().manual_seed(seed % (1 << 63)))
 
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
         if self.kept_layers is not None:
             return super().losses(batch, counts)
         self.hooks.values = self.masks.values(self.noise)
@@ -151,26 +152,26 @@ class ShearedLlama(PlainStudent):
         tokens = batch.input_ids.numel() if mask is None else mask.sum()
         share = tokens / counts.tokens
         lagrangian = share * self.masks.lagrangian(progress)
-        losses["loss"] = losses["loss"] + lagrangian
-        losses["lagrangian"] = lagrangian.detach()
+        terms = {**losses.terms, "lagrangian": lagrangian.detach()}
         for kind, gap in self.masks.gaps(progress).items():
-            losses[f"{kind}_gap"] = share * gap.detach().mean()
-        return losses
+            terms[f"{kind}_gap"] = share * gap.detach().mean()
+        return replace(losses, loss=losses.loss + lagrangian, terms=terms)
 
     def end_step(self) -> None:
+        super().end_step()
         if self.kept_layers is None:
             for multiplier in self.masks.multipliers():
                 assert multiplier.grad is not None
                 multiplier.grad.neg_()  # ascent
 
     def student(self) -> PreTrainedModel:
-        """In stage one: cut to the units that are most probably open now."""
+        """In stage one, the model cut to the units that are currently most likely open."""
         if self.kept_layers is not None:
-            return self.model
+            return super().student()
         return self._cut(self.masks.kept())
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
-        """Not counted: the stages' steps differ."""
+        """Not counted: the steps of the two stages differ."""
 
     def weighs_sources(self) -> bool:
         return self.section.dynamic_loading
@@ -188,14 +189,14 @@ class ShearedLlama(PlainStudent):
     # The stages.
 
     def make_student(self) -> PreTrainedModel:
-        """The teacher as it is, to be trained and pruned."""
+        """The unmodified teacher, which is trained and then pruned."""
         self.target = target_shape(self.teacher, self.recipe.student, self.section)
         model = copy.deepcopy(self.teacher.model)
         model = model.to(dtype=torch.promote_types(model.dtype, torch.float32))
         return model.requires_grad_(True)
 
     def _mask(self) -> None:
-        """Begin stage one."""
+        """Start stage one."""
         self.hooks = MaskHooks(self.model, self.teacher.family)
         weight = next(iter(super().parameters().values()))
         self.masks = LearnedMasks(
@@ -214,10 +215,9 @@ class ShearedLlama(PlainStudent):
         return ties_weights(self.teacher, self.recipe.student)
 
     def _prune(self, kept: KeptUnits) -> None:
-        """Begin stage two."""
+        """Start stage two."""
         self.hooks.remove()
-        self.model = self._cut(kept)
-        recompute(self.model, self.recipe.train.gradient_checkpointing)
+        self.train_model(self._cut(kept))
         self.kept_layers = list(kept.layers)
         del self.masks, self.hooks
 

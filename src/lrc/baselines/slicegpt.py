@@ -1,23 +1,24 @@
-"""SliceGPT: turn the residual stream into its principal directions, and cut the small ones.
+"""SliceGPT: rotate the residual stream into its principal directions, and cut the small ones.
 
 Source: Ashkboos et al., SliceGPT: Compress Large Language Models by Deleting Rows and Columns
-(arXiv 2401.15024). The teacher's gains are fused into the maps that read its norms, after which a
-rotation of the residual stream can be taken into the weights without any change. The rotation is a
-PCA of the normalized stream over calibration tokens, of which the first d_S directions stay
-(`lrc.baselines.pruning.rotate`). Recovery training follows, of all the student's weights, on KL +
-LM.
+(arXiv 2401.15024). The teacher's gains are fused into the maps that read its norms. A rotation of
+the residual stream can then move into the weights without changing the model. The rotation is a PCA
+of the normalized stream over calibration tokens, and the student keeps the first d_S directions
+(`lrc.baselines.pruning.rotate`). Recovery training on KL + LM follows, of all the student's
+weights.
 
 Deviation: one rotation for all blocks, from the teacher's own stream at all its norms. The paper
-has one a block, Q_l, found in order on the cut network, and so a matrix Q_l^T Q_(l+1) in every skip
-connection. No weight of a plain model can absorb that: its skips are the identity. One rotation
-gives a student of the plain class and of LRC's shape exactly; the paper's need two matrices
-[d_S, d_S] more a layer, and code of their own to run. What that costs, in nats of held-out loss of
-the cut and untrained stories260K (d_T = 64, teacher at 1.22): 2.77 in place of 2.59 at d_S = 48,
-4.84 in place of 4.56 at d_S = 32 (`test_what_one_rotation_costs`).
+has one rotation per block, Q_l, which it finds in order on the cut network. It therefore needs a
+matrix Q_l^T Q_(l+1) in every skip connection. No weight of a plain model can absorb that matrix,
+because its skips are the identity. With one rotation the student has exactly the plain class and
+LRC's shape. The paper's student needs two more matrices [d_S, d_S] per layer, and its own code to
+run. The cost of one rotation, in nats of held-out loss of the cut and untrained stories260K (d_T =
+64, teacher at 1.22): 2.77 instead of 2.59 at d_S = 48, 4.84 instead of 4.56 at d_S = 32
+(`test_what_one_rotation_costs`).
 
-The student of `lrc` with `initialize: pca` starts from the same basis, but with gains of 1, which
-loses less before training where much is cut; and there projections into the teacher's weights are
-trained, here the student's own weights.
+The student of `lrc` with `initialize: pca` starts from the same basis, but with gains of 1. It
+loses less before training when much is cut. It trains projections into the teacher's weights, while
+this method trains the student's own weights.
 """
 
 from transformers import PreTrainedModel

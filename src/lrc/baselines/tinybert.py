@@ -1,24 +1,25 @@
-"""TinyBERT adapted to decoders: hidden states by learned alignment, attention maps, KL and LM.
+"""TinyBERT for decoders: hidden states through learned alignment, attention maps, KL and LM.
 
-Source: Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding
-(arXiv 1909.10351), as LRC's paper (arXiv 2505.12781) takes it for comparison. The student learns
+Source: Jiao et al., TinyBERT: Distilling BERT for Natural Language Understanding (arXiv
+1909.10351), in the form that LRC's paper (arXiv 2505.12781) compares with. The student learns
 
-* hidden states: MSE(h_S W, h_T) of the embedding's output and of every layer's output, each with a
-  learned alignment matrix W [d_S, d_T] of its own, which is trained beside the student and then
-  thrown away;
-* attention maps: MSE of every layer's attention scores before the softmax, as in TinyBERT. There
-  they converged faster than probabilities; here these would also vanish in the mean, since a
-  probability is about 1 / sequence length. The mean is over the keys that a token sees;
+* hidden states: MSE(h_S W, h_T) of the embedding's output and of every layer's output. Each has its
+  own learned alignment matrix W [d_S, d_T], which trains with the student and is then discarded.
+* attention maps: MSE of every layer's attention scores before the softmax, as in TinyBERT. TinyBERT
+  found that scores converge faster than probabilities. With probabilities the loss would also be
+  close to zero here, since a probability is about 1 / sequence length. The mean is over the keys
+  that a token sees.
 * KL over the vocabulary and next-token cross-entropy, with LRC's weights and temperature.
 
-Deviations: TinyBERT shares one alignment matrix among layers and distils in two stages with data
-augmentation; its student is shallower, so it maps layers, while here every layer has its
-counterpart. As in LRC, hidden states hold massive activations that rule a plain mean of squares:
-`objective.clone_scale: relative` acts on the hidden states too.
+Deviations: TinyBERT shares one alignment matrix among all layers, and distills in two stages with
+data augmentation. Its student is shallower, so it maps layers; here every layer has a counterpart.
+As in LRC, hidden states contain massive activations that dominate a plain mean of squares:
+`objective.clone_scale: relative` applies to the hidden states too.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from lrc.baselines.attention import Heads, observe_attention, score_difference
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.alignment import new_alignment
-from lrc.cloning.method import Counts
+from lrc.cloning.method import Counts, StepLosses
 from lrc.cloning.objective import clone_term, relative_weight
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
@@ -38,7 +39,7 @@ from lrc.recipe.method_sections import TinyBertSection
 
 
 class TinyBert(RandomStudent):
-    """Hidden states, attention maps, KL and LM, from random weights."""
+    """Hidden states, attention maps, KL and LM, starting from random weights."""
 
     title = "TinyBERT's layer-wise distillation (arXiv 1909.10351), adapted to decoders"
     used_settings = PLAIN_SETTINGS | {"objective.clone_scale"}
@@ -65,31 +66,31 @@ class TinyBert(RandomStudent):
     def parameters(self) -> dict[str, nn.Parameter]:
         return {**super().parameters(), **self.alignment}
 
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
+        self.distill.begin(batch, counts)
         with self.clock.part("teacher"), torch.no_grad():
             theirs, their_last = self._pass(self.teacher.model, batch)
         with self.clock.part("student"):
             ours, our_last = self._pass(self.model, batch)
-        losses = self.vocabulary(
-            their_last if self.objective.kl_weight else None, our_last, batch, counts
-        )
+        their_last_or_none = their_last if self.objective.kl_weight else None
+        losses = self.distill.predictions(their_last_or_none, our_last, batch, counts)
         with self.clock.part("loss"):
-            mask, loss = batch.token_mask(), losses["loss"]
+            mask, loss, terms = batch.token_mask(), losses.loss, dict(losses.terms)
             if self.section.hidden_weight:
                 hidden = self._hidden(ours, theirs, mask, counts.tokens)
                 loss = loss + self.section.hidden_weight * hidden
-                losses["hidden"] = hidden.detach()
+                terms["hidden"] = hidden.detach()
             if self.section.attention_weight:
                 attention = self._attention(ours, theirs, mask, counts.tokens)
                 loss = loss + self.section.attention_weight * attention
-                losses["attention"] = attention.detach()
-        return {**losses, "loss": loss}
+                terms["attention"] = attention.detach()
+        return replace(losses, loss=loss, terms=terms)
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
-        """Not counted: the attention maps' products are none of the usual ones."""
+        """Not counted: the formula does not cover the products of the attention maps."""
 
     def _pass(self, model: PreTrainedModel, batch: Batch) -> tuple["_Seen", Tensor]:
-        """What a forward pass shows, and its last hidden state."""
+        """Run a forward pass and return what it records, with its last hidden state."""
         seen = _Seen()
         family = self.teacher.family
         layers = range(self.teacher.num_layers if self.section.attention_weight else 0)
@@ -120,7 +121,7 @@ class TinyBert(RandomStudent):
 
 
 class _Seen:
-    """What a forward pass shows, in the order of the layers."""
+    """What a forward pass records, in layer order."""
 
     def __init__(self) -> None:
         self.hidden: list[Tensor] = []
@@ -128,12 +129,12 @@ class _Seen:
         self.heads: list[Heads] = []
 
     def keep_heads(self, _layer: int, heads: Heads) -> None:
-        """Observe an attention block."""
+        """Record an attention block."""
         self.heads.append(heads)
 
     @contextmanager
     def streams(self, model: nn.Module, embedding: str, layers: str) -> Iterator[None]:
-        """While the context is open, keep the residual stream of a forward pass."""
+        """Record the residual stream of a forward pass while the context is open."""
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             self.hidden.append(output[0] if isinstance(output, tuple) else output)

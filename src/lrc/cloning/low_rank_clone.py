@@ -20,18 +20,18 @@ from transformers import PreTrainedModel
 
 from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
-from lrc.cloning.clone_pass import ClonePair, ClonePass
 from lrc.cloning.cost import step_flops, widths_of
-from lrc.cloning.method import Counts, Method, Progress
+from lrc.cloning.distill_pass import ClonePair, DistillPass
+from lrc.cloning.method import Counts, Method, Progress, StepLosses
 from lrc.cloning.projection import Projections, projection_key
-from lrc.cloning.recomputing import recompute
+from lrc.cloning.recomputing import recompute_layers
 from lrc.cloning.start import initialize
 from lrc.data.batch import Batch
 from lrc.model.families import WRITERS
-from lrc.model.student import build_student, student_config
+from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
-from lrc.recipe.sections import Checkpointing, InitializeSection, ObjectiveSection, StudentSection
+from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 
 
@@ -52,24 +52,27 @@ class LowRankClone(Method):
         teacher: Teacher,
         student: StudentSection,
         objective: ObjectiveSection,
-        gradient_checkpointing: Checkpointing = False,
+        gradient_checkpointing: bool = False,
         start: InitializeSection = InitializeSection(),  # noqa: B008 - immutable
         steps: int = 1,
         release_at: float = 1.0,
+        token_grad_clip: float = 0.0,
     ) -> None:
         """
         Args:
             teacher: the teacher.
             student: the student's shape and parametrization.
             objective: the losses.
-            gradient_checkpointing: as in the recipe's `train`.
+            gradient_checkpointing: as in the recipe's `train`, as the last two.
             start: how the projections start.
-            steps: optimizer steps of the whole run, by which alpha falls and the release comes.
+            steps: optimizer steps of the whole run, which alpha's schedule and the release go by.
             release_at: share of them after which the projections are released.
+            token_grad_clip: largest gradient of a token, in medians.
         """
         self.teacher, self.section = teacher, student
         self.objective = objective
-        self.gradient_checkpointing: Checkpointing = gradient_checkpointing
+        self.gradient_checkpointing = gradient_checkpointing
+        self.token_grad_clip = token_grad_clip
         self.start = start
         self.steps, self.release_at = steps, release_at
         self.clock = Clock()
@@ -86,6 +89,7 @@ class LowRankClone(Method):
             recipe.initialize,
             recipe.steps(),
             recipe.train.release_at,
+            recipe.train.token_grad_clip,
         )
 
     def _begin(self) -> None:
@@ -93,20 +97,22 @@ class LowRankClone(Method):
         self.released = False
         self.projections = Projections(self.teacher, self.section)
         self.model = build_student(self.teacher, self.section)
-        self.clone = ClonePass(
+        if self.gradient_checkpointing:
+            recompute_layers(self.model)
+        self.distill = DistillPass(
             self.teacher,
             self.model,
             self.objective,
             self.clock,
-            self._sides,
-            bool(self.gradient_checkpointing),
+            self._pair,
+            self.token_grad_clip,
+            self.gradient_checkpointing,
         )
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":
             self.alignment = writer_alignment(
-                self.teacher, self.model, self.clone.places, self.start.seed
+                self.teacher, self.model, self.distill.sites, self.start.seed
             )
-        recompute(self.model, self.gradient_checkpointing)
 
     def calibration_tokens(self) -> int:
         return 0 if self.start.method == "random" else self.start.calibration_tokens
@@ -155,11 +161,11 @@ class LowRankClone(Method):
         self.released = True
         self.model.requires_grad_(True)
         self.model.zero_grad()
-        cloned = self.clone.places if self.objective.alpha_at(self.release_at) else []
+        cloned = self.distill.sites if self.objective.alpha_at(self.release_at) else []
         self.projections.freeze(projection_key(*p) for p in cloned if self._projects(p))
 
     def begin_step(self, step: int) -> None:
-        self.clone.alpha = self.objective.alpha_at(step / self.steps)
+        self.distill.alpha = self.objective.alpha_at(step / self.steps)
         if self.released:
             return
         with self.clock.part("projection"):
@@ -167,7 +173,7 @@ class LowRankClone(Method):
             self.projections.forget_gradients(self.model)
 
     def end_step(self) -> None:
-        self.clone.end_step()
+        self.distill.end_step()
         if self.released:
             return
         with self.clock.part("projection"):
@@ -176,10 +182,11 @@ class LowRankClone(Method):
     def student(self) -> PreTrainedModel:
         if not self.released:
             self.projections.write_into(self.model)
-        return self.model
+        return plain_view(self.model)
 
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        return self.clone.losses(batch, counts)
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
+        losses: StepLosses = self.distill(batch, counts)
+        return losses
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         if self.alignment:
@@ -197,9 +204,7 @@ class LowRankClone(Method):
         )
         return sum(parts.values())
 
-    def _sides(
-        self, place: LinearSite, inputs: Tensor, output: Tensor, target: Tensor
-    ) -> ClonePair:
+    def _pair(self, place: LinearSite, inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
         """What is compared at a place: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
         layer, name = place

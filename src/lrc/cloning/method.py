@@ -20,9 +20,6 @@ from lrc.system.clock import Clock
 Progress = Callable[[int, int], None]
 """Called with the parts of a long computation that are done and their number."""
 
-TOKEN_LM = "token_lm"
-"""Key of the LM loss by token in what `losses` may give: [batch, sequence], 0 without a label."""
-
 
 @dataclass(frozen=True)
 class Counts:
@@ -35,11 +32,38 @@ class Counts:
     """Tokens that have a next token to learn."""
 
 
+@dataclass(frozen=True)
+class StepLosses:
+    """The losses of a micro-batch. Those of a step's micro-batches add up to the step's."""
+
+    loss: Tensor
+    """The weighted sum, a scalar, with gradients."""
+
+    terms: dict[str, Tensor]
+    """Its parts and other scalars to log, by name, without weights and gradients."""
+
+    clone_layers: Tensor | None = None
+    """The clone terms, [layers, enabled terms], without gradients."""
+
+    token_lm: Tensor | None = None
+    """The cross-entropy of each token, [batch, sequence], 0 without a label; only where the batch
+    knows its sources."""
+
+    def logged(self) -> dict[str, Tensor]:
+        """What the metrics hold, by name, without gradients."""
+        found = {"loss": self.loss.detach(), **self.terms}
+        return found if self.clone_layers is None else {**found, CLONE_LAYERS: self.clone_layers}
+
+
+CLONE_LAYERS = "clone_layers"
+"""Key of `StepLosses.clone_layers` in the metrics."""
+
+
 class Method(ABC):
     """A way to get a small model out of a teacher.
 
     A new run calls `initialize` once. Per optimizer step the loop calls `begin_step`, then
-    `losses` and `backward` on the entry "loss" for every micro-batch, then `end_step`; after that
+    `losses` and `backward` on their `loss` for every micro-batch, then `end_step`; after that
     the gradients of `parameters` are complete. A method with several stages names the steps that
     they end at, and may have other parameters in each.
     """
@@ -145,13 +169,8 @@ class Method(ABC):
         """
 
     @abstractmethod
-    def losses(self, batch: Batch, counts: Counts) -> dict[str, Tensor]:
-        """Losses of a micro-batch; "loss" is the one to differentiate.
-
-        The losses of a step's micro-batches add up to those of the step. What is not a scalar is
-        logged beside held-out measurements only, but for TOKEN_LM, from which the loop tells the LM
-        loss by source.
-        """
+    def losses(self, batch: Batch, counts: Counts) -> StepLosses:
+        """Losses of a micro-batch."""
 
     def end_step(self) -> None:  # noqa: B027 - optional
         """Complete the gradients after the last micro-batch."""

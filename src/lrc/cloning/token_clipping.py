@@ -7,44 +7,23 @@ follows takes their size away. So what each token sends back through a linear ma
 multiple of the median. Not from the paper.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from lrc.cloning.activations import LinearSite, observe
-from lrc.data.batch import Batch
-from lrc.model.families import LINEARS, Family
 from lrc.model.precision import upcast_dtype
 
 
-def clipped_tokens(
-    model: PreTrainedModel, family: Family, batch: Batch, limit: float
-) -> AbstractContextManager[None]:
-    """While the context is open, let forward passes of a batch clip the gradients of their backward
-    pass token by token, at the outputs of all linear maps of the decoder layers.
+def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
+    """Let the backward pass clip the gradient at an output of a linear map, token by token.
 
     Args:
-        model: the student.
-        family: where its parts live.
-        batch: what it runs on. First tokens are spared: what follows in a sequence rests on them.
-        limit: as in `clip_tokens`; 0 clips nothing.
+        output: [batch, sequence, width]. Without a gradient nothing happens.
+        spared: tokens that are not clipped, bool [batch, sequence]: the first ones of sequences,
+            since everything that follows rests on them.
+        limit: as in `clip_tokens`.
     """
-    if not limit:
-        return nullcontext()
-    spared = batch.first_tokens()
-
-    def attend(_place: LinearSite, _input: Tensor, output: Tensor) -> Tensor:
-        if output.requires_grad:
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: clip_tokens(gradient, spared, limit)
-            )
-        return output
-
-    layers = range(model.config.num_hidden_layers)
-    places = [(layer, name) for layer in layers for name in LINEARS]
-    return observe(model, family, places, attend)
+    if output.requires_grad:
+        output.register_hook(lambda gradient: clip_tokens(gradient, spared, limit))  # type: ignore[no-untyped-call]
 
 
 def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:

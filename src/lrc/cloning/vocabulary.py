@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.cloning.method import TOKEN_LM, Counts
+from lrc.cloning.method import Counts, StepLosses
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
@@ -19,11 +19,8 @@ def kl_and_lm_losses(
     batch: Batch,
     counts: Counts,
     objective: ObjectiveSection,
-) -> dict[str, Tensor]:
-    """KL and LM losses of a micro-batch as `Method.losses` gives them.
-
-    "loss" is their weighted sum; "kl" is left out where the teacher is, and TOKEN_LM is there where
-    the batch knows its sources.
+) -> StepLosses:
+    """Divergence and LM losses of a micro-batch. Without the teacher there is no divergence.
 
     Args:
         teacher: the teacher.
@@ -64,10 +61,8 @@ def kl_and_lm_losses(
         ),
         None if token_lm is None else token_lm.view(-1),
     )
-    found = {"loss": losses.weighted}
+    terms: dict[str, Tensor] = {}
     if not without_teacher:
-        found[objective.divergence] = losses.divergence
-    found["lm"] = losses.lm
-    if token_lm is not None:
-        found[TOKEN_LM] = token_lm
-    return found
+        terms[objective.divergence] = losses.divergence
+    terms["lm"] = losses.lm
+    return StepLosses(losses.weighted, terms, token_lm=token_lm)

@@ -1,14 +1,15 @@
-"""The student: its configuration, and an instance of the teacher's own class to hold its weights.
+"""The student: its configuration, and an instance of the teacher's class to hold its weights.
 
-The student is an ordinary transformers model whose projected weights are written into it before
-every optimizer step (`lrc.cloning.projection`). Its forward pass, and the model that is exported,
-are therefore transformers' own, and nothing of ours is needed to run it.
+The student is an ordinary transformers model. Its projected weights are written into it before
+every optimizer step (`lrc.cloning.projection`). The forward pass and the exported model are
+therefore transformers' own and need none of our code.
 """
 
 import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from lrc.model.families import LINEARS
@@ -18,24 +19,26 @@ from lrc.recipe.sections import StudentSection
 
 
 def ties_projections(teacher: Teacher, student: StudentSection) -> bool:
-    """Whether embedding and LM head share one projection (default: as the teacher ties them)."""
+    """Whether embedding and LM head share one projection (default: if the teacher ties them)."""
     if student.tie_projections is None:
         return bool(teacher.config.tie_word_embeddings)
     return student.tie_projections
 
 
 def ties_weights(teacher: Teacher, student: StudentSection) -> bool:
-    """Whether the student's LM head is its embedding: where both the teacher's weights and the
-    projections are tied."""
+    """Whether the student's LM head is its embedding.
+
+    It is if both the teacher's weights and the projections are tied.
+    """
     return bool(teacher.config.tie_word_embeddings) and ties_projections(teacher, student)
 
 
 def student_config(teacher: Teacher, student: StudentSection) -> Any:
-    """The teacher's configuration with the student's hidden size and an explicit head_dim.
+    """Return the teacher's configuration with the student's hidden size and an explicit head_dim.
 
     Raises:
-        UserError: the hidden size is odd, not smaller than the teacher's, or refused by the
-            teacher's configuration class.
+        UserError: if the hidden size is odd, is not smaller than the teacher's, or the teacher's
+            configuration class refuses it.
     """
     check_hidden_size(teacher, student.hidden_size)
     return derive_config(teacher, student)
@@ -48,19 +51,19 @@ def check_hidden_size(
 
     Args:
         teacher: the teacher.
-        hidden_size: the student's.
-        heads: the student's attention heads; None: as many as the teacher's.
-        largest: the largest hidden size; None: any that is smaller than the teacher's.
+        hidden_size: the student's hidden size.
+        heads: number of the student's attention heads; None means as many as the teacher's.
+        largest: the largest allowed hidden size; None allows any below the teacher's.
 
     Raises:
-        UserError: as `check_student_size`.
+        UserError: if `check_student_size` refuses it.
     """
     heads = heads or int(teacher.config.num_attention_heads)
     check_student_size(hidden_size, teacher.family, teacher.hidden_size, heads, largest)
 
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:
-    """The student's configuration, without checking the hidden size against the teacher's."""
+    """Return the student's configuration without checking its hidden size."""
     source = teacher.config
     config = copy.deepcopy(source)
     config.head_dim = head_dim(teacher)
@@ -71,35 +74,53 @@ def derive_config(teacher: Teacher, student: StudentSection) -> Any:
 
 
 def forget_origin(config: Any) -> None:
-    """Drop from a copied configuration what is true of the model that it was copied from only."""
+    """Remove from a copied configuration what is true only of the original model."""
     for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         if hasattr(config, left_over):
             delattr(config, left_over)
 
 
 def head_dim(teacher: Teacher) -> int:
-    """Width of an attention head, which teacher and student share."""
+    """Width of an attention head, the same in teacher and student."""
     rows = teacher.model.get_submodule(teacher.family.linear(0, "q")).weight.shape[0]
     return int(rows) // int(teacher.config.num_attention_heads)
 
 
 def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
-    """A model of a teacher's class as transformers starts it, for a student's weights.
+    """Create a model of the teacher's class with transformers' initial weights, for a student.
 
-    Device, attention implementation and generation config are the teacher's; the element type is
-    too, but float32 at least. It is in evaluation mode, and stays so in training.
+    Device, attention implementation and generation config are the teacher's. The element type is
+    the teacher's too, but at least float32. The model is in evaluation mode and stays in it during
+    training.
     """
     model = type(source)(config)
     model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
     model.set_attn_implementation(source.config._attn_implementation)
     model.generation_config = copy.deepcopy(source.generation_config)
-    return model.eval()  # a dropout in the configuration is not the student's
+    return model.eval()  # the student has no dropout, whatever the configuration says
+
+
+def plain_view(model: PreTrainedModel) -> PreTrainedModel:
+    """Create a plain model that shares only its weights with a model in training.
+
+    It has no hooks, no gradients and no recomputation. Training updates its weights too.
+    """
+    instead: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
+    for value in model.parameters():
+        instead[id(value)] = nn.Parameter(value.detach(), requires_grad=False)
+    for module in model.modules():
+        for name, hooks in vars(module).items():
+            if name.startswith(("_forward_", "_backward_")):
+                instead[id(hooks)] = type(hooks)()
+    view = copy.deepcopy(model, instead)  # uses these as copies already made
+    view.activation_checkpointing_disable()
+    return view.eval()
 
 
 def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
-    """An instance of the teacher's class in the student's shape, on the teacher's device and dtype.
+    """Create the student as an instance of the teacher's class, on the teacher's device and dtype.
 
-    Weights that are projected are left uninitialized and residual norms are at gain 1; all else
+    Projected weights are left uninitialized, and residual norms have gain 1. Everything else
     (biases of q, k and v, norms inside the attention) is the teacher's, and frozen.
     """
     family, source = teacher.family, teacher.model

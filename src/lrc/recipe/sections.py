@@ -1,6 +1,6 @@
-"""The sections of a recipe: every setting, documented beside itself.
+"""The sections of a recipe, with each setting documented right below it.
 
-`lrc.recipe` puts them together, reads them from YAML and tells what is wrong with them.
+`lrc.recipe` combines the sections, reads them from YAML and reports mistakes.
 """
 
 import math
@@ -9,15 +9,12 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Divergence = Literal["kl", "reverse_kl", "jsd"]
-"""Divergences of the student's predictions from the teacher's, by their files in
+"""Divergences between the student's and the teacher's predictions, named after their files in
 `lrc.cloning.objective`."""
-
-Checkpointing = bool | Literal["elementwise"]
-"""Whether and how a student's activations are computed again in the backward pass."""
 
 
 class Section(BaseModel):
-    """Base of all sections: immutable, unknown keys refused, field docs taken from docstrings."""
+    """Base of all sections: immutable, refuses unknown keys, takes field docs from docstrings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
@@ -33,47 +30,49 @@ class TeacherSection(Section):
     """Hub revision (branch, tag or commit); only for hub ids."""
 
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Element type of the teacher's weights. A start from text is solved in float32 from any."""
+    """Element type of the teacher's weights. A start from text is always solved in float32."""
 
     load: Literal["full", "layers"] = "full"
-    """`layers`: leave the decoder layers in their safetensors files and read one at a time, for
-    `lrc init` of a teacher that does not fit in memory. Training needs `full`."""
+    """`layers`: leave the decoder layers in their safetensors files and read one at a time. This is
+    for `lrc init` with a teacher that does not fit in memory. Training needs `full`."""
 
     tie_head: bool = False
-    """Take the teacher's embedding for its LM head, too. For files that hold one matrix twice,
-    rounded apart (many GGUF files): the student then needs one projection and one matrix less."""
+    """Use the teacher's embedding as its LM head too. This is for files that hold one matrix twice
+    with different rounding (many GGUF files). The student then needs one projection and one matrix
+    less."""
 
     license: str | None = None
     """License identifier of the teacher, for the model card. Empty: read from the .gguf file or
-    the model card beside the weights, where one is there."""
+    from the model card beside the weights, if there is one."""
 
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation, for teacher and student."""
+    """transformers' attention implementation for teacher and student."""
 
 
 class StudentSection(Section):
-    """The shape and the parametrization of the student."""
+    """The student's shape and parametrization."""
 
     hidden_size: int = Field(gt=0)
     """d_S, the student's hidden size: even and smaller than the teacher's."""
 
     tie_projections: bool | None = None
-    """Whether embedding and LM head share one projection. Empty: as the teacher ties its weights.
-    The student's own weights are tied where both the teacher's weights and the projections are."""
+    """Whether embedding and LM head share one projection. Empty: yes if the teacher ties its
+    weights. The student's own weights are tied if both the teacher's weights and the projections
+    are."""
 
     fold_gains: bool = True
-    """Multiply the teacher's RMSNorm gain into the weights that read it before projecting
-    (design of the parametrization only: the same students can be reached). A start from text has
-    to be trained with it: without, the first steps undo the start. The paper does not."""
+    """Multiply the teacher's RMSNorm gain into the weights that read it before projecting. This
+    changes only the parametrization: the same students can be reached without it. Train a start
+    from text with it; otherwise the first steps undo the start. The paper does not use it."""
 
 
 class InitializeSection(Section):
-    """How the projections start."""
+    """How the projections are initialized."""
 
     method: Literal["closed-form", "pca", "random"] = "closed-form"
     """`closed-form`: solved from a short calibration pass over training text. `pca`: the leading
-    directions of the teacher's stream, from the same text. `random`: normal(0, std), the paper's,
-    far behind them. Those from text are trained with `student.fold_gains`."""
+    directions of the teacher's residual stream on the same text. `random`: normal(0, std) as in the
+    paper, far behind the other two. Train the two starts from text with `student.fold_gains`."""
 
     std: float = Field(0.02, gt=0)
     """Standard deviation of the random start."""
@@ -82,18 +81,18 @@ class InitializeSection(Section):
     """Seed of the random start."""
 
     calibration_tokens: int = Field(16_384, gt=0)
-    """Training tokens that a start from text is solved from; all where the text holds fewer. Their
-    residual streams are in temporary files where they take more than 1 GiB
+    """Training tokens that a start from text is solved from; all of them if the text holds fewer.
+    Their residual streams go to temporary files if they take more than 1 GiB
     (docs/initialize.md)."""
 
     refine_epochs: int = Field(2, ge=0, le=1000)
     """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
-    of the layers by gradients, and as many for the second half with the head; 0 solves everything
-    by least squares alone, in half the time, and starts less far ahead."""
+    of the layers by gradients. As many passes follow for the second half with the head. 0 solves
+    everything by least squares alone, which takes half the time and starts less far ahead."""
 
 
 class CloneTerms(Section):
-    """Which activations are cloned, by the linear map that gives them."""
+    """Which activations are cloned, named by the linear map that produces them."""
 
     q: bool = True
     """Query pre-activations."""
@@ -111,7 +110,7 @@ class CloneTerms(Section):
     """Outputs of the FFN."""
 
     def enabled(self) -> tuple[str, ...]:
-        """Names of the terms that are on, in the order of the layer."""
+        """Names of the terms that are on, in layer order."""
         return tuple(name for name in type(self).model_fields if getattr(self, name))
 
 
@@ -122,25 +121,25 @@ class ObjectiveSection(Section):
     """Weight of the activation clone loss."""
 
     alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How alpha goes on from there: it stays (the paper), or falls to zero."""
+    """How alpha changes during the run: it stays constant (the paper), or falls to zero."""
 
     alpha_zero_at: float = Field(1.0, gt=0, le=1)
-    """Share of the steps after which a falling alpha is zero; from there on nothing is cloned."""
+    """Share of the steps after which a falling alpha is zero. Nothing is cloned from then on."""
 
     kl_weight: float = Field(1.0, ge=0)
-    """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 and T = 40."""
+    """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 tokens and T = 40."""
 
     divergence: Divergence = "kl"
-    """Which divergence `kl_weight` weighs: `kl` (the paper) is KL(teacher || student), which covers
-    all that the teacher may say. `reverse_kl` holds the student to what the teacher finds likely.
-    `jsd` is the generalized Jensen-Shannon divergence between the two."""
+    """The divergence that `kl_weight` weighs. `kl` (the paper) is KL(teacher || student), which
+    covers everything the teacher may say. `reverse_kl` keeps the student to what the teacher finds
+    likely. `jsd` is the generalized Jensen-Shannon divergence between the two."""
 
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
 
     temperature: float = Field(1.0, gt=0)
     """T of the softmax in the KL term. The paper's 40 asks for logits near the teacher's over the
-    whole vocabulary, likely token or not; a short run is better off with 1."""
+    whole vocabulary, whether a token is likely or not. Short runs do better with 1."""
 
     lm_weight: float = Field(1.0, ge=0)
     """Weight of the next-token cross-entropy."""
@@ -149,21 +148,21 @@ class ObjectiveSection(Section):
     """Which clone terms are on."""
 
     clone_scale: Literal["none", "relative"] = "relative"
-    """`relative`: each token's squared differences divided by the mean square of the teacher's side
+    """`relative`: divide each token's squared differences by the mean square of the teacher's side
     plus its median over tokens. `none`: plain mean squared differences (the paper), which a few
-    tokens with massive activations rule."""
+    tokens with massive activations dominate."""
 
     attn_out: Literal["student", "teacher"] = "student"
-    """Where attention outputs are compared: in the student's space (the paper's formula) or in the
-    teacher's, its own o applied to the student's heads (the official code)."""
+    """Where attention outputs are compared: in the student's space (the paper's formula), or in the
+    teacher's, with the teacher's o applied to the student's heads (the official code)."""
 
     alignment: Literal["reuse", "explicit"] = "reuse"
-    """How outputs of attention and FFN are brought to one width. `reuse`: the projections that the
-    student has anyway carry the teacher's (the paper). `explicit`: extra trained matrices carry the
-    student's, an ablation."""
+    """How outputs of attention and FFN are brought to one width. `reuse`: the student's own
+    projections map the teacher's outputs to the student's width (the paper). `explicit`: extra
+    trained matrices map the student's outputs to the teacher's width, an ablation."""
 
     chunk_tokens: int = Field(512, gt=0)
-    """Tokens whose logits are held at once; changes memory and speed, not the loss."""
+    """Tokens whose logits are in memory at once; changes memory and speed, not the loss."""
 
     @model_validator(mode="after")
     def _settings_that_go_together(self) -> Self:
@@ -174,7 +173,7 @@ class ObjectiveSection(Section):
         return self
 
     def alpha_at(self, share: float) -> float:
-        """alpha where a share of the run's steps is done, in [0, 1]."""
+        """alpha after a share of the run's steps, in [0, 1]."""
         if self.alpha_schedule == "constant":
             return self.alpha
         done = min(1.0, share / self.alpha_zero_at)
@@ -183,7 +182,7 @@ class ObjectiveSection(Section):
 
 
 class StreamSection(Section):
-    """A data set that is read as it is downloaded: for a first try, without any build."""
+    """A data set that is read while it downloads: for a first try, without a build."""
 
     dataset: str
     """Hub id, folder, or builder of `datasets` (`json`, `parquet`, `text`) with `data_files`."""
@@ -198,11 +197,11 @@ class StreamSection(Section):
     """Hub revision (branch, tag or commit)."""
 
     data_files: list[str] = []
-    """Files of the data set that are read. Empty: all of the split."""
+    """Files of the data set to read. Empty: all of the split."""
 
     shuffle_documents: int = Field(1000, gt=0)
-    """Documents that are held in memory and shuffled; the order of the data set's files is shuffled
-    too. Resuming reads at most so many again."""
+    """Documents to hold in memory and shuffle. The order of the data set's files is shuffled too.
+    Resuming rereads at most this many."""
 
 
 class DataSection(Section):
@@ -213,30 +212,29 @@ class DataSection(Section):
     `datasets`, or `stdlib-docs` (the documentation that ships with Python)."""
 
     shards: list[str] = []
-    """Folders of token shards that `lrc data build` made; they have their own held-out part."""
+    """Folders of token shards that `lrc data build` made. They have their own held-out part."""
 
     stream: StreamSection | None = None
-    """A data set that is read as it is downloaded."""
+    """A data set that is read while it downloads."""
 
     held_out: list[str] = []
     """Sources of the held-out text. Empty: a part of the documents of `text`."""
 
     held_out_fraction: float = Field(0.02, gt=0, lt=1)
-    """Share of the documents of `text` (where `held_out` is empty) or of `stream` that is held
-    out."""
+    """Share of the documents of `text` (if `held_out` is empty) or of `stream` to hold out."""
 
     text_field: str = "text"
     """Field of JSONL rows and data sets that holds the text."""
 
     parse_special_tokens: bool = False
-    """Whether special tokens that are written out in the text (`</s>`, `<|im_start|>`) become the
-    control tokens themselves. Off: they are text like any other, whoever wrote them there."""
+    """Whether special tokens written out in the text (`</s>`, `<|im_start|>`) become the control
+    tokens themselves. If off, they are ordinary text, whoever wrote them there."""
 
     sequence_length: int = Field(256, ge=8, le=1 << 24)
-    """Tokens of a training sequence."""
+    """Tokens per training sequence."""
 
     document_mask: bool = False
-    """Let no token attend across the boundary between two packed documents."""
+    """Block attention across the boundary between two packed documents."""
 
     cache: str | None = None
     """Folder of the tokenized cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
@@ -247,7 +245,7 @@ class DataSection(Section):
         return [value] if isinstance(value, str) else value
 
     def origin(self) -> str:
-        """Where the text comes from, for people."""
+        """Where the text comes from, in readable form."""
         return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
 
 
@@ -255,13 +253,13 @@ class TrainSection(Section):
     """The optimization and its bookkeeping."""
 
     tokens: int = Field(1_000_000, gt=0)
-    """Training tokens in all; rounded up to whole steps."""
+    """Total training tokens, rounded up to whole steps."""
 
     micro_batch: int = Field(8, gt=0, le=1 << 16)
-    """Sequences of a forward pass."""
+    """Sequences per forward pass."""
 
     accumulate: int = Field(1, gt=0, le=1 << 20)
-    """Forward passes of an optimizer step."""
+    """Forward passes per optimizer step."""
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
@@ -279,42 +277,41 @@ class TrainSection(Section):
     """AdamW's epsilon."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay, on matrices only: the projections, and the student's own after the
-    release."""
+    """AdamW's weight decay, on matrices only: the projections, and the student's own matrices after
+    the release."""
 
     release_at: float = Field(1.0, ge=0, le=1)
-    """Share of the steps after which method `lrc` releases the projections: the student's weights
-    are then trained themselves. 0: from the first step on; 1: never (the paper)."""
+    """Share of the steps after which method `lrc` releases the projections and trains the student's
+    weights directly. 0: from the first step on; 1: never (the paper)."""
 
     release_learning_rate: float | None = Field(None, gt=0)
-    """Peak learning rate of the released weights, in the same schedule, after a warm-up as long as
-    the first. Empty: `learning_rate`."""
+    """Peak learning rate of the released weights, with the same schedule, after a warm-up as long
+    as the first. Empty: `learning_rate`."""
 
     grad_clip: float = Field(1.0, ge=0)
-    """Largest gradient norm; 0 turns clipping off."""
+    """Maximum gradient norm; 0 turns clipping off."""
 
     token_grad_clip: float = Field(5.0, ge=0)
-    """Largest gradient norm of a token at the output of a linear map of the student, in units of
-    the median over the micro-batch's tokens; a sequence's first token is spared. 0 turns it off, as
+    """Maximum gradient norm of a token at the output of a linear map of the student, in units of
+    the median over the micro-batch's tokens. A sequence's first token is exempt. 0 turns it off, as
     in the paper."""
 
     seed: int = Field(0, ge=-(1 << 63), lt=1 << 63)
-    """Seed of the order of the data."""
+    """Seed of the data order."""
 
     device: str = "auto"
-    """`auto` (cuda where there is one), `cpu`, `cuda`, `cuda:1`, ..."""
+    """`auto` (cuda if available), `cpu`, `cuda`, `cuda:1`, ..."""
 
     precision: Literal["float32", "bfloat16"] = "float32"
-    """Arithmetic of the forward passes: bfloat16 means autocast with float32 master weights."""
+    """Arithmetic of the forward passes. bfloat16 means autocast with float32 master weights."""
 
-    gradient_checkpointing: Checkpointing = False
-    """Compute the student's activations again in the backward pass, to save memory:
-    `elementwise` all that is no matrix product and no attention, which costs little time, `true`
-    whole layers."""
+    gradient_checkpointing: bool = False
+    """Run the student's layers again in the backward pass instead of keeping their activations, to
+    save memory."""
 
     compile: bool = False
-    """Compile norms and activation functions of both models, as they are when training begins, by
-    torch.compile, which needs a C++ compiler: 2% faster on two CPU cores, after 15 s of
+    """Compile norms and activation functions of both models, as they are when training begins, with
+    torch.compile, which needs a C++ compiler. On two CPU cores this is 2% faster, after 15 s of
     compilation. Not with `gradient_checkpointing`."""
 
     log_every: int = Field(1, gt=0)
@@ -324,25 +321,25 @@ class TrainSection(Section):
     """Steps between two measurements of the held-out loss."""
 
     eval_sequences: int = Field(32, gt=0)
-    """Held-out sequences that are measured."""
+    """Number of held-out sequences to measure."""
 
     checkpoint_every: int = Field(100, gt=0)
-    """Steps between two checkpoints. One is always written before the first step, and one at the
+    """Steps between two checkpoints. One is always written before the first step and one at the
     end."""
 
     checkpoint_minutes: float = Field(5.0, ge=0)
-    """Minutes after which another checkpoint is written, too; 0: steps alone decide."""
+    """Minutes after which an additional checkpoint is written; 0: only steps decide."""
 
     keep_checkpoints: int = Field(2, gt=0)
-    """Checkpoints that are kept."""
+    """Number of checkpoints to keep."""
 
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
-    """Where metrics are sent besides metrics.jsonl; each needs its extra of the same name."""
+    """Where to send metrics besides metrics.jsonl. Each needs the extra of the same name."""
 
     @field_validator("report_to", mode="before")
     @classmethod
     def _one_name(cls, value: Any) -> Any:
-        """transformers takes one name too, and `none`."""
+        """Accept a single name and `none`, as transformers does."""
         if isinstance(value, str):
             return [] if value == "none" else [value]
         return value
@@ -356,5 +353,5 @@ class TrainSection(Section):
         return self
 
     def step_sequences(self) -> int:
-        """Sequences of one optimizer step."""
+        """Sequences per optimizer step."""
         return self.micro_batch * self.accumulate

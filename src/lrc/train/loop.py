@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.cloning.method import TOKEN_LM, Counts
-from lrc.cloning.token_clipping import clipped_tokens
+from lrc.cloning.method import Counts
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
@@ -130,16 +129,13 @@ class Loop:
         sums: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
         for batch in batches:
-            clipped = clipped_tokens(
-                method.model, setup.teacher.family, batch, train.token_grad_clip
-            )
-            with autocast(train, setup.device), clipped:
+            with autocast(train, setup.device):
                 losses = method.losses(batch, counts)
             with method.clock.part("student"):
-                losses["loss"].backward()  # type: ignore[no-untyped-call]
-            by_source.add_batch(losses.pop(TOKEN_LM, None), batch)
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0) + value.detach()
+                losses.loss.backward()  # type: ignore[no-untyped-call]
+            by_source.add_batch(losses.token_lm, batch)
+            for name, value in losses.logged().items():
+                sums[name] = sums.get(name, 0) + value
         method.end_step()
         with method.clock.part("optimizer"):
             norm = self._clip()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from lrc.cloning.clone_pass import LAYERWISE
+from lrc.cloning.method import CLONE_LAYERS
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, write_text
@@ -53,14 +53,14 @@ def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, f
     numbers by source one by one, and the clone loss by term."""
     values: dict[str, float] = {}
     for name, value in line.items():
-        if name in ("step", LAYERWISE) or isinstance(value, str):
+        if name in ("step", CLONE_LAYERS) or isinstance(value, str):
             continue
         key = f"{'eval' if 'held_out' in name else 'train'}/{name}"
         if isinstance(value, dict):
             values |= {f"{key}/{source}": number for source, number in value.items()}
         else:
             values[key] = value
-    for name, column in zip(terms, zip(*line.get(LAYERWISE, ()), strict=True), strict=False):
+    for name, column in zip(terms, zip(*line.get(CLONE_LAYERS, ()), strict=True), strict=False):
         values[f"clone/{name}"] = sum(column)
     return values
 

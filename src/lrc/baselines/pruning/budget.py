@@ -1,4 +1,4 @@
-"""How wide attention and FFN may be for a number of parameters, when nothing else is pruned."""
+"""Widths of attention and FFN that fit a number of parameters when nothing else is pruned."""
 
 from dataclasses import dataclass, replace
 
@@ -9,9 +9,9 @@ from lrc.model.teacher import Teacher
 
 @dataclass(frozen=True)
 class Budget:
-    """Parameters of a teacher's class by key/value heads and FFN neurons, the same in all layers.
+    """Parameters of a teacher's class by key/value heads and FFN neurons, equal in all layers.
 
-    The count is a linear function of the two.
+    The count is a linear function of the two numbers.
     """
 
     teacher: Teacher
@@ -24,22 +24,22 @@ class Budget:
 
     @property
     def smallest(self) -> PrunedShape:
-        """One key/value head and one neuron a layer."""
+        """One key/value head and one neuron per layer."""
         return replace(teacher_shape(self.teacher), kv_heads=1, neurons=1)
 
     def widths(self, parameters: int) -> PrunedShape | None:
-        """The shape for so many parameters; None where even the smallest has more.
+        """The shape with this many parameters; None if even the smallest shape has more.
 
-        LLM-Pruner takes the same share of heads and of neurons. Of the key/value heads only whole
-        ones can go, so the shape is the one in which both shares are nearest to each other, and the
-        neurons make up for the rest.
+        LLM-Pruner removes the same share of heads and of neurons. Key/value heads can only be
+        removed whole. So the result is the shape in which both shares are closest to each other,
+        and the number of neurons makes up the difference.
         """
         whole = teacher_shape(self.teacher)
         total = self.count(whole)
         of_neuron = total - self.count(replace(whole, neurons=whole.neurons - 1))
         if self.count(self.smallest) - parameters > of_neuron / 2:
             return None
-        others = whole.kv_heads - 1  # one head is what every configuration accepts
+        others = whole.kv_heads - 1  # every configuration accepts one head
         of_others = total - self.count(replace(whole, kv_heads=1))
         found: list[tuple[int, float, PrunedShape]] = []
         for heads in filter(self._takes, range(1, whole.kv_heads + 1)):
@@ -53,6 +53,6 @@ class Budget:
         return min(found, key=lambda candidate: candidate[:2])[2]
 
     def _takes(self, kv_heads: int) -> bool:
-        """Whether the family's configuration accepts so many heads at the teacher's hidden size."""
+        """Whether the family's configuration accepts this many heads at the teacher's width."""
         heads = kv_heads * group_size(self.teacher.config)
         return not self.teacher.family.divides_by_heads or self.teacher.hidden_size % heads == 0

@@ -1,4 +1,4 @@
-"""A plain model that holds chosen parts of another one."""
+"""A plain model that consists of selected parts of another one."""
 
 from dataclasses import dataclass
 
@@ -14,39 +14,38 @@ from lrc.model.student import empty_student
 
 @dataclass(frozen=True)
 class KeptUnits:
-    """The parts of a model that stay, by the model's own numbers, each int64 and in the order that
-    they are to have.
+    """The parts of a model to keep: int64 indices into the model, in their order in the new model.
 
     Raises:
-        ValueError: the layers' widths differ, so that no plain model can hold them.
+        ValueError: if the layers' widths differ, so that no plain model can hold them.
     """
 
     layers: list[int]
-    """KeptUnits layers, ascending."""
+    """Kept layers, ascending."""
 
     hidden: Tensor
-    """KeptUnits channels of the residual stream, [d_S]."""
+    """Kept channels of the residual stream, [d_S]."""
 
     groups: list[Tensor]
-    """KeptUnits key/value heads of each kept layer; every one brings all its query heads."""
+    """Kept key/value heads of each kept layer, each with all its query heads."""
 
     neurons: list[Tensor]
-    """KeptUnits FFN neurons of each kept layer."""
+    """Kept FFN neurons of each kept layer."""
 
     def __post_init__(self) -> None:
         for parts in (self.groups, self.neurons):
             if len(parts) != len(self.layers) or len({len(part) for part in parts}) != 1:
-                raise ValueError("every kept layer needs as many heads and neurons as the others")
+                raise ValueError("all kept layers must have the same number of heads and neurons")
 
     @property
     def shape(self) -> PrunedShape:
-        """The shape of what is kept."""
+        """The shape of the kept parts."""
         layers, hidden = len(self.layers), len(self.hidden)
         return PrunedShape(layers, hidden, len(self.groups[0]), len(self.neurons[0]))
 
 
 def keep_all(model: PreTrainedModel) -> KeptUnits:
-    """All parts of a model, to replace some of them."""
+    """All parts of a model, as a default for a partial selection."""
     config = model.config
     layers = list(range(config.num_hidden_layers))
     return KeptUnits(
@@ -63,10 +62,10 @@ def cut(
     """A model of the same class whose weights are the kept slices, in float32 at least.
 
     Args:
-        model: the model to prune; it stays as it is.
+        model: the model to prune; it does not change.
         family: its family.
-        kept: what stays.
-        tied: whether the LM head is the embedding; None: as in the model.
+        kept: the parts to keep.
+        tied: whether the LM head is the embedding; None for the model's own setting.
     """
     config = pruned_config(model, kept.shape, kept.layers, tied)
     with torch.random.fork_rng(devices=[]):  # transformers draws weights that are not needed
@@ -79,7 +78,7 @@ def cut(
 def write_kept(
     smaller: PreTrainedModel, model: PreTrainedModel, family: Family, kept: KeptUnits
 ) -> None:
-    """Give a model of the shape of `kept` the kept slices of another model, in place."""
+    """Write the kept slices of a model into a smaller model of the shape of `kept`, in place."""
     slices = kept_slices(model, family, kept)
     for name, parameter in smaller.named_parameters():
         source, rows, columns = slices[name]
@@ -92,11 +91,11 @@ def write_kept(
 
 
 Slice = tuple[str, Tensor | None, Tensor | None]
-"""Name of a parameter of the model that is pruned, its kept rows and columns; None: all."""
+"""Name of a parameter of the original model, and its kept rows and columns; None for all."""
 
 
 def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict[str, Slice]:
-    """Where every parameter of a pruned model comes from, by its name there."""
+    """The source of every parameter of a pruned model, by its name in the pruned model."""
     head_dim, size = head_dim_of(model.config), group_size(model.config)
     found: dict[str, Slice] = {}
 
@@ -125,7 +124,7 @@ def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict
             "down": (hidden, neurons),
         }
         prefix, theirs = f"{family.layers}.{layer}", f"{family.layers}.{number}"
-        for path, _ in model.get_submodule(theirs).named_modules():  # norms as wide as a head too
+        for path, _ in model.get_submodule(theirs).named_modules():  # includes the norms of a head
             if path:
                 take(f"{prefix}.{path}", None, None, f"{theirs}.{path}")
         for norm in family.norms:
@@ -136,5 +135,5 @@ def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict
 
 
 def _spread(parts: Tensor, width: int) -> Tensor:
-    """Numbers of the rows of parts that are `width` rows each."""
+    """Indices of the rows of parts that have `width` rows each."""
     return (parts[:, None] * width + torch.arange(width, device=parts.device)).flatten()

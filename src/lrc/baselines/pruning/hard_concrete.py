@@ -1,8 +1,8 @@
-"""Hard-concrete masks: random numbers in [0, 1] that are 0 and 1 with positive probability.
+"""Hard-concrete masks: random numbers in [0, 1] that are exactly 0 or 1 with positive probability.
 
 Source: Louizos, Welling and Kingma, Learning Sparse Neural Networks through L0 Regularization
 (arXiv 1712.01312), equations 9 to 13, with their constants. All functions work element by element
-in the precision of what they are given.
+in the precision of their input.
 """
 
 import math
@@ -12,14 +12,14 @@ from torch import Tensor
 
 LOWEST, HIGHEST = -0.1, 1.1
 """gamma and zeta: the ends of the interval that a concrete variable is stretched to before it is
-cut to [0, 1]."""
+clamped to [0, 1]."""
 
 TEMPERATURE = 2 / 3
 """beta of the concrete distribution."""
 
 
 def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
-    """Masks drawn by the inverse of the distribution function, differentiable in `log_alpha`.
+    """Draw masks by inverting the distribution function, differentiable in `log_alpha`.
 
     Args:
         log_alpha: location of each mask.
@@ -30,7 +30,7 @@ def sample(log_alpha: Tensor, uniform: Tensor) -> Tensor:
 
 
 def open_probability(log_alpha: Tensor) -> Tensor:
-    """Probability that a mask is not 0; their sum is the expected L0 norm."""
+    """Probability that a mask is not 0; the sum of these probabilities is the expected L0 norm."""
     return (log_alpha - TEMPERATURE * math.log(-LOWEST / HIGHEST)).sigmoid()
 
 
@@ -40,7 +40,7 @@ def log_alpha_of(probability: float) -> float:
 
 
 def settled(log_alpha: Tensor) -> Tensor:
-    """The mask without noise, as the paper takes it after training."""
+    """The mask without noise, which the paper uses after training."""
     return _stretched(log_alpha)
 
 

@@ -1,13 +1,13 @@
-"""How much the parts of a teacher matter, from its activations over calibration text.
+"""Importance of a teacher's parts, from its activations over calibration text.
 
 Source: Muralidharan et al., Compact Language Models via Pruning and Knowledge Distillation (arXiv
-2407.14679, section 2.2). Only forward passes are needed. At every token
+2407.14679, section 2.2). Only forward passes are needed. The score at every token is
 
-* a residual channel scores its value in the output of a norm, summed up over all norms,
-* a key/value head the L2 norm of what its query heads give to o,
-* an FFN neuron its activation before down,
+* for a residual channel, its value in the output of a norm, summed over all norms,
+* for a key/value head, the L2 norm of what its query heads pass to o,
+* for an FFN neuron, its activation before down.
 
-and the scores are aggregated over the tokens of a sequence, then over sequences. A layer matters by
+Scores are aggregated over the tokens of a sequence, then over sequences. The score of a layer is
 its block influence 1 - E[cos(stream before it, stream after it)], a mean over all tokens (Men et
 al., ShortGPT, arXiv 2403.03853).
 """
@@ -35,7 +35,7 @@ ROWS = 8
 
 @dataclass(frozen=True)
 class ActivationImportance:
-    """Scores of a teacher's parts; larger ones matter more."""
+    """Scores of a teacher's parts; a larger score means a more important part."""
 
     hidden: Tensor
     """Of the channels of the residual stream, [d_T]."""
@@ -50,7 +50,7 @@ class ActivationImportance:
     """Of the layers, [layers]."""
 
     def most_important(self, shape: PrunedShape) -> KeptUnits:
-        """The parts of the highest scores, in their order in the teacher, to fill a shape."""
+        """The parts with the highest scores that fill a shape, in their order in the teacher."""
         layers = largest(self.layers, shape.layers).tolist()
         return KeptUnits(
             layers,
@@ -73,9 +73,9 @@ def measure_importance(
     Args:
         teacher: the teacher.
         batch: the text; padding does not count.
-        over_tokens: how a sequence's scores come of those of its tokens.
-        over_sequences: how the scores come of those of the sequences.
-        progress: called with the forward passes done and their number.
+        over_tokens: how to aggregate the scores of a sequence's tokens.
+        over_sequences: how to aggregate the scores of the sequences.
+        progress: function that gets the number of completed forward passes and the total.
     """
     watch = _Watch(teacher, over_tokens)
     parts = list(_parts(batch))
@@ -97,7 +97,7 @@ def measure_importance(
 
 
 def aggregate(scores: Tensor, how: Aggregation) -> Tensor:
-    """Scores [n, parts] as one score a part: the mean of their absolute values or their L2 norm."""
+    """Reduce scores [n, parts] to one per part: the mean absolute value or the L2 norm."""
     if how == "l2":
         return torch.linalg.vector_norm(scores, dim=0)
     return scores.abs().mean(0)
@@ -109,11 +109,11 @@ class _Watch:
     def __init__(self, teacher: Teacher, over_tokens: Aggregation) -> None:
         self.teacher, self.over_tokens = teacher, over_tokens
         self.mask: Tensor | None = None
-        """Tokens of the forward pass that count, bool [b, s]; None: all."""
+        """Tokens of the forward pass that count, bool [b, s]; None for all."""
         self.rows: dict[str, dict[Any, list[Tensor]]] = {"hidden": {}, "groups": {}, "neurons": {}}
-        """By kind of part and place, the scores [parts] of every sequence."""
+        """The scores [parts] of every sequence, by kind of part and place."""
         self.influence: dict[int, list[Tensor]] = {}
-        """By layer, 1 - cos of every token."""
+        """1 - cos of every token, by layer."""
 
     @contextmanager
     def open(self) -> Iterator[None]:
@@ -175,5 +175,5 @@ def _parts(batch: Batch) -> Iterator[Batch]:
 
 
 def largest(scores: Tensor, count: int) -> Tensor:
-    """Numbers of the largest scores, ascending."""
+    """Indices of the largest scores, ascending."""
     return scores.topk(count).indices.sort().values

@@ -1,8 +1,8 @@
 """Masks that are learned under a constraint on how many units stay open.
 
-For each kind of unit, with E the expected share of open ones and t the target's share, the loss
-gets `linear * (E - t) + quadratic * (E - t)^2`: the Lagrangian of the constraint E = t, which the
-masks descend and the multipliers ascend.
+For each kind of unit, E is the expected share of open units and t is the target's share. The loss
+includes `linear * (E - t) + quadratic * (E - t)^2`, the Lagrangian of the constraint E = t. The
+masks descend it and the multipliers ascend it.
 """
 
 from collections.abc import Iterator
@@ -24,13 +24,14 @@ class Counted:
     """Units of one kind."""
 
     shape: tuple[int, ...]
-    """Of the masks; the last one is constrained, for each layer on its own where there are two."""
+    """Shape of the masks. The constraint is on the last dimension, for each layer separately if
+    there are two."""
     kept: int
-    """How many stay, along the last one."""
+    """Number of kept units along the last dimension."""
 
 
 def counted(teacher: PrunedShape, target: PrunedShape) -> dict[str, Counted]:
-    """The kinds of which the target has fewer than the teacher: only they are masked."""
+    """The kinds of which the target has fewer units than the teacher; only these are masked."""
     kinds = {
         "layers": Counted((teacher.layers,), target.layers),
         "hidden": Counted((teacher.hidden,), target.hidden),
@@ -44,11 +45,11 @@ class LearnedMasks:
     """Hard-concrete masks with the multipliers of their constraints.
 
     Args:
-        teacher: shape of the model that is masked.
+        teacher: shape of the masked model.
         target: shape to reach.
         open_at_first: probability that a mask is open before training.
-        device: where the parameters are.
-        dtype: their element type.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class LearnedMasks:
                 multipliers[kind] = nn.Parameter(full.new_zeros(units.shape[:-1]))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """All of them by name."""
+        """All parameters by name."""
         parts = {"log_alpha": self.log_alpha, "linear": self.linear, "quadratic": self.quadratic}
         return {
             f"masks.{kind}.{part}": of_kind[kind]
@@ -80,7 +81,7 @@ class LearnedMasks:
         }
 
     def multipliers(self) -> Iterator[nn.Parameter]:
-        """Those that ascend."""
+        """The parameters that ascend."""
         yield from self.linear.values()
         yield from self.quadratic.values()
 
@@ -97,10 +98,10 @@ class LearnedMasks:
         return MaskValues(**{k: sample(self.log_alpha[k], noise[k]) for k in self.units})
 
     def gaps(self, progress: float = 1.0) -> dict[str, Tensor]:
-        """E - t by kind, a number or [layers].
+        """E - t by kind: a scalar, or [layers].
 
         Args:
-            progress: in [0, 1]: how far the target has moved from all units to its end.
+            progress: how far the target has moved from all units to its final value, in [0, 1].
         """
         return {
             kind: open_probability(self.log_alpha[kind]).mean(-1)
@@ -117,7 +118,7 @@ class LearnedMasks:
         return total
 
     def kept(self) -> KeptUnits:
-        """The units of the target's shape: those that are most probably open."""
+        """The units that are most likely open, in the target's shape."""
         whole = self.teacher
         layers = self._highest("layers", whole.layers)[0].tolist()
         groups, neurons = (
@@ -132,8 +133,9 @@ class LearnedMasks:
         )
 
     def undecided(self) -> dict[str, tuple[int, int]]:
-        """By kind: units whose mask without noise is 0 though they are kept, or not 0 though they
-        are not, so that their rank decides; and the number of all units."""
+        """By kind: the number of units that their rank decides, and the number of all units. Rank
+        decides a unit if its mask without noise is 0 but the unit is kept, or if the mask is not 0
+        but the unit is removed."""
         found = {}
         for kind, log_alpha in self.log_alpha.items():
             is_open = settled(log_alpha.detach()).reshape(-1, log_alpha.shape[-1]) > 0
@@ -143,10 +145,10 @@ class LearnedMasks:
         return found
 
     def _highest(self, kind: str, number: int) -> Tensor:
-        """The kept ones of so many units of a kind, ascending: int64 [layers or 1, kept]."""
+        """The kept units among `number` of a kind, ascending: int64 [layers or 1, kept]."""
         if kind not in self.units:
             return torch.arange(number)[None]
         rows = self.log_alpha[kind].detach().reshape(-1, number).cpu()
-        # Stable: of equals the first ones are kept, on every device.
+        # The sort is stable: among equals the first ones are kept, on every device.
         ranked = rows.argsort(dim=-1, descending=True, stable=True)[:, : self.units[kind].kept]
         return ranked.sort(dim=-1).values

@@ -1,17 +1,17 @@
 """A model with masks on its layers, hidden dimensions, heads and FFN neurons.
 
-The forward pass is transformers' own; the masks act through hooks:
+The forward pass is transformers' own. The masks act through hooks:
 
-* hidden: what enters the residual stream (embedding, o, down) is multiplied by the mask, and every
-  norm of the stream takes its mean over the open dimensions. The norm itself averages over all d
-  dimensions, so its input is multiplied by sqrt(d / n) and its output by sqrt(n / d), n being the
-  sum of the squared masks: x' = x sqrt(d / n) has mean(x'^2) = sum(x^2) / n, and epsilon weighs
-  what it weighs in a model of n dimensions;
-* heads: the input of o, by groups of query heads that share a key-value head;
-* neurons: the input of down;
+* hidden: the mask multiplies everything that enters the residual stream (embedding, o, down), and
+  every norm of the stream takes its mean over the open dimensions. The norm itself averages over
+  all d dimensions, so its input is multiplied by sqrt(d / n) and its output by sqrt(n / d), where n
+  is the sum of the squared masks: x' = x sqrt(d / n) has mean(x'^2) = sum(x^2) / n. Epsilon has the
+  same weight as in a model of n dimensions.
+* heads: the input of o, by groups of query heads that share a key-value head.
+* neurons: the input of down.
 * layers: the layer's output is z * output + (1 - z) * input.
 
-With masks of 0 and 1 the model computes exactly what the model that is cut to the open units does.
+With masks of 0 and 1 the output is exactly that of the model cut to the open units.
 """
 
 from collections.abc import Callable
@@ -28,14 +28,14 @@ from lrc.model.families import WRITERS, Family
 
 @dataclass(frozen=True)
 class MaskValues:
-    """Values of the masks, in [0, 1]; None: nothing is masked."""
+    """Values of the masks, in [0, 1]; None for an unmasked kind."""
 
     layers: Tensor | None = None
     """[layers]"""
     hidden: Tensor | None = None
     """[hidden size]"""
     groups: Tensor | None = None
-    """Of every key-value head with its query heads, [layers, key-value heads]."""
+    """One per key-value head with its query heads, [layers, key-value heads]."""
     neurons: Tensor | None = None
     """[layers, FFN neurons]"""
 
@@ -43,8 +43,8 @@ class MaskValues:
 class MaskHooks:
     """The hooks that mask a model.
 
-    `values` may be changed between forward passes. They have to stay until the backward pass is
-    over where the model recomputes its layers.
+    `values` may change between forward passes. If the model recomputes its layers, `values` must
+    not change until the backward pass ends.
 
     Args:
         model: the model.
@@ -67,12 +67,12 @@ class MaskHooks:
             self._mask_layer(model, family, layer)
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
     def _mask_layer(self, model: PreTrainedModel, family: Family, layer: int) -> None:
-        """The hooks of a layer's own masks."""
+        """Add the hooks of a layer's own masks."""
 
         def groups(inputs: Tensor) -> Tensor:
             values = self.values.groups
@@ -115,9 +115,9 @@ class MaskHooks:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
             return change(inputs[0], output)
 
-        self._handles.append(module.register_forward_hook(hook))
+        self._handles.append(module.register_forward_hook(hook, prepend=True))
 
 
 def _share_root(hidden: Tensor) -> Tensor:
-    """sqrt(n / d) of masks [d], n being the sum of their squares."""
+    """sqrt(n / d) of masks [d], where n is the sum of their squares."""
     return hidden.square().mean().clamp_min(1e-6).sqrt()

@@ -1,4 +1,4 @@
-"""A plain model whose residual stream is the teacher's, turned into a basis and cut."""
+"""A plain model whose residual stream is the teacher's, rotated into a basis and cut."""
 
 from collections.abc import Iterator
 
@@ -12,16 +12,16 @@ from lrc.model.teacher import Teacher
 
 @torch.no_grad()
 def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> None:
-    """Give a student the teacher's weights with the residual stream x_T replaced by x_T B.
+    """Write the teacher's weights into a student, with the residual stream x_T replaced by x_T B.
 
-    Norms are turned into x / rms(x), their gains fused into the linear maps that read them; then
-    embedding and readers are multiplied by B, writers by B^T. The norms' weights become
+    Norms become x / rms(x), and their gains are fused into the linear maps that read them. Then
+    embedding and readers are multiplied by B, and writers by B^T. The norms' weights become
     sqrt(d_T / d_S), so that a cut stream is still divided by the root of its sum of squares over
-    d_T, as SliceGPT does.
+    d_T, as in SliceGPT.
 
-    A tied LM head can take no gain that the embedding must not have. But a basis B R is as good
-    as B for any orthogonal R: with R from the eigenvectors of S = B^T diag(gain) B, the final
-    norm's own gain diag(R^T S R) does it, exactly where d_S = d_T.
+    A tied LM head cannot absorb a gain that the embedding must not have. But B R is as good a basis
+    as B for any orthogonal R. With R from the eigenvectors of S = B^T diag(gain) B, the final
+    norm's own gain diag(R^T S R) replaces it, exactly if d_S = d_T.
 
     Args:
         student: a model of the teacher's class, with hidden size d_S; written in place.
@@ -37,7 +37,7 @@ def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> 
     parameters = dict(student.named_parameters())
     written = set()
     for name, value in _rotated(teacher, basis, final_gain):
-        if name in parameters:  # a tied head is not
+        if name in parameters:  # a tied head is not among them
             parameters[name].copy_(value)
             written.add(name)
     for name in parameters.keys() - written:
@@ -45,7 +45,7 @@ def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> 
 
 
 def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The parameters that a rotation changes, by name, one after the other."""
+    """Yield the parameters that a rotation changes, with their names."""
     family, layers = teacher.family, teacher.num_layers
     yield f"{family.embedding}.weight", _weight(teacher, family.embedding) @ basis
     head = _weight(teacher, family.head) * teacher.gain(family.final_norm, torch.double)

@@ -17,8 +17,8 @@ from lrc.system.errors import UserError
 
 @dataclass(frozen=True)
 class PrunedShape:
-    """What pruning changes of a decoder's shape. Query heads go with their key/value head, and
-    head_dim never changes."""
+    """The parts of a decoder's shape that pruning changes. Query heads are removed with their
+    key/value head, and head_dim never changes."""
 
     layers: int
     hidden: int
@@ -28,7 +28,7 @@ class PrunedShape:
 
 
 def shape_of_config(config: Any) -> PrunedShape:
-    """The shape that a model's configuration gives."""
+    """The shape of a model, from its configuration."""
     return PrunedShape(
         int(config.num_hidden_layers),
         int(config.hidden_size),
@@ -50,12 +50,13 @@ def group_size(config: Any) -> int:
 def target_shape(
     teacher: Teacher, student: StudentSection, section: PrunedShapeSection
 ) -> PrunedShape:
-    """The shape that a recipe asks for; what it leaves out is as in the teacher.
+    """The shape that a recipe asks for; sizes that it omits are the teacher's.
 
-    Unlike LRC's, a pruned student may keep the teacher's hidden size.
+    Unlike LRC's student, a pruned student may keep the teacher's hidden size.
 
     Raises:
-        UserError: a size is larger than the teacher's or does not fit; all that do not are told.
+        UserError: if a size is larger than the teacher's or does not fit. The message lists all
+            such sizes.
     """
     whole = teacher_shape(teacher)
     asked = PrunedShape(
@@ -65,7 +66,7 @@ def target_shape(
         section.intermediate_size or whole.neurons,
     )
     problems = [
-        f"method.{name} is {ours}, but the teacher's is {theirs}: choose no larger one"
+        f"method.{name} is {ours}, but the teacher's is {theirs}: choose at most {theirs}"
         for name, ours, theirs in (
             ("layers", asked.layers, whole.layers),
             ("kv_heads", asked.kv_heads, whole.kv_heads),
@@ -95,14 +96,15 @@ def pruned_config(
     layers: Sequence[int] | None = None,
     tied: bool | None = None,
 ) -> Any:
-    """The configuration of a model pruned to a shape: its own, with an explicit head_dim.
+    """The configuration of a pruned model: the original one in a new shape, with an explicit
+    head_dim.
 
     Args:
-        model: the model that is pruned.
+        model: the model to prune.
         shape: the shape to prune to.
-        layers: the numbers of the kept layers; None: the first ones, which is the same where all
+        layers: indices of the kept layers; None for the first ones, which is equivalent if all
             layers are of one kind.
-        tied: whether the LM head is the embedding; None: as in the model.
+        tied: whether the LM head is the embedding; None for the model's own setting.
     """
     source = model.config
     config = copy.deepcopy(source)

@@ -1,4 +1,4 @@
-"""How large a pruned student is beside LRC's of the same hidden size."""
+"""The size of a pruned student compared with LRC's of the same hidden size."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,19 +10,19 @@ from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
 
 TOLERANCE = 0.03
-"""How far apart, as a share, two students may be and still count as equally large."""
+"""Largest relative difference between two students that count as equally large."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a student and of LRC's of the same `student.hidden_size`."""
+    """Parameters of a student and of LRC's with the same `student.hidden_size`."""
 
     student: int
     clone: int
 
     @property
     def excess(self) -> float:
-        """What the student has more than LRC's, as a share of LRC's."""
+        """The student's excess over LRC's, as a share of LRC's."""
         return self.student / self.clone - 1
 
     @property
@@ -31,7 +31,7 @@ class Sizes:
         return abs(self.excess) <= TOLERANCE
 
     def sentence(self) -> str:
-        """Both counts, and a warning where they are too far apart."""
+        """Both counts, with a warning if they are too far apart."""
         text = f"The student has {self.student:,} parameters, LRC's {self.clone:,}"
         if self.student == self.clone:
             return f"{text}."
@@ -40,12 +40,12 @@ class Sizes:
 
 
 def compare_sizes(teacher: Teacher, student: StudentSection, config: Any) -> Sizes:
-    """Parameters of a student by its configuration, beside LRC's of the same recipe."""
+    """Parameters of a student with this configuration, and of LRC's of the same recipe."""
     clone = derive_config(teacher, student)
     return Sizes(parameter_count(teacher, config), parameter_count(teacher, clone))
 
 
 def parameter_count(teacher: Teacher, config: Any) -> int:
-    """Parameters of a model of the teacher's class, tied weights once; takes no memory."""
+    """Parameters of a model of the teacher's class, counting tied weights once; takes no memory."""
     with torch.device("meta"):
         return sum(p.numel() for p in type(teacher.model)(config).parameters())

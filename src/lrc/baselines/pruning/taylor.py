@@ -1,24 +1,26 @@
-"""How much the loss would change without a part of a model, by its Taylor expansion.
+"""Estimated change of the loss without a part of a model, by Taylor expansion.
 
-Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models
-(arXiv 2305.11627), sections 3.1 and 3.2. A group of coupled structures goes as a whole: a key/value
+Source: Ma et al., LLM-Pruner: On the Structural Pruning of Large Language Models (arXiv
+2305.11627), sections 3.1 and 3.2. A group of coupled structures is removed as a whole: a key/value
 head with its query heads (rows of q, k and v, columns of o), or an FFN neuron (a row of gate and of
-up, a column of down). A row has the bias of its output with it.
+up, a column of down). A row includes the bias of its output.
 
 With w a weight, g the gradient of the mean LM loss, and F the mean over sequences of the squared
-gradient of a sequence's own mean LM loss (Fisher's diagonal, in place of the Hessian's), a weight's
-salience s is
+gradient of a sequence's own mean LM loss (the diagonal of the Fisher information, instead of the
+Hessian's), the salience s of a weight is
 
 * `param_first`, `vectorize`: w g
 * `param_second`: w^2 F
 * `param_mix`: w g - w^2 F / 2
 
-A row's or column's importance is the sum of |s| over its weights, or |sum of s| for `vectorize`;
-that of a linear map's share in a group is the sum over its rows or columns there. The group's is
-`sum`, `prod` or `max` over its linear maps, or that of the `last` one (o, down).
+The importance of a row or column is the sum of |s| over its weights, or |sum of s| for `vectorize`.
+The importance of a linear map's share in a group is the sum over its rows or columns there. The
+group's importance is `sum`, `prod` or `max` over its linear maps, or that of the `last` one (o,
+down).
 
-Cost: a forward and a backward pass over the calibration sequences, which for F go one at a time.
-Beside the model there are the gradients of the linear maps once, and for F their squares once.
+Cost: a forward and a backward pass over the calibration sequences, one sequence at a time if F is
+needed. Memory in addition to the model: the gradients of the linear maps once, and their squares
+once if F is needed.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,10 +40,10 @@ from lrc.recipe.method_sections import Grouping, Taylor
 
 HEADS = ("q", "k", "v", "o")
 NEURONS = ("gate", "up", "down")
-"""Linear maps of a group, in the order in which they run."""
+"""Linear maps of a group, in execution order."""
 
 PASS = 2048
-"""Tokens of a forward and backward pass, about; long sequences go one at a time."""
+"""Approximate tokens of a forward and backward pass; longer sequences run one at a time."""
 
 CHUNK = 512
 """Tokens whose logits are held at once."""
@@ -68,11 +70,11 @@ def taylor_importance(
     """Importance of a model's groups on calibration text.
 
     Args:
-        teacher: the model; no gradient is left in it.
+        teacher: the model; it keeps no gradients.
         batch: the sequences.
         taylor: the expansion (see above).
-        grouping: how the linear maps of a group are put together.
-        progress: called with the passes done and their number.
+        grouping: how to combine the linear maps of a group.
+        progress: function that gets the number of completed passes and the total.
     """
     gradients = lm_gradients(teacher, batch, taylor in ("param_second", "param_mix"), progress)
 
@@ -99,8 +101,8 @@ class Gradients:
     """Of the mean over all labels."""
 
     squared: dict[str, Tensor]
-    """Mean over sequences of the squared gradient of the sequence's own mean; empty where that was
-    not asked for."""
+    """Mean over sequences of the squared gradient of the sequence's own mean; empty if not
+    requested."""
 
 
 def lm_gradients(
@@ -109,9 +111,9 @@ def lm_gradients(
     squared: bool,
     progress: Callable[[int, int], None] | None = None,
 ) -> Gradients:
-    """Gradients of the linear maps' weights, and of biases that go with their rows.
+    """Gradients of the linear maps' weights, and of the biases that belong to their rows.
 
-    Arguments are those of `taylor_importance`; `squared` asks for the squared ones.
+    Arguments are those of `taylor_importance`; `squared` requests the squared gradients.
     """
     parameters = _coupled_parameters(teacher)
     zeros = [
@@ -126,10 +128,10 @@ def lm_gradients(
     together = 1 if squared else max(1, PASS // length)
     parts = [batch.rows(slice(row, row + together)) for row in range(0, number, together)]
     labels = [int((part.labels() >= 0).sum()) for part in parts]
-    share = 0.0  # of the part at hand in all labels
+    share = 0.0  # share of the current part in all labels
 
     def gather(name: str, parameter: Tensor) -> None:
-        """Add the gradient of a part's mean loss as soon as it is there, and free it."""
+        """Add the gradient of a part's mean loss as soon as it is available, and free it."""
         assert parameter.grad is not None
         gradient = parameter.grad.to(upcast_dtype(parameter))
         parameter.grad = None
@@ -148,7 +150,7 @@ def lm_gradients(
 
 
 def _coupled_parameters(teacher: Teacher) -> dict[str, nn.Parameter]:
-    """The parameters that go with groups, by name."""
+    """The parameters that belong to groups, by name."""
     found = {}
     for layer in range(teacher.num_layers):
         for name in LINEARS:
@@ -163,8 +165,8 @@ def _coupled_parameters(teacher: Teacher) -> dict[str, nn.Parameter]:
 def _differentiated(
     parameters: dict[str, nn.Parameter], gather: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
-    """While the context is open, frozen parameters get gradients, and `gather` is called with the
-    name and the parameter when one is there."""
+    """Give gradients to frozen parameters while the context is open. As soon as a gradient is
+    available, call `gather` with the name and the parameter."""
     with ExitStack() as undo:
         for name, value in parameters.items():
             undo.callback(value.requires_grad_, value.requires_grad)
@@ -178,7 +180,7 @@ def _differentiated(
 
 
 def _lm_loss(teacher: Teacher, batch: Batch, labels: int) -> Tensor:
-    """Mean LM loss of sequences that have so many labels."""
+    """Mean LM loss of sequences with this many labels."""
     hidden = last_hidden(teacher.model, batch).flatten(0, 1)
     nothing = hidden.new_empty(0, hidden.shape[1])
     return vocabulary_losses(

@@ -1,8 +1,8 @@
-"""How the projections start: one small file a way.
+"""Initialization of the projections, one small file per method.
 
-`random` is the paper's. `closed-form` solves them from a few thousand tokens of the training text
-and starts far ahead (see `lrc.cloning.start.closed_form.solve`); `pca` is the plain start from the
-same tokens that it is measured against.
+`random` is the paper's. `closed-form` solves the projections from a few thousand tokens of the
+training text and starts with a far lower loss (see `lrc.cloning.start.closed_form.solve`). `pca` is
+the simple baseline for it, from the same tokens.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ __all__ = [
 
 
 class Projected(Protocol):
-    """What is initialized: a method whose student comes out of projections."""
+    """The object to initialize: a method whose student is computed from projections."""
 
     teacher: Teacher
     projections: Projections
@@ -43,16 +43,16 @@ def initialize(
     ids: Tensor,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Start a method's projections in the way that the recipe names.
+    """Initialize a method's projections as the recipe says.
 
     Args:
         method: the method; its projections and gains are set in place.
         section: the recipe's section.
-        ids: calibration tokens, int64 [sequences, length]; `random` takes none of them.
-        progress: called with the layers done and their number.
+        ids: calibration tokens, int64 [sequences, length]; not used by `random`.
+        progress: function that gets the number of completed layers and the total.
 
     Returns:
-        Seconds in which the teacher's layers alone ran once over the tokens; 0 for `random`.
+        Seconds that the teacher's layers alone take to run once over the tokens; 0 for `random`.
     """
     if section.method == "random":
         initialize_random(method.projections, section.std, section.seed)
@@ -67,15 +67,15 @@ def initialize_from_text(
     progress: Callable[[int, int], None] | None = None,
     refine_epochs: int = 0,
 ) -> float:
-    """Set a method's projections and final gain to what calibration tokens give, in place.
+    """Solve a method's projections and final gain from calibration tokens, in place.
 
     Args:
-        way: `closed-form` or `pca`; the others, and what is returned, are those of `initialize`.
-        refine_epochs: as in `lrc.cloning.start.closed_form.solve.solve_projections`; nothing for
-        `pca`.
+        way: `closed-form` or `pca`; the other arguments and the result are those of `initialize`.
+        refine_epochs: as in `lrc.cloning.start.closed_form.solve.solve_projections`; ignored by
+            `pca`.
 
     Raises:
-        UserError: the disk has no room for the calibration's streams.
+        UserError: if the disk has no room for the calibration's streams.
     """
     projections, teacher = method.projections, method.teacher
     shared_head = "head" not in projections.values

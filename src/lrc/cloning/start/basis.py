@@ -1,15 +1,15 @@
-"""The basis of the student's residual stream: what of the teacher's stream it is to keep.
+"""The basis of the student's residual stream: which part of the teacher's stream it keeps.
 
-`principal_basis` keeps what is largest. `predictive_basis` keeps what the teacher's predictions
-need: at every norm of the stream it weighs what cannot be told from the kept part by what the
-predictions lose with it,
+`principal_basis` keeps the largest directions. `predictive_basis` keeps what the teacher's
+predictions need. At every norm of the stream, it weighs the part that is not predictable from the
+kept part by what the predictions lose with it:
 
-    sum over norms of tr F (C - C B (B^T C B)^-1 B^T C),
+    sum over norms of tr F (C - C B (B^T C B)^-1 B^T C).
 
-C [d_T, d_T] being the second moment of the normalized stream h there, F the Fisher information that
-the predictions hold about it, and the bracket the second moment of h - E[h | B^T h] by least
-squares. Where all norms are alike and F is the identity, the principal directions are best. A tied
-head can only read what it also embeds, so its term is another one (`_lost_by_a_tied_head`).
+C [d_T, d_T] is the second moment of the normalized stream h there, F is the Fisher information that
+the predictions hold about it, and the bracket is the second moment of h - E[h | B^T h] by least
+squares. If all norms are alike and F is the identity, the principal directions are optimal. A tied
+head can only read what it also embeds, so it has a different term (`_lost_by_a_tied_head`).
 """
 
 from collections.abc import Callable, Iterator
@@ -24,32 +24,33 @@ from lrc.cloning.start.closed_form.head import CHUNK, folded_head
 from lrc.cloning.start.closed_form.least_squares import second_moment
 
 FISHER_SHARE = 0.7
-"""Share of the Fisher information in F; the rest is the identity, since a gradient does not see
-what only matters once all of it is gone."""
+"""Share of the Fisher information in F. The rest is the identity, since a gradient does not see
+parts that only matter once they are completely removed."""
 
 MOMENT_TOKENS = 16_384
-"""Tokens that second moments are measured on, in whole sequences."""
+"""Tokens for the second moments, in whole sequences."""
 
 GRADIENT_TOKENS = 2048
-"""Tokens that the Fisher information is measured on, in whole sequences."""
+"""Tokens for the Fisher information, in whole sequences."""
 
 LARGEST_TOKEN_WEIGHT = 10.0
-"""No token's squared gradient counts more than so many times the median: massive activations have
-gradients of their own."""
+"""Limit on a token's squared gradient, in units of the median: massive activations have gradients
+of their own."""
 
 SEED = 0
-"""Of the tokens that are drawn from the teacher's predictions."""
+"""Seed of the tokens drawn from the teacher's predictions."""
 
 GROUPS = 15
-"""Norms are taken together in so many groups of neighbors; the final one stands alone."""
+"""Number of groups of neighboring norms that share their statistics; the final norm is on its
+own."""
 
 FINAL_SHARE = 1 / 4
-"""Share of the final norm under a tied head."""
+"""Share of the final norm with a tied head."""
 
 STEPS, LEARNING_RATE = 20, 0.12
-"""Of Adam, from the best basis for the means over all norms; the rate in units of d_T^-1/2, the
-size of the basis' numbers. In SmolLM2-135M what is lost goes from 3.28 to 3.16; the principal
-directions lose 3.50."""
+"""Steps and rate of Adam, which starts from the best basis for the means over all norms. The rate
+is in units of d_T^-1/2, the size of the basis's entries. On SmolLM2-135M the objective falls from
+3.28 to 3.16; with the principal directions it is 3.50."""
 
 SMALLEST = 1e-7
 """Added to second moments before they are inverted, in units of their mean eigenvalue."""
@@ -57,12 +58,12 @@ SMALLEST = 1e-7
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """What is known of the teacher's stream, by groups of neighboring norms and the final one."""
+    """Statistics of the teacher's stream, by groups of neighboring norms and the final one."""
 
     moments: Tensor
     """E[h h^T] / tr E[h h^T], [groups + 1, d_T, d_T]."""
     fisher: Tensor
-    """F, of trace d_T, [groups + 1, d_T, d_T]."""
+    """F, with trace d_T, [groups + 1, d_T, d_T]."""
     sizes: Tensor
     """Norms in each group, [groups + 1]."""
 
@@ -82,7 +83,7 @@ def principal_basis(
 
     Args:
         calibration: the calibration.
-        progress: called with the layers done and their number.
+        progress: function that gets the number of completed layers and the total.
     """
     total: Tensor = torch.zeros(())
     for layer in calibration.teacher_layers():
@@ -95,8 +96,8 @@ def principal_basis(
 
 @torch.no_grad()
 def stream_statistics(calibration: Calibration) -> StreamStatistics:
-    """From a pass of the teacher over `MOMENT_TOKENS`, and one there and back over
-    `GRADIENT_TOKENS`."""
+    """Collect statistics from a forward pass of the teacher over `MOMENT_TOKENS`, and a forward and
+    backward pass over `GRADIENT_TOKENS`."""
     stop = min(len(calibration.ids), max(1, MOMENT_TOKENS // calibration.ids.shape[1]))
     inside = 2 * calibration.teacher.num_layers
     groups = min(GROUPS, inside)
@@ -131,10 +132,10 @@ def predictive_basis(
     """The orthonormal basis B [d_T, d_S] of what the teacher's predictions need.
 
     Args:
-        statistics: of the teacher's stream.
+        statistics: statistics of the teacher's stream.
         hidden_size: d_S.
-        tied_gain: the gain [d_T] of the teacher's final norm where the student's head is tied to
-            its embedding; None where it has its own.
+        tied_gain: the gain [d_T] of the teacher's final norm if the student's head is tied to its
+            embedding; None if the head is its own.
     """
     weights = statistics.sizes
     if tied_gain is not None:
@@ -170,8 +171,8 @@ def gradients(calibration: Calibration) -> Iterator[Tensor]:
     """Gradients of the log probability of tokens drawn from the teacher's predictions, with respect
     to h at every norm of the stream, from the final norm back to the first.
 
-    Those of the first sequences, [tokens, d_T]. What is differentiated is x: rms(x) times its
-    gradient stands for that of h.
+    They cover the first sequences, [tokens, d_T]. Autograd differentiates with respect to x; rms(x)
+    times that gradient stands for the gradient with respect to h.
     """
     family, ids = calibration.family, calibration.ids
     sequences = slice(0, min(len(ids), max(1, GRADIENT_TOKENS // ids.shape[1])))
@@ -215,9 +216,10 @@ def _gradient_of_predictions(calibration: Calibration, final: Tensor) -> Tensor:
 
 
 def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[Tensor]:
-    """sum h h^T [d_T, d_T] in float64 at the norms of a layer, after the last at the final one.
+    """sum h h^T [d_T, d_T] in float64 at the norms of a layer, and after the last at the final
+    norm.
 
-    Over the sequences before `stop`.
+    The sum is over the sequences before `stop`.
     """
     read = [layer.before, layer.middle]
     if layer.index == calibration.teacher.num_layers - 1:
@@ -230,8 +232,11 @@ def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[
 
 
 def _best_for_the_mean(statistics: StreamStatistics, weights: Tensor, hidden_size: int) -> Tensor:
-    """The basis [d_T, d_S] that were best if C and F were at every norm what they are in the mean:
-    F^1/2 U, with U the leading eigenvectors of F^1/2 C F^1/2. In float64."""
+    """The basis [d_T, d_S] that would be optimal if C and F at every norm were their means, in
+    float64.
+
+    It is F^1/2 U, with U the leading eigenvectors of F^1/2 C F^1/2.
+    """
     moment, fisher = (
         sum(weight * value.double() for weight, value in zip(weights, values, strict=True))
         for values in (statistics.moments, statistics.fisher)
@@ -250,9 +255,9 @@ def _lost(basis: Tensor, moment: Tensor, fisher: Tensor) -> Tensor:
 
 
 def _lost_by_a_tied_head(basis: Tensor, moment: Tensor, fisher: Tensor, gain: Tensor) -> Tensor:
-    """The same at the final norm where the logits are H_T B S z, with any S [d_S, d_S].
+    """The same at the final norm if the logits are H_T B S z, with any S [d_S, d_S].
 
-    With u = diag(gain) h, and F and C those of u, it is the least of E|u - B S B^T h|^2_F over S.
+    With u = diag(gain) h, and F and C those of u, it is the minimum of E|u - B S B^T h|^2_F over S.
     """
     inverse = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)
     metric = inverse[:, None] * fisher * inverse
@@ -264,7 +269,7 @@ def _lost_by_a_tied_head(basis: Tensor, moment: Tensor, fisher: Tensor, gain: Te
 
 
 def _raised(moment: Tensor) -> Tensor:
-    """A second moment [d, d], raised so that it can be inverted."""
+    """A second moment [d, d] plus a small multiple of the identity, which makes it invertible."""
     identity = torch.eye(len(moment), dtype=moment.dtype, device=moment.device)
     return moment + SMALLEST * moment.diagonal().mean() * identity
 

@@ -1,10 +1,9 @@
-"""Running teacher and student layer by layer over the calibration tokens.
+"""Layer-by-layer runs of teacher and student over the calibration tokens.
 
-The teacher's decoder layers run whole, by transformers' own code, and so do the student's, up to
-the tensor that is asked for: attention and FFN are not written here again. One layer of each is
-held in float32 (float64 where the teacher is), whatever the dtype of the teacher's weights and
-wherever they are; the residual streams of all tokens are in memory, or in files where they are
-large.
+transformers' own code runs the teacher's decoder layers in full, and the student's up to the
+requested tensor, so attention and FFN are not reimplemented here. One layer of each model is in
+memory, in float32 (float64 if the teacher is), whatever the dtype and location of the teacher's
+weights. The residual streams of all tokens are in memory, or in files if they are large.
 """
 
 import copy
@@ -26,11 +25,12 @@ BATCH_TOKENS = 2048
 """Tokens that run at a time, in whole sequences."""
 
 IN_MEMORY = 2**30
-"""Bytes of all streams that may be in memory. Beyond, files cost little: a token's stream is
-written and read about ten times a layer, some 100 kB, for hundreds of millions of operations."""
+"""Bytes of all streams that may be in memory. Beyond this limit, files cost little: a token's
+stream is written and read about ten times per layer, some 100 kB, for hundreds of millions of
+operations."""
 
 HELD_OUT = 1 / 8
-"""Share of the sequences that enter no solve and tell how far each may be followed."""
+"""Share of the sequences that no solve uses; they measure how far to follow each solve."""
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class TeacherLayer:
     before: ActivationStore
     """The stream before the layer, [sequences, length, d_T]. It may be overwritten."""
     middle: ActivationStore
-    """Between its attention and its FFN."""
+    """The stream between its attention and its FFN."""
     after: ActivationStore
-    """After it."""
+    """The stream after the layer."""
 
 
 class Calibration:
     """A teacher, the calibration tokens, and a student that is built layer by layer.
 
-    To be used as a context, which ends the streams.
+    Use it as a context manager, which closes the streams.
 
     Args:
         teacher: the teacher.
         ids: calibration tokens, int64 [sequences, length]; at least two sequences.
         hidden_size: d_S.
-        restart: tokens at the end of each sequence that see none before them; the first of them is
-            a first token, too.
+        restart: number of tokens at the end of each sequence that do not see the tokens before
+            them; the first of these is one more first token.
     """
 
     def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int, restart: int = 0) -> None:
@@ -67,9 +67,9 @@ class Calibration:
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
         self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device, restart)
         self.solved_on = len(ids) - max(1, round(len(ids) * HELD_OUT))
-        """Sequences before this one are solved on; the others measure."""
+        """Number of sequences that the solves use, from the first; the others measure."""
         self.forward_seconds = 0.0
-        """Seconds in which the teacher's layers alone ran over all tokens, once."""
+        """Seconds that the teacher's layers alone take to run once over all tokens."""
         self._batch = max(1, BATCH_TOKENS // ids.shape[1])
         widths = 3 * teacher.hidden_size + 2 * hidden_size
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
@@ -99,14 +99,17 @@ class Calibration:
         return (rows.pow(2).mean(-1, keepdim=True) + self._eps).sqrt()
 
     def weights(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """What an error in the student's stream counts, [..., 1]: the inverse of the RMS of the
-        teacher's [..., d_T] or, where it is larger, of the student's [..., d_S] over as many
-        numbers. Massive activations rule no solve, be they the teacher's or the student's own."""
+        """Weights of errors in the student's stream, [..., 1].
+
+        A weight is 1 / max(RMS of the teacher's [..., d_T], norm of the student's [..., d_S] /
+        sqrt(d_T)). Massive activations thus dominate no solve, whether they are the teacher's or
+        the student's own.
+        """
         ours = student.norm(dim=-1, keepdim=True) * teacher.shape[-1] ** -0.5
         return 1 / self.rms(teacher).maximum(ours)
 
     def normalize(self, stream: Tensor) -> Tensor:
-        """A residual stream [..., d] as rows [tokens, d] that an RMSNorm of gain 1 gives."""
+        """Rows [tokens, d] that an RMSNorm with gain 1 makes of a residual stream [..., d]."""
         rows = stream.reshape(-1, stream.shape[-1])
         return rows / self.rms(rows)
 
@@ -128,7 +131,7 @@ class Calibration:
     def teacher_layers(self, stop: int | None = None) -> Iterator[TeacherLayer]:
         """One pass of the teacher, layer by layer, over all sequences or those before `stop`.
 
-        The streams are used again at the next layer and in the next pass.
+        The next layer and the next pass reuse the streams.
         """
         if not self._teacher_streams:
             self._teacher_streams = [self.stream(self.teacher.hidden_size) for _ in range(3)]
@@ -157,7 +160,7 @@ class Calibration:
 
     def teacher_states(self, part: slice) -> Iterator[Tensor]:
         """The teacher's residual stream [b, length, d_T] of a few sequences, before every layer and
-        after the last."""
+        after the last one."""
         states = self._embedded(part)
         for index in range(self.teacher.num_layers):
             yield states
@@ -165,14 +168,14 @@ class Calibration:
         yield states
 
     def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
-        """A decoder layer of teacher or student on a residual stream [b, length, d]."""
+        """Run a decoder layer of teacher or student on a residual stream [b, length, d]."""
         result = layer(states, **self.arguments[index])
         states = result[0] if isinstance(result, tuple) else result
         return states
 
     def student_layer(self, index: int, teacher: nn.Module) -> nn.Module:
-        """A decoder layer of the student with gains of 1; biases of q, k, v and norms inside the
-        attention are the teacher's, and the projected weights are still to be filled."""
+        """A decoder layer of the student with gains of 1. Biases of q, k, v and norms inside the
+        attention are the teacher's. The projected weights are not filled yet."""
         layer = type(teacher)(self._config, index)
         theirs = dict(teacher.named_parameters())
         layer = layer.to(next(iter(theirs.values()))).eval().requires_grad_(False)
@@ -191,12 +194,13 @@ class Calibration:
     def fill_reader(
         self, student: nn.Module, teacher: TeacherLayer, name: str, projection: Tensor
     ) -> None:
-        """Give a student's layer the reader W_T diag(gain) P in place of a linear map."""
+        """Write the reader W_T diag(gain) P into a linear map of a student's layer."""
         weight = student.get_parameter(f"{self.family.linears[name]}.weight")
         weight.copy_(self.folded_reader(teacher.index, teacher.module, name) @ projection)
 
     def layer(self, index: int) -> nn.Module:
-        """The teacher's layer where it is in memory in the calibration's dtype; else a copy."""
+        """The teacher's layer itself if it is in memory in the calibration's dtype, otherwise a
+        copy."""
         path = f"{self.family.layers}.{index}"
         own = self.teacher.model.get_submodule(path)
         parameters = dict(own.named_parameters())
@@ -216,14 +220,14 @@ class Calibration:
         return functional.embedding(self.ids[part], embedding).to(self.dtype)
 
     def _now(self) -> float:
-        """Seconds of a clock, once the device has done what it was given."""
+        """Time in seconds, after the device has finished its queued work."""
         if self.ids.is_cuda:
             torch.cuda.synchronize(self.ids.device)
         return time.perf_counter()
 
 
 class _Passed(nn.Module):
-    """Stands for a decoder layer, and keeps what it is given besides the stream."""
+    """Stand-in for a decoder layer that records its arguments other than the stream."""
 
     arguments: dict[str, Any]
 
@@ -235,9 +239,9 @@ class _Passed(nn.Module):
 def layer_arguments(
     teacher: Teacher, length: int, dtype: torch.dtype, device: torch.device, restart: int = 0
 ) -> list[dict[str, Any]]:
-    """What the model gives each decoder layer besides the stream (rotary embedding, mask), for one
-    sequence of a length, the last `restart` tokens of which begin anew; it broadcasts over a batch
-    of equally long ones. No layer runs."""
+    """The arguments that the model passes to each decoder layer besides the stream (rotary
+    embedding, mask), for one sequence of this length. Its last `restart` tokens restart at position
+    0. The arguments broadcast over a batch of sequences of equal length. No layer runs."""
     parent, _, name = teacher.family.layers.rpartition(".")
     base = teacher.model.get_submodule(parent)
     layers = base.get_submodule(name)
@@ -254,11 +258,11 @@ def layer_arguments(
 
 
 class _Reached(Exception):
-    """Ends a module's forward pass once the tensor that was asked for is there."""
+    """Ends a module's forward pass once the requested tensor is available."""
 
 
 def input_of(inner: nn.Module, outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Run `outer` until it calls `inner`, and return what it gives to it."""
+    """Run `outer` until it calls `inner`, and return the input of `inner`."""
     got: list[Tensor] = []
 
     def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -1,11 +1,11 @@
-"""The plain start from data: every projection is the basis of the teacher's leading directions.
+"""The simple start from data: every projection is the basis of the teacher's leading directions.
 
-B [d_T, d_S] are the leading principal directions of the teacher's normalized residual stream, as in
-SliceGPT (arXiv 2401.15024) but one basis for all layers, since the clone has no rotations between
-its blocks. With folded gains every reader is W_T diag(gain) c B, every writer B^T W_T and the
-embedding E_T B: nothing answers for what is lost, unlike in `lrc.cloning.start.closed_form.solve`.
-c = sqrt(d_T / d_S), since the student's RMS is a mean over d_S numbers that hold nearly the
-teacher's whole square sum.
+B [d_T, d_S] holds the leading principal directions of the teacher's normalized residual stream.
+This follows SliceGPT (arXiv 2401.15024), but with one basis for all layers, since the clone has no
+rotations between its blocks. With folded gains every reader is W_T diag(gain) c B, every writer is
+B^T W_T, and the embedding is E_T B. Nothing compensates for what is lost, unlike in
+`lrc.cloning.start.closed_form.solve`. c = sqrt(d_T / d_S), since the student's RMS is a mean over
+d_S numbers that hold nearly the teacher's whole square sum.
 """
 
 from collections.abc import Callable
@@ -32,8 +32,8 @@ def pca_projections(
     """Every projection of a student, with gains folded, from one pass of the teacher.
 
     Arguments and errors are those of `lrc.cloning.start.closed_form.solve.solve_projections`. A
-    head that shares the embedding's projection has no gain of the teacher's folded in: the
-    student's final gain takes c times the diagonal of B^T diag(gain) B for it.
+    head that shares the embedding's projection has no teacher gain folded in. Instead, the
+    student's final gain is c times the diagonal of B^T diag(gain) B.
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
         basis = principal_basis(calibration, progress)

@@ -1,4 +1,4 @@
-"""What a start from calibration tokens gives."""
+"""The result of a start from calibration tokens."""
 
 from dataclasses import dataclass
 
@@ -13,7 +13,7 @@ class Start:
     """The projections [d_T, d_S] by their keys."""
 
     final_gain: Tensor
-    """The gain [d_S] of the final norm; those inside the layers are 1."""
+    """The gain [d_S] of the final norm; the gains inside the layers are 1."""
 
     forward_seconds: float
-    """Seconds in which the teacher's layers alone ran once over the calibration tokens."""
+    """Seconds that the teacher's layers alone take to run once over the calibration tokens."""

@@ -1,8 +1,8 @@
 """Residual streams of all calibration tokens, in memory or in a temporary file.
 
-Files are read and written rather than mapped: a full disk is then an error and not a bus error, and
-what the process holds is a batch. Each is unlinked as it is made, so that the system frees it
-however the process ends.
+Files are read and written, not mapped: a full disk then raises an error instead of a bus error, and
+the process holds only one batch. Each file is unlinked right after its creation, so that the system
+frees it however the process ends.
 """
 
 import os
@@ -20,16 +20,16 @@ from lrc.system.files import disk_errors
 class ActivationStore:
     """A tensor [sequences, length, width] that is read and written by slices of sequences.
 
-    What is read may share memory with the stream, and is to be used before it is written again.
+    A slice that was read may share memory with the stream. Use it before the next write.
 
     Args:
         shape: sequences, length and width.
         dtype: float32 or float64.
-        device: where slices are.
-        on_disk: whether it lives in a file in the system's temporary folder ($TMPDIR).
+        device: device of the slices.
+        on_disk: whether to store it in a file in the system's temporary folder ($TMPDIR).
 
     Raises:
-        UserError: the disk has no room for it.
+        UserError: if the disk has no room for it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class ActivationStore:
             self._whole = torch.empty(shape, dtype=dtype, device=device)
 
     def __getitem__(self, part: slice) -> Tensor:
-        """Sequences [b, length, width]."""
+        """Read sequences [b, length, width]."""
         if self._file is None:
             return self._whole[part]
         value = torch.empty(part.stop - part.start, *self.shape[1:], dtype=self.dtype)
@@ -64,7 +64,7 @@ class ActivationStore:
         """Write sequences [b, length, width].
 
         Raises:
-            UserError: the disk is full.
+            UserError: if the disk is full.
         """
         if self._file is None:
             self._whole[part] = value
@@ -75,7 +75,7 @@ class ActivationStore:
             self._file.flush()
 
     def close(self) -> None:
-        """Let go of the memory or the file."""
+        """Free the memory or the file."""
         if self._file is None:
             self._whole = torch.empty(0)
         else:
@@ -83,9 +83,9 @@ class ActivationStore:
 
 
 def _reserve(file: BinaryIO, size: int) -> None:
-    """Take a file's room at once, so that a full disk is told before hours of work.
+    """Reserve a file's disk space at once, so that a full disk fails before hours of work.
 
-    Where the system cannot, writing tells.
+    Where the system has no such function, the write that fills the disk fails.
     """
     with suppress(AttributeError):  # not on macOS
         os.posix_fallocate(file.fileno(), 0, size)

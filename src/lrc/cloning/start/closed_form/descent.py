@@ -1,4 +1,4 @@
-"""Adam over the calibration tokens, judged on tokens that no solve sees."""
+"""Adam over the calibration tokens, evaluated on tokens that no solve sees."""
 
 from collections.abc import Callable, Iterable, Mapping
 
@@ -10,7 +10,7 @@ from lrc.cloning.start.calibration import Calibration
 BETAS = 0.9, 0.99
 
 WARM_UP = 3
-"""Steps that warm up; then the rate falls to 0 in a line."""
+"""Number of warm-up steps; after them the rate falls linearly to 0."""
 
 
 def descend(
@@ -24,18 +24,19 @@ def descend(
     judge: Callable[[Mapping[str, Tensor]], float],
     start: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The best of what is reached after each epoch, be it the start.
+    """The best of the start and the values reached after each epoch.
 
     Args:
-        calibration: the tokens; those that are solved on are passed over in their order.
-        values: what is moved.
-        rate: Adam's largest.
-        step_tokens: tokens of a step, in whole sequences.
+        calibration: the tokens; each epoch passes over those for solving, in their order.
+        values: the tensors to optimize.
+        rate: the largest learning rate of Adam.
+        step_tokens: tokens per step, in whole sequences.
         epochs: passes over the tokens.
-        differentiate: given sequences and the epoch, adds gradients of their loss to `values`.
-        now: what the values of now stand for, in memory of its own.
-        judge: how bad that is on the tokens that no solve sees.
-        start: what the values stand for at first.
+        differentiate: function that gets sequences and the epoch, and adds gradients of their loss
+            to `values`.
+        now: function that returns what the current values represent, in separate memory.
+        judge: function that measures how bad that is on the tokens that no solve sees.
+        start: what the initial values represent.
     """
     solved_on = calibration.solved_on
     size = max(1, step_tokens // calibration.ids.shape[1])

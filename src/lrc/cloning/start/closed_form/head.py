@@ -20,15 +20,15 @@ RIDGE = 1e-3
 LOGIT_SCALES = tuple(percent / 100 for percent in range(50, 121, 5))
 """Factors of the student's logits that are tried."""
 CHUNK = 512
-"""Tokens whose logits are held at a time."""
+"""Tokens whose logits are in memory at a time."""
 
 
 @dataclass(frozen=True)
 class OwnHead:
-    """An LM head with a projection P of its own, whose rows are H_T diag(final gain) P."""
+    """An LM head with its own projection P, whose rows are H_T diag(final gain) P."""
 
     key: ClassVar[str] = "head"
-    """What is solved, and refined, by the name of its projection."""
+    """Name of the solved and refined value: that of its projection."""
     rows: Tensor
     """H_T diag(final gain), [vocabulary, d_T]."""
 
@@ -44,18 +44,18 @@ class OwnHead:
 
 @dataclass(frozen=True)
 class TiedHead:
-    """An LM head tied to the embedding of a student whose basis is rotated by R, behind a final
-    norm with gain s."""
+    """An LM head tied to the embedding of a student whose basis is rotated by R, after a final norm
+    with gain s."""
 
     key: ClassVar[str] = "final gain"
-    """What is solved besides R, and refined."""
+    """Name of the solved and refined value; R is solved too."""
     rotation: Tensor
     """R [d_S, d_S]."""
     rows: Tensor
     """H_T B R [vocabulary, d_S]."""
 
     def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """As `OwnHead`, but for `value`, which is s [d_S]. z is not rotated yet."""
+        """As for `OwnHead`, except that `value` is s [d_S]. z is not rotated yet."""
         return z @ self.rotation * value, self.rows
 
 
@@ -89,9 +89,9 @@ def head_metric(calibration: Calibration, final: ActivationStore) -> Tensor:
         mass += p.sum(0)
         mean = p @ head
         outer += mean.T @ mean
-    centerd = head - head.mean(0)
+    centered = head - head.mean(0)
     metric = ((head * mass[:, None]).T @ head - outer) / len(rows)
-    return (metric + METRIC_MIX * centerd.T @ centerd / len(head)).double()
+    return (metric + METRIC_MIX * centered.T @ centered / len(head)).double()
 
 
 def logit_scale(
@@ -101,13 +101,13 @@ def logit_scale(
     stream: ActivationStore,
     final: ActivationStore,
 ) -> float:
-    """The factor of the student's logits that brings KL(teacher || student) lowest on tokens that
-    no solve sees: a student that errs must not be as sure as its teacher.
+    """The factor of the student's logits with the lowest KL(teacher || student) on tokens that no
+    solve sees: a student that makes errors must not be as confident as its teacher.
 
     Args:
         calibration: the calibration.
-        head: the student's.
-        value: what it takes.
+        head: the student's head.
+        value: the head's value.
         stream: the student's last residual stream, [sequences, length, d_S].
         final: the teacher's, [sequences, length, d_T].
 
@@ -122,7 +122,7 @@ def logit_scale(
         logits = states[start : start + CHUNK] @ rows.T
         h = h_all[start : start + CHUNK]
         expected = (torch.softmax(h @ teacher_head.T, -1) * logits).sum(-1)
-        for i, scale in enumerate(LOGIT_SCALES):  # but for the teacher's entropy
+        for i, scale in enumerate(LOGIT_SCALES):  # KL up to the teacher's entropy
             divergence[i] += float(((scale * logits).logsumexp(-1) - scale * expected).sum())
     return LOGIT_SCALES[int(divergence.argmin())]
 
@@ -130,8 +130,8 @@ def logit_scale(
 def _spread_rows(
     calibration: Calibration, stream: ActivationStore, first: int = 0
 ) -> Iterator[Tensor]:
-    """Every n-th token's normalized state from a sequence on, by batches, METRIC_TOKENS or more in
-    all."""
+    """Every n-th token's normalized state, from sequence `first` on, in batches; METRIC_TOKENS or
+    more in total."""
     sequences, length = calibration.ids.shape
     every = max(1, (sequences - first) * length // METRIC_TOKENS)
     for part in calibration.batches(first):
@@ -144,18 +144,18 @@ def tied_head(
 ) -> tuple[Tensor, Tensor]:
     """The rotation R [d_S, d_S] of the student's basis and its final gain s [d_S].
 
-    RMSNorm commutes with rotations, so the basis B of the student is free up to an orthogonal R.
-    Its logits H_T B R diag(s) R^T z come nearest to the teacher's in the metric K where, with
-    Q = diag(gain)^-1 B and S = R diag(s) R^T, E |P z - Q S z|_K^2 is least over symmetric S, P z
-    being what z tells of the teacher's state:
-    A S C + C S A = G + G^T with A = Q^T K Q, C = E[z z^T], G = Q^T K P C, solved in the basis
-    M where M^T C M = 1 and M^T A M is diagonal. The ridge adds observations (z, c B z).
+    RMSNorm commutes with rotations, so the student's basis B is free up to an orthogonal R.
+    With Q = diag(gain)^-1 B and S = R diag(s) R^T, its logits H_T B R diag(s) R^T z are closest to
+    the teacher's in the metric K when E |P z - Q S z|_K^2 is minimal over symmetric S, where P z is
+    the estimate of the teacher's state from z. The minimum satisfies A S C + C S A = G + G^T with
+    A = Q^T K Q, C = E[z z^T], G = Q^T K P C. It is solved in the basis M where M^T C M = 1 and
+    M^T A M is diagonal. The ridge adds observations (z, c B z).
 
     Args:
         calibration: the calibration.
         basis: B [d_T, d_S].
         stream: the student's last residual stream, [sequences, length, d_S].
-        read: P [d_T, d_S] that gives the teacher's final h from the student's z.
+        read: P [d_T, d_S] that maps the student's z to the teacher's final h.
         metric: K [d_T, d_T].
     """
     second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)

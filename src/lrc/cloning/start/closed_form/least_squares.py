@@ -1,4 +1,4 @@
-"""Regression on streamed second moments, with its strength measured on tokens of its own."""
+"""Regression on streamed second moments, with its strength measured on separate tokens."""
 
 from collections.abc import Iterable
 
@@ -9,7 +9,7 @@ Rows = tuple[Tensor, Tensor, Tensor | None]
 """Features [tokens, p], targets [tokens, q], and weights [tokens, 1] or None for 1."""
 
 NOTHING = 1e-60
-"""Stands for 0 where features that are all 0 are divided by (a layer whose writer is 0)."""
+"""Replaces 0 as a divisor if all features are 0 (a layer whose writer is 0)."""
 
 RIDGE = 1e-2
 """Added to the features' second moment, in units of their mean square."""
@@ -22,7 +22,7 @@ def second_moment(rows: Tensor) -> Tensor:
 
 
 def moments(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
-    """sum w u^T u [p, p] and sum w u^T v [p, q] in float64, added up a batch at a time."""
+    """sum w u^T u [p, p] and sum w u^T v [p, q] in float64, accumulated batch by batch."""
     gram: Tensor | None = None
     cross: Tensor | None = None
     for u, v, w in rows:
@@ -37,19 +37,20 @@ def moments(rows: Iterable[Rows]) -> tuple[Tensor, Tensor]:
 def regress(
     fit: Iterable[Rows], held_out: Iterable[Rows], prior: Tensor, scale_prior: bool = False
 ) -> Tensor:
-    """A regression M [p, q] of v on u whose strength is measured on rows of its own.
+    """A regression M [p, q] of v on u whose strength is measured on separate rows.
 
-    A chain of solves that each correct the one before overfits as boosting does, however many rows
-    it has, and reads rows that fit better than any others will. So `fit` gives only the directions
-    of M - prior, the singular vectors in coordinates where the features are white; each singular
-    value is what explains most of the residual on `held_out` along its pair of vectors, from 0 to
-    what `fit` says. Benaych-Georges, Bouchaud and Potters (arXiv 1901.05543) derive from
-    random matrices what such cleaning of singular values can reach; here it is simply measured.
+    In a chain of solves, each corrects the one before. Such a chain overfits as boosting does,
+    however many rows it has, and the rows that it reads fit better than other rows will. So `fit`
+    gives only the directions of M - prior: the singular vectors in coordinates where the features
+    are white. Each singular value is the one that explains most of the residual on `held_out` along
+    its pair of vectors, between 0 and the value from `fit`. Benaych-Georges, Bouchaud and Potters
+    (arXiv 1901.05543) derive from random matrices what such cleaning of singular values can
+    achieve; here it is simply measured.
 
     Args:
-        fit: rows that directions are solved on.
-        held_out: rows that give the strength of each.
-        prior: M where nothing is known, [p, q], float64.
+        fit: rows for the directions.
+        held_out: rows for the strength of each direction.
+        prior: M if nothing is known, [p, q], float64.
         scale_prior: whether the prior's scale is measured on `held_out` too.
 
     Returns:

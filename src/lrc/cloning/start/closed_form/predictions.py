@@ -1,16 +1,15 @@
-"""The last layers and the head, refined together by gradients on the teacher's predictions.
+"""Refinement of the last layers and the head together, by gradients on the teacher's predictions.
 
-The closed form aims at the teacher's residual stream, and so does
-`lrc.cloning.start.closed_form.refine`. What the last layers write is read by the head alone, or
-nearly so: they need not come near to the stream, but to what is predicted from it. Here their
-projections and the head's are moved by Adam so that KL(teacher || student), and with a smaller
-weight the LM loss, fall on the calibration tokens. The layers before them are as they were solved,
-so that their part of the student runs no more. As in training, the student's weights are leaves
-whose gradients are brought to the projections, one layer of the teacher at a time
-(`lrc.cloning.projection`). Predictions of every other token count, in the next epoch those of the
-others: logits are half of the work. After every epoch the KL on tokens that no solve sees judges;
-the best projections are kept, be they the first: a student as wide as its teacher stays the
-teacher.
+The closed form and `lrc.cloning.start.closed_form.refine` fit the teacher's residual stream. But
+only the head reads the output of the last layers, or nearly so: they need not approximate the
+stream, only the predictions from it. Here Adam moves their projections and the head's to lower
+KL(teacher || student) and, with a smaller weight, the LM loss on the calibration tokens. The
+earlier layers keep their solved values, so that part of the student does not run again. As in
+training, the student's weights are leaves whose gradients are mapped to the projections, one layer
+of the teacher at a time (`lrc.cloning.projection`). Only the predictions of every other token
+count, and the next epoch uses the others: logits are half of the work. After every epoch the KL on
+tokens that no solve sees is measured, and the best projections are kept, possibly the initial ones:
+a student as wide as its teacher remains the teacher.
 """
 
 from collections.abc import Iterator, Mapping
@@ -28,21 +27,22 @@ from lrc.data.batch import Batch
 from lrc.model.families import LINEARS, READERS
 
 SHARE = 1 / 2
-"""Share of the layers, from the last, that are refined."""
+"""Share of the layers, counted from the last, that are refined."""
 
 LEARNING_RATE = 0.052
-"""Of Adam, times (d_T d_S)^(-1/2): 1.3e-4 for 576 to 288, near the best of what was tried."""
+"""Learning rate of Adam, times (d_T d_S)^(-1/2): 1.3e-4 for 576 to 288, close to the best rate
+tried."""
 
 LM_WEIGHT = 0.3
-"""Of the LM loss beside the KL. For SmolLM2-135M it makes the student's LM loss less by 0.04 and
-leaves its KL as it is on other text; a weight of 1 makes the KL larger."""
+"""Weight of the LM loss next to the KL. For SmolLM2-135M it lowers the student's LM loss by 0.04
+and does not change its KL on other text; a weight of 1 raises the KL."""
 
 STEP_TOKENS = 2048
 """Tokens of a step, in whole sequences."""
 
 
 class LastLayers:
-    """The last layers of a student, refined once all is solved.
+    """The last layers of a student, refined once everything is solved.
 
     Args:
         calibration: the tokens.
@@ -52,7 +52,7 @@ class LastLayers:
         self.calibration = calibration
         count = calibration.teacher.num_layers
         self.first = count - max(1, round(SHARE * count))
-        """The first of them."""
+        """Index of the first of them."""
         self._before = calibration.stream(calibration.hidden_size)
         self._layers: list[nn.Module] = []
 
@@ -75,13 +75,13 @@ class LastLayers:
         value: Tensor,
         epochs: int,
     ) -> dict[str, Tensor]:
-        """These layers' projections by their keys, and what the head takes by its own, refined.
+        """These layers' projections by their keys, and the head's value by its own key, refined.
 
         Args:
-            solved: the projections [d_T, d_S] by their keys, of these layers among others.
+            solved: the projections [d_T, d_S] by their keys, including those of these layers.
             final: the teacher's last residual stream, [sequences, length, d_T].
-            head: the student's.
-            value: what it takes.
+            head: the student's head.
+            value: the head's value.
             epochs: passes over the tokens.
         """
         calibration = self.calibration
@@ -126,8 +126,8 @@ class LastLayers:
 
     @torch.no_grad()
     def write(self, stream: ActivationStore, solved: Mapping[str, Tensor], first: int = 0) -> None:
-        """Overwrite the student's last residual stream, from sequence `first` on, by what these
-        projections make it."""
+        """Overwrite the student's last residual stream, from sequence `first` on, with the output
+        of these projections."""
         self._project(solved)
         for part in self.calibration.batches(first):
             stream[part] = self._run(part)
@@ -147,7 +147,7 @@ class LastLayers:
 
     @torch.no_grad()
     def _gather(self, values: Mapping[str, Tensor]) -> None:
-        """Bring the gradients of the layers' weights to projections by their keys."""
+        """Add the gradients of the layers' weights to those of the projections, by their keys."""
         for parameter, key, weight, writes in self._weights():
             assert parameter.grad is not None
             moved = projection_gradient(weight, parameter.grad, writes)
@@ -160,8 +160,8 @@ class LastLayers:
         return [projection_key(i, name) for i in range(self.first, count) for name in LINEARS]
 
     def _weights(self) -> Iterator[tuple[nn.Parameter, str, Tensor, bool]]:
-        """Every projected parameter of the layers: itself, the key of its projection, the teacher's
-        weight, and whether it writes to the residual stream."""
+        """Every projected parameter of the layers: the parameter, the key of its projection, the
+        teacher's weight, and whether it writes to the residual stream."""
         calibration = self.calibration
         for index, layer in enumerate(self._layers, self.first):
             theirs = calibration.layer(index)

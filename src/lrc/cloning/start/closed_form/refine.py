@@ -1,19 +1,19 @@
-"""An FFN's readers refined by gradients on what the FFN writes.
+"""Refinement of an FFN's readers by gradients on the output of the FFN.
 
-The closed form solves gate and up for the teacher's normalized stream, the best guess of it that is
-linear in the student's. What counts is their product behind the activation function: here both are
-moved by Adam so that the FFN's output comes nearer to the target of its writer,
+The closed form solves gate and up for the best linear estimate of the teacher's normalized stream
+from the student's. What matters is their product after the activation function. Here Adam moves
+both so that the FFN's output approaches the target of its writer,
 
     sum w |down(act(gate) * up) P_down - t|_F^2,   t = x_T(after) B - x_S(before),
 
-w as in the closed form, in the metric of the Fisher information that the teacher's predictions hold
-about the stream.
+with w as in the closed form, in the metric of the Fisher information that the teacher's predictions
+hold about the stream.
 
-Both readers and the writer (which is solved anew afterwards) are moved in whitened coordinates,
-P = A^-1/2 Q C^-1/2 with A the metric of the teacher's weight, W_T^T W_T, and C the second moment of
-what is read: Adam's steps, as large in every coordinate, would else go mostly along the mean of
-the stream. After every epoch the tokens that no solve sees judge; the best readers are kept, be
-they the first.
+Both readers and the writer (which is solved again afterwards) move in whitened coordinates. There
+P = A^-1/2 Q C^-1/2, where A is the metric of the teacher's weight, W_T^T W_T, and C is the second
+moment of the input. Otherwise Adam's steps, which are equally large in every coordinate, would go
+mostly along the mean of the stream. After every epoch the readers are evaluated on the tokens that
+no solve sees. The best readers are kept, possibly the initial ones.
 """
 
 from collections.abc import Mapping
@@ -31,8 +31,8 @@ from lrc.cloning.start.closed_form.least_squares import second_moment
 from lrc.cloning.start.streams import ActivationStore
 
 LEARNING_RATE = 0.04
-"""Of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values of Q are
-about 1. Near the best of what was tried with 64 to 32 and with 576 to 288."""
+"""Learning rate of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values
+of Q are about 1. Close to the best rate tried with 64 to 32 and with 576 to 288."""
 
 STEP_TOKENS = 1024
 """Tokens of a step, in whole sequences."""
@@ -46,7 +46,7 @@ class Ffn:
     """The FFN of a layer, in teacher and student."""
 
     student: nn.Module
-    """The student's; its readers' weights are not used."""
+    """The student's FFN; the weights of its readers are not used."""
     inner: nn.Module
     """Its down projection."""
     names: Mapping[str, str]
@@ -62,24 +62,24 @@ class Ffn:
         return {self.names[name]: self.weights[name] @ projections[name] for name in self.weights}
 
     def written(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
-        """What the teacher's down projection writes on the student's activations, [..., d_T].
+        """Output of the teacher's down projection on the student's activations, [..., d_T].
 
         Args:
             z: the student's normalized stream, [..., d_S].
-            readers: as `readers` gives them.
+            readers: the student's readers, as returned by `Ffn.readers`.
         """
 
         written: Tensor = self.down(self._neurons(z, readers))
         return written
 
     def output(self, z: Tensor, readers: Mapping[str, Tensor], projection: Tensor) -> Tensor:
-        """What the student's own down projection writes, [..., d_S]: its weight is projected, which
-        costs less than to project what the teacher's writes.
+        """Output of the student's own down projection, [..., d_S]. Its weight is projected, which
+        costs less than projecting the output of the teacher's.
 
         Args:
             z: the student's normalized stream, [..., d_S].
-            readers: as `readers` gives them.
-            projection: that of down, [d_T, d_S].
+            readers: the student's readers, as returned by `Ffn.readers`.
+            projection: the projection of down, [d_T, d_S].
         """
         own = {
             name: project(value, projection, writes=True)
@@ -88,16 +88,16 @@ class Ffn:
         return functional.linear(self._neurons(z, readers), own["weight"], own.get("bias"))
 
     def _neurons(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
-        """What down takes in the student, [..., d_ffn]."""
+        """Input of the student's down projection, [..., d_ffn]."""
         return input_of(self.inner, lambda: functional_call(self.student, dict(readers), (z,)))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the student's residual stream is meant to be after an FFN."""
+    """Target of the student's residual stream after an FFN."""
 
     stream: ActivationStore
-    """The teacher's, [sequences, length, d_T]."""
+    """The teacher's stream, [sequences, length, d_T]."""
     basis: Tensor
     """B [d_T, d_S]."""
     metric: Tensor
@@ -120,9 +120,9 @@ def refine_ffn(
         calibration: the tokens.
         ffn: the FFN.
         stream: the student's residual stream before it.
-        wrote: what the teacher's down projection writes on it as it was solved.
-        target: what the stream is meant to be after it.
-        start: projections of gate, up and down, [d_T, d_S], as they were solved.
+        wrote: the output of the teacher's down projection on the student's solved FFN.
+        target: the target of the stream after it.
+        start: solved projections of gate, up and down, [d_T, d_S].
         epochs: passes over the tokens.
 
     Returns:

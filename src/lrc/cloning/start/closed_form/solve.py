@@ -1,27 +1,29 @@
-"""A start far ahead of random projections, solved in closed form from a short calibration pass.
+"""A start far better than random projections, solved in closed form from a short calibration pass.
 
-Notation: x_T [tokens, d_T] and x_S [tokens, d_S] are the residual streams of teacher and student,
-h = x_T / rms(x_T) and z = x_S / rms(x_S) what the norms make of them before their gains. Gains are
-folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer P^T W_T [d_S, d_m].
+Notation: x_T [tokens, d_T] and x_S [tokens, d_S] are the residual streams of teacher and student.
+The outputs of the norms before their gains are h = x_T / rms(x_T) and z = x_S / rms(x_S). Gains are
+folded here: a student's reader is W_T diag(gain) P [d_m, d_S], a writer is P^T W_T [d_S, d_m].
 
 1. Basis. B [d_T, d_S], orthonormal, keeps what the teacher's predictions need of its stream
-   (`lrc.cloning.start.basis`). The student's stream is meant to be x_T B.
-2. Layer by layer, on the student's own stream as it was solved so far:
-   readers  P z nearest to h, drawn to c B z
-   writers  Z P nearest to x_T(after) B - x_S(before), drawn to Z B, Z being the teacher's o or down
-   on the student's heads or FFN activations; each writer thus corrects the error gathered so far.
-   Tokens weigh w = 1 / max(rms(x_T), |x_S| d_T^-1/2), since massive activations must not rule.
-   How far the tokens are followed is measured on others (`closed_form.least_squares`).
-   In the first half of the layers gate and up are then refined by gradients on what the FFN writes
-   (`closed_form.refine`), and down is solved anew.
-3. Head. With its own projection it is one more reader. Tied, the student's basis is rotated and
-   its final gain set to come near that reader. The logits are scaled (`closed_form.head`), the
-   second half of the layers and the head refined by gradients on the predictions
-   (`closed_form.predictions`), and the logits scaled again.
+   (`lrc.cloning.start.basis`). The target for the student's stream is x_T B.
+2. Layer by layer, on the student's own stream as solved so far:
+   readers  fit P z to h, shrunk toward c B z
+   writers  fit Z P to x_T(after) B - x_S(before), shrunk toward Z B, where Z is the output of the
+            teacher's o or down on the student's heads or FFN activations; each writer thus
+            corrects the error accumulated so far.
+   The weight of a token is w = 1 / max(rms(x_T), |x_S| d_T^-1/2), so that massive activations do
+   not dominate. Separate tokens measure how far to follow each fit
+   (`closed_form.least_squares`).
+   In the first half of the layers, gradients on the output of the FFN then refine gate and up
+   (`closed_form.refine`), and down is solved again.
+3. Head. A head with its own projection is one more reader. For a tied head, the student's basis is
+   rotated and its final gain is set to approximate that reader. The logits are scaled
+   (`closed_form.head`). Gradients on the predictions refine the second half of the layers and the
+   head (`closed_form.predictions`). Then the logits are scaled again.
 
-Where d_S = d_T the student is the teacher. The teacher runs layer by layer: over the first tokens
-for the basis, and over all for the solving, which needs the basis from the first layer on. Streams
-take 3 d_T + 2 d_S numbers a calibration token, in memory, or in temporary files beyond
+If d_S = d_T, the student is the teacher. The teacher runs layer by layer: over the first tokens for
+the basis, and over all tokens for the solves, which need the basis from the first layer on. Streams
+take 3 d_T + 2 d_S numbers per calibration token, in memory, or in temporary files beyond
 `calibration.IN_MEMORY`.
 """
 
@@ -53,12 +55,13 @@ from lrc.model.teacher import Teacher
 FFN_READERS = "gate", "up"
 
 LENGTH = 128
-"""Tokens of a calibration sequence, where the text's are not shorter. What follows in a sequence
-rests on its first token, to which many teachers give massive activations. A student that misses
-some of the first tokens loses these sequences, and more of them make it miss fewer."""
+"""Tokens of a calibration sequence, unless the text's sequences are shorter. The rest of a sequence
+depends on its first token, to which many teachers give massive activations. A student that misses
+some of the first tokens loses these sequences. With more first tokens it misses fewer."""
 
 RESTART = 8
-"""Tokens at the end of a calibration sequence that begin anew, for one first token more."""
+"""Tokens at the end of a calibration sequence that restart at position 0, for one more first
+token."""
 
 
 @torch.no_grad()
@@ -74,16 +77,16 @@ def solve_projections(
 
     Args:
         teacher: the teacher.
-        ids: calibration tokens, int64 [sequences, length], at least two sequences. Long ones
-            are cut (`LENGTH`).
+        ids: calibration tokens, int64 [sequences, length], at least two sequences. Long ones are
+            cut (`LENGTH`).
         hidden_size: d_S.
         shared_head: whether embedding and LM head share one projection.
-        progress: called with the layers done and their number.
-        refine_epochs: passes over the tokens in which each FFN of the first half of the layers is
-            refined, and as many for the second half and the head; 0 leaves all solved.
+        progress: function that gets the number of completed layers and the total.
+        refine_epochs: passes over the tokens that refine each FFN of the first half of the layers,
+            and as many for the second half and the head; 0 for no refinement.
 
     Raises:
-        UserError: the disk has no room for the streams.
+        UserError: if the disk has no room for the streams.
     """
     sequences, restart = cut_sequences(ids)
     with Calibration(teacher, sequences, hidden_size, restart) as calibration:
@@ -119,8 +122,8 @@ def solve_projections(
 
 
 def cut_sequences(ids: Tensor) -> tuple[Tensor, int]:
-    """Sequences [sequences, length] cut into such of `LENGTH` tokens, what is left at the end being
-    dropped, and how many of the last tokens of each begin anew; shorter ones stay as they are."""
+    """Cut sequences [sequences, length] into sequences of `LENGTH` tokens and drop the remainder.
+    Also return how many of the last tokens of each restart. Shorter sequences do not change."""
     if ids.shape[1] < LENGTH:
         return ids, 0
     whole = ids.numel() // LENGTH * LENGTH
@@ -135,12 +138,12 @@ def _solved_head(
     after: ActivationStore,
     shared: bool,
 ) -> tuple[StudentHead, Tensor]:
-    """The student's head and what it takes.
+    """The student's head and its value.
 
     Args:
         basis: B [d_T, d_S].
         stream: the student's last residual stream.
-        read: P [d_T, d_S] that gives the teacher's final h from the student's z.
+        read: P [d_T, d_S] that maps the student's z to the teacher's final h.
         after: the teacher's last residual stream.
         shared: whether the head has the embedding's projection.
     """
@@ -167,7 +170,7 @@ class _Solver:
         self.metrics = metrics
         self.refine_epochs = refine_epochs
         self.refined = refined
-        """Layers, from the first, whose FFNs are refined on what they write."""
+        """Number of layers, from the first, whose FFNs are refined on their output."""
         self.basis = basis
         self.stream = calibration.stream(calibration.hidden_size)
         embedding = calibration.weight(calibration.family.embedding) @ basis
@@ -184,7 +187,7 @@ class _Solver:
             calibration.fill_reader(layer, teacher, name, projection)
         o = layer.get_submodule(family.linears["o"])
         their_o = teacher.module.get_submodule(family.linears["o"])
-        written = teacher.before  # not needed any more
+        written = teacher.before  # no longer needed
         for part in calibration.batches():
             arguments = calibration.arguments[teacher.index]
             written[part] = their_o(input_of(o, layer, self.stream[part], **arguments))
@@ -226,19 +229,19 @@ class _Solver:
     def _write_ffn(
         self, written: ActivationStore, ffn: Ffn, projections: dict[str, Tensor]
     ) -> None:
-        """Fill a stream with what the teacher's down projection writes on the student's FFN."""
+        """Fill a stream with the output of the teacher's down projection on the student's FFN."""
         readers = ffn.readers(projections)
         for part in self.calibration.batches():
             stream = self.stream[part]
             written[part] = ffn.written(stream / self.calibration.rms(stream), readers)
 
     def _add(self, written: ActivationStore, projection: Tensor) -> None:
-        """Add what a solved writer writes to the student's stream."""
+        """Add the output of a solved writer to the student's stream."""
         for part in self.calibration.batches():
             self.stream[part] += written[part] @ projection
 
     def reader(self, teacher: ActivationStore) -> Tensor:
-        """P [d_T, d_S] that gives the teacher's h from the student's z."""
+        """P [d_T, d_S] that maps the student's z to the teacher's h."""
         calibration = self.calibration
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
@@ -252,7 +255,7 @@ class _Solver:
         return solved.T.to(teacher.dtype).contiguous()
 
     def writer(self, written: ActivationStore, teacher: ActivationStore) -> Tensor:
-        """P [d_T, d_S] with written @ P nearest to teacher @ B - stream."""
+        """P [d_T, d_S] that fits written @ P to teacher @ B - stream."""
         calibration = self.calibration
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:

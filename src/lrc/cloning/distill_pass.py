@@ -1,0 +1,236 @@
+"""One pass of teacher and student over a micro-batch, with every loss of the objective.
+
+What is compared at a site is up to the method: LRC carries the teacher's activations to the
+student's space with its projections; methods without projections align the student's.
+
+The hooks on both models are installed once, by `DistillPass._install`, and do nothing outside of a
+pass. Their order on a student's linear map matters:
+
+1. Clip (`token_clipping`). A gradient reaches it last, so it bounds what the loss of the
+   predictions and the clone terms send back together.
+2. Recompute (`recomputing`). It keeps the map's own output for the backward pass.
+3. Compare. It returns the output that the model continues with, so that the gradients of the clone
+   term and of the model are added up in one place.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from lrc.cloning.activations import LinearSite, last_hidden
+from lrc.cloning.method import Counts, StepLosses
+from lrc.cloning.objective import clone_term, relative_weight
+from lrc.cloning.recomputing import RecomputedFfn
+from lrc.cloning.token_clipping import clip_output
+from lrc.cloning.vocabulary import kl_and_lm_losses
+from lrc.data.batch import Batch
+from lrc.model.families import LINEARS
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import ObjectiveSection
+from lrc.system.clock import Clock
+
+
+class ClonePair(NamedTuple):
+    """The two activations that are compared at a site, each [batch, sequence, width]."""
+
+    student: Tensor
+    teacher: Tensor
+    factors: tuple[Tensor, Tensor] | None = None
+    """The factors of the teacher's side where it is a product (`clone_term`)."""
+
+
+MakePair = Callable[[LinearSite, Tensor, Tensor, Tensor], ClonePair]
+"""Returns what is compared at a site, given the input and the output of the student's linear map
+and the output of the teacher's."""
+
+
+@dataclass
+class _MicroBatch:
+    """What the hooks of a pass need to know, and what they find."""
+
+    spared: Tensor
+    """Tokens whose gradients are not clipped, bool [batch, sequence]."""
+    mask: Tensor | None
+    counts: Counts
+    compares: bool
+    targets: dict[LinearSite, Tensor] = field(default_factory=dict)
+    """The teacher's outputs."""
+    terms: dict[LinearSite, Tensor] = field(default_factory=dict)
+    """The clone terms."""
+
+
+class DistillPass(nn.Module):
+    """Runs both models and computes the losses.
+
+    Args:
+        teacher: the teacher.
+        student: the student; hooks are installed on it and on the teacher.
+        objective: the losses and their weights.
+        clock: counts the time of teacher, student and losses.
+        pair: what is compared at a site; None: nothing is cloned.
+        token_grad_clip: as in the recipe's `train`; 0: nothing is clipped.
+        recomputes_layers: whether the student's layers run again in the backward pass. If not, and
+            if something is cloned, its FFNs recompute their activations.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: PreTrainedModel,
+        objective: ObjectiveSection,
+        clock: Clock,
+        pair: MakePair | None = None,
+        token_grad_clip: float = 0.0,
+        recomputes_layers: bool = False,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher_model = student, teacher.model
+        self.teacher, self.objective, self.clock, self.pair = teacher, objective, clock, pair
+        self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
+        self.alpha = objective.alpha if pair else 0.0
+        """Weight of the clone terms in the present step. At 0 nothing is cloned."""
+        self.terms = objective.clone.enabled() if self.alpha else ()
+        self.sites: list[LinearSite] = [
+            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
+        ]
+        self._micro_batch: _MicroBatch | None = None
+        self._hooks: list[RemovableHandle] = []
+        self._install()
+
+    def forward(self, batch: Batch, counts: Counts) -> StepLosses:
+        """The losses of a micro-batch, as `Method.losses` returns them."""
+        compares = bool(self.sites and self.alpha)
+        self.begin(batch, counts, compares)
+        teacher_hidden = None
+        if compares or self.objective.kl_weight:
+            with self.clock.part("teacher"), torch.no_grad():
+                teacher_hidden = last_hidden(self.teacher_model, batch)
+        with self.clock.part("student"):
+            student_hidden = self.run_student(batch)
+        losses = self.predictions(teacher_hidden, student_hidden, batch, counts)
+        terms = self._micro_batch.terms if self._micro_batch else {}
+        if not self.recomputes_layers:
+            self._micro_batch = None
+        if not compares:
+            return losses
+        by_site = torch.stack([terms[site] for site in self.sites])
+        clone = by_site.sum()
+        return replace(
+            losses,
+            loss=losses.loss + self.alpha * clone,
+            terms={**losses.terms, "clone": clone.detach()},
+            clone_layers=by_site.detach().view(-1, len(self.terms)),
+        )
+
+    def begin(self, batch: Batch, counts: Counts, compares: bool = False) -> None:
+        """Let the hooks work on a micro-batch. The activations of the one before are released."""
+        self._micro_batch = _MicroBatch(batch.first_tokens(), batch.token_mask(), counts, compares)
+
+    def run_student(self, batch: Batch) -> Tensor:
+        """The student's last hidden state [b, s, d_S]. Call `begin` first."""
+        return last_hidden(self.student, batch)
+
+    def predictions(
+        self,
+        teacher_hidden: Tensor | None,
+        student_hidden: Tensor,
+        batch: Batch,
+        counts: Counts,
+    ) -> StepLosses:
+        """The losses over the vocabulary. Without the teacher's state there is no divergence."""
+        with self.clock.part("loss"):
+            return kl_and_lm_losses(
+                self.teacher,
+                self.student,
+                teacher_hidden,
+                student_hidden,
+                batch,
+                counts,
+                self.objective,
+            )
+
+    def end_step(self) -> None:
+        """Release what the backward passes of a step needed."""
+        self._micro_batch = None
+
+    def remove_hooks(self) -> None:
+        """Leave both models without the hooks of this pass."""
+        _remove(self._hooks)
+
+    def _install(self) -> None:
+        """Install all hooks, in the order that the module's docstring explains."""
+        family = self.teacher.family
+        layers = range(self.student.config.num_hidden_layers)
+
+        def at_linear(model: nn.Module, site: LinearSite, hook: Callable[..., object]) -> None:
+            linear = model.get_submodule(family.linear(*site))
+            self._hooks.append(linear.register_forward_hook(hook))
+
+        if self.token_grad_clip:
+            for layer in layers:
+                for name in LINEARS:
+                    at_linear(self.student, (layer, name), self._clip)
+        if self.pair and not self.recomputes_layers:
+            for layer in layers:
+                self._hooks += RecomputedFfn(self.student, family, layer).hooks
+        for site in self.sites:
+            at_linear(self.student, site, partial(self._compare, site))
+            at_linear(self.teacher_model, site, partial(_keep, weakref.ref(self), site))
+        # Other passes may use the same teacher: its hooks end with this pass.
+        weakref.finalize(self, _remove, self._hooks)
+
+    def _clip(self, _linear: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
+        if self._micro_batch is not None:
+            clip_output(output, self._micro_batch.spared, self.token_grad_clip)
+
+    def _compare(
+        self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Tensor
+    ) -> Tensor | None:
+        """Compute a clone term. The teacher's activation is released at once, unless the layer runs
+        again in the backward pass."""
+        batch = self._micro_batch
+        if batch is None or not batch.compares:
+            return None
+        assert self.pair is not None
+        with self.clock.part("loss"):
+            again = self.recomputes_layers
+            target = batch.targets[site] if again else batch.targets.pop(site)
+            pair = self.pair(site, inputs[0], output, target)
+            weight = batch.mask
+            if self.objective.clone_scale == "relative":
+                weight = relative_weight(pair.teacher, batch.mask)
+            compared, batch.terms[site] = clone_term(
+                pair.student,
+                pair.teacher,
+                weight,
+                batch.counts.tokens,
+                pair.factors,
+                reuse_target_buffer=not again,
+            )
+        return compared if pair.student is output else output
+
+
+def _keep(
+    owner: "weakref.ref[DistillPass]",
+    site: LinearSite,
+    _linear: nn.Module,
+    _inputs: tuple[Tensor],
+    output: Tensor,
+) -> None:
+    """Keep the teacher's output for the comparison."""
+    distill = owner()
+    batch = distill._micro_batch if distill else None
+    if batch is not None and batch.compares:
+        batch.targets[site] = output
+
+
+def _remove(hooks: list[RemovableHandle]) -> None:
+    for hook in hooks:
+        hook.remove()
