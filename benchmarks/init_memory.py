@@ -1,7 +1,8 @@
-"""Peak memory of a closed-form start: by calibration tokens, and by how the teacher is loaded.
+"""Peak memory of a closed-form start, by calibration tokens and by how the teacher is loaded.
 
-Teachers are random. Every figure is of a process of its own, above that of a start from few tokens,
-or of one with a teacher of one layer: so without the libraries and a batch's activations.
+Teachers are random. Every number comes from a separate process and is the difference from a start
+with few tokens, or from one with a teacher of one layer. So it excludes the libraries and a batch's
+activations.
 
     python benchmarks/init_memory.py
 """
@@ -46,7 +47,7 @@ with open("/proc/self/status") as file:
 
 
 def save_teacher(folder: Path, **shape: int) -> float:
-    """Write a random Llama; MiB of its weights in float32."""
+    """Write a random Llama and return the size of its weights in float32, in MiB."""
     config = LlamaConfig(
         **shape,
         vocab_size=VOCABULARY,
@@ -77,7 +78,7 @@ def peak(folder: Path, load: str, tokens: int, hidden_size: int, in_memory: int)
 
 
 def by_tokens(folder: Path) -> Table:
-    """The peak for growing numbers of tokens, with the streams in files and in memory."""
+    """The peak for increasing numbers of tokens, with the streams in files and in memory."""
     save_teacher(folder, **SHALLOW)
     floor = peak(folder, "full", 2048, 64, 0)
     table = Table("calibration tokens", "streams", "in files: peak", "in memory: peak")
@@ -89,7 +90,7 @@ def by_tokens(folder: Path) -> Table:
 
 
 def by_loading(folder: Path) -> Table:
-    """The peak with the teacher whole and layer by layer."""
+    """The peak with the teacher loaded in full and layer by layer."""
     size = save_teacher(folder / "deep", **DEEP)
     save_teacher(folder / "flat", **DEEP | {"num_hidden_layers": 1})
     floor = peak(folder / "flat", "layers", 1024, 64, 2**40)

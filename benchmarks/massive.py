@@ -1,9 +1,10 @@
-"""Massive activations of students beside their teacher's: first tokens missed, others invented.
+"""Massive activations of students compared with their teacher's: missed first tokens and invented
+ones.
 
-Held-out text is cut into sequences of 32 tokens, which run through teacher and students up to the
-layer after which the teacher's largest activation is largest beside its median. A first token whose
-norm there is less than 0.3 of the teacher's is missed; a token with 8 times the teacher's median or
-more that has it not in the teacher is invented.
+Held-out text is cut into sequences of 32 tokens. They run through teacher and students up to the
+layer after which the ratio of the teacher's largest activation to its median is largest. A first
+token is missed if its norm there is less than 0.3 of the teacher's. A token is invented if its norm
+is at least 8 times the teacher's median and the teacher's is not.
 
     lrc init my.yaml --out runs/start
     python benchmarks/massive.py runs/start runs/trained
@@ -32,7 +33,8 @@ MISSED, MASSIVE = 0.3, 8.0
 
 @torch.no_grad()
 def norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Norms of the residual stream after every layer but the last, [layers - 1, sequences, 32]."""
+    """Norms of the residual stream after every layer except the last,
+    [layers - 1, sequences, 32]."""
     found = []
     for part in ids.split(64):
         states = model.base_model(part, output_hidden_states=True, use_cache=False).hidden_states
@@ -41,7 +43,7 @@ def norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs of one teacher.")],
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs with the same teacher.")],
 ) -> None:
     quiet = Console(quiet=True)
     run = Run.open(runs[0])

@@ -1,16 +1,17 @@
-"""Why a student's own weights learn faster than projections into its teacher's: an experiment each.
+"""Why a student's own weights learn faster than projections into its teacher's: three experiments.
 
     rank      every reader (q, k, v, gate, up) gets a free low-rank addition, W_T P + A B with A
-              [out, r] and B [r, d_S], A zero at first; and every reader and writer one of full rank
-    geometry  the same students in other coordinates: each reader's teacher weight, gain and all, is
-              replaced by the orthonormal U of its U S V^T, and P by S V^T P (writers likewise), so
-              that a step of Adam is as long in all of its directions
+              [out, r] and B [r, d_S], where A starts at zero; also, every reader and writer gets
+              one of full rank
+    geometry  the same students in other coordinates: the teacher weight of each reader, including
+              the gain, is replaced by the orthonormal U of its U S V^T, and P by S V^T P (likewise
+              for writers), so that a step of Adam has the same length in all of its directions
     norms     a teacher with norms inside its attention, a Qwen3 of stories260K's shape that is
               first trained on the stories: projections with these norms trained too, and released
-              weights with these norms left as they are
+              weights with these norms frozen
 
-All train for the same tokens from the same closed-form start without a clone loss; each at the best
-rate of a grid, which is told. Stories are made as for `lrc compare release`.
+All students train for the same tokens from the same closed-form start without a clone loss. Each
+uses the best rate of a grid, which is reported. Prepare the stories as for `lrc compare release`.
 
     python benchmarks/release_why.py data/stories260K OUT
 """
@@ -92,7 +93,7 @@ class Added(LowRankClone):
 
 
 class Whitened(LowRankClone):
-    """LRC in other coordinates from the first step on."""
+    """LRC in whitened coordinates from the first step on."""
 
     def stage_ends(self) -> tuple[int, ...]:
         return (0,)
@@ -129,7 +130,7 @@ def inner_norms(method: Method) -> dict[str, nn.Parameter]:
 
 
 class InnerNormsToo(LowRankClone):
-    """Projections, and the inner norms trained beside them."""
+    """Projections, with the inner norms trained too."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         inner = inner_norms(self)
@@ -139,7 +140,7 @@ class InnerNormsToo(LowRankClone):
 
 
 class InnerNormsFrozen(LowRankClone):
-    """Released weights but for the inner norms."""
+    """Released weights except the inner norms."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         found = super().parameters()
@@ -151,7 +152,7 @@ class InnerNormsFrozen(LowRankClone):
 
 
 def train_teacher(source: Path, folder: Path, text: list[str]) -> None:
-    """A Qwen3 of the shape of the model in `source`, trained on the stories."""
+    """Train a Qwen3 of the shape of the model in `source` on the stories."""
     shape = AutoModelForCausalLM.from_pretrained(source).config
     tokenizer = load_tokenizer(str(source))
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -187,7 +188,8 @@ def best(
     rates: tuple[float, ...] = RATES,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Held-out loss at the best of some rates; a rate that was tried before is read."""
+    """Held-out loss at the best of several rates; the result of a rate that ran before is read from
+    disk."""
     found: dict[float, float] = {}
     for rate in rates:
         overrides = {"train.learning_rate": rate, **{k: v for k, v in settings.items()}}
@@ -208,8 +210,8 @@ def best(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", type=Path, help="folder of stories260K and its stories.jsonl")
-    parser.add_argument("out", type=Path, help="folder of the runs")
+    parser.add_argument("source", type=Path, help="folder with stories260K and its stories.jsonl")
+    parser.add_argument("out", type=Path, help="folder for the runs")
     parser.add_argument("--tokens", type=int, default=819_200)
     parser.add_argument("--ranks", type=int, nargs="*", default=list(RANKS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))

@@ -1,12 +1,12 @@
-"""Can the teacher's forward pass cost less? Two ways, with what each does to the targets.
+"""Cheaper variants of the teacher's forward pass, and their effect on the targets.
 
     plain   transformers' forward pass in float32, as training uses it
     fused   q, k and v in one matrix product, and gate and up in one: the same numbers
-    int8    the linear maps of the layers with int8 weights and activations quantized as they come
+    int8    the layers' linear maps with int8 weights and activations quantized on the fly
             (torch's dynamic quantization); the LM head stays in float32
 
-Told for each: the time of a pass over 8 sequences of 256, measured in turn; the LM loss; the
-KL(plain || variant); and the relative squared error of the activations that are cloned.
+For each variant the script reports the time of a pass over 8 sequences of 256, measured in turn;
+the LM loss; the KL(plain || variant); and the relative squared error of the cloned activations.
 
     python benchmarks/teacher_forward.py
 """
@@ -38,7 +38,7 @@ GROUPS = (("self_attn", ("q_proj", "k_proj", "v_proj")), ("mlp", ("gate_proj", "
 
 
 class Group(nn.Module):
-    """Linear maps of one input in one product; the first one called does the work of all."""
+    """Linear maps with the same input in one product; the first one called computes all of them."""
 
     def __init__(self, members: list[nn.Linear]) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ def int8(teacher: Teacher) -> nn.Module:
     """A copy with the linear maps of its layers in int8."""
     model = copy.deepcopy(teacher.model)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch moves its quantization to a package of its own
+        warnings.simplefilter("ignore")  # torch is moving its quantization to a separate package
         model.model.layers = torch.ao.quantization.quantize_dynamic(model.model.layers, {nn.Linear})
     return model
 
 
 @torch.no_grad()
 def observed(teacher: Teacher, model: nn.Module, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """Log-probabilities [tokens, V] of a pass, and all activations that are cloned."""
+    """Log-probabilities [tokens, V] of a pass, and all cloned activations."""
     kept: list[Tensor] = []
 
     def keep(_place: object, _input: Tensor, output: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def observed(teacher: Teacher, model: nn.Module, batch: Batch) -> tuple[Tensor, 
 
 
 def effect(teacher: Teacher, model: nn.Module, batch: Batch) -> dict[str, float]:
-    """How far a variant is from the plain teacher."""
+    """Differences between a variant and the plain teacher."""
     truth, targets = observed(teacher, teacher.model, batch)
     found, activations = observed(teacher, model, batch)
     errors = [

@@ -108,7 +108,7 @@ def test_choosing_neurons(
         assert chosen.sum() == count
         assert values[chosen].min() > values[~chosen].max()
     if (2 * chosen.sum(1) > width).any():
-        with pytest.raises(UserError, match="as many others"):
+        with pytest.raises(UserError, match="too few others"):
             draw_others(chosen, generator)
         return
     drawn = draw_others(chosen, generator)
@@ -286,7 +286,7 @@ def test_sciq_is_scored_as_the_harness_does(
     models = (byte_models["student"], "--teacher", byte_models["teacher"])
     options = ("--data", tmp_path / "data", "--neurons", 4, "--random-draws", 1)
     printed = call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
-    assert "Accuracy on sciq: 5 questions held apart and 4 others" in printed
+    assert "Accuracy on sciq: 5 questions held out and 4 used" in printed
     result = result_in(tmp_path / "out")
 
     manager = open_tasks(["sciq"])
@@ -331,10 +331,10 @@ def test_a_context_is_read_before_the_question(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"question": "q", "answer": 1}, "has to be a text"),
+        ({"question": "q", "answer": 1}, "must be a string"),
         ({"question": "q"}, "lacks a question or an answer"),
         ({"question": "", "answer": "a"}, "lacks a question or an answer"),
-        ({"question": 3, "answer": "a"}, "question that is no text"),
+        ({"question": 3, "answer": "a"}, "question that is not a string"),
         ({"question": "q", "answer": "a", "choices": ["a"]}, "two or more"),
         ({"question": "q", "answer": 2, "choices": ["a", "b"]}, "not one of its choices"),
         ({"question": "q", "answer": -1, "choices": ["a", "b"]}, "not one of its choices"),
@@ -367,9 +367,9 @@ def test_what_is_refused(
     assert "2 layers of FFN width 24" in other
     assert "2 layers of FFN width 20" in other
     assert "more than half of the 40" in call(*pair, *ask, "--neurons", 21)
-    assert "not as many others" in call(*pair, *ask, "--neurons", 20)
+    assert "leaves too few others" in call(*pair, *ask, "--neurons", 20)
     assert "not both" in call(*pair, *ask, "--share", 0.1)
-    assert "does not go with --questions" in call(*pair, *ask, "--data", tmp_path)
+    assert "give --data or --questions, not both" in call(*pair, *ask, "--data", tmp_path)
     assert "no file" in call(*pair, "--questions", tmp_path / "none.jsonl")
     assert "is a group of tasks" in call(*pair, "--task", "mmlu", "--data", tmp_path)
     write_rows(facts, [json.loads(facts.read_text().splitlines()[0])])

@@ -116,7 +116,7 @@ def test_conversations_of_both_forms(tmp_path: Path) -> None:
     assert sorted(found) == ["<user>A<assistant>B", "<user>Hi<assistant>Yes"]
     assert steps_of(shards, "a") == {"malformed": 3, "blank": 1}
     shown = summary_of(shards)["sources"]["a"]["malformed_rows"]
-    assert f"{tmp_path / 'a.jsonl'}:4 is a turn from 'nobody', which is no known role" in shown
+    assert f"{tmp_path / 'a.jsonl'}:4 is a turn from 'nobody', which is not a known role" in shown
     with pytest.raises(
         UserError, match="Chat sources cannot be rendered: The tokenizer has no chat template"
     ):
@@ -516,11 +516,11 @@ def test_bad_input(tmp_path: Path) -> None:
     number = {"filters": {"numbers": {"n": "> 1"}}}
     for name, message, more in (
         ("nothing.jsonl", "There is no file or folder", {}),
-        ("empty.jsonl", "The source 's' is empty: give it text, or take it out", {}),
-        ("body.jsonl", r"A row of .*body\.jsonl has no field 'text'; name one .* \(body, n\)", {}),
+        ("empty.jsonl", "The source 's' is empty: give it text, or remove it", {}),
+        ("body.jsonl", r"A row of .*body\.jsonl has no field 'text'; use one .* \(body, n\)", {}),
         ("a.jsonl", "has no field 'n'", number),
-        ("word.jsonl", "In a row of .* the field 'n' holds 'many', which is no number", number),
-        ("list.jsonl", "holds no text in 'text' but a list; set `text`", {}),
+        ("word.jsonl", "In a row of .*, the field 'n' is 'many', which is not a number", number),
+        ("list.jsonl", "has type list in 'text' instead of text; set `text`", {}),
         ("bad.txt", r"bad\.txt is not UTF-8 text", {}),
         ("cut.jsonl.gz", "is damaged or cut off", {}),
         ("a.parquet", r"a\.parquet has no field 'text'.*\(body\)", {}),
@@ -533,7 +533,7 @@ def test_bad_input(tmp_path: Path) -> None:
     refused(mix, tmp_path / "t", "neither a bos nor an eos", byte_tokenizer(None, None))
     refused(mix, tmp_path / "t", "no fast form", object())
     empty = make_mix(tmp_path, {"s": {"files": ["a.jsonl"]}}, decontaminate={"folder": "none"})
-    refused(empty, tmp_path / "e", "holds no evaluation sets")
+    refused(empty, tmp_path / "e", "contains no evaluation sets")
 
 
 def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -583,7 +583,7 @@ def test_folder_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     other = make_mix(tmp_path, {"a": {"files": ["a.jsonl"]}}, seed=1, held_out_fraction=0.1)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
-    with pytest.raises(UserError, match="already holds something"):
+    with pytest.raises(UserError, match="already exists and is not empty"):
         build(mix, tmp_path / "taken")
     done = build(mix, tmp_path / "out")
     message = r"of another mix \(other settings: held_out_fraction and seed\)"
@@ -597,7 +597,7 @@ def test_folder_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     fail_at(monkeypatch, 1)
     with pytest.raises(RuntimeError):
         build(mix, tmp_path / "half")
-    with pytest.raises(UserError, match="holds an unfinished build of another mix"):
+    with pytest.raises(UserError, match="contains an unfinished build of another mix"):
         build(other, tmp_path / "half")
     write_rows(tmp_path / "a.jsonl", rows(documents(61)))
     with pytest.raises(UserError, match=r"unfinished build of another mix \(other input files\)"):

@@ -116,7 +116,7 @@ def test_overlap_like_a_naive_search(rng: random.Random) -> None:
 
 
 def test_evaluation_sets_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no evaluation sets; name a folder of JSONL"):
+    with pytest.raises(UserError, match=r"contains no evaluation sets; set decontaminate\.folder"):
         write_index(tmp_path, 13, tmp_path)
     write_rows(tmp_path / "bad.jsonl", ["{"])
     with pytest.raises(UserError, match=r"bad\.jsonl:1 is not valid JSON"):
@@ -313,7 +313,7 @@ def test_mistakes_of_a_mix_are_told_together(tmp_path: Path) -> None:
         "split: no effect without `hub`",
         "give either `text` or `chat`",
         "`repeat` has no effect without",
-        "'sources.seven.filters.keep_matching' is '(': it is no regular expression",
+        "'sources.seven.filters.keep_matching' is '(': not a valid regular expression",
         "'sources.eight.tokens' is 'some': give a number, such as 500_000, 10M or 2.5B",
     ):
         assert clause in message, (clause, message)
@@ -333,7 +333,7 @@ def test_budgets(tmp_path: Path) -> None:
     assert "no effect without a `weight`" in refusal(
         tmp_path, "{teacher: t, tokens: 5, sources: {a: {files: [x], tokens: 3}}}"
     )
-    assert "'b' needs a `weight` or `tokens`" in refusal(
+    assert "'b' needs its own `weight` or `tokens`" in refusal(
         tmp_path, "{teacher: t, tokens: 5, sources: {a: {files: [x], weight: 3}, b: {files: [x]}}}"
     )
     with pytest.raises(UserError, match="no mix 'nothing': give a YAML file or one of"):

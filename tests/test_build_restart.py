@@ -173,7 +173,7 @@ def test_killed_process_is_told(mix: Mix, tmp_path: Path, monkeypatch: pytest.Mo
         future = two.submit(os.kill, 0, 0)  # Starts the processes.
         two.wait(future)
         future = two.submit(_die)
-        with pytest.raises(UserError, match=r"want of memory.*--workers.*goes on from here"):
+        with pytest.raises(UserError, match=r"memory ran out.*--workers.*resumes the build"):
             two.wait(future)
 
 

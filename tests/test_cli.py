@@ -291,3 +291,15 @@ def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path)
 @pytest.mark.parametrize("name", shipped("recipe"))
 def test_shipped_recipes_parse(name: str) -> None:
     assert load_recipe(name).steps() > 0
+
+
+def test_element_types_of_exports_and_evaluations(
+    recipe_file: Path, tmp_path: Path, refusal: Refusal
+) -> None:
+    """Each command takes the names that it can use, and says what to do about others."""
+    run = Run.create(tmp_path / "run", load_recipe(recipe_file))
+    train(run, Console(quiet=True))
+    assert "exists only in GGUF" in refusal("export", run.folder, tmp_path / "s", "--dtype", "q8_0")
+    named = tmp_path / "s.gguf"
+    assert "leave out --format" in refusal("export", run.folder, named, "--format", "safetensors")
+    assert not (tmp_path / "s").exists()

@@ -88,20 +88,20 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     assert f"{shards.tokens('train'):,} training tokens in 1 shard are" in printed
 
     printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
-    assert "Every file is as it was written." in printed
+    assert "Every file is intact." in printed
     assert printed.count("<|bos|>") == 2
     for tokens in shards.tokens_by_source("train").values():
         assert f"{tokens:,}" in printed
     other = save_teacher(tmp_path / "other", extra=["<more>"])
     message = lrc("inspect", out, "--tokenizer", other)
-    assert f"which is not that of '{other}': build them again" in message
+    assert f"not with that of '{other}': rebuild them" in message
 
     flipped = out / "train-00000.bin"
     content = bytearray(flipped.read_bytes())
     content[100] ^= 1
     flipped.write_bytes(content)
     message = lrc("inspect", out)
-    assert message.startswith(f"Error: Not what was written: {flipped}; copy these files anew")
+    assert message.startswith(f"Error: Damaged files: {flipped}; copy them again")
     assert "document" in lrc("inspect", out, "--no-checksums", "--documents", 1)
 
 
@@ -118,7 +118,7 @@ def test_settings_win_over_the_mix(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
 
 def test_bad_arguments(lrc: Lrc, tmp_path: Path) -> None:
     assert "There is no mix 'nothing'" in lrc("build", "nothing", tmp_path / "out")
-    assert "holds no finished shards" in lrc("inspect", tmp_path)
+    assert "contains no finished shards" in lrc("inspect", tmp_path)
     message = lrc("build", "local-small", tmp_path / "out", "--set", "sources.prose.weigt=1")
     assert "unknown key 'sources.prose.weigt' (nearest: 'sources.prose.weight')" in message
 

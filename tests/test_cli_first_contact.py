@@ -109,7 +109,7 @@ def test_a_fault_of_ours_is_called_one(
     monkeypatch.setattr("lrc.run.Run.open", fails)
     code, _, errors = lrc("resume", tmp_path)
     assert code == 1
-    assert "which is a fault of ours" in errors
+    assert "This is a bug in lrc" in errors
     assert "Traceback" not in errors
 
 

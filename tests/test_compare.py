@@ -188,9 +188,9 @@ def test_runs_share_their_start(
     [
         ({"entries": []}, "at least 1"),
         ({"tokns": 1}, "tokns"),
-        ({"reference": "none"}, "the reference 'none' is no entry"),
-        ({"seeds": [1, 1]}, "a seed is named twice"),
-        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries are called 'a'"),
+        ({"reference": "none"}, "the reference 'none' is not an entry"),
+        ({"seeds": [1, 1]}, "a seed appears twice"),
+        ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries are named 'a'"),
         ({"entries": [{"name": "a/b"}]}, "pattern"),
         ({"entries": [{"name": "a", "rate_of": "b"}]}, "takes the rate of 'b'"),
         ({"entries": [{"name": "a", "set": {"train.seed": 1}}]}, "the comparison's `seeds`"),
@@ -205,7 +205,7 @@ def test_runs_share_their_start(
                     }
                 ]
             },
-            "'train.release_learning_rate', which is decided by the entry's `learning_rates`",
+            "'train.release_learning_rate', which comes from the entry's `learning_rates`",
         ),
         ({"entries": [{"name": "a", "tries": "learning-rate"}]}, "'release_learning_rate'"),
         (
@@ -218,7 +218,7 @@ def test_runs_share_their_start(
                     }
                 ]
             },
-            "entry 'a' tries rates after a release, but releases nothing",
+            "entry 'a' tries rates for the time after a release, but has no release",
         ),
         (
             {"entries": [{"name": "a", "set": {"method": "scratch", "train.release_at": 0.1}}]},
@@ -289,7 +289,7 @@ def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None
 def test_a_folder_with_something_else_is_left_alone(plan: Settings, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
-    with pytest.raises(UserError, match="something else"):
+    with pytest.raises(UserError, match="is not a comparison's folder"):
         compare(load_comparison(write(plan, tmp_path)), tmp_path / "out", Console(quiet=True))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
@@ -310,7 +310,7 @@ def test_command_line_overrides(
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 2
-    assert "decided by the comparison's `tokens`" in capsys.readouterr().err
+    assert "comes from the comparison's `tokens`" in capsys.readouterr().err
 
 
 def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
@@ -356,7 +356,7 @@ def test_a_stopped_comparison_goes_on(
     assert end.value.code == 128 + signal.SIGTERM
     assert begun == ["scratch-seed0"] * 6 + ["scratch-seed3"] * 2
     output = capsys.readouterr().out
-    assert "the same command goes on from there" in output
+    assert "the same command continues from there" in output
     assert re.search(r"run 2 of 2, about 0:0\d:\d\d left", output)
     with monkeypatch.context() as patch:
         begun = signaled(patch, signal.SIGTERM, "none", 0)

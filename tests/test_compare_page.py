@@ -135,7 +135,7 @@ def test_a_loss_that_rises_on_the_way_is_told() -> None:
         entry_of("rises", [5.0, 4.0, 3.9], [5.0, 4.5, 4.9, 4.6, 3.0]),
     ]
     told = "\n".join(notes(Results([], [0, 1], 10, "falls", 1.0, 20, entries)))
-    assert "rises: the held-out loss stood 0.40 above its best" in told
+    assert "rises: the held-out loss rose up to 0.40 above its best" in told
     assert "falls:" not in told
 
 

@@ -40,7 +40,7 @@ def test_matrix_products_of_a_step(
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         method.begin_step(0)
         for batch in batches:
-            method.losses(batch, counts)["loss"].backward()
+            method.losses(batch, counts).loss.backward()
         method.end_step()
     counted = sum(
         flops

@@ -293,9 +293,9 @@ def test_too_little_text(tmp_path: Path) -> None:
         sequence_length=20,
         held_out=[str(short)],
     )
-    refused("data.text holds no text;", blank)
-    refused("data.held_out holds no text;", long, held_out=[str(blank)])
-    refused("data.text holds no text;", blank, held_out=[str(long)])
+    refused("data.text contains no text;", blank)
+    refused("data.held_out contains no text;", long, held_out=[str(blank)])
+    refused("data.text contains no text;", blank, held_out=[str(long)])
     refused("no text that is not in data.held_out too", long, held_out=[str(long)])
     refused("single document.*give more text, or set data.held_out", single)
 

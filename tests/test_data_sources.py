@@ -161,7 +161,7 @@ def test_not_utf8(tmp_path: Path) -> None:
         ("{bad", r"a\.jsonl:2 is not valid JSON"),
         ("[1]", r"a\.jsonl:2 is not a JSON object"),
         ('{"body": "x"}', r"a\.jsonl:2 has no field 'text'.*\(body\)"),
-        ('{"text": 3}', r"a\.jsonl:2 holds no text in 'text' but a int"),
+        ('{"text": 3}', r"a\.jsonl:2 has type int in 'text' instead of text"),
     ],
 )
 def test_bad_row(tmp_path: Path, line: str, message: str) -> None:
@@ -177,7 +177,7 @@ def test_bad_data_set(tmp_path: Path) -> None:
     datasets.DatasetDict({"validation": data}).save_to_disk(str(tmp_path / "splits"))
     with pytest.raises(UserError, match=r"no field 'text'.*body, n"):
         read(tmp_path / "single")
-    with pytest.raises(UserError, match=r"holds no text in 'n'"):
+    with pytest.raises(UserError, match=r"has type int in 'n'"):
         read(tmp_path / "single", field="n")
     with pytest.raises(UserError, match=r"no split 'train'.*splits/validation"):
         read(tmp_path / "splits")
@@ -196,7 +196,7 @@ def test_missing_source_is_told_at_once(tmp_path: Path) -> None:
 def test_unreadable_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.pdf").write_bytes(b"%PDF")
     for path in (tmp_path, tmp_path / "a.pdf"):
-        with pytest.raises(UserError, match=r"no text that can be read; give files that end in"):
+        with pytest.raises(UserError, match=r"no readable text; give files that end in"):
             read(path)
 
 
@@ -251,5 +251,5 @@ def test_stdlib_docs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_json_is_one_object_a_line(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": "one"}], indent=1))
-    with pytest.raises(UserError, match=r"a\.json:1 is not valid JSON.*one JSON object a line"):
+    with pytest.raises(UserError, match=r"a\.json:1 is not valid JSON.*one JSON object per line"):
         read(path)

@@ -98,7 +98,7 @@ def test_published_averages_are_means() -> None:
     for row in tables.models:
         assert sum(row.accuracy) / 9 == pytest.approx(row.average, abs=0.006), row.model
     lrc = {row.model: row for row in tables.models}["LRC-1.7B"]
-    assert (lrc.model.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
+    assert (lrc.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
 
 
 def test_published_results_are_listed(
@@ -164,7 +164,7 @@ def test_command_line(
     assert json.loads(before)["models"] == json.loads((out / "results.json").read_text())["models"]
     # Another limit is another result.
     assert lrc(monkeypatch, *command[:-4], "--limit", 5, "--out", out) == 1
-    assert "a fault of ours" in capsys.readouterr().err
+    assert "a bug in lrc" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
     ("arguments", "says"),
     [
         (["--tasks", "arc_eazy", "--data", "."], "no task 'arc_eazy' (nearest: arc_easy"),
-        (["--tasks", "piqa,mmlu"], "has no file of the task 'mmlu'"),
+        (["--tasks", "piqa,mmlu"], "has no file for the task 'mmlu'"),
         (["--tasks", ","], "Give --tasks some tasks"),
         (["--tasks", "heldout"], "give --teacher and --text"),
         (["--tasks", "piqa", "--teacher", "x"], "belong to the task heldout"),
@@ -337,7 +337,7 @@ def test_other_refusals(
             str(run.folder), [str(other)], EvaluationSettings(("heldout",)), tmp_path / "out", QUIET
         )
     settings = EvaluationSettings(("heldout",), data=rows)
-    with pytest.raises(UserError, match="--data holds rows of benchmarks"):
+    with pytest.raises(UserError, match="--data applies only to benchmarks"):
         evaluate(str(run.folder), [], settings, tmp_path / "out", QUIET)
 
     def missing(name: str) -> str:
@@ -374,7 +374,7 @@ def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
     sample = {**tasks, "mmlu": result_of("mmlu", 0.5, None, 2000)}
     part = whole.model_copy(update={"models": (model.model_copy(update={"tasks": sample}),)})
     assert notes(part) == [
-        "mmlu: 2,000 of its 14,042 rows, so not comparable with results on all, nor with the "
+        "mmlu: 2,000 of its 14,042 rows: not comparable with results on all rows, nor with the "
         "published ones."
     ]
     few = {"piqa": tasks["piqa"]}

@@ -269,7 +269,7 @@ def test_whole_sets_come_before_samples_unless_limited(
         ("arc_easy", [{"question": "?", "answerKey": "A"}], "lacks a field.*choices"),
         ("piqa", [{"goal": "g", "sol1": "a", "sol2": "b"}], "lacks the field 'label'"),
         ("winogrande", [{"sentence": "a _ b", "option1": "x", "option2": "y"}], "lacks a field"),
-        ("sciq", [{"question": "a"}, {"q": "b"}], r"Line 2 of .*sciq.jsonl is not a row"),
+        ("sciq", [{"question": "a"}, {"q": "b"}], r"Line 2 of .*sciq.jsonl does not have"),
         ("logiqa", [], "has no rows"),
         ("mmlu", [{"question": "?", "choices": list("abcd"), "answer": 0}], "lack the field 'sub"),
         (
@@ -299,14 +299,14 @@ def test_unfit_folders_are_refused(manager: TaskManager, tmp_path: Path) -> None
         return str(error.value)
 
     assert "no folder" in refused("piqa", tmp_path / "none")
-    assert "no file of the task 'piqa': add piqa.jsonl" in refused("piqa")
+    assert "no file for the task 'piqa': add piqa.jsonl" in refused("piqa")
     (tmp_path / "piqa.jsonl").write_text('{"goal": ')
     assert "piqa.jsonl:1 is not valid JSON" in refused("piqa")
     entry = manager.task_index["sciq"]
     shown = dataclasses.replace(entry, cfg={**entry.cfg, "num_fewshot": 5})
     manager.task_index["sciq"] = shown
     write_rows(tmp_path / "sciq.jsonl", ROWS["sciq"](2))
-    assert "more than a prompt over rows" in refused("sciq")
+    assert "is written in Python or shows solved examples" in refused("sciq")
 
 
 def test_no_hub_is_one_sentence(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:

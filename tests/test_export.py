@@ -233,7 +233,9 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
 def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
     method = case_method(("llama", False, {}))
     run = run_for(method, tmp_path)
-    assert "not found beside the teacher" in model_card(run, method.teacher, method.student())
+    assert "no license was found with the teacher" in model_card(
+        run, method.teacher, method.student()
+    )
     readme = "---\nlicense: apache-2.0\n---\n\n# A teacher\n"
     (tmp_path / "teacher" / "README.md").write_text(readme)
     assert "license: apache-2.0" in model_card(run, method.teacher, method.student())

@@ -167,5 +167,5 @@ def test_pre_tokenizers_by_what_they_do() -> None:
     ids=["prefix-space", "whitespace", "unknown-split", "lowercase", "whole-numbers"],
 )
 def test_unknown_pre_tokenizers_are_refused(rule: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match="no pre-tokenizer that we know"):
+    with pytest.raises(UserError, match=r"No known llama\.cpp pre-tokenizer"):
         pre_tokenizer_name(rule)

@@ -210,7 +210,7 @@ def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
     batch = tiny_batch(4, 9, seed=5)
     for _ in range(steps):
         method.begin_step(0)
-        loss = method.losses(batch, count([batch]))["loss"]
+        loss = method.losses(batch, count([batch])).loss
         loss.backward()
         method.end_step()
         state.optimizer.step()

@@ -155,7 +155,7 @@ def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -
         ),
         (
             ["--method", "minitron", "--set", "method.layers=3"],
-            "method.layers is 3, but the teacher's is 2: choose no larger one.",
+            "method.layers is 3, but the teacher's is 2: choose at most 2.",
         ),
         (
             ["--set", "objective.alignment=explicit", "--set", "objective.attn_out=teacher"],

@@ -205,7 +205,7 @@ def test_the_export_runs_in_plain_transformers(family: str, tmp_path: Path) -> N
 
 def test_uneven_layers_are_refused() -> None:
     even = keep_all(grouped().model)
-    with pytest.raises(ValueError, match="as many heads and neurons"):
+    with pytest.raises(ValueError, match="same number of heads and neurons"):
         KeptUnits(even.layers, even.hidden, even.groups, [*even.neurons[1:], torch.arange(3)])
 
 

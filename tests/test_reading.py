@@ -211,7 +211,7 @@ def test_changed_shards_do_not_continue_a_run(tmp_path: Path) -> None:
     state = open_text(recipe(tmp_path), wide_tokenizer()).state()
     open_text(recipe(tmp_path), wide_tokenizer()).load_state(state)
     write_shards(tmp_path, [("train", side("a", 1)), sides[1]], IDENTITY)
-    with pytest.raises(UserError, match="no longer the one that this run began with"):
+    with pytest.raises(UserError, match="training text has changed since this run began"):
         open_text(recipe(tmp_path), wide_tokenizer()).load_state(state)
 
 

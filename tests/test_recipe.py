@@ -178,5 +178,5 @@ def test_shipped_recipe_is_valid(name: str) -> None:
 
 
 def test_only_projections_start_from_a_teacher_on_the_disk() -> None:
-    with pytest.raises(UserError, match=r"layers is for starts of method lrc, not of minitron"):
+    with pytest.raises(UserError, match=r"layers works only with method lrc, not with minitron"):
         make_recipe(smallest(method="minitron") | {"teacher": {"model": "x", "load": "layers"}})

@@ -113,7 +113,7 @@ def test_damage_is_told_when_training_opens_shards(shards: Shards) -> None:
     path = shards.folder / name
     content = path.read_bytes()
     path.write_bytes(bytes([content[0] ^ 4]) + content[1:])
-    with pytest.raises(UserError, match=f"{name} is not what was written"):
+    with pytest.raises(UserError, match=f"{name} does not match its checksum"):
         open_text(recipe, tokenizer)
     path.write_bytes(content)
     open_text(recipe, tokenizer)
@@ -129,7 +129,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_whatever_the_checksum(shards: 
     entries = json.loads(text)
     entries["shards"][0]["sha256"][name] = hashlib.sha256(ids.tobytes()).hexdigest()
     (shards.folder / "index.json").write_text(json.dumps(entries))
-    with pytest.raises(UserError, match=f"{name} holds the token 40000"):
+    with pytest.raises(UserError, match=f"{name} contains the token 40000"):
         open_text(recipe_of(shards), byte_tokenizer())
 
 
@@ -138,14 +138,14 @@ def test_index_that_cannot_be_used(shards: Shards) -> None:
     index = json.loads(file.read_text())
     for change, message in (
         ({"format": 2}, "have format 2, but this version reads 1"),
-        ({"dtype": "int8"}, "is damaged or not an index of shards"),
-        ({"shards": [{}]}, "is damaged or not an index of shards"),
+        ({"dtype": "int8"}, "is damaged or not a shards index"),
+        ({"shards": [{}]}, "is damaged or not a shards index"),
     ):
         file.write_text(json.dumps(index | change))
         with pytest.raises(UserError, match=message):
             open_shards(shards.folder)
     file.unlink()
-    with pytest.raises(UserError, match="holds no finished shards"):
+    with pytest.raises(UserError, match="contains no finished shards"):
         open_shards(shards.folder)
 
 
@@ -185,9 +185,9 @@ def test_another_tokenizer_is_refused(shards: Shards) -> None:
     shards.require_tokenizer(byte_tokenizer(), "same")
     others = [byte_tokenizer(extra=["<more>"]), byte_tokenizer(eos=None)]
     for other in others:
-        with pytest.raises(UserError, match=r"tokenizer of 'bytes', which is not that of 'mine'"):
+        with pytest.raises(UserError, match=r"tokenizer of 'bytes', not with that of 'mine'"):
             shards.require_tokenizer(other, "mine")
     for path in (shards.folder / "tokenizer").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="cannot be loaded: name it with --teacher"):
+    with pytest.raises(UserError, match="cannot be loaded: set it with --teacher"):
         own_tokenizer(shards)

@@ -183,17 +183,17 @@ def test_what_is_refused(opened: Callable[..., StreamedText], tmp_path: Path) ->
         assert message.count("The data set") <= 1, "a message inside another"
         return message
 
-    assert "no field 'body'; set data.text_field to one that it has (text, id)" in refused(
+    assert "no field 'body'; set data.text_field to one of its fields (text, id)" in refused(
         text_field="body"
     )
-    assert "holds no text in 'id' but a int" in refused(text_field="id")
+    assert "has type int in 'id' instead of text" in refused(text_field="id")
     assert "does not fill one sequence" in refused(held_out_fraction=1e-9)
-    assert "holds no training text" in refused(held_out_fraction=1 - 1e-9)
+    assert "has no training text" in refused(held_out_fraction=1 - 1e-9)
     assert "cannot be opened" in refused(stream={"split": "test"})
     assert "cannot be opened" in refused(stream={"data_files": [str(tmp_path / "no.jsonl")]})
     assert "cannot be opened" in refused(stream={"dataset": str(tmp_path / "no"), "data_files": []})
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"text": "a"}\n{"text": \n')
-    assert "cannot be read on" in refused(stream={"data_files": [str(broken)]})
+    assert "cannot be read any further" in refused(stream={"data_files": [str(broken)]})
     with pytest.raises(UserError, match="does not say where"):
         opened().load_state({})

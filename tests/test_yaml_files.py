@@ -31,7 +31,7 @@ def test_a_key_that_stands_twice_is_refused_at_any_depth(key: str, depth: int) -
     pad = ["  " * level for level in range(depth + 1)]
     above = "".join(f"{pad[level]}above{level}:\n" for level in range(depth))
     text = f"{above}{pad[-1]}'{key}': 1\n{pad[-1]}other: 2\n{pad[-1]}'{key}': 3\n"
-    with pytest.raises(UserError, match=rf"'{key}' stands twice .*line {depth + 3}"):
+    with pytest.raises(UserError, match=rf"'{key}' appears twice .*line {depth + 3}"):
         parse_yaml(text)
 
 

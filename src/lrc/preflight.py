@@ -1,4 +1,4 @@
-"""What can be checked about a run in a second, before torch is imported or a folder is made."""
+"""Checks of a run that take a second, before torch is imported or a folder is created."""
 
 import importlib.util
 from collections.abc import Sequence
@@ -15,11 +15,10 @@ from lrc.system.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe whose teacher, text or trackers are not there, or whose student's size does
-    not fit the teacher.
+    """Refuse a recipe with a missing teacher, text or tracker, or an unsuitable student size.
 
     Raises:
-        UserError: the first mistake that was found.
+        UserError: if there is a mistake; the message names the first one.
     """
     files = locate_locally(recipe.teacher.model)
     if files is not None and files.gguf is None:
@@ -39,15 +38,15 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def need_whole_teacher(recipe: Recipe) -> None:
-    """Refuse to train with a teacher whose layers stay on the disk.
+    """Refuse to train with a teacher whose layers stay on disk.
 
     Raises:
-        UserError: the recipe asks for that.
+        UserError: if the recipe asks for that.
     """
     if recipe.teacher.load == "layers":
         raise UserError(
-            "teacher.load: layers is for `lrc init`; training needs the whole teacher in memory: "
-            "set teacher.load to full (of a run that has started, in recipe.yaml of its folder)."
+            "teacher.load: layers is for `lrc init`, but training needs the whole teacher in "
+            "memory: set teacher.load to full (for a started run, in recipe.yaml in its folder)."
         )
 
 
@@ -55,7 +54,7 @@ def check_installed(names: Sequence[str]) -> None:
     """Refuse trackers whose library is missing.
 
     Raises:
-        UserError: one is not installed.
+        UserError: if one is not installed.
     """
     for name in names:
         if importlib.util.find_spec(name) is None:

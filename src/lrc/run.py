@@ -2,14 +2,14 @@
 
     recipe.yaml        the resolved recipe, with every default
     environment.json   versions, commit, machine
-    inputs.json        checksums of teacher, tokenizer and text, which a resumed run must find again
+    inputs.json        checksums of teacher, tokenizer and text; a resumed run must find the same
     metrics.jsonl      one line per logged step
-    curves.png         the losses against tokens
-    summary.json       the closing table
+    curves.png         the losses over tokens
+    summary.json       the final table
     checkpoints/       to resume from
     student/           the exported student, a plain transformers model
 
-Resuming and exporting need this folder only (and the teacher that the recipe names).
+Resuming and exporting need only this folder (and the teacher that the recipe names).
 """
 
 import json
@@ -53,10 +53,10 @@ class Run:
 
     @classmethod
     def create(cls, folder: str | os.PathLike[str], recipe: Recipe) -> "Run":
-        """A new run; its folder is made when it begins (`begin`), not before.
+        """Return a new run, without creating its folder; `begin` does that.
 
         Raises:
-            UserError: the folder already holds something.
+            UserError: if the folder already holds something.
         """
         run = cls(Path(folder), recipe)
         if is_taken(run.folder, _is_no_runs):
@@ -68,7 +68,7 @@ class Run:
         """Open the folder of an earlier run.
 
         Raises:
-            UserError: it is not a run's folder, or its recipe is not valid.
+            UserError: if it is not a run's folder, or its recipe is not valid.
         """
         folder = Path(folder)
         if not is_run(folder):
@@ -77,11 +77,12 @@ class Run:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep other processes from training this run; what killed ones left is removed. Where the
-        run does not begin, nothing is left of its folder.
+        """Keep other processes from training this run, and remove what killed ones left.
+
+        If the run does not begin, its new folder is removed again.
 
         Raises:
-            UserError: another process is training it, or another run was begun in its folder.
+            UserError: if another process is training it, or another run has begun in its folder.
         """
         new = not self.folder.exists()
         held = f"Another process is working on {self.folder}: wait for it, or stop it first."
@@ -98,13 +99,15 @@ class Run:
                     self.folder.rmdir()
 
     def begin(self) -> bool:
-        """Write what a new run starts with; to be called while it is held.
+        """Write the first files of a new run.
+
+        Call this while the run is held.
 
         Returns:
             Whether the run is new.
 
         Raises:
-            UserError: the disk is full.
+            UserError: if the disk is full.
         """
         if is_run(self.folder):
             return False
@@ -132,36 +135,36 @@ class Run:
 
     @property
     def metrics_file(self) -> Path:
-        """File of the metrics, one JSON object a line."""
+        """File of the metrics, one JSON object per line."""
         return self.folder / "metrics.jsonl"
 
     @property
     def summary_file(self) -> Path:
-        """File of the closing table; it is there once the run has ended."""
+        """File of the final table; it exists once the run has ended."""
         return self.folder / "summary.json"
 
     @property
     def inputs_file(self) -> Path:
-        """File of the checksums of what the run learns from."""
+        """File of the checksums of the run's inputs."""
         return self.folder / "inputs.json"
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The logged steps, oldest first; damaged lines are left out.
+        """Return the logged steps, oldest first, without damaged lines.
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: if the file cannot be read.
         """
         return [line for line in self._lines() if line is not None]
 
     def keep_metrics_until(self, step: int) -> Path | None:
-        """Drop the lines after a step, which a resumed run will write again.
+        """Drop the lines after a step, which a resumed run writes again.
 
         Returns:
-            Where the file as it was is kept, if it held damaged lines before its last one, which a
-            crash may cut short; else None.
+            Where the original file is kept, if a line before its last one is damaged; else None. A
+            crash may cut the last line short.
 
         Raises:
-            UserError: the file cannot be read, or the disk is full.
+            UserError: if the file cannot be read, or the disk is full.
         """
         lines = list(self._lines())
         aside = None
@@ -192,10 +195,10 @@ class Run:
             yield line if isinstance(step, int) else None
 
     def summary(self) -> dict[str, Any]:
-        """The closing table.
+        """Read the final table.
 
         Raises:
-            UserError: the run has not ended yet, or the table is damaged.
+            UserError: if the run has not ended yet, or the table is damaged.
         """
         if not self.summary_file.is_file():
             raise UserError(f"{self.folder} has not ended; continue it with `lrc resume`.")
@@ -204,30 +207,30 @@ class Run:
         )
 
     def student(self) -> "PreTrainedModel":
-        """The exported student.
+        """Load the exported student.
 
         Raises:
-            UserError: the run has not ended yet, or the student's files are damaged.
+            UserError: if the run has not ended yet, or the student's files are damaged.
         """
         from lrc.model.teacher import load_model
 
         return load_model(str(self.need_student()))[0]
 
     def tokenizer(self) -> "Tokenizer":
-        """The student's tokenizer, which is the teacher's.
+        """Load the student's tokenizer, which is the teacher's.
 
         Raises:
-            UserError: the run has not ended yet, or its files are damaged.
+            UserError: if the run has not ended yet, or its files are damaged.
         """
         from lrc.model.teacher import load_tokenizer
 
         return load_tokenizer(str(self.need_student()))
 
     def need_student(self) -> Path:
-        """Folder of the exported student.
+        """Return the folder of the exported student.
 
         Raises:
-            UserError: the run has not ended yet.
+            UserError: if the run has not ended yet.
         """
         if not self.student_folder.is_dir():
             raise UserError(
@@ -238,7 +241,7 @@ class Run:
 
 
 def default_folder(recipe: Recipe, name: str | None = None) -> Path:
-    """A new folder below `runs/`, named after the recipe or the teacher, and the time."""
+    """Choose a new folder below `runs/`, named after the recipe or teacher, and the time."""
     name = name or short_name(recipe.teacher.model)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = Path("runs") / f"{name}-{recipe.student.hidden_size}-{stamp}"
@@ -252,5 +255,5 @@ def is_run(folder: Path) -> bool:
 
 
 def _is_no_runs(name: str) -> bool:
-    """Whether a file in the folder of a run that never began may be written over."""
+    """Whether a file in the folder of a run that never began may be overwritten."""
     return name == ENVIRONMENT or is_left_over(name)

@@ -1,8 +1,8 @@
-"""stories260K, a real trained Llama of 260 thousand parameters, as a transformers model folder.
+"""Convert stories260K, a real trained Llama with 260 thousand parameters, for transformers.
 
     python -m lrc.stories260k SOURCE FOLDER
 
-writes the model and its tokenizer, and `stories.jsonl` with stories that the model tells itself:
+writes a model folder with its tokenizer, and `stories.jsonl` with stories sampled from the model:
 text of its own domain, for comparisons small enough to run anywhere (docs/compare.md). SOURCE holds
 `stories260K.bin` and `tok512.bin` of llama2.c: a header with float32 tensors, and the tokens with
 their scores. The files are not part of the repository.
@@ -21,18 +21,18 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 STORIES, STORY_TOKENS, SEED = 4_000, 255, 0
-"""Stories that are told, the longest story, and the seed: a million tokens in four minutes on two
-cores."""
+"""Number of stories, maximum tokens per story, and the seed: a million tokens in four minutes on
+two cores."""
 
 BATCH = 500
-"""Stories that are told at a time."""
+"""Stories to sample at a time."""
 
 SPECIAL = 3
-"""Tokens before the raw bytes: unknown, BOS, EOS."""
+"""Number of tokens before the raw bytes: unknown, BOS, EOS."""
 
 
 def save_stories(source: Path, folder: Path) -> None:
-    """Write the model and its tokenizer as a folder that transformers opens."""
+    """Write the model and its tokenizer as a transformers model folder."""
     read_model(source / "stories260K.bin").save_pretrained(folder)
     read_tokenizer(source / "tok512.bin").save_pretrained(folder)
 
@@ -63,7 +63,7 @@ def write_stories(path: Path, stories: Iterator[str]) -> None:
 
 
 def read_model(path: Path) -> LlamaForCausalLM:
-    """The model out of llama2.c's file."""
+    """Read the model from llama2.c's file."""
     data = path.read_bytes()
     dim, ffn, layers, heads, kv_heads, vocab, length = struct.unpack_from("<7i", data)
     numbers = torch.from_numpy(np.frombuffer(data, "<f4", offset=28).copy())
@@ -113,14 +113,17 @@ def read_model(path: Path) -> LlamaForCausalLM:
 
 
 def halves_from_pairs(weight: Tensor, head_dim: int) -> Tensor:
-    """Reorder the rows of q or k [heads * head_dim, dim] from llama2.c's rotary layout, where
-    neighbors turn together, to transformers', where row i turns with row i + head_dim / 2."""
+    """Reorder the rows of q or k [heads * head_dim, dim] to transformers' rotary layout.
+
+    llama2.c rotates neighboring rows together. transformers rotates row i with row
+    i + head_dim / 2.
+    """
     heads = weight.view(-1, head_dim // 2, 2, weight.shape[1])
     return heads.transpose(1, 2).reshape(weight.shape)
 
 
 def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer out of llama2.c's file: a BPE that merges the pair of the highest score."""
+    """Read the tokenizer from llama2.c's file: a BPE that merges the pair with the top score."""
     tokens = list(read_tokens(path.read_bytes()))
     vocabulary = {token: i for i, (token, _) in enumerate(tokens)}
     by_score = sorted(tokens[SPECIAL + 256 :], key=lambda entry: -entry[1])
@@ -142,7 +145,7 @@ def read_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 
 
 def read_tokens(data: bytes) -> Iterator[tuple[str, float]]:
-    """Tokens and scores; the special ones stand on lines of their own in the file."""
+    """Yield tokens and scores; special tokens are on their own lines in the file."""
     offset = 4
     while offset < len(data):
         score, length = struct.unpack_from("<fi", data, offset)
@@ -153,11 +156,11 @@ def read_tokens(data: bytes) -> Iterator[tuple[str, float]]:
 
 
 def main() -> None:
-    """Convert the model and let it tell its stories."""
+    """Convert the model and sample stories from it."""
     parser = argparse.ArgumentParser(description="stories260K for transformers, with stories.")
-    parser.add_argument("source", type=Path, help="folder of stories260K.bin and tok512.bin")
-    parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--stories", type=int, default=STORIES, help="stories to tell")
+    parser.add_argument("source", type=Path, help="folder with stories260K.bin and tok512.bin")
+    parser.add_argument("folder", type=Path, help="folder to write")
+    parser.add_argument("--stories", type=int, default=STORIES, help="number of stories")
     arguments = parser.parse_args()
     save_stories(arguments.source, arguments.folder)
     stories = tell(arguments.folder, arguments.stories, STORY_TOKENS, SEED)

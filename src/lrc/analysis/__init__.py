@@ -1,1 +1,1 @@
-"""Looking into what a student took over from its teacher."""
+"""Analysis of what a student has taken over from its teacher."""

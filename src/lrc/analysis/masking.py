@@ -1,7 +1,8 @@
-"""FFN neurons: how active each one is, which are chosen, and forward passes without them.
+"""FFN neurons: their activity, the selection of neurons, and forward passes without them.
 
 A neuron is one input of the FFN's down projection: the gate's activation times up. Neuron i of a
-student's layer stands for neuron i of the teacher's, whose FFN width it keeps.
+student's layer corresponds to neuron i of the teacher's layer, because the student keeps the
+teacher's FFN width.
 
 A set of neurons is a bool tensor [layers, FFN width].
 """
@@ -20,17 +21,17 @@ from lrc.model.families import Family
 from lrc.system.errors import UserError
 
 Positions = Literal["all", "last"]
-"""Which tokens of a prompt count: all, or the last one, where the answer is predicted."""
+"""Which tokens of a prompt count: all, or only the last one, which predicts the answer."""
 
 
 @contextmanager
 def masked(model: nn.Module, family: Family, neurons: Tensor) -> Iterator[None]:
-    """While the context is open, the given neurons are zero.
+    """Context in which the given neurons are zero.
 
     Args:
         model: a causal language model.
-        family: where its parts live.
-        neurons: bool [layers, FFN width], true for those to mask.
+        family: the model's family, which knows the names of its parts.
+        neurons: bool [layers, FFN width], true for neurons to mask.
     """
     handles = []
     try:
@@ -59,7 +60,7 @@ def activity(
 
     Args:
         model: a causal language model.
-        family: where its parts live.
+        family: the model's family, which knows the names of its parts.
         batches: the prompts, padded on the right.
         positions: which tokens of a prompt count.
     """
@@ -91,9 +92,9 @@ def most_active(values: Tensor, count: int, per_layer: bool = False) -> Tensor:
     """The most active neurons, bool [layers, FFN width].
 
     Args:
-        values: an `activity`.
-        count: how many, of the whole model.
-        per_layer: take so many of each layer instead.
+        values: the result of `activity`.
+        count: number of neurons in the whole model.
+        per_layer: whether to take `count` neurons from each layer instead.
     """
     rows = values if per_layer else values.reshape(1, -1)
     chosen = torch.zeros_like(rows, dtype=torch.bool)
@@ -102,15 +103,16 @@ def most_active(values: Tensor, count: int, per_layer: bool = False) -> Tensor:
 
 
 def draw_others(important: Tensor, generator: torch.Generator) -> Tensor:
-    """Random neurons that are not among the important ones, as many in every layer, so that a
-    difference between the two does not come from the layers that they lie in.
+    """Random neurons outside the important ones, with the same number in every layer.
+
+    So a difference between the two sets cannot come from their layers.
 
     Args:
         important: bool [layers, FFN width].
-        generator: the source of chance.
+        generator: the random generator.
 
     Raises:
-        UserError: a layer has too few others.
+        UserError: if a layer has too few other neurons.
     """
     drawn = torch.zeros_like(important)
     for layer, chosen in enumerate(important):
@@ -118,8 +120,8 @@ def draw_others(important: Tensor, generator: torch.Generator) -> Tensor:
         count = int(chosen.sum())
         if count > len(others):
             raise UserError(
-                f"{count:,} of the {len(chosen):,} neurons of layer {layer} are to be masked, so "
-                "that there are not as many others to draw: mask fewer."
+                f"{count:,} of the {len(chosen):,} neurons of layer {layer} would be masked, which "
+                "leaves too few others to draw the same number: mask fewer."
             )
         drawn[layer, others[torch.randperm(len(others), generator=generator)[:count]]] = True
     return drawn

@@ -1,4 +1,4 @@
-"""The neuron experiment as tables beside the published one, and as a picture."""
+"""Tables of the neuron experiment with the published results, and a picture."""
 
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ PUBLISHED = {
     "important": ("0.62 (-27%)", "0.33 (-31%)"),
     "random": ("0.85", "0.49"),
 }
-"""The paper's scores of teacher and student; 50 neurons, factual questions of its own."""
+"""The paper's scores of teacher and student, with 50 neurons and its own factual questions."""
 
 HALVES: tuple[tuple[str, Callable[[Halves], Accuracy]], ...] = (
-    ("held apart", lambda halves: halves.apart),
-    ("found on", lambda halves: halves.selection),
+    ("held out", lambda halves: halves.apart),
+    ("selection", lambda halves: halves.selection),
 )
-"""The two halves of the questions: apart from those that the neurons were found on, and these."""
+"""The two halves of the questions: held out, and used to select the neurons."""
 
 
 def header() -> list[str]:
@@ -34,7 +34,7 @@ def header() -> list[str]:
 
 
 def rows(result: NeuronResult) -> list[list[str]]:
-    """Accuracies without a mask, with the important neurons masked, and with random ones."""
+    """Accuracies without a mask, with the important neurons masked, and with random ones masked."""
     models = (result.teacher, result.student)
     cells: dict[str, list[str]] = {"unmasked": [], "important": [], "random": []}
     for _, half in HALVES:
@@ -56,24 +56,24 @@ def rows(result: NeuronResult) -> list[list[str]]:
 
 
 def notes(result: NeuronResult) -> list[str]:
-    """What has to be known to read the table."""
+    """Notes that a reader of the table needs."""
     masked, whole = len(result.important), result.layers * result.width
     halves = result.student.unmasked
     found = [
-        f"Accuracy on {result.questions}: {halves.apart.questions:,} questions held apart and "
-        f"{halves.selection.questions:,} others that the neurons were found on; standard error "
-        f"at most {_largest_error(result):.3f}.",
+        f"Accuracy on {result.questions}: {halves.apart.questions:,} questions held out and "
+        f"{halves.selection.questions:,} used to select the neurons; standard error at most "
+        f"{_largest_error(result):.3f}.",
         f"Masked: {masked:,} of {whole:,} FFN neurons ({masked / whole:.2%}), by mean absolute "
-        "activation in the teacher. Of as many found by the student's own activation "
-        f"{result.shared:,} are the same; by chance {masked * masked / whole:.1f} would be.",
+        f"activation in the teacher. The same number selected by the student's own activation has "
+        f"{result.shared:,} in common with them; chance would give {masked * masked / whole:.1f}.",
     ]
     if draws := len(result.teacher.random):
         found.append(
-            f"Random: other neurons, as many in each layer, mean of {draws} draws and in brackets "
-            "the lowest and the highest."
+            f"Random: other neurons, the same number in each layer; mean of {draws} draws, with "
+            "the lowest and the highest in brackets."
         )
     found.append(
-        f"Published ({SOURCE}): other models and questions, 50 neurons; only the pattern compares."
+        f"Published ({SOURCE}): other models and questions, 50 neurons; compare only the pattern."
     )
     return found
 
@@ -87,7 +87,7 @@ def table(result: NeuronResult) -> Table:
 
 
 def markdown(result: NeuronResult) -> str:
-    """The whole result as Markdown."""
+    """The whole result in Markdown."""
     settings = ", ".join(f"{name} {value}" for name, value in result.settings.items())
     parts = [
         "# Masked FFN neurons",
@@ -100,11 +100,12 @@ def markdown(result: NeuronResult) -> str:
 
 
 def draw_layers(result: NeuronResult, path: Path) -> None:
-    """Draw the share of each layer's neurons that is masked, and that the student's own activation
-    would choose, as a PNG.
+    """Draw a PNG of each layer's share of masked neurons.
+
+    It also shows the share that the student's own activation would select.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     figure = Figure(figsize=(8, 3.5), layout="constrained")
     axes = figure.subplots()

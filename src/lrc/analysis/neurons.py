@@ -1,15 +1,15 @@
-"""What becomes of factual knowledge when the FFN neurons that are most active on it are masked.
+"""Factual accuracy when the FFN neurons that are most active on factual questions are masked.
 
-The FFN experiment of arXiv 2505.12781 (Table 5): the neurons of the teacher that are most active on
-factual questions are masked in the teacher and, by the same indices, in its student. If the
-student's accuracy falls too, and that with as many random neurons masked does not, the student
-keeps its teacher's knowledge in the same neurons.
+This is the FFN experiment of arXiv 2505.12781 (Table 5). The teacher's neurons that are most active
+on factual questions are masked in the teacher and, by the same indices, in its student. If the
+student's accuracy falls too, but does not fall with the same number of random neurons masked, the
+student keeps its teacher's knowledge in the same neurons.
 
-The paper masks 50 neurons. It does not say over which tokens "high activations" are taken, whether
-the 50 are of the whole model or of each layer, nor where the random ones lie. Here they are those
-with the largest mean absolute value over all tokens of the prompts, of the whole model, and the
-random ones are other neurons of the same layers. The neurons are found on a half of the questions
-drawn by the seed; accuracies are told for this half and for the other, held apart.
+The paper masks 50 neurons. It does not say which tokens it takes "high activations" over, whether
+the 50 are of the whole model or of each layer, or where the random ones lie. Here the neurons are
+those of the whole model with the largest mean absolute value over all tokens of the prompts. The
+random ones are other neurons of the same layers. The neurons are selected on a random half of the
+questions, drawn with the seed. Accuracies are reported for this half and for the held-out half.
 """
 
 import json
@@ -38,39 +38,39 @@ from lrc.system.errors import UserError
 from lrc.system.files import write_text
 
 PUBLISHED_COUNT = 50
-"""Neurons that the paper masks."""
+"""Number of neurons that the paper masks."""
 
 
 @dataclass(frozen=True)
 class NeuronSettings:
-    """What decides the experiment, besides the models."""
+    """The settings of the experiment, except the models."""
 
     task: str = "sciq"
-    """A task of the harness whose questions are asked."""
+    """The harness task that supplies the questions."""
     questions: Path | None = None
-    """A question file in its place."""
+    """A question file that replaces the task."""
     data: Path | None = None
     """Folder of the task's rows; None: from the hub."""
     limit: int | None = None
-    """The first questions; None: all."""
+    """Number of questions, from the start; None: all."""
     neurons: int | None = None
-    """Neurons to mask. None: `share`, or as many as the paper masks."""
+    """Number of neurons to mask. None: `share`, or as many as the paper masks."""
     share: float | None = None
-    """Share of all neurons to mask, in place of a number."""
+    """Share of all neurons to mask, instead of a number."""
     per_layer: bool = False
-    """Whether number or share are of each layer, not of the whole model."""
+    """Whether the number or share applies to each layer, not to the whole model."""
     positions: Positions = "all"
-    """Over which tokens of a prompt activity is taken."""
+    """Which tokens of a prompt the activity is averaged over."""
     random_draws: int = 3
-    """How often as many other neurons are drawn and masked."""
+    """Number of draws of random neurons to mask."""
     seed: int = 0
     """Seed of the halves and of the draws."""
     batch_size: int = 16
-    """Sequences of a forward pass."""
+    """Sequences per forward pass."""
     dtype: str = "auto"
     """Element type of the models; `auto`: as stored."""
     device: str = "cpu"
-    """As torch names it."""
+    """Device name, as in torch."""
 
 
 class Accuracy(Section):
@@ -86,9 +86,9 @@ class Halves(Section):
     """Accuracies on the two halves of the questions."""
 
     apart: Accuracy
-    """On the questions that had no say in which neurons are masked."""
+    """On the held-out questions, which do not affect the selection of neurons."""
     selection: Accuracy
-    """On those that the neurons were found on."""
+    """On the questions used to select the neurons."""
 
 
 class ModelAnswers(Section):
@@ -98,7 +98,7 @@ class ModelAnswers(Section):
     unmasked: Halves
     important: Halves
     random: tuple[Halves, ...]
-    """One a draw."""
+    """One per draw."""
 
 
 class NeuronResult(Section):
@@ -110,15 +110,15 @@ class NeuronResult(Section):
     """The task, or the question file."""
     layers: int
     width: int
-    """FFN width: neurons of a layer."""
+    """FFN width: neurons per layer."""
     important: tuple[tuple[int, int], ...]
     """The masked neurons, each as layer and index."""
     by_layer: tuple[int, ...]
-    """How many of them each layer has."""
+    """Number of masked neurons in each layer."""
     student_by_layer: tuple[int, ...]
-    """The same for as many neurons found by the student's own activity."""
+    """The same for neurons selected by the student's own activity."""
     shared: int
-    """How many neurons are among both."""
+    """Number of neurons in both selections."""
     teacher: ModelAnswers
     student: ModelAnswers
 
@@ -130,13 +130,13 @@ def analyze_neurons(
 
     Args:
         model: the student: a run's folder or anything that `lrc.model.teacher.load_model` takes.
-        teacher: its teacher, likewise; None: the run's.
-        settings: all else.
-        out: folder of the results.
-        console: where progress is shown.
+        teacher: its teacher, in the same form; None: the run's.
+        settings: all other settings.
+        out: folder for the results.
+        console: the console that shows progress.
 
     Raises:
-        UserError: the models do not fit each other, or a model or the questions are not usable.
+        UserError: if the models do not match, or a model or the questions are not usable.
     """
     student_subject, teacher_subject = _pair(model, teacher)
     layers, width = _shared_shape(student_subject, teacher_subject)
@@ -233,7 +233,7 @@ class _Bench:
             selection=_accuracy([v for row, v in enumerate(right) if row in chosen]),
         )
         self._say.line(
-            f"{self._role}, {what}: accuracy {halves.apart.value:.3f} on the questions held apart, "
+            f"{self._role}, {what}: accuracy {halves.apart.value:.3f} on the held-out questions, "
             f"{halves.selection.value:.3f} on the others"
         )
         return halves
@@ -251,7 +251,7 @@ class _Teller:
         return task_progress(self._console, f"{text} ({self._begun} of {self._passes})")
 
     def line(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         self._console.print(text)
 
 
@@ -259,7 +259,7 @@ def _pair(model: str, teacher: str | None) -> tuple[Subject, Subject]:
     """The student and its teacher.
 
     Raises:
-        UserError: the teacher is not known, or is the model itself.
+        UserError: if the teacher is not known or is the model itself.
     """
     if teacher is None and find_subjects(model, [])[0].run is None:
         raise UserError(f"{model} is not a run, so name its teacher with --teacher.")
@@ -270,10 +270,10 @@ def _pair(model: str, teacher: str | None) -> tuple[Subject, Subject]:
 
 
 def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
-    """Layers and FFN width of both models, before their weights are read.
+    """Layers and FFN width of both models, found before their weights are read.
 
     Raises:
-        UserError: they differ, or a family is not known.
+        UserError: if they differ, or a family is not known.
     """
     shapes = []
     for subject in (student, teacher):
@@ -291,10 +291,10 @@ def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
 
 
 def _count(settings: NeuronSettings, layers: int, width: int) -> int:
-    """How many neurons are masked, of the model or of each layer.
+    """Number of neurons to mask, in the model or in each layer.
 
     Raises:
-        UserError: number and share are both given, or there are not so many neurons.
+        UserError: if number and share are both given, or there are too few neurons.
     """
     whole = width if settings.per_layer else layers * width
     if settings.share is not None:
@@ -306,8 +306,8 @@ def _count(settings: NeuronSettings, layers: int, width: int) -> int:
     if 2 * count > whole:
         where = "a layer" if settings.per_layer else "the model"
         raise UserError(
-            f"{count:,} neurons are more than half of the {whole:,} of {where}, so that there are "
-            "not as many others to compare with: give a smaller --neurons or --share."
+            f"{count:,} neurons are more than half of the {whole:,} of {where}, which leaves too "
+            "few others to compare with: give a smaller --neurons or --share."
         )
     return count
 
@@ -317,24 +317,24 @@ def _questions(settings: NeuronSettings, scratch: Path) -> Questions:
         limited = settings.limit is not None
         return questions_of_task(settings.task, settings.data, limited, scratch)
     if settings.data is not None:
-        raise UserError("--data holds rows of a task; it does not go with --questions.")
+        raise UserError("--data holds rows of a task; give --data or --questions, not both.")
     return questions_of_file(settings.questions, scratch)
 
 
 def _half(rows: int, seed: int) -> list[int]:
-    """A random half of the questions: the numbers of those that the neurons are found on.
+    """Numbers of the questions in a random half, which selects the neurons.
 
     Raises:
-        UserError: there are too few.
+        UserError: if there are too few questions.
     """
     if rows < 2:
-        raise UserError("Neurons are found on a half of the questions: give two or more of them.")
+        raise UserError("Half of the questions select the neurons: give two or more questions.")
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     return sorted(order[: rows // 2].tolist())
 
 
 def _batches(rows: Sequence[list[int]], settings: NeuronSettings) -> Iterator[Batch]:
-    """Prompts padded on the right, those of about the same length together."""
+    """Prompts padded on the right, in batches of similar length."""
     ordered = sorted(rows, key=len)
     for first in range(0, len(ordered), settings.batch_size):
         part = [torch.tensor(ids) for ids in ordered[first : first + settings.batch_size]]
@@ -345,7 +345,7 @@ def _batches(rows: Sequence[list[int]], settings: NeuronSettings) -> Iterator[Ba
 
 
 def _accuracy(right: Sequence[float]) -> Accuracy:
-    """Share of right answers and its standard error, that of a mean as the harness has it."""
+    """Share of right answers, with the standard error of the mean as the harness computes it."""
     mean = sum(right) / len(right)
     squares = sum((value - mean) ** 2 for value in right)
     error = math.sqrt(squares / max(len(right) - 1, 1) / len(right))
@@ -353,7 +353,7 @@ def _accuracy(right: Sequence[float]) -> Accuracy:
 
 
 def _told(settings: NeuronSettings, count: int, questions: Questions) -> dict[str, Any]:
-    """The settings that decide the numbers."""
+    """The settings that determine the numbers."""
     return {
         "questions": questions.source,
         "limit": settings.limit,

@@ -1,14 +1,13 @@
-"""Factual questions: one task of lm-evaluation-harness, or a file of one's own made into one.
+"""Factual questions: a task of lm-evaluation-harness, or a question file turned into one.
 
-A question file is JSONL, one question a line:
+A question file is JSONL, one question per line:
 
     {"question": "Who was the first emperor of Rome?", "choices": ["Nero", "Augustus"], "answer": 1}
     {"question": "Who was the first emperor of Rome?", "answer": "Augustus"}
 
-`answer` is the right choice, by its number from 0 or its text. Without `choices` an answer is right
-where it is what the model continues with, always taking the likeliest token. A `context` may be
-given, which is read before the question. All lines have the same fields. The prompt is that of the
-harness's SciQ.
+`answer` is the right choice, as its number from 0 or as its text. Without `choices`, the answer is
+right if it is the model's greedy continuation. An optional `context` comes before the question. All
+lines have the same fields. The prompt is that of the harness's SciQ.
 """
 
 import json
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 OWN = "questions"
-"""How the task of a question file is called."""
+"""Task name of a question file."""
 
 FIELDS = ("context", "question", "choices", "answer")
 
@@ -44,27 +43,27 @@ CHOICE: dict[str, Any] = {
     "doc_to_choice": "{{choices}}",
     "doc_to_target": "answer",
 }
-"""The harness's definition of questions with choices."""
+"""The harness's settings for questions with choices."""
 
 OPEN: dict[str, Any] = {"output_type": "loglikelihood", "doc_to_target": " {{answer}}"}
-"""The same without choices."""
+"""The harness's settings for questions without choices."""
 
 ACCURACY = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
 
 
 @dataclass(frozen=True)
 class Questions:
-    """A task of the harness that asks questions."""
+    """A harness task that asks questions."""
 
     name: str
     source: str
-    """Where the rows come from."""
+    """Source of the rows."""
     manager: "TaskManager"
     task: Any
-    """As `lrc.evaluation.harness.load_task` gives it."""
+    """The task, as `lrc.evaluation.harness.load_task` returns it."""
 
     def rows(self, limit: int | None) -> int:
-        """How many questions are asked."""
+        """Number of questions asked."""
         whole = len(self.task.eval_docs)
         return whole if limit is None else min(limit, whole)
 
@@ -73,14 +72,14 @@ def questions_of_task(name: str, data: Path | None, limited: bool, scratch: Path
     """The questions of a task of the harness.
 
     Args:
-        name: the task; it has to measure accuracy.
-        data: folder of its rows, as `lrc eval --data` takes it; None: from the hub.
-        limited: whether a sample of the task will do.
-        scratch: an empty folder, to be kept while the questions are used.
+        name: the task, which must measure accuracy.
+        data: folder of its rows, as for `lrc eval --data`; None: from the hub.
+        limited: whether a sample of the task is enough.
+        scratch: an empty folder; it must exist as long as the questions are in use.
 
     Raises:
-        UserError: there is no such task, it is a group or measures no accuracy, or its data is not
-            found.
+        UserError: if there is no such task, it is a group or does not measure accuracy, or its data
+            is not found.
     """
     manager = open_tasks([name])
     (name, *more) = find_tasks(manager, [name])
@@ -91,7 +90,7 @@ def questions_of_task(name: str, data: Path | None, limited: bool, scratch: Path
     with quiet_harness():
         task = load_task(manager, name, data is not None)
     if "acc" not in task.aggregation():
-        raise UserError(f"The task '{name}' measures no accuracy (acc); choose another one.")
+        raise UserError(f"The task '{name}' does not measure accuracy (acc); choose another task.")
     return Questions(name, "hub" if data is None else str(data), manager, task)
 
 
@@ -99,11 +98,12 @@ def questions_of_file(path: Path, scratch: Path) -> Questions:
     """The questions of a file.
 
     Args:
-        path: a JSONL file, see above.
-        scratch: an empty folder, to be kept while the questions are used.
+        path: a JSONL file; see the module's docstring.
+        scratch: an empty folder; it must exist as long as the questions are in use.
 
     Raises:
-        UserError: the file is not found, a line is no question, or the harness is not installed.
+        UserError: if the file is not found, a line is not a question, or the harness is not
+            installed.
     """
     harness_version()
     import lm_eval.tasks
@@ -134,34 +134,35 @@ def questions_of_file(path: Path, scratch: Path) -> Questions:
 
 
 def _checked(rows: list[dict[str, Any]], path: Path) -> Iterator[dict[str, Any]]:
-    """The rows with the number of the right choice as the answer and a context."""
+    """The rows, with the number of the right choice as the answer and with a context."""
     for number, row in enumerate(rows, 1):
         where = f"Line {number} of {path}"
         if unknown := row.keys() - set(FIELDS):
             raise UserError(
-                f"{where} has the field '{min(unknown)}'; a question has {', '.join(FIELDS)}."
+                f"{where} has the unknown field '{min(unknown)}'; a question has "
+                f"{', '.join(FIELDS)}."
             )
         for field in ("context", "question"):
             if not isinstance(row.get(field, ""), str):
-                raise UserError(f"{where} has a {field} that is no text; give a text.")
+                raise UserError(f"{where} has a {field} that is not a string; give a string.")
         if not row.get("question") or row.get("answer") in (None, ""):
             raise UserError(f"{where} lacks a question or an answer; give both.")
         yield {"context": "", **row, "answer": _answer(row, where)}
 
 
 def _answer(row: dict[str, Any], where: str) -> int | str:
-    """The number of the right choice; the answer itself where there are no choices."""
+    """The number of the right choice; the answer itself if there are no choices."""
     answer, choices = row["answer"], row.get("choices")
     if "choices" not in row:
         if not isinstance(answer, str):
-            raise UserError(f"{where} has no choices, so its answer has to be a text.")
+            raise UserError(f"{where} has no choices, so its answer must be a string.")
         return answer.strip()
     if (
         not isinstance(choices, list)
         or len(choices) < 2
         or not all(isinstance(choice, str) and choice for choice in choices)
     ):
-        raise UserError(f"{where} needs two or more texts as choices.")
+        raise UserError(f"{where} needs two or more non-empty strings as choices.")
     if isinstance(answer, str) and choices.count(answer) == 1:
         return choices.index(answer)
     if type(answer) is int and 0 <= answer < len(choices):

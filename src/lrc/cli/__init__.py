@@ -1,4 +1,4 @@
-"""The command line: thin; parse, call, print."""
+"""The command line: a thin layer that parses, calls and prints."""
 
 import os
 import sys
@@ -19,7 +19,7 @@ from lrc.system.console import console, lost_output
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
-"""Exit codes: a mistake that the user can fix, a fault of ours, and Ctrl-C outside of training."""
+"""Exit codes: a mistake that the user can fix, a bug in lrc, and Ctrl-C outside training."""
 
 app = typer.Typer(
     help="Clone a decoder LLM into a much smaller one of the same class, for little compute.",
@@ -56,8 +56,11 @@ def options(
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 done, 1 a fault of lrc, 2 a mistake the user can fix,
-    128 + N stopped by signal N after writing a checkpoint."""
+    """Run the command line.
+
+    Exit codes: 0 done, 1 a bug in lrc, 2 a mistake the user can fix, 128 + N stopped by signal N
+    after writing a checkpoint.
+    """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
@@ -71,7 +74,7 @@ def main() -> None:
         finally:
             console.file.flush()
             if problem := lost_output():
-                raise UserError(system_sentence(problem, "What this command prints", "written"))
+                raise UserError(system_sentence(problem, "This command's output", "written"))
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -84,7 +87,7 @@ def main() -> None:
 
 
 def told(error: Exception) -> tuple[str, int]:
-    """What an exception is to a user: a sentence, and the exit code."""
+    """Turn an exception into a sentence for the user and an exit code."""
     if isinstance(error, UserError):
         return str(error), MISTAKE
     if system_errno(error) is not None:
@@ -92,21 +95,21 @@ def told(error: Exception) -> tuple[str, int]:
     if isinstance(error, MemoryError):
         return "There is not enough memory: use a smaller batch, model or text.", MISTAKE
     return (
-        f"lrc failed ({type(error).__name__}: {reason(error)}), which is a fault of ours, not "
-        "yours: please report it to the developers with what the same command prints with --debug.",
+        f"lrc failed ({type(error).__name__}: {reason(error)}). This is a bug in lrc: please "
+        "report it to the developers with the output of the same command with --debug.",
         FAULT,
     )
 
 
 def _print_anything() -> None:
-    """Let what a terminal cannot show, or a file name that is not UTF-8, not end a command."""
+    """Make unprintable characters, and file names that are not UTF-8, not end a command."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
 
 
 def _take_debug() -> bool:
-    """Whether --debug is among the arguments, from which it is taken."""
+    """Remove --debug from the arguments; return whether it was given."""
     given = sys.argv[1:]
     end = given.index("--") if "--" in given else len(given)
     kept = [argument for argument in given[:end] if argument != "--debug"]
@@ -115,10 +118,10 @@ def _take_debug() -> bool:
 
 
 def _refuse_bytes(arguments: list[str]) -> None:
-    """Refuse arguments that are not UTF-8: recipes and metrics could not hold them.
+    """Refuse arguments that are not UTF-8: recipes and metrics cannot hold them.
 
     Raises:
-        UserError: there is one.
+        UserError: if there is one.
     """
     for argument in arguments:
         try:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.models import Dtype, ModelArgument
+from lrc.cli.models import ModelArgument, TorchDtype
 from lrc.system.console import console, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
 @app.callback()
 def analyze() -> None:
-    """Look into what a student took over from its teacher."""
+    """Analyze what a student inherited from its teacher."""
 
 
 class Positions(StrEnum):
@@ -31,53 +31,54 @@ def neurons(
     questions: Annotated[
         Path | None,
         typer.Option(
-            help="A JSONL file of questions: `question`, `answer` and, if there are any, `choices`."
+            help="A JSONL file of questions: `question`, `answer` and, optionally, `choices`."
         ),
     ] = None,
     task: Annotated[
-        str, typer.Option(help="A task of lm-evaluation-harness in place of a file.")
+        str, typer.Option(help="A task of lm-evaluation-harness, used without --questions.")
     ] = "sciq",
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder with TASK.jsonl, in place of the hub, as for `lrc eval`."),
+        typer.Option(help="Folder with TASK.jsonl, instead of the hub, as for `lrc eval`."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=2, help="Only the first questions.")] = None,
+    limit: Annotated[int | None, typer.Option(min=2, help="Use only this many questions.")] = None,
     count: Annotated[
         int | None,
         typer.Option("--neurons", min=1, help="FFN neurons to mask.", show_default="50"),
     ] = None,
     share: Annotated[
-        float | None, typer.Option(min=0, max=0.5, help="A share of all FFN neurons instead.")
+        float | None, typer.Option(min=0, max=0.5, help="Share of all FFN neurons to mask instead.")
     ] = None,
     per_layer: Annotated[
-        bool, typer.Option("--per-layer", help="So many of each layer, not of the whole model.")
+        bool, typer.Option("--per-layer", help="Mask that many per layer, not per model.")
     ] = False,
     positions: Annotated[
         Positions,
-        typer.Option(help="Tokens of a question that activity is the mean of: all, or the last."),
+        typer.Option(help="Tokens of a question to average activity over: all, or the last."),
     ] = Positions.all,
     random_draws: Annotated[
-        int, typer.Option(min=0, help="How often as many random neurons are masked.")
+        int, typer.Option(min=0, help="Random sets of as many neurons to mask, to compare.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the halves and of the draws.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split and of the draws.")] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the results; default: `analysis` in the run's folder, or one below "
-            "analyzes/."
+            help="Folder for the results; default: `analysis` in the run's folder, or a folder "
+            "below analyses/."
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences of a forward pass.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per forward pass.")] = 16,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Element type of the models; default: as stored.")
+        TorchDtype | None, typer.Option(help="Element type of the models; default: as stored.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
 ) -> None:
     """Mask the FFN neurons that are most active on factual questions, in teacher and student.
 
-    The teacher's neurons are found on a half of the questions; then they are masked in both models,
-    and as many random ones. If the student keeps its teacher's knowledge in the same neurons, its
-    accuracy falls as the teacher's does, and random ones change little (Table 5 of the paper).
+    One half of the questions selects the teacher's neurons. Both models then run with these neurons
+    masked, and with as many random ones masked. If the student keeps its teacher's knowledge in the
+    same neurons, its accuracy falls as the teacher's does, and random ones change little (Table 5
+    of the paper).
 
     Examples:
 
@@ -110,7 +111,7 @@ def neurons(
         dtype=dtype or "auto",
         device=str(find_device(device)),
     )
-    folder = out or folder_for(model, "analysis", "analyzes")
+    folder = out or folder_for(model, "analysis", "analyses")
     result = analyze_neurons(model, teacher, settings, folder, console)
     write_text(folder / "neurons.md", markdown(result))
     draw_layers(result, folder / "neurons.png")

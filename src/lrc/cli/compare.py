@@ -12,17 +12,17 @@ from lrc.system.console import console, quiet_libraries
 
 def compare(
     comparison: Annotated[
-        str, typer.Argument(help="A comparison's YAML file, or a shipped one by its name.")
+        str, typer.Argument(help="A comparison's YAML file, or the name of a shipped one.")
     ],
     settings: Settings = None,
     teacher: TeacherOption = None,
     text: Text = None,
     out: Annotated[
-        Path | None, typer.Option(help="The comparison's folder; default: below runs/.")
+        Path | None, typer.Option(help="The comparison's folder; default: one below runs/.")
     ] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="Run this entry alone, for now; can be given several times."),
+        typer.Option(help="Run only this entry for now; can be repeated."),
     ] = None,
 ) -> None:
     """Train several systems on the same budget, each at its best learning rate, and tabulate them.
@@ -33,8 +33,8 @@ def compare(
     * `lrc compare initialization --text corpus/ --out runs/starts`
     * `lrc compare mine.yaml --set train.micro_batch=4`
 
-    Entries can be run side by side by processes with the same `--out`, each with its own `--only`.
-    The same command goes on where it was stopped, and only tabulates where nothing is left to run.
+    To run entries side by side, start processes with the same `--out`, each with its own `--only`.
+    The same command continues where it was stopped. If nothing is left to run, it only tabulates.
     """
     from lrc.recipe import parse_overrides
 
@@ -43,7 +43,7 @@ def compare(
         "data.text": ("--text", text),
     }
     overrides = parse_overrides(settings or [], flags)
-    find_yaml(comparison, "comparison")  # a typo is told before torch is imported
+    find_yaml(comparison, "comparison")  # report a typo before importing torch
     from lrc.comparison import compare, load_comparison
     from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted

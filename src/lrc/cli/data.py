@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lrc.data.shards import Shards
 
 app = typer.Typer(
-    help="Build token shards out of mixed, filtered text, and look at them.",
+    help="Build token shards from mixed, filtered text, and inspect them.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
 )
@@ -20,24 +20,24 @@ app = typer.Typer(
 
 @app.command(no_args_is_help=True)
 def build(
-    mix: Annotated[str, typer.Argument(help="A mix's YAML file, or a shipped one by its name.")],
+    mix: Annotated[str, typer.Argument(help="A mix's YAML file, or the name of a shipped one.")],
     out: Annotated[Path, typer.Argument(help="Folder of the shards.")],
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over the mix."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting that overrides the mix's."),
     ] = None,
     teacher: Annotated[
-        str | None, typer.Option(help="The teacher whose tokenizer and chat template are used.")
+        str | None, typer.Option(help="The teacher whose tokenizer and chat template to use.")
     ] = None,
     root: Annotated[
-        str | None, typer.Option(help="Folder that the mix's relative paths start from.")
+        str | None, typer.Option(help="Base folder of the mix's relative paths.")
     ] = None,
     evaluation: Annotated[
         str | None,
         typer.Option(help="Folder of evaluation sets (JSONL) that no document may overlap."),
     ] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: one a core.")
+        int | None, typer.Option(min=1, help="Processes; default: one per core.")
     ] = None,
 ) -> None:
     """Mix, filter, deduplicate and tokenize text into shards for training.
@@ -48,8 +48,8 @@ def build(
     * `lrc data build mixed-1.1 shards/mixed --teacher meta-llama/Llama-3.2-3B-Instruct`
     * `lrc data build my.yaml shards/mine --evaluation eval --set sources.web.tokens=500M`
 
-    A build that was stopped goes on when the same command is given again. `summary.json` and
-    `summary.png` in the folder tell what every filter dropped.
+    The same command continues a stopped build. `summary.json` and `summary.png` in the folder show
+    what every filter dropped.
     """
     from lrc.corpus.mix import load_mix
     from lrc.corpus.pool import default_workers
@@ -71,7 +71,7 @@ def build(
         with build_progress(console) as progress:
             shards = build_shards(loaded, tokenizer, out, workers or default_workers(), progress)
     except KeyboardInterrupt:
-        console.print("Stopped; the same command goes on from here.")
+        console.print("Stopped; the same command continues from here.")
         raise typer.Exit(130) from None
     _print_summary(shards)
 
@@ -80,28 +80,28 @@ def build(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder of the shards.")],
     documents: Annotated[int, typer.Option(min=0, help="Random documents to show.")] = 3,
-    seed: Annotated[int, typer.Option(help="Decides which documents are shown.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of documents.")] = 0,
     characters: Annotated[
-        int, typer.Option(min=0, help="Longest part of a document that is shown; 0: all of it.")
+        int, typer.Option(min=0, help="Characters to show of a document; 0: all of it.")
     ] = 500,
     teacher: Annotated[
         str | None,
         typer.Option(
-            "--teacher", "--tokenizer", help="Decode with, and compare to, this model's tokenizer."
+            "--teacher", "--tokenizer", help="Model whose tokenizer to compare and decode with."
         ),
     ] = None,
     checksums: Annotated[
-        bool, typer.Option("--checksums/--no-checksums", help="Read every byte and check it.")
+        bool, typer.Option("--checksums/--no-checksums", help="Read and check every byte.")
     ] = True,
 ) -> None:
-    """Show what shards hold, some random documents, and whether every file is whole.
+    """Show what shards hold, some random documents, and whether every file is intact.
 
     Examples:
 
     * `lrc data inspect shards/small`
     * `lrc data inspect shards/mixed --teacher meta-llama/Llama-3.2-3B-Instruct --no-checksums`
 
-    A file whose content has changed is named, and the exit code is 2.
+    If a file's content has changed, the command names the file and exits with code 2.
     """
     from rich.table import Table
 
@@ -130,10 +130,8 @@ def inspect(
                 tell(name)
         if damaged:
             names = ", ".join(map(str, damaged))
-            raise UserError(
-                f"Not what was written: {names}; copy these files anew or build the shards again."
-            )
-        console.print("Every file is as it was written.")
+            raise UserError(f"Damaged files: {names}; copy them again or rebuild the shards.")
+        console.print("Every file is intact.")
     if teacher is None:
         tokenizer = own_tokenizer(shards) if documents else None
     else:
@@ -161,5 +159,5 @@ def _print_summary(shards: "Shards") -> None:
     files = f"{count} shard{'s' * (count > 1)}"
     console.print(
         f"{summary['tokens']['train']:,} training tokens in {files} are in {shards.folder}; "
-        f"look at them with `lrc data inspect {shards.folder}`.",
+        f"inspect them with `lrc data inspect {shards.folder}`.",
     )

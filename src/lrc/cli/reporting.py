@@ -12,25 +12,26 @@ from lrc.system.errors import UserError
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs, ended or not, or the folder of one comparison."),
+        typer.Argument(help="Folders of runs, finished or not, or the folder of one comparison."),
     ],
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page; default: report.html in the run's folder, or here for several runs."
+            help="The page; default: report.html in the run's folder, or in the current folder for "
+            "several runs."
         ),
     ] = None,
     prompt: Annotated[
         list[str] | None,
-        typer.Option(help="Text that the students are to continue. May be given again."),
+        typer.Option(help="Text for the students to continue; can be repeated."),
     ] = None,
 ) -> None:
-    """Write one HTML page of one or several runs, which needs no network to be read.
+    """Write one HTML page about one or several runs, readable without a network.
 
-    It holds results, losses over tokens and over time, the clone loss by layer and term,
+    It shows results, losses over tokens and over time, the clone loss by layer and term,
     throughput, evaluations beside the published ones, samples, shapes and the recipe. Several runs
-    are overlaid. The page of a comparison has its table, the curves of all entries over tokens and
-    over time, and the grid of learning rates.
+    are overlaid. The page of a comparison shows its table, the curves of all entries over tokens
+    and over time, and the grid of learning rates.
 
     Examples:
 
@@ -49,8 +50,8 @@ def report(
     if comparisons:
         if len(runs) > 1 or prompt:
             raise UserError(
-                f"{comparisons[0]} is a comparison, whose page is its own: give it alone and "
-                "without --prompt, or give runs of it."
+                f"{comparisons[0]} is a comparison, which has its own page: give it alone and "
+                "without --prompt, or give its runs."
             )
         with phase(console, f"Writing {path}") as detail:
             write_comparison_page(runs[0], path, detail)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 RecipeArgument = Annotated[
-    str | None, typer.Argument(help="A recipe's YAML file, or a shipped one by its name.")
+    str | None, typer.Argument(help="A recipe's YAML file, or the name of a shipped one.")
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="A setting that wins over the recipe."),
+    typer.Option("--set", metavar="KEY=VALUE", help="A setting that overrides the recipe's."),
 ]
 TeacherOption = Annotated[
     str | None, typer.Option(help="Hub id, folder, .gguf file or package:NAME.")
@@ -56,7 +56,7 @@ def train(
     * `lrc train my.yaml --set data.shards=tokens/mixed` (made by `lrc data build`)
     * `lrc train my.yaml --set data.stream.dataset=HuggingFaceFW/fineweb-edu` (no build)
 
-    Ctrl-C ends the run after its present step, with a checkpoint to `lrc resume` from.
+    Ctrl-C stops the run after the current step and writes a checkpoint for `lrc resume`.
     """
     from lrc.preflight import need_whole_teacher
 
@@ -84,7 +84,7 @@ def init(
     * `lrc init my.yaml --set initialize.calibration_tokens=65536 --out runs/start`
     * `lrc init my.yaml --set teacher.load=layers` (a teacher larger than memory, layer by layer)
 
-    `lrc resume` trains on from there.
+    `lrc resume` then trains the student.
     """
     run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
     from lrc.train.session import initialize_only
@@ -93,9 +93,9 @@ def init(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="The folder of a run that was stopped.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a stopped run.")],
 ) -> None:
-    """Continue a run from its newest checkpoint that is whole, exactly where it stopped.
+    """Continue a run from its newest intact checkpoint, exactly where it stopped.
 
     Example: `lrc resume runs/quickstart-288-20260101-120000`
     """
@@ -116,8 +116,11 @@ def _new_run(
     method: str | None,
     out: Path | None,
 ) -> "Run":
-    """The new run that the options of a command ask for. All that can be checked without torch is
-    checked here: a typo should not take seconds to be told."""
+    """Set up the new run that the options of a command ask for.
+
+    Everything that can be checked without torch is checked here: reporting a typo should not take
+    seconds.
+    """
     from lrc.preflight import check_recipe
     from lrc.recipe import make_recipe, parse_overrides
     from lrc.recipe.shipped import find_yaml
@@ -135,7 +138,7 @@ def _new_run(
     if recipe is None and not (teacher and hidden_size and origin):
         raise UserError(
             "Give a recipe, or all three of --teacher, --hidden-size and --text "
-            "(`lrc train quickstart` runs the shipped one)."
+            "(`lrc train quickstart` runs a shipped recipe)."
         )
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     resolved = make_recipe(base, overrides)
@@ -146,7 +149,7 @@ def _new_run(
 
 
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
-    """Train or initialize a run; a signal to stop it ends the command with 128 + its number."""
+    """Train or initialize a run; if a signal stops it, exit with 128 + the signal's number."""
     from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 

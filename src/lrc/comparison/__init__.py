@@ -1,4 +1,4 @@
-"""Comparing methods, ablations and starts at one token budget."""
+"""Comparison of methods, ablations and initializations at one token budget."""
 
 from lrc.comparison.plan import Comparison, load_comparison
 from lrc.comparison.runner import compare

@@ -1,4 +1,4 @@
-"""The overlaid held-out curves of a comparison, against tokens and against time."""
+"""The overlaid held-out curves of a comparison, over tokens and over time."""
 
 from pathlib import Path
 
@@ -15,11 +15,11 @@ def draw_comparison(results: Results, path: Path) -> None:
     """Draw every entry's mean curve over seeds, as `comparison_figure` does.
 
     Args:
-        results: what was found so far.
-        path: the picture to write, a PNG.
+        results: the results so far.
+        path: the PNG to write.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     figure = comparison_figure(results)
     save_picture(figure, path)
@@ -28,12 +28,12 @@ def draw_comparison(results: Results, path: Path) -> None:
 def comparison_figure(results: Results) -> Figure:
     """Every entry's mean curve over seeds, with a band from the lowest to the highest.
 
-    Drawn is what a loss is above the teacher's, on a logarithmic scale, so that bad starts do not
-    flatten what is close at the end; or the loss itself, where the teacher's is not known or some
-    student is better.
+    The figure shows the loss minus the teacher's loss on a logarithmic scale, so that high initial
+    losses do not flatten small differences at the end. It shows the loss itself if the teacher's
+    loss is not known or a student is better.
 
     Args:
-        results: what was found so far.
+        results: the results so far.
     """
     figure = Figure(figsize=(13, 6), layout="constrained")
     by_tokens, by_time = figure.subplots(1, 2, sharey=True)

@@ -1,4 +1,4 @@
-"""Where the runs of a comparison lie, and what follows from those that have ended."""
+"""The run folders of a comparison, and the results of the runs that have ended."""
 
 import math
 from collections.abc import Collection, Iterator
@@ -18,15 +18,15 @@ class Folders:
     out: Path
 
     def of_try(self, entry: Entry, rate: float) -> Path:
-        """Folder of a try of a learning rate."""
+        """Folder of the run that tries a learning rate."""
         return self.out / "grid" / f"{entry.name}-lr{rate:g}"
 
     def of_run(self, entry: Entry, seed: int) -> Path:
-        """Folder of a run on the whole budget."""
+        """Folder of a run on the full budget."""
         return self.out / "runs" / f"{entry.name}-seed{seed}"
 
     def all(self, names: Collection[str]) -> Iterator[tuple[Path, int]]:
-        """Folder and training tokens of every run of some entries, tries first."""
+        """Folder and training tokens of every run of the named entries, tries first."""
         for entry, rate in self.comparison.searches(names):
             yield self.of_try(entry, rate), self.comparison.grid.tokens
         for entry in self.comparison.named(names):
@@ -34,8 +34,10 @@ class Folders:
                 yield self.of_run(entry, seed), self.comparison.tokens
 
     def recipes(self) -> dict[Path, list[Recipe]]:
-        """The recipes that the run in each folder may have: a run on the whole budget may have any
-        rate that its entry tries."""
+        """The possible recipes of the run in each folder.
+
+        A run on the full budget may have any rate that its entry tries.
+        """
         comparison = self.comparison
         found = {
             self.of_try(entry, rate): [comparison.grid_recipe(entry, rate)]
@@ -51,8 +53,7 @@ class Folders:
         return found
 
     def tries(self, entry: Entry) -> dict[float, float | None]:
-        """Held-out loss by rate, of the tries that have ended; None where the loss was not
-        finite."""
+        """Held-out loss by rate, for the tries that have ended; None if the loss was not finite."""
         return {
             rate: held_out_of(self.of_try(entry, rate))
             for searching, rate in self.comparison.searches()
@@ -60,7 +61,7 @@ class Folders:
         }
 
     def chosen(self, entry: Entry) -> float | None:
-        """The rate that an entry is trained with; None where all failed."""
+        """The rate that an entry is trained with; None if all failed."""
         if entry.rate_of is not None:
             entry = next(e for e in self.comparison.entries if e.name == entry.rate_of)
         rates = self.comparison.rates(entry)
@@ -71,13 +72,13 @@ class Folders:
 
 
 def is_over(folder: Path) -> bool:
-    """Whether a run has ended: with all that it leaves, or because its loss was not finite."""
+    """Whether a run has ended: all its output exists, or its loss was not finite."""
     leaves = folder / "summary.json", folder / "student"
     return all(path.exists() for path in leaves) or (folder / "diverged.json").exists()
 
 
 def held_out_of(folder: Path) -> float | None:
-    """Held-out loss of a run that has ended; None where it did not stay finite."""
+    """Held-out loss of a run that has ended; None if it did not stay finite."""
     if (folder / "diverged.json").exists():
         return None
     summary = folder / "summary.json"

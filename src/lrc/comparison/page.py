@@ -1,4 +1,4 @@
-"""A comparison as one HTML page that needs nothing beside it, like the page of runs."""
+"""A comparison as a self-contained HTML page, like the page of runs."""
 
 from collections.abc import Callable
 from importlib import resources
@@ -18,32 +18,34 @@ from lrc.system.errors import UserError
 from lrc.system.files import reading
 
 PLAN = "comparison.yaml"
-"""The file that makes a folder a comparison's."""
+"""The file that marks the folder of a comparison."""
 
 
 def is_comparison(folder: Path) -> bool:
-    """Whether a folder is a comparison's."""
+    """Whether a folder holds a comparison."""
     return (folder / PLAN).is_file()
 
 
 def write_comparison_page(
     folder: Path, path: Path, progress: Callable[[str], None] = lambda text: None
 ) -> None:
-    """Write the page of a comparison, ended or not: its table with notes, the curves of all
-    entries, the grid of learning rates, and what the entries set.
+    """Write the page of a comparison, ended or not.
+
+    It shows the table with notes, the curves of all entries, the grid of learning rates, and the
+    settings of the entries.
 
     Args:
         folder: the comparison's folder.
-        path: the page; an older report there is replaced, nothing else.
-        progress: told what is being done.
+        path: the page; only an older report there is replaced.
+        progress: called with the name of the current step.
 
     Raises:
-        UserError: no run has ended yet, the path is taken, or it cannot be written.
+        UserError: if no run has ended yet, the path is taken, or the page cannot be written.
     """
     check_path(path)
     progress("reading the runs")
     comparison = load_comparison(folder / PLAN)
-    with reading(folder, "a run of it may be damaged: remove that run, or restore it"):
+    with reading(folder, "one of its runs may be damaged: remove that run, or restore it"):
         results = collect(Folders(comparison, folder))
     if not any(entry.runs for entry in results.entries):
         raise UserError(
@@ -77,8 +79,10 @@ def _values(title: str, comparison: Comparison, results: Results) -> dict[str, A
 
 
 def curve_charts(results: Results) -> list[tuple[str, str]]:
-    """Title and chart of the held-out loss over tokens and over time: every entry's mean, with a
-    band from its lowest run to its highest."""
+    """Title and chart of the held-out loss over tokens and over time.
+
+    Each chart shows every entry's mean, with a band from its lowest run to its highest.
+    """
     curves = [(number, entry.curve()) for number, entry in enumerate(results.entries)]
     longest = max((max(curve.seconds) for _, curve in curves if curve), default=0.0)
     unit, name = time_unit(longest)
@@ -110,8 +114,10 @@ def curve_charts(results: Results) -> list[tuple[str, str]]:
 
 
 def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
-    """The tried learning rates, and for every entry that tried some the held-out loss at each, with
-    whether it is the chosen one."""
+    """The tried learning rates, and one row for every entry that tried some.
+
+    A row holds the held-out loss at each rate, and whether that rate was chosen.
+    """
     searched = [entry for entry in results.entries if entry.tries]
     rates = sorted({rate for entry in searched for rate in entry.tries})
     rows = [
@@ -129,7 +135,7 @@ def _try(entry: EntryResult, rate: float) -> str:
 
 
 def _chip(number: int) -> tuple[str, int]:
-    """Color and dashes of an entry's line, as the chip before its name shows them."""
+    """Color and line style of an entry, for the chip before its name."""
     return color_variable(run_color(number)), _dash(number)
 
 

@@ -1,7 +1,7 @@
-"""What a comparison runs: its YAML file, typed, and the recipes that come out of it.
+"""The plan of a comparison: its typed YAML file and the resulting recipes.
 
-Every entry is the base recipe with some settings changed. Its learning rate is the one of the grid
-with the lowest held-out loss after a short budget; then it trains on the whole budget once a seed.
+Every entry is the base recipe with some settings changed. Its learning rate is the one in the grid
+with the lowest held-out loss after a short budget. Then it trains on the full budget once per seed.
 """
 
 import os
@@ -28,21 +28,21 @@ RESERVED = MappingProxyType(
         "initialize.seed": "the comparison's `seeds`",
     }
 )
-"""Settings of a run that the comparison decides, besides the rate that is tried, and where."""
+"""Settings of a run that the comparison sets, except the tried rate, and what sets each one."""
 
 
 RATES = "the entry's `learning_rates`"
-"""Where the rate that is tried is decided."""
+"""What sets the tried rate."""
 
 
 class Grid(Section):
-    """How learning rates are chosen: each is tried on a short budget of its own."""
+    """The choice of learning rates: each rate is tried on a short budget."""
 
     learning_rates: list[Rate] = Field(min_length=1)
     """The rates that every entry tries, unless it names its own."""
 
     tokens: int = Field(gt=0)
-    """Training tokens of a try."""
+    """Training tokens per try."""
 
     seed: int = 0
     """Seed of the tries."""
@@ -52,45 +52,45 @@ class Entry(Section):
     """One system of the comparison."""
 
     name: Name
-    """How it is called in tables, pictures and folders."""
+    """Its name in tables, pictures and folders."""
 
     settings: dict[str, Any] = Field({}, alias="set")
     """Settings that differ from the base recipe, by dotted key."""
 
     learning_rates: list[Rate] | None = Field(None, min_length=1)
-    """Its own grid; a single rate is taken as it is."""
+    """Its own grid; a single rate is used without a search."""
 
     tries: Literal["learning_rate", "release_learning_rate"] = "learning_rate"
-    """Which setting of `train` these rates are; another one is given in `set`."""
+    """The setting of `train` that these rates are for; the other one goes in `set`."""
 
     rate_of: Name | None = None
-    """Entry whose chosen rate it takes instead of searching for one: for ablations."""
+    """Entry whose chosen rate this entry uses instead of its own search; for ablations."""
 
 
 class Comparison(Section):
-    """A whole comparison."""
+    """A comparison."""
 
     recipe: str | dict[str, Any]
-    """The base: a recipe's YAML file, a shipped one by its name, or the sections themselves."""
+    """The base: a recipe's YAML file, the name of a shipped recipe, or the sections themselves."""
 
     tokens: int = Field(gt=0)
     """Training tokens of every run."""
 
     seeds: list[int] = Field([0], min_length=1)
-    """Each seeds the order of the data and what is random in the start."""
+    """Each seeds the order of the data and the random part of the initialization."""
 
     grid: Grid
-    """How learning rates are chosen."""
+    """The choice of learning rates."""
 
     thresholds: list[float] = Field(default_factory=list)
-    """Held-out losses: how many tokens each entry needs to reach them is reported."""
+    """Held-out losses. The table reports how many tokens each entry needs to reach them."""
 
     preparation: str | None = None
-    """Command that makes teacher and text, where they do not come by themselves; it is named where
-    they are not there."""
+    """Command that makes teacher and text, if needed; the error message quotes it if they are
+    missing."""
 
     reference: Name | None = None
-    """Entry that the others' parameters are compared with. Empty: the first."""
+    """Entry whose parameter count the others are compared with. Empty: the first entry."""
 
     entries: list[Entry] = Field(min_length=1)
 
@@ -99,20 +99,22 @@ class Comparison(Section):
         names = [entry.name for entry in self.entries]
         for name in names:
             if names.count(name) > 1:
-                raise ValueError(f"two entries are called '{name}'; give each a name of its own")
+                raise ValueError(f"two entries are named '{name}'; give each its own name")
         searching = [entry.name for entry in self.entries if entry.rate_of is None]
         for entry in self.entries:
             if entry.rate_of is not None and entry.rate_of not in searching:
                 raise ValueError(
-                    f"entry '{entry.name}' takes the rate of '{entry.rate_of}', which is no entry "
-                    "with a rate of its own"
+                    f"entry '{entry.name}' takes the rate of '{entry.rate_of}', which is not an "
+                    "entry with its own rate"
                 )
             if entry.rate_of is not None and entry.learning_rates is not None:
-                raise ValueError(f"entry '{entry.name}' has both rate_of and learning_rates")
+                raise ValueError(
+                    f"entry '{entry.name}' has both rate_of and learning_rates; remove one of them"
+                )
         if self.reference is not None and self.reference not in names:
-            raise ValueError(f"the reference '{self.reference}' is no entry")
+            raise ValueError(f"the reference '{self.reference}' is not an entry")
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed is named twice")
+            raise ValueError("a seed appears twice")
         return self
 
     def rates(self, entry: Entry) -> list[float]:
@@ -120,15 +122,15 @@ class Comparison(Section):
         return sorted(set(entry.learning_rates or self.grid.learning_rates))
 
     def reference_name(self) -> str:
-        """Entry that the others' parameters are compared with."""
+        """Name of the entry whose parameter count the others are compared with."""
         return self.reference or self.entries[0].name
 
     def named(self, names: Collection[str]) -> list[Entry]:
-        """The entries of some names, in their order."""
+        """The entries with the given names, in the comparison's order."""
         return [entry for entry in self.entries if entry.name in names]
 
     def searches(self, names: Collection[str] = ()) -> Iterator[tuple[Entry, float]]:
-        """Every entry and rate that has to be tried, for the entries of some names or for all."""
+        """Every entry and rate to try, for the named entries or for all."""
         needed = {entry.rate_of or entry.name for entry in self.named(names)}
         for entry in self.entries:
             rates = self.rates(entry)
@@ -142,7 +144,7 @@ class Comparison(Section):
         return self._recipe(entry, rate, self.grid.tokens, self.grid.seed)
 
     def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
-        """The recipe of a run on the whole budget."""
+        """The recipe of a run on the full budget."""
         return self._recipe(entry, rate, self.tokens, seed)
 
     def _recipe(self, entry: Entry, rate: float, tokens: int, seed: int) -> Recipe:
@@ -159,17 +161,18 @@ class Comparison(Section):
 def load_comparison(
     source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> Comparison:
-    """Read a comparison from a YAML file, or a shipped one by name (`fast`).
+    """Read a comparison from a YAML file, or a shipped comparison by name (`fast`).
 
     Args:
         source: path of a YAML file, or the name of a shipped comparison.
         overrides: settings of the base recipe by dotted key: `{"data.text": ["corpus/"]}`.
 
     Returns:
-        The comparison, with its base recipe read and every entry's recipe checked.
+        The comparison, with its base recipe loaded and every entry's recipe checked.
 
     Raises:
-        UserError: the file is missing, or it or a recipe has mistakes; all are in one message.
+        UserError: if the file is missing, or the file or a recipe has mistakes; one message lists
+            all of them.
     """
     path = find_yaml(source, "comparison")
     try:
@@ -187,9 +190,9 @@ def load_comparison(
         base = read_yaml(beside if beside.is_file() else find_yaml(base, "recipe"))
     for key in overrides:
         if key in RESERVED:
-            raise UserError(f"'{key}' is decided by {RESERVED[key]}; change it in {path}.")
+            raise UserError(f"'{key}' comes from {RESERVED[key]}; change it in {path}.")
         if key in {f"train.{entry.tries}" for entry in comparison.entries}:
-            raise UserError(f"'{key}' is decided by {RATES}; change it in {path}.")
+            raise UserError(f"'{key}' comes from {RATES}; change it in {path}.")
     base = apply_overrides(base, overrides)
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
@@ -200,14 +203,14 @@ def _check_entries(comparison: Comparison) -> None:
     """Refuse entries whose recipes are not valid.
 
     Raises:
-        UserError: an entry sets what the comparison decides or what its method does not use, or
+        UserError: if an entry sets a key that the comparison sets or its method does not use, or
             its recipe has mistakes.
     """
     problems = []
     for entry in comparison.entries:
         reserved = {**RESERVED, f"train.{entry.tries}": RATES}
         problems += [
-            f"entry '{entry.name}' sets '{key}', which is decided by {reserved[key]}"
+            f"entry '{entry.name}' sets '{key}', which comes from {reserved[key]}"
             for key in entry.settings
             if key in reserved
         ]
@@ -220,7 +223,7 @@ def _check_entries(comparison: Comparison) -> None:
         releases = method == "lrc" and recipe.train.release_at < 1
         if entry.tries == "release_learning_rate" and not releases:
             problems.append(
-                f"entry '{entry.name}' tries rates after a release, but releases nothing"
+                f"entry '{entry.name}' tries rates for the time after a release, but has no release"
             )
         problems += [
             f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"

@@ -1,4 +1,4 @@
-"""What a comparison has found so far, read from its run folders."""
+"""The results of a comparison so far, read from its run folders."""
 
 import math
 import statistics
@@ -13,7 +13,7 @@ CLOSE = 0.03
 """Largest relative difference of parameter counts that counts as the same size."""
 
 RISE = 0.05
-"""Nats that a held-out loss may stand above its best on the way without being told of."""
+"""Largest rise of a held-out loss above its best so far that is not reported, in nats."""
 
 
 @dataclass(frozen=True)
@@ -21,24 +21,24 @@ class Point:
     """A held-out measurement of a run."""
 
     tokens: int
-    """Training tokens, and those that the start was calibrated with."""
+    """Training tokens plus calibration tokens."""
     seconds: float
-    """Seconds of optimizer steps and of the start."""
+    """Seconds of the optimizer steps and of the initialization."""
     loss: float
     """Held-out LM loss in nats."""
 
 
 @dataclass(frozen=True)
 class MeanCurve:
-    """The measurements of an entry, each the mean over its runs."""
+    """The measurements of an entry, each averaged over its runs."""
 
     tokens: list[float]
     seconds: list[float]
     loss: list[float]
     low: list[float]
-    """The lowest loss of a run."""
+    """The lowest loss of any run."""
     high: list[float]
-    """The highest."""
+    """The highest loss of any run."""
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,25 @@ class RunResult:
     seed: int
     folder: str
     curve: list[Point]
-    """Every measurement; the figures below are None where the loss did not stay finite."""
+    """Every measurement. The fields below are None if the loss did not stay finite."""
     held_out_lm: float | None
     kl: float | None
     top1_agreement: float | None
     tokens_to_reach: list[float | None]
-    """By threshold; None where it was not reached."""
+    """By threshold; None if it was not reached."""
 
 
 @dataclass(frozen=True)
 class EntryResult:
-    """An entry with its runs that have ended."""
+    """An entry with its ended runs."""
 
     name: str
     method: str
     settings: dict[str, Any]
-    """What it sets beside the base recipe."""
+    """The settings that it changes in the base recipe."""
     learning_rate: float | None
     tries: dict[float, float | None]
-    """Held-out loss by rate on the grid's budget; None where the loss did not stay finite."""
+    """Held-out loss by rate on the grid's budget; None if the loss did not stay finite."""
     at_the_edge: bool
     """Whether the chosen rate is the smallest or the largest of the grid."""
     parameters: int | None
@@ -75,33 +75,33 @@ class EntryResult:
     runs: list[RunResult]
 
     def values(self, figure: str) -> list[float]:
-        """A figure of all runs that stayed finite."""
+        """A field of all runs that stayed finite."""
         found = [getattr(run, figure) for run in self.runs]
         return [value for value in found if value is not None]
 
     def mean(self, figure: str) -> float | None:
-        """Mean of a figure over the runs; None where there is none."""
+        """Mean of a field over the runs; None if there are no values."""
         values = self.values(figure)
         return statistics.fmean(values) if values else None
 
     def spread(self, figure: str) -> float | None:
-        """Standard deviation of a figure over the runs; None below two."""
+        """Standard deviation of a field over the runs; None for fewer than two values."""
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else None
 
     def seconds(self) -> float | None:
-        """Mean seconds of a run's steps and start."""
+        """Mean seconds of a run's steps and initialization."""
         ends = [run.curve[-1].seconds for run in self.runs if run.held_out_lm is not None]
         return statistics.fmean(ends) if ends else None
 
     def reach(self, threshold: int) -> tuple[float | None, int]:
-        """Mean tokens to reach the threshold of that number, and how many runs reached it."""
+        """Mean tokens to reach the threshold with this index, and how many runs reached it."""
         found = [run.tokens_to_reach[threshold] for run in self.runs]
         reached = [tokens for tokens in found if tokens is not None]
         return (statistics.fmean(reached) if reached else None), len(reached)
 
     def largest_rise(self) -> float:
-        """How far the held-out loss of any run has stood above its best so far, in nats."""
+        """Largest rise of any run's held-out loss above its best so far, in nats."""
         rises = [0.0]
         for run in self.runs:
             best = math.inf
@@ -111,7 +111,7 @@ class EntryResult:
         return max(rises)
 
     def curve(self) -> MeanCurve | None:
-        """The mean curve over the runs; None where there is none."""
+        """The mean curve over the runs; None if there are no curves."""
         curves = [run.curve for run in self.runs if run.curve]
         if not curves:
             return None
@@ -139,19 +139,19 @@ class Results:
     entries: list[EntryResult]
 
     def size_difference(self, entry: EntryResult) -> float | None:
-        """Parameters beside those of the reference entry, relative."""
+        """Relative difference of the parameter count from the reference entry."""
         reference = next(e.parameters for e in self.entries if e.name == self.reference)
         if entry.parameters is None or reference is None:
             return None
         return entry.parameters / reference - 1
 
     def highest_start(self) -> float | None:
-        """The highest loss before training; what climbs above it would flatten a picture."""
+        """The highest loss before training; higher values would flatten a picture."""
         starts = [run.curve[0].loss for entry in self.entries for run in entry.runs if run.curve]
         return max(starts, default=None)
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for comparison.json."""
+        """All results, for comparison.json."""
         data = asdict(self)
         for entry, written in zip(self.entries, data["entries"], strict=True):
             written["mean_held_out_lm"] = entry.mean("held_out_lm")
@@ -162,7 +162,7 @@ class Results:
 
 
 def collect(folders: Folders) -> Results:
-    """Read what is there."""
+    """Read the results of all runs that have ended."""
     comparison = folders.comparison
     entries: list[EntryResult] = []
     teacher: dict[str, Any] = {}
@@ -205,7 +205,7 @@ def collect(folders: Folders) -> Results:
 
 
 def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> RunResult:
-    """A run that has ended."""
+    """Read a run that has ended."""
     run = Run.open(folder)
     curve = curve_of(run.metrics())
     name = str(folder.relative_to(out))
@@ -224,7 +224,7 @@ def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> Run
 
 
 def curve_of(metrics: list[dict[str, Any]]) -> list[Point]:
-    """The finite held-out measurements of a run; calibration is charged to all of them."""
+    """The finite held-out measurements of a run; each one includes the cost of calibration."""
     if not metrics:
         return []
     tokens, seconds = metrics[0]["calibration_tokens"], metrics[0]["calibration_seconds"]
@@ -236,8 +236,10 @@ def curve_of(metrics: list[dict[str, Any]]) -> list[Point]:
 
 
 def tokens_to_reach(curve: list[Point], loss: float) -> float | None:
-    """Tokens at which a curve, taken as straight between measurements, first comes down to a
-    loss; None where it does not."""
+    """Tokens at which a curve first reaches a loss; None if it never does.
+
+    The curve is interpolated linearly between measurements.
+    """
     before: Point | None = None
     for point in curve:
         if point.loss <= loss:

@@ -1,14 +1,14 @@
-"""Running a comparison: one run after the other, each in a run folder of its own.
+"""Runner of a comparison: one run after another, each in its own run folder.
 
-    OUT/comparison.yaml        the comparison as it was resolved
-    OUT/starts/                starts from calibration tokens, which the runs share
+    OUT/comparison.yaml        the resolved comparison
+    OUT/starts/                calibrated initializations, which the runs share
     OUT/grid/NAME-lrRATE/      a try of a learning rate
-    OUT/runs/NAME-seedN/       a run on the whole budget
-    OUT/comparison.json, .md   the table, written anew after every run
+    OUT/runs/NAME-seedN/       a run on the full budget
+    OUT/comparison.json, .md   the table, rewritten after every run
     OUT/curves.png             the held-out curves
 
-Runs that have ended are not run again, and one that was interrupted goes on from its checkpoint, so
-that the same command continues a comparison. A run whose loss is no longer finite counts as failed.
+Runs that have ended are not run again, and an interrupted run continues from its checkpoint. So the
+same command continues a comparison. A run whose loss is no longer finite counts as failed.
 """
 
 import json
@@ -42,17 +42,17 @@ from lrc.train.starts import Starts
 def compare(
     comparison: Comparison, out: Path, console: Console, only: Sequence[str] = ()
 ) -> Results:
-    """Run what is left of a comparison, and write and print its table.
+    """Run the remaining runs of a comparison, and write and print its table.
 
     Args:
-        comparison: what is compared.
-        out: folder of the comparison, new or of an earlier start of it.
-        console: where progress and the table are shown.
-        only: names of the entries that are run now; none: all.
+        comparison: the comparison.
+        out: folder of the comparison, new or from an earlier call.
+        console: the console that shows progress and the table.
+        only: names of the entries to run now; none: all.
 
     Raises:
-        UserError: an entry cannot be run or is not there, or `out` holds something else.
-        Interrupted: SIGINT or SIGTERM asked to stop.
+        UserError: if an entry does not exist or cannot be run, or `out` holds something else.
+        Interrupted: if SIGINT or SIGTERM arrived.
     """
     names = [entry.name for entry in comparison.entries]
     for name in only:
@@ -60,7 +60,7 @@ def compare(
             raise UserError(f"The comparison has no entry '{name}'; it has {', '.join(names)}.")
     marker = out / "comparison.yaml"
     if is_taken(out) and not marker.is_file():
-        raise UserError(f"{out} holds something else; choose another folder with --out.")
+        raise UserError(f"{out} is not a comparison's folder; choose another folder with --out.")
     folders = Folders(comparison, out)
     need_inputs(comparison)
     refuse_other_runs(folders)
@@ -73,10 +73,10 @@ def compare(
 
 
 def need_inputs(comparison: Comparison) -> None:
-    """Refuse a comparison whose teacher or text is not there, and say how it is made.
+    """Refuse a comparison whose teacher or text is missing, and say how to make it.
 
     Raises:
-        UserError: so it is.
+        UserError: if the teacher or the text is missing.
     """
     for entry in comparison.entries:
         recipe = comparison.grid_recipe(entry, 1e-4)
@@ -85,17 +85,17 @@ def need_inputs(comparison: Comparison) -> None:
                 local = not name.startswith(PACKAGE_PREFIX) and name != STDLIB_DOCS
                 if local and not Path(name).exists():
                     raise UserError(
-                        f"'{name}' is not there: make it with `{comparison.preparation}`, or name "
-                        "another with --teacher and --text (docs/compare.md)."
+                        f"'{name}' does not exist: make it with `{comparison.preparation}`, or "
+                        "name another one with --teacher and --text (docs/compare.md)."
                     )
         check_recipe(recipe)
 
 
 def refuse_other_runs(folders: Folders) -> None:
-    """Refuse a folder whose runs are not this comparison's, before anything in it is replaced.
+    """Refuse a folder with runs of another comparison, before anything in it is replaced.
 
     Raises:
-        UserError: a run there has other settings than this comparison gives it, or is none of it.
+        UserError: if a run in it has different settings or does not belong to this comparison.
     """
     expected = folders.recipes()
     found = [path.parent for path in folders.out.glob("*/*/recipe.yaml")]
@@ -112,10 +112,10 @@ def refuse_other_runs(folders: Folders) -> None:
 
 
 def refuse_other_recipe(run: Run, recipes: Sequence[Recipe]) -> None:
-    """Refuse a run that has none of some recipes.
+    """Refuse a run whose recipe is not one of the given recipes.
 
     Raises:
-        UserError: the message names the settings that differ from the first.
+        UserError: if it is not; the message names the settings that differ from the first recipe.
     """
     if run.recipe not in recipes:
         changed = ", ".join(differences(run.recipe, recipes[0]))
@@ -127,20 +127,20 @@ def refuse_other_recipe(run: Run, recipes: Sequence[Recipe]) -> None:
 
 @dataclass
 class Runner:
-    """One process's stretch of a comparison."""
+    """The part of a comparison that one process runs."""
 
     folders: Folders
     console: Console
     only: Sequence[str]
-    """Names of the entries that are run."""
+    """Names of the entries to run."""
     _teachers: dict[str, Teacher] = field(default_factory=dict)
     _tokens: int = 0
     """Tokens trained by this process."""
     _seconds: float = 0.0
-    """Seconds that they took, with all that belongs to their runs."""
+    """Seconds that these runs took in total."""
 
     def go(self) -> Results:
-        """Search the rates, then run every seed of every entry."""
+        """Search for the learning rates, then run every seed of every entry."""
         folders, comparison = self.folders, self.folders.comparison
         for entry, rate in comparison.searches(self.only):
             recipe = comparison.grid_recipe(entry, rate)
@@ -158,9 +158,9 @@ class Runner:
         return self._write()
 
     def _write(self) -> Results:
-        """Write the table and the picture of what is there."""
+        """Write the table and the picture of the results so far."""
         out = self.folders.out
-        with reading(out, "a run of it may be damaged: remove that run to run it again"):
+        with reading(out, "one of its runs may be damaged: remove that run to run it again"):
             results = collect(self.folders)
         write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
         write_text(out / "comparison.md", markdown(results))
@@ -168,7 +168,7 @@ class Runner:
         return results
 
     def _finish(self, folder: Path, recipe: Recipe, what: str) -> bool:
-        """Bring one run to its end; false where it is there already."""
+        """Finish one run; false if it has already ended."""
         need_whole_teacher(recipe)
         run = open_run(folder, recipe)
         if is_over(folder):
@@ -183,7 +183,7 @@ class Runner:
             self.console.print(str(error), style="yellow")
         except Interrupted as stop:
             raise Interrupted(
-                stop.signal, f"Stopped in {folder}; the same command goes on from there."
+                stop.signal, f"Stopped in {folder}; the same command continues from there."
             ) from None
         except UserError as error:
             raise UserError(f"{what}: {error}") from error
@@ -202,7 +202,7 @@ class Runner:
         return f"{text}, about {timedelta(seconds=round(seconds))} left"
 
     def _teacher(self, recipe: Recipe) -> Teacher:
-        """The teacher of a run; the last one is kept."""
+        """The teacher of a run; the last one stays in memory."""
         key = recipe.teacher.model_dump_json() + recipe.train.device
         if key not in self._teachers:
             self._teachers.clear()
@@ -211,10 +211,10 @@ class Runner:
 
 
 def open_run(folder: Path, recipe: Recipe) -> Run:
-    """The run of a recipe in a folder of the comparison, new or begun earlier.
+    """The run of a recipe in a folder of the comparison, new or already started.
 
     Raises:
-        UserError: the folder holds a run of another recipe.
+        UserError: if the folder holds a run of another recipe.
     """
     if not is_run(folder):
         return Run.create(folder, recipe)
@@ -224,6 +224,6 @@ def open_run(folder: Path, recipe: Recipe) -> Run:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys in which two recipes differ."""
+    """Dotted keys that differ between two recipes."""
     ours, theirs = flatten(a.model_dump()), flatten(b.model_dump())
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]

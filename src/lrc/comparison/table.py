@@ -1,4 +1,4 @@
-"""The table of a comparison, in Markdown and for the terminal."""
+"""The table of a comparison, for Markdown and for the terminal."""
 
 from rich.table import Table
 
@@ -40,15 +40,15 @@ def row(results: Results, entry: EntryResult) -> list[str]:
 
 
 def notes(results: Results) -> list[str]:
-    """What has to be known to read the table."""
+    """Notes that a reader of the table needs."""
     found = [
-        f"Learning rates: the best of a grid after {results.grid_tokens:,} tokens, where there is "
-        "one; * is the grid's smallest or largest.",
+        f"Learning rates: the best of a grid after {results.grid_tokens:,} tokens, if there is a "
+        "grid; * marks the grid's smallest or largest rate.",
         "Loss: mean and standard deviation over seeds "
         f"{', '.join(map(str, results.seeds))}, on the same held-out tokens for all."
         if len(results.seeds) > 1
         else f"One seed ({results.seeds[0]}), the same held-out tokens for all.",
-        "Tokens to reach a loss count the calibration tokens of those that use any.",
+        "Tokens to reach a loss include the calibration tokens of entries that use any.",
     ]
     if results.teacher_held_out_lm is not None:
         found.append(f"Held-out LM loss of the teacher: {results.teacher_held_out_lm:.4f}.")
@@ -56,13 +56,13 @@ def notes(results: Results) -> list[str]:
         difference = results.size_difference(entry)
         if difference is not None and abs(difference) > CLOSE:
             found.append(
-                f"Not the same size: {entry.name} has {difference:+.1%} parameters beside "
+                f"Not the same size: {entry.name} has {difference:+.1%} parameters compared with "
                 f"{results.reference}."
             )
         rise = entry.largest_rise()
         if rise > RISE:
             found.append(
-                f"{entry.name}: the held-out loss stood {rise:.2f} above its best on the way."
+                f"{entry.name}: the held-out loss rose up to {rise:.2f} above its best so far."
             )
         diverged = sum(run.held_out_lm is None for run in entry.runs)
         if diverged:
@@ -82,7 +82,7 @@ def comparison_table(results: Results) -> Table:
 
 
 def markdown(results: Results) -> str:
-    """The table, its notes, and every try of the grid, as Markdown."""
+    """The table, its notes, and every try of the grid, in Markdown."""
     lines = [_line(header(results)), _line(["---"] * len(header(results)))]
     lines += [_line(row(results, entry)) for entry in results.entries]
     lines += ["", *(f"* {note}" for note in notes(results))]

@@ -1,8 +1,8 @@
-"""Put the selected documents into shards, in an order drawn by the seed.
+"""Write the selected documents into shards, in an order drawn from the seed.
 
-Every document is drawn a shard and a place in it, so that all sources stand mixed in all shards, as
-a shuffle of all documents would mix them. Shards are therefore of about, not exactly, equal size.
-Each is made by itself, by any process, out of the units' results.
+Every document gets a random shard and a random position in it. Sources are therefore mixed across
+all shards as if all documents had been shuffled, and shards are only approximately equal in size.
+Any process can write any shard independently from the units' results.
 """
 
 import json
@@ -32,15 +32,15 @@ from lrc.system.files import disk_errors, flush, write_text
 PLACED = np.dtype(
     [("key", "<u8"), ("source", "<u2"), ("unit", "<u4"), ("offset", "<i8"), ("length", "<i4")]
 )
-"""A document of a shard: its place in the order, and where its tokens are."""
+"""A document of a shard: its position in the order, and where its tokens are."""
 
 WINDOW_TOKENS = 1 << 22
-"""Tokens that are held in memory at once."""
+"""Tokens held in memory at once."""
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """A shard that is to be made."""
+    """A shard to write."""
 
     stem: str
     split: Split
@@ -49,17 +49,17 @@ class ShardPlan:
 def place_documents(
     space: Workspace, sources: int, tokens: dict[Split, int], shard_tokens: int, seed: int
 ) -> list[ShardPlan]:
-    """Draw a shard and a place for every selected document.
+    """Draw a shard and a position for every selected document.
 
     Args:
         space: the build's workspace.
         sources: number of sources.
-        tokens: all tokens of each side.
-        shard_tokens: about how many tokens a shard is to have.
-        seed: decides the draw.
+        tokens: total tokens of each split.
+        shard_tokens: approximate number of tokens per shard.
+        seed: seed of the draw.
 
     Returns:
-        The shards to make; what belongs to each is written to the workspace.
+        The shards to write; the documents of each are listed in the workspace.
     """
     counts = {s: max(1, round(n / shard_tokens)) if n else 0 for s, n in tokens.items()}
     plans = [ShardPlan(f"{s}-{i:05d}", s) for s, count in counts.items() for i in range(count)]
@@ -87,7 +87,7 @@ def _place(
     drawn: int,
     seed: int,
 ) -> None:
-    """Append documents to the files of their shards; `drawn` were placed before."""
+    """Append documents to the files of their shards; `drawn` documents were placed before."""
     if not len(records):
         return
     numbers = np.arange(drawn, drawn + len(records), dtype=np.uint64)
@@ -106,17 +106,17 @@ def _place(
 
 
 def make_shard(folder: Path, out: Path, plan: ShardPlan, dtype: str, sources: list[str]) -> None:
-    """Write one shard into `out`, and its entry of the index into the workspace.
+    """Write one shard into `out`, and its index entry into the workspace.
 
     Args:
         folder: the build's workspace.
-        out: the folder of the shards.
-        plan: the shard.
+        out: the shards folder.
+        plan: the shard to write.
         dtype: element type of the tokens.
         sources: names of all sources.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     space = Workspace(folder)
     documents = np.fromfile(space.documents(plan.stem), PLACED)
@@ -139,7 +139,7 @@ def make_shard(folder: Path, out: Path, plan: ShardPlan, dtype: str, sources: li
 
 
 def made_shard(space: Workspace, out: Path, plan: ShardPlan, dtype: str) -> Shard | None:
-    """A shard that was finished before, or None."""
+    """A shard that is already finished, or None."""
     try:
         shard = shard_of_entry(out, dtype, json.loads(space.shard(plan.stem).read_text()))
         shard.check_sizes()
@@ -151,7 +151,7 @@ def made_shard(space: Workspace, out: Path, plan: ShardPlan, dtype: str) -> Shar
 def gather(
     space: Workspace, documents: NDArray[np.void], dtype: str
 ) -> NDArray[np.unsignedinteger]:
-    """The token ids of documents, end to end in the order given; files are read in their order."""
+    """The token ids of documents, end to end in the given order; files are read sequentially."""
     size = np.dtype(dtype).itemsize
     ends = np.cumsum(documents["length"], dtype=np.int64)
     tokens = np.empty(int(ends[-1]), np.dtype(dtype).newbyteorder("<"))
@@ -168,7 +168,7 @@ def gather(
             length = int(documents["length"][i])
             file.seek(int(documents["offset"][i]) * size)
             if file.readinto(tokens[int(ends[i]) - length : int(ends[i])].data) != length * size:
-                raise UserError(f"{path} is cut off: remove {space.folder.parent} and build anew.")
+                raise UserError(f"{path} is cut off: remove {space.folder.parent} and rebuild.")
     finally:
         if file is not None:
             file.close()
@@ -176,7 +176,7 @@ def gather(
 
 
 def _windows(documents: NDArray[np.void]) -> Iterator[NDArray[np.void]]:
-    """Documents in groups of about WINDOW_TOKENS."""
+    """Group documents into windows of about WINDOW_TOKENS."""
     windows = np.cumsum(documents["length"], dtype=np.int64) // WINDOW_TOKENS
     cuts = np.flatnonzero(np.diff(windows)) + 1
     yield from (window for window in np.split(documents, cuts) if len(window))

@@ -1,4 +1,4 @@
-"""Conversations of either common form, rendered with the teacher's chat template."""
+"""Render conversations of either common format with the teacher's chat template."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +19,11 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""Roles by the names that ShareGPT data sets give them."""
+"""Roles, by their names in ShareGPT data sets."""
 
 
 class Malformed(Exception):
-    """A row holds no conversation; the message says why."""
+    """A row contains no conversation; the message says why."""
 
 
 def messages_of(value: Any) -> list[dict[str, Any]]:
@@ -33,34 +33,36 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
         value: a list of `{role, content}` or of `{from, value}`; null is an empty conversation.
 
     Raises:
-        Malformed: it is neither.
+        Malformed: if the value is neither.
     """
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Malformed(f"no list of turns but a {type(value).__name__}")
+        raise Malformed(f"not a list of turns but a {type(value).__name__}")
     return [_message(turn) for turn in value]
 
 
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
-        raise Malformed(f"a turn that is no object but a {type(turn).__name__}")
+        raise Malformed(f"a turn that is not an object but a {type(turn).__name__}")
     if isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str):
         return turn
     if isinstance(turn.get("value"), str) and isinstance(turn.get("from"), str):
         role = SHAREGPT_ROLES.get(turn["from"])
         if role is None:
-            raise Malformed(f"a turn from '{turn['from']}', which is no known role")
+            raise Malformed(f"a turn from '{turn['from']}', which is not a known role")
         return {"role": role, "content": turn["value"]}
-    raise Malformed("a turn without `role` and `content` or `from` and `value` in text")
+    raise Malformed("a turn without text in `role` and `content`, or in `from` and `value`")
 
 
 def render(messages: list[dict[str, Any]], tokenizer: "Tokenizer") -> str:
-    """A conversation as the teacher reads it, special tokens and all; empty where it is.
+    """Render a conversation as the teacher reads it, including special tokens; an empty
+    conversation gives an empty text.
 
     Raises:
-        Malformed: the template refuses the conversation (two turns of the same role, say).
-        UserError: the tokenizer has no chat template.
+        Malformed: if the template rejects the conversation (for example, two consecutive turns of
+            the same role).
+        UserError: if the tokenizer has no chat template.
     """
     from lrc.model.tokenizer import RefusedConversation, chat_text
 
@@ -69,14 +71,14 @@ def render(messages: list[dict[str, Any]], tokenizer: "Tokenizer") -> str:
     try:
         return chat_text(tokenizer, messages)
     except RefusedConversation as error:
-        raise Malformed(f"a conversation that the chat template refuses ({error})") from error
+        raise Malformed(f"a conversation that the chat template rejects ({error})") from error
 
 
 def require_template(tokenizer: "Tokenizer") -> None:
     """Check that a tokenizer has a chat template.
 
     Raises:
-        UserError: it has none.
+        UserError: if the tokenizer has no chat template.
     """
     from lrc.model.tokenizer import need_template
 
@@ -84,6 +86,6 @@ def require_template(tokenizer: "Tokenizer") -> None:
         need_template(tokenizer)
     except UserError as error:
         raise UserError(
-            f"Chat sources cannot be rendered: {error} Name a teacher that has one (its instruct "
-            "version), or leave these sources out."
+            f"Chat sources cannot be rendered: {error} Use a teacher that has one (its instruct "
+            "version), or remove these sources."
         ) from error

@@ -1,17 +1,17 @@
 """Near-duplicates: MinHash signatures by rensa, compared band by band in bounded memory.
 
-Why rensa: of the kept libraries it is the fastest by far (2 million hashed runs in 0.02 s of one
-core, less than 1% of what tokenizing their text takes), it is one small wheel, and it takes hashes,
-so that the runs of words are hashed once, by numpy. datasketch's signatures take Python calls for
-every run; datatrove wants all documents to pass through its own pipeline several times, which
-leaves no room for budgets that end the reading. The index in memory of either library (and
-rensa's own) grows by some 300 bytes to 2 KB a document.
+Why rensa: of the maintained libraries it is by far the fastest (2 million hashed runs in 0.02 s on
+one core, less than 1% of the time to tokenize their text), it is one small wheel, and it accepts
+hashes, so that numpy hashes the runs of words once. datasketch needs Python calls for every run.
+datatrove passes all documents through its own pipeline several times, so a budget cannot stop
+reading early. The in-memory index of either library (and rensa's own) grows by roughly 300 bytes to
+2 KB per document.
 
-The index here is a Bloom filter over the bands' keys (LSHBloom, arXiv 2411.04257), which takes 24
-bits a key: 42 bytes a document with 14 bands. 10 billion tokens, 10 million documents, take 420 MB.
-The price is that a document may be taken for a duplicate by accident: by 14 bands with one chance
-in 24,000 each, at most 6 documents in 10,000 are lost once a filter is full. The expected number of
-such mistakes is counted and reported.
+The index here is a Bloom filter over the bands' keys (LSHBloom, arXiv 2411.04257). It takes 24 bits
+per key: 42 bytes per document with 14 bands. 10 billion tokens (10 million documents) take 420 MB.
+The cost is that a document may be classified as a duplicate by accident: each of the 14 bands has
+one chance in 24,000, so at most 6 documents in 10,000 are lost once a filter is full. The expected
+number of such mistakes is counted and reported.
 """
 
 import numpy as np
@@ -29,16 +29,16 @@ _FIRST_BYTES = 1 << 24
 """Size of the first filter: 400,000 documents."""
 
 _GROWTH = 4
-"""Each filter is so much larger than the one before."""
+"""Size of each filter relative to the previous one."""
 
 _CHUNK = 1 << 13
-"""Documents that are looked up at once."""
+"""Documents looked up at once."""
 
 
 def band_keys(texts: list[str], words: Words, settings: Deduplicate) -> Hashes:
     """A key for every band of every text's signature, [texts, bands].
 
-    Texts of fewer words than a run count as one run of all their words.
+    A text shorter than a run counts as one run of all its words.
     """
     runs, first = words.runs(settings.words)
     counts = np.diff(first)
@@ -57,23 +57,23 @@ def band_keys(texts: list[str], words: Words, settings: Deduplicate) -> Hashes:
 
 
 class SeenDocuments:
-    """The documents kept so far, by their keys; what is asked comes in the order of the mix.
+    """The documents kept so far, by their keys; documents arrive in the order of the mix.
 
     Args:
-        settings: the mix's.
+        settings: the deduplication settings of the mix.
     """
 
     def __init__(self, settings: Deduplicate) -> None:
         self._bytes_left = settings.memory_mib << 20
         self._filters: list[_Filter] = []
         self.mistakes = 0.0
-        """How many documents were probably taken for duplicates by accident."""
+        """Expected number of documents classified as duplicates by accident."""
 
     def add_new(self, keys: Hashes) -> NDArray[np.bool_]:
-        """Which documents are no near-duplicates of earlier ones that were kept; these are kept.
+        """Find and keep the documents that are not near-duplicates of documents kept earlier.
 
         Args:
-            keys: what `band_keys` gave, [documents, bands].
+            keys: keys from `band_keys`, [documents, bands].
 
         Returns:
             [documents], true where a document is kept.
@@ -94,7 +94,7 @@ class SeenDocuments:
         return kept
 
     def _filter(self, keys: int) -> "_Filter":
-        """The filter that takes the next keys."""
+        """The filter to which the next keys are added."""
         full = not self._filters or self._filters[-1].keys + keys > self._filters[-1].capacity
         if full and self._bytes_left:
             wanted = len(self._filters[-1].bits) * _GROWTH if self._filters else _FIRST_BYTES
@@ -113,7 +113,7 @@ class _Filter:
         self.keys = 0
 
     def contains(self, keys: Hashes) -> NDArray[np.bool_]:
-        """Whether each key was added (or by accident seems so); the shape of `keys`."""
+        """Whether each key was added (or appears to be, by accident); same shape as `keys`."""
         found = np.ones(keys.shape, bool)
         for probe in range(_PROBES):
             byte, bit = self._place(keys, probe)
@@ -129,7 +129,7 @@ class _Filter:
         self.keys += len(flat)
 
     def accident(self) -> float:
-        """The chance that a key that was never added seems to be there."""
+        """The probability that a key that was never added appears to be present."""
         return float(-np.expm1(-_PROBES * self.keys / (len(self.bits) * 8))) ** _PROBES
 
     def _place(self, keys: Hashes, probe: int) -> tuple[Hashes, NDArray[np.uint8]]:
@@ -139,7 +139,7 @@ class _Filter:
 
 
 def _drop_repeats(keys: Hashes, kept: NDArray[np.bool_]) -> None:
-    """Drop the documents of one chunk that share a key with an earlier kept one of the chunk."""
+    """Drop documents that share a key with an earlier kept document of the same chunk."""
     documents = np.flatnonzero(kept)
     _, inverse, counts = np.unique(keys[documents], return_inverse=True, return_counts=True)
     shared = counts[inverse].reshape(len(documents), keys.shape[1]) > 1

@@ -1,4 +1,4 @@
-"""Which rows of a source are kept, and how the summary calls each filter."""
+"""Which rows of a source are kept, and the summary's name for each filter."""
 
 import operator
 import re
@@ -26,21 +26,21 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 }
 
 Test = tuple[str, Callable[[Any], bool]]
-"""What the summary calls a filter, and whether something passes it."""
+"""The summary's name for a filter, and the test itself."""
 
 
 def field_tests(filters: Filters) -> list[Test]:
-    """The filters that look at a row's fields, in their order.
+    """The filters on a row's fields, in order.
 
-    The tests raise KeyError (the field's name) where the row has no such field, and UserError
-    where a number is asked for and the field holds none.
+    The tests raise KeyError (with the field's name) if the row lacks the field, and UserError if
+    the field should be a number but is not.
     """
     tests = [_number_test(field, text) for field, text in filters.numbers.items()]
     return tests + [_value_test(field, values) for field, values in filters.values.items()]
 
 
 def text_tests(filters: Filters) -> list[Test]:
-    """The filters that look at a text, in their order."""
+    """The filters on a text, in order."""
     tests: list[Test] = []
     if filters.characters != Bounds():
         bounds = filters.characters
@@ -55,7 +55,7 @@ def text_tests(filters: Filters) -> list[Test]:
 
 
 def steps_of(source: Source, decontaminate: bool, deduplicate: bool) -> list[str]:
-    """What can take documents of a source away, in its order, as the summary calls it."""
+    """The summary's names for the steps that can drop documents of a source, in order."""
     filters = source.filters
     bounds = [f"tokens {filters.tokens}"] if filters.tokens != Bounds() else []
     return [
@@ -72,16 +72,16 @@ def steps_of(source: Source, decontaminate: bool, deduplicate: bool) -> list[str
 
 
 def columns_of(source: Source) -> set[str]:
-    """The fields that are needed of a source's rows."""
+    """The fields that a source's rows must have."""
     filters = source.filters
     return {source.chat or source.text, *filters.numbers, *filters.values}
 
 
 def field_of(row: dict[str, Any], name: str) -> Any:
-    """A field of a row; `meta.language` is looked for inside `meta` where no field is called so.
+    """A field of a row; `meta.language` is looked up in `meta` if no field has that name.
 
     Raises:
-        KeyError: there is none; holds the name.
+        KeyError: if there is no such field; the error contains the name.
     """
     if name in row:
         return row[name]
@@ -104,8 +104,8 @@ def _number_test(field: str, text: str) -> Test:
             number = float(value)
         except (TypeError, ValueError):
             raise UserError(
-                f"the field '{field}' holds {value!r}, which is no number; filter it by "
-                "`values`, or name another field"
+                f"the field '{field}' is {value!r}, which is not a number; filter it by "
+                "`values`, or use another field"
             ) from None
         return all(compare(number, limit) for compare, limit in wanted)
 
@@ -119,5 +119,5 @@ def _value_test(field: str, values: list[Any]) -> Test:
 
 
 def _hashable(value: Any) -> Any:
-    """Lists and mappings are never one of the values."""
+    """The value, or None for lists and mappings, which never match any of the values."""
     return None if isinstance(value, list | dict) else value

@@ -1,4 +1,4 @@
-"""Hub data sets, by way of `datasets`."""
+"""Read hub data sets with `datasets`."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,14 +12,14 @@ from lrc.system.hub import cache_alone_if_unreachable, no_way
 
 
 def load(source: Source, columns: set[str]) -> Any:
-    """The data set of a source: a `Dataset`, or an `IterableDataset` where it is streamed.
+    """Load the data set of a source: a `Dataset`, or an `IterableDataset` if it is streamed.
 
     Args:
-        source: its `hub` is set.
-        columns: the fields that are needed; the others are left out.
+        source: the source, with `hub` set.
+        columns: the required fields; other fields are dropped.
 
     Raises:
-        UserError: it cannot be loaded, or has no such field.
+        UserError: if the data set cannot be loaded or lacks a field.
     """
     import datasets  # Slow to import, and most mixes do not need it.
 
@@ -28,14 +28,14 @@ def load(source: Source, columns: set[str]) -> Any:
     options = {"split": source.split, "revision": source.revision, "streaming": source.streaming}
     try:
         data = datasets.load_dataset(name, config, **options)
-    except Exception as error:  # `datasets` passes on whatever the network layers raise.
+    except Exception as error:  # `datasets` lets any error of the network layers through.
         raise UserError(
             f"The data set '{name}' (config {config}, split {source.split}) cannot be loaded "
             f"({no_way(problem, error)}); check its name, config and split, and the connection to "
             "the hub."
         ) from error
     names = data.column_names
-    if names is None:  # A streamed data set without a description shows them in its rows only.
+    if names is None:  # Without a description, only the rows of a streamed data set show them.
         return data
     heads = {column if column in names else column.partition(".")[0] for column in columns}
     for column in sorted(heads.difference(names)):
@@ -44,8 +44,8 @@ def load(source: Source, columns: set[str]) -> Any:
 
 
 def arrow_files(data: Any) -> list[Path] | None:
-    """The files of a data set that lies on the disk; None where it does not, or only a part of
-    these files belongs to it."""
+    """The files of a data set on disk; None if it is not on disk, or includes only part of the
+    files' rows."""
     import datasets
 
     if not isinstance(data, datasets.Dataset) or not data.cache_files:
@@ -56,8 +56,8 @@ def arrow_files(data: Any) -> list[Path] | None:
 
 
 def parts(data: Any) -> list[Callable[[], Any]]:
-    """A streamed data set file by file (as `datasets` divides it), each opened when it is called;
-    any other data set as a single part."""
+    """A streamed data set file by file (as divided by `datasets`), each opened when called; any
+    other data set is a single part."""
     count = getattr(data, "num_shards", 1) if hasattr(data, "state_dict") else 1
     if count < 2:
         return [lambda: data]

@@ -1,4 +1,4 @@
-"""Look at shards: counts, shares, random documents, and whether every byte is as it was written."""
+"""Inspect shards: counts, shares, random documents, and whether any byte has changed."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,22 +14,22 @@ if TYPE_CHECKING:
 
 
 class SourceCount(NamedTuple):
-    """What one side holds of one source."""
+    """Documents and tokens of one source in one split."""
 
     split: Split
     source: str
     documents: int
     tokens: int
     share: float
-    """Of the side's tokens."""
+    """Share of the split's tokens."""
 
 
 class Sample(NamedTuple):
-    """A document, decoded."""
+    """A decoded document."""
 
     shard: str
     document: int
-    """Its number in the shard, from 0."""
+    """Index in the shard, from 0."""
 
     source: str
     tokens: int
@@ -37,7 +37,7 @@ class Sample(NamedTuple):
 
 
 def count_sources(shards: Shards) -> list[SourceCount]:
-    """Documents and tokens of every source on each side."""
+    """Documents and tokens of every source in each split."""
     counts = []
     for split in SPLITS:
         documents = np.zeros(len(shards.sources), np.int64)
@@ -54,13 +54,13 @@ def count_sources(shards: Shards) -> list[SourceCount]:
 def sample_documents(
     shards: Shards, tokenizer: "Tokenizer", count: int, seed: int
 ) -> Iterator[Sample]:
-    """Random training documents, every one equally likely.
+    """Random training documents, all equally likely.
 
     Args:
         shards: the shards.
-        tokenizer: the one that made them.
-        count: how many; no document twice.
-        seed: decides which.
+        tokenizer: the tokenizer that built the shards.
+        count: number of documents; no document occurs twice.
+        seed: seed of the choice.
     """
     train = shards.of_split("train")
     ends = np.cumsum([shard.documents for shard in train])
@@ -76,13 +76,14 @@ def sample_documents(
 
 
 def check_files(shards: Shards) -> Iterator[tuple[str, list[Path]]]:
-    """Every shard's name with its damaged files, by their checksums; reads everything.
+    """Every shard's name with the files that do not match their checksums; reads everything.
 
-    Beyond the checksums, which a rewritten index could match, every shard is looked at for what
-    readers rely on.
+    Because a rewritten index could match damaged files, the function also checks what readers rely
+    on.
 
     Raises:
-        UserError: a shard's documents do not begin in order inside it, or are of no known source.
+        UserError: if document offsets are out of order or outside the shard, or a source is
+            unknown.
     """
     for shard in shards.shards:
         damaged = shard.damaged_files()
@@ -93,10 +94,10 @@ def check_files(shards: Shards) -> Iterator[tuple[str, list[Path]]]:
 
 
 def own_tokenizer(shards: Shards) -> "Tokenizer":
-    """The tokenizer that lies with the shards.
+    """The tokenizer stored with the shards.
 
     Raises:
-        UserError: it is not there, or is not the one that made them.
+        UserError: if the tokenizer is missing or is not the one that built the shards.
     """
     from transformers import AutoTokenizer
 
@@ -107,7 +108,7 @@ def own_tokenizer(shards: Shards) -> "Tokenizer":
         )
     except Exception as error:
         raise UserError(
-            f"The tokenizer of the shards, {folder}, cannot be loaded: name it with --teacher."
+            f"The tokenizer of the shards, {folder}, cannot be loaded: set it with --teacher."
         ) from error
     shards.require_tokenizer(tokenizer, str(folder))
     return tokenizer

@@ -1,22 +1,22 @@
-"""A mix: which text `lrc data build` takes from where, how much of it, and what it leaves out.
+"""A mix: which text `lrc data build` takes, from where, how much, and what it filters out.
 
-One YAML file is one mix. Sources stand in the order in which they are read; where two sources hold
-nearly the same document, the earlier one keeps it. Every source passes these filters, in this
-order, and the summary counts documents before and after each:
+One YAML file is one mix. Sources are read in the order given; if two sources contain nearly the
+same document, the earlier source keeps it. Every source passes these filters, in this order, and
+the summary counts documents before and after each:
 
     malformed and blank rows, numbers, values, characters, keep_matching, drop_matching,
     overlap with evaluation sets, tokens, near-duplicates (of this and all earlier sources), budget
 
-How much is taken. A source gives
+The amount of text taken from a source depends on its settings:
 
-* `tokens: 1B`, that many training tokens; or
-* `weight: 0.6`, its share of what the mix's own `tokens` leave after the sources with budgets of
-  their own: weights are relative shares of tokens, not of documents; or
-* neither: all that it has.
+* `tokens: 1B`: that many training tokens; or
+* `weight: 0.6`: a share of the mix's `tokens` that remain after the sources with their own budgets;
+  weights are relative shares of tokens, not of documents; or
+* neither: all its text.
 
-Reading stops as soon as a budget is met, so that a huge source is not read to its end. A source
-that has less than its budget runs dry: the build warns, and the mix becomes smaller and its shares
-shift, unless `repeat` allows documents to occur several times.
+Reading stops once a budget is met, so a huge source is not read to its end. A source with less text
+than its budget runs dry: the build warns, the mix becomes smaller and its shares shift, unless
+`repeat` allows documents to occur several times.
 """
 
 import copy
@@ -55,7 +55,7 @@ def comparisons(text: str) -> list[tuple[str, float]]:
     """Split `>= 3 and < 5` into its comparisons.
 
     Raises:
-        ValueError: the text is not of that form.
+        ValueError: if the text does not have that form.
     """
     found = [_COMPARISON.fullmatch(part) for part in re.split(r"\band\b|,", text)]
     if not all(found):
@@ -67,7 +67,7 @@ def _pattern(text: str) -> str:
     try:
         re.compile(text)
     except re.error as error:
-        raise ValueError(f"it is no regular expression ({error})") from None
+        raise ValueError(f"not a valid regular expression ({error})") from None
     return text
 
 
@@ -82,41 +82,41 @@ Pattern = Annotated[str, AfterValidator(_pattern)]
 
 
 class Bounds(Section):
-    """A range, both ends included; an end left out is open."""
+    """An inclusive range; an omitted end is open."""
 
     min: int | None = Field(None, ge=0)
-    """Smallest that is kept."""
+    """Smallest value kept."""
 
     max: int | None = Field(None, gt=0)
-    """Largest that is kept."""
+    """Largest value kept."""
 
     def contain(self, value: int) -> bool:
-        """Whether a value lies inside."""
+        """Whether a value is in the range."""
         return (self.min is None or value >= self.min) and (self.max is None or value <= self.max)
 
     def __str__(self) -> str:
-        """Like `200 to 8000`."""
+        """The range as text, such as `200 to 8000`."""
         return f"{0 if self.min is None else self.min} to {'∞' if self.max is None else self.max}"
 
 
 class Filters(Section):
-    """What a source's documents must be like to be kept. Fields may be nested: `meta.language`."""
+    """Conditions that a source's documents must meet. Fields may be nested: `meta.language`."""
 
     numbers: dict[str, Comparison] = Field(default_factory=dict)
     """Numeric fields and the comparison that their values must meet: `{int_score: ">= 4"}`,
-    `{score: ">= 2.5 and < 4"}`. An empty field (null) meets none."""
+    `{score: ">= 2.5 and < 4"}`. An empty field (null) never meets a comparison."""
 
     values: dict[str, list[str | bool | int]] = Field(default_factory=dict)
-    """Fields and the values that are kept: `{language: [en]}`."""
+    """Fields and the values to keep: `{language: [en]}`."""
 
     characters: Bounds = Bounds()
     """Length of the text in characters."""
 
     keep_matching: Pattern | None = None
-    """Regular expression that must be found somewhere in the text."""
+    """Regular expression that must match somewhere in the text."""
 
     drop_matching: Pattern | None = None
-    """Regular expression that must not be found in the text."""
+    """Regular expression that must not match anywhere in the text."""
 
     tokens: Bounds = Bounds()
     """Length in tokens, without bos and eos."""
@@ -126,8 +126,8 @@ class Source(Section):
     """One source of text: a hub data set (`hub`) or local files (`files`)."""
 
     hub: str | None = None
-    """A data set's id on the hub (`HuggingFaceFW/fineweb-edu`) or whatever else
-    `datasets.load_dataset` takes."""
+    """A data set's hub id (`HuggingFaceFW/fineweb-edu`) or anything else that
+    `datasets.load_dataset` accepts."""
 
     config: str | None = None
     """Configuration of the hub data set."""
@@ -139,39 +139,39 @@ class Source(Section):
     """Revision of the hub data set (branch, tag or commit)."""
 
     streaming: bool = True
-    """Read the hub data set while it is downloaded and keep nothing of it; off: download all of it
-    first, which lets all processes read it at once."""
+    """Read the hub data set during the download and store none of it. Off: download all of it
+    first, which lets all processes read it in parallel."""
 
     files: list[str] = Field(default_factory=list)
     """Files, folders or patterns (`text/*.parquet`): Parquet, JSONL (.jsonl, .json) and text (.txt,
     .md, .rst), the latter two plain, .gz or .zst; data sets saved by `datasets`; `stdlib-docs`."""
 
     shuffle_files: bool = False
-    """Read the files in an order drawn by the mix's seed, so that a budget takes its share of a
-    large data set here and there and not from its beginning."""
+    """Read the files in an order drawn from the mix's seed, so that a budget samples a large data
+    set throughout and not only from its beginning."""
 
     text: str = "text"
-    """Field of the text."""
+    """Field with the text."""
 
     chat: str | None = None
-    """Field of the conversation, in place of `text`: a list of `{role, content}` (`messages`) or
+    """Field with the conversation, instead of `text`: a list of `{role, content}` (`messages`) or
     of `{from, value}` (ShareGPT). It is rendered with the teacher's chat template."""
 
     parse_special_tokens: bool = False
-    """Whether special tokens that are written out in `text` (`</s>`, `<|im_start|>`) become the
-    control tokens themselves; in conversations, those of the chat template always do."""
+    """Whether special tokens written out in `text` (`</s>`, `<|im_start|>`) become control tokens;
+    in conversations, those of the chat template always do."""
 
     weight: float | None = Field(None, gt=0)
     """Share of the mix's tokens."""
 
     tokens: Amount | None = None
-    """Training tokens that are taken."""
+    """Number of training tokens to take."""
 
     repeat: int = Field(1, ge=1)
-    """How often a document may occur where the source has less than its budget."""
+    """How often a document may occur if the source has less text than its budget."""
 
     filters: Filters = Filters()
-    """What its documents must be like."""
+    """Conditions that its documents must meet."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "Source":
@@ -194,39 +194,40 @@ class Source(Section):
 class Deduplicate(Section):
     """Near-duplicate removal: MinHash of runs of words, compared band by band.
 
-    Two documents that share a fraction s of their runs are taken for duplicates with probability
-    1 - (1 - s^rows)^bands: with the defaults, which are FineWeb's, 5% at s = 0.5, 56% at 0.7,
-    92% at 0.8.
+    Two documents that share a fraction s of their runs count as duplicates with probability
+    1 - (1 - s^rows)^bands. With the defaults, which are FineWeb's, this is 5% at s = 0.5, 56% at
+    0.7, and 92% at 0.8.
     """
 
     bands: int = Field(14, ge=1, le=64)
-    """Bands of a signature; a document is dropped where one equals an earlier document's."""
+    """Bands per signature; a document is dropped if one band equals an earlier document's."""
 
     rows: int = Field(8, ge=1, le=64)
-    """MinHash values of a band."""
+    """MinHash values per band."""
 
     words: int = Field(5, ge=1, le=64)
-    """Words of a run."""
+    """Words per run."""
 
     memory_mib: int = Field(1024, ge=1)
-    """Largest size of the index in memory: 42 bytes a document with 14 bands (10 million documents
-    take 420 MB). Beyond it, more and more documents are dropped by mistake, with a warning."""
+    """Maximum size of the in-memory index: 42 bytes per document with 14 bands (10 million
+    documents take 420 MB). Beyond it, more and more documents are dropped by mistake, with a
+    warning."""
 
 
 class Decontaminate(Section):
     """Removal of documents that overlap evaluation sets."""
 
     folder: str
-    """Folder of the evaluation sets: JSONL files (.gz and .zst too), one a set. Every field of
-    text counts, nested ones too, each by itself."""
+    """Folder of the evaluation sets: JSONL files (also .gz and .zst), one per set. Every text field
+    counts separately, including nested fields."""
 
     words: int = Field(13, ge=2, le=64)
-    """A document is dropped where so many words in a row (lower case, without punctuation) stand in
-    an evaluation set too."""
+    """A document is dropped if this many consecutive words (lower case, without punctuation) also
+    occur in an evaluation set."""
 
 
 class Mix(Section):
-    """All that decides what shards hold."""
+    """Everything that determines the content of the shards."""
 
     teacher: str
     """The model whose tokenizer and chat template are used: a hub id, a folder, a .gguf file or
@@ -236,7 +237,7 @@ class Mix(Section):
     """Hub revision of the teacher."""
 
     tokens: Amount | None = None
-    """Training tokens of the whole mix, which `weight`s divide."""
+    """Training tokens of the whole mix, divided according to each source's `weight`."""
 
     sources: dict[str, Source] = Field(min_length=1, max_length=1 << 16)
     """The sources by name, in the order in which they are read."""
@@ -245,26 +246,27 @@ class Mix(Section):
     """Near-duplicate removal; `false` turns it off."""
 
     decontaminate: Decontaminate | None = None
-    """Removal of what overlaps evaluation sets; empty: none."""
+    """Removal of documents that overlap evaluation sets; off if empty."""
 
     held_out_fraction: float = Field(0.001, ge=0, lt=1)
-    """Share of the documents that is held out, beside the budgets; by their wording, so that the
-    same text never stands on both sides."""
+    """Share of the documents that is held out, in addition to the budgets; determined by their
+    content, so that the same text is never in both splits."""
 
     longest_document: int = Field(1_000_000, ge=1_000)
-    """Characters; longer documents are divided, at a paragraph's, line's or word's end."""
+    """Maximum length in characters; longer documents are split at the end of a paragraph, line or
+    word."""
 
     bad_rows: int = Field(100, ge=0)
-    """Malformed rows of a source that are skipped; one more ends the build."""
+    """Malformed rows of a source that are skipped; one more stops the build."""
 
     shard_tokens: Amount = 100_000_000
-    """About how many tokens a shard has."""
+    """Approximate number of tokens per shard."""
 
     seed: int = Field(0, ge=0)
-    """Decides the order of the documents in the shards."""
+    """Seed of the order of the documents in the shards."""
 
     root: str = "."
-    """Folder that relative paths of `files` and `decontaminate.folder` start from."""
+    """Base folder for relative paths in `files` and `decontaminate.folder`."""
 
     @field_validator("deduplicate", mode="before")
     @classmethod
@@ -279,15 +281,17 @@ class Mix(Section):
             raise ValueError(f"`weight` of '{weighted[0]}' needs `tokens` of the whole mix")
         boundless = [n for n, s in self.sources.items() if s.weight is None and s.tokens is None]
         if self.tokens is not None and boundless:
-            raise ValueError(f"'{boundless[0]}' needs a `weight` or `tokens` beside the mix's own")
+            raise ValueError(f"'{boundless[0]}' needs its own `weight` or `tokens`")
         if self.tokens is not None and not weighted:
             raise ValueError("`tokens` of the whole mix has no effect without a `weight`")
         if self.tokens is not None and fixed >= self.tokens:
-            raise ValueError("the sources' own `tokens` leave nothing of the mix's for weights")
+            raise ValueError(
+                "the sources' own `tokens` leave nothing of the mix's `tokens` for weights"
+            )
         return self
 
     def budgets(self) -> dict[str, int | None]:
-        """Training tokens that each source is to give; None: all that it has."""
+        """Training tokens to take from each source; None means all its text."""
         sources = self.sources.values()
         rest = (self.tokens or 0) - sum(source.tokens or 0 for source in sources)
         whole = sum(source.weight or 0.0 for source in sources)
@@ -297,7 +301,7 @@ class Mix(Section):
         }
 
     def path(self, relative: str) -> Path:
-        """A path of the mix, from its root."""
+        """Resolve a path of the mix relative to its root."""
         return Path(self.root).expanduser() / Path(relative).expanduser()
 
     def to_yaml(self) -> str:
@@ -306,15 +310,15 @@ class Mix(Section):
 
 
 def load_mix(source: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Mix:
-    """Read a mix from a YAML file, or a shipped one by its name (`mixed-1.1`).
+    """Read a mix from a YAML file, or a shipped mix by name (`mixed-1.1`).
 
     Args:
         source: path of a YAML file, or the name of a shipped mix.
-        overrides: settings that win over the file, by dotted key.
+        overrides: settings that override the file, by dotted key.
 
     Raises:
-        UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
-            mistakes are in the one message.
+        UserError: if the file is missing or not YAML, or a setting is unknown or out of range; one
+            message lists all mistakes.
     """
     settings = copy.deepcopy(read_yaml(find_yaml(source, "mix")))
     for key, value in overrides.items():

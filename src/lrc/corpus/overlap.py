@@ -1,9 +1,9 @@
-"""Overlap with evaluation sets: runs of words that stand in both (13 words, as for GPT-3).
+"""Overlap with evaluation sets: runs of words that occur in both (13 words, as for GPT-3).
 
-Every field of text of every item counts, by itself and as deep as it lies: questions, choices,
-passages, answers. Texts of fewer words than a run cannot be found this way; the report counts the
-items that have none that is long enough. A hash that is found is compared word by word, so that
-nothing is dropped for an accident of hashing.
+Every text field of every item counts separately, at any depth: questions, choices, passages,
+answers. Texts with fewer words than a run cannot be found this way; the report counts the items
+without a long enough text. Hash matches are verified word by word, so a hash collision never drops
+a document.
 """
 
 import json
@@ -23,10 +23,10 @@ from lrc.system.errors import UserError
 from lrc.system.files import new_file, write_text
 
 _SIEVE_BITS = 26
-"""A hash is looked up only where the sieve has its lowest bits: it spares 19 of 20 lookups."""
+"""A hash is looked up only if the sieve contains its lowest bits, which saves 19 of 20 lookups."""
 
 _BATCH = 1 << 10
-"""Texts of evaluation sets that are hashed at once."""
+"""Evaluation set texts hashed at once."""
 
 
 class Overlap(NamedTuple):
@@ -37,20 +37,20 @@ class Overlap(NamedTuple):
 
     evaluation_set: str
     run: str
-    """The words that both have, normalized."""
+    """The shared words, normalized."""
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What the index holds of one evaluation set."""
+    """What the index knows about one evaluation set."""
 
     items: int
     too_short: int
-    """Items without a text that is long enough to be found."""
+    """Items without a text long enough to be found."""
 
 
 class OverlapIndex:
-    """The runs of words of some evaluation sets, as `write_index` left them.
+    """The runs of words of evaluation sets, as written by `write_index`.
 
     Args:
         folder: the folder that `write_index` wrote to.
@@ -59,7 +59,7 @@ class OverlapIndex:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._words = json.loads((folder / "sets.json").read_text())["words"]
-        # Mapped, so that all processes share one copy.
+        # Memory-mapped, so that all processes share one copy.
         self._hashes: Hashes = np.load(folder / "hashes.npy", mmap_mode="r")
         self._owners = np.load(folder / "owners.npy", mmap_mode="r")
         self._sieve: NDArray[np.uint8] = np.load(folder / "sieve.npy", mmap_mode="r")
@@ -69,7 +69,7 @@ class OverlapIndex:
 
         Args:
             texts: the texts of a batch.
-            words: what `hash_words` gave for them.
+            words: result of `hash_words` for the texts.
         """
         runs, first = words.runs(self._words)
         low = runs & np.uint64((1 << _SIEVE_BITS) - 1)
@@ -91,7 +91,7 @@ class OverlapIndex:
 
     @cached_property
     def _texts(self) -> list[tuple[str, str]]:
-        """Every text of the sets: the set's name, and its words; read at the first hit only."""
+        """Every text of the sets, as set name and words; read only on the first hit."""
         return json.loads((self._folder / "texts.json").read_text(encoding="utf-8"))
 
 
@@ -99,15 +99,15 @@ def write_index(sets: Path, words: int, folder: Path) -> dict[str, EvaluationSet
     """Index the runs of words of evaluation sets.
 
     Args:
-        sets: folder of JSONL files, one a set.
-        words: words of a run.
+        sets: folder of JSONL files, one per set.
+        words: words per run.
         folder: where the index is written.
 
     Returns:
-        What was found, by the name of the set.
+        What was found, by set name.
 
     Raises:
-        UserError: there is no such folder, it holds no set, or one cannot be read.
+        UserError: if the folder does not exist, contains no set, or a set cannot be read.
     """
     texts: list[tuple[str, str]] = []
     found = {}
@@ -147,7 +147,7 @@ def evaluation_files(sets: Path) -> list[Path]:
     """The files of the evaluation sets in a folder, in order.
 
     Raises:
-        UserError: there is no such folder, or it holds none.
+        UserError: if the folder does not exist or contains no evaluation set.
     """
     plain = tuple(JSONL_SUFFIXES)
     endings = plain + tuple(a + b for a in plain for b in COMPRESSED_SUFFIXES)
@@ -155,14 +155,14 @@ def evaluation_files(sets: Path) -> list[Path]:
     files = [file for file in files if file.name.lower().endswith(endings)]
     if not files:
         raise UserError(
-            f"The folder '{sets}' holds no evaluation sets; name a folder of JSONL files in "
-            "decontaminate.folder, one a set."
+            f"The folder '{sets}' contains no evaluation sets; set decontaminate.folder to a "
+            "folder of JSONL files, one per set."
         )
     return files
 
 
 def _texts_of(value: Any) -> Iterator[str]:
-    """All texts inside JSON values."""
+    """All texts inside a JSON value."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):

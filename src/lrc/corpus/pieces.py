@@ -1,4 +1,4 @@
-"""Pieces of the input: a part of a file that can be read by itself, and its rows."""
+"""Pieces of the input: parts of files that can be read independently, and their rows."""
 
 import io
 import itertools
@@ -14,7 +14,7 @@ from lrc.system.errors import UserError
 from lrc.system.limits import LONGEST_LINE
 
 ROWS_AT_ONCE = 64
-"""Rows of a table that are held at once."""
+"""Table rows held in memory at once."""
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
@@ -26,24 +26,24 @@ class Piece:
     kind: Literal["text", "jsonl", "parquet", "dataset"]
 
     path: Path
-    """The file that is read."""
+    """The file to read."""
 
     start: int
     """First byte of text and JSONL, first row group of Parquet, first row of a data set."""
 
     end: int
-    """Where it ends, in the same unit; not part of it."""
+    """End (exclusive), in the same unit as `start`."""
 
     shown: str
-    """The file that the user knows, where `path` is a copy of a part of it."""
+    """The file that the user knows, if `path` is a copy of a part of it."""
 
     first_row: int = 0
-    """Number of the piece's first row in `path`; 0 for text and JSONL, where it is not known."""
+    """Number of the piece's first row in `path`; 0 for text and JSONL, where it is unknown."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process works on at a time; its result is the unit of restarting."""
+    """What one process works on at a time; builds resume from the results of finished units."""
 
     source: int
     """Index of the source in the mix."""
@@ -55,7 +55,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Name of the files of its result."""
+        """File name stem of its result."""
         return f"{self.source:03d}-{self.number:07d}"
 
 
@@ -63,34 +63,34 @@ class TextRow(NamedTuple):
     """A row of a piece."""
 
     number: int
-    """Its number in the piece, from 0."""
+    """Number of the row in the piece, from 0."""
 
     fields: dict[str, Any] | None
-    """None: the row is malformed."""
+    """Fields of the row; None if the row is malformed."""
 
     problem: str = ""
-    """What is wrong with it."""
+    """What is wrong with a malformed row."""
 
 
 def read_rows(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     """Stream the rows of a piece.
 
     Args:
-        piece: what to read.
-        columns: fields that are needed; tables give no others, JSONL gives all that it has, and
-            text gives each document as field `text`.
+        piece: the piece to read.
+        columns: the required fields; tables yield only these, JSONL yields all its fields, and
+            text yields each document as field `text`.
 
     Raises:
-        UserError: the file cannot be read, is damaged or not UTF-8, or a table has no such column.
+        UserError: if the file cannot be read, is damaged or not UTF-8, or a table lacks a column.
     """
     readers = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}
     return readers[piece.kind](piece, columns)
 
 
 def missing_field(where: str, field: str, fields: Any) -> UserError:
-    """The error of a field that is not there."""
+    """The error for a missing field."""
     names = ", ".join(map(str, fields)) or "none"
-    return UserError(f"{where} has no field '{field}'; name one that it has in the mix ({names}).")
+    return UserError(f"{where} has no field '{field}'; use one of its fields in the mix ({names}).")
 
 
 def _text(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
@@ -105,7 +105,7 @@ def _text(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
 
 
 def _jsonl(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
-    # Copies are plain, whatever they are called; whole compressed files are copied first.
+    # Copies are uncompressed, whatever their names; compressed files are copied first.
     with reading_errors(Path(piece.shown)), open(piece.path, "rb") as file:
         file.seek(piece.start)
         left = piece.end - piece.start
@@ -121,7 +121,7 @@ def _jsonl(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
 
 
 def _parse(number: int, line: bytes) -> TextRow:
-    """The row of one line of JSON."""
+    """Parse one line of JSON into a row."""
     try:
         fields = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -152,10 +152,10 @@ def _dataset(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
 
 
 def open_dataset(path: Path) -> Any:
-    """A data set saved by `datasets`, or one of its Arrow files.
+    """Open a data set saved by `datasets`, or one of its Arrow files.
 
     Raises:
-        UserError: it cannot be read, or has several splits and none is called `train`.
+        UserError: if the data set cannot be read, or has several splits and none named `train`.
     """
     import datasets  # Slow to import, and most mixes do not need it.
 
@@ -178,7 +178,7 @@ def open_dataset(path: Path) -> Any:
 
 
 def _present(piece: Piece, columns: set[str], names: list[str]) -> list[str]:
-    """The columns of a table that hold the fields (nested ones: `meta` for `meta.language`)."""
+    """The table columns that contain the fields (for nested fields, `meta` for `meta.language`)."""
     found = []
     for column in sorted(columns):
         head = column if column in names else column.partition(".")[0]
@@ -189,10 +189,10 @@ def _present(piece: Piece, columns: set[str], names: list[str]) -> list[str]:
 
 
 def line_ends(path: Path, size: int, kind: Literal["text", "jsonl"]) -> Iterator[tuple[int, int]]:
-    """Cut a plain file into parts of about `size` bytes, at line ends (text: at blank lines).
+    """Cut a plain file into parts of about `size` bytes, at line ends (for text, at blank lines).
 
     Yields:
-        Where each part begins and ends, in bytes.
+        Start and end of each part, in bytes.
     """
     length = path.stat().st_size
     start = 0
@@ -209,8 +209,8 @@ def line_ends(path: Path, size: int, kind: Literal["text", "jsonl"]) -> Iterator
 
 
 def rest_of_part(file: Any, kind: Literal["text", "jsonl"]) -> Iterator[bytes]:
-    """Read on to a place where a part may end: a line's end, for text the next blank line within
-    64 KiB; where there is none, any place between two characters."""
+    """Read up to the next valid end of a part: a line end or, for text, the next blank line within
+    64 KiB; if there is none, any boundary between two characters."""
     limit = LONGEST_LINE if kind == "jsonl" else 1 << 16
     line = file.readline(limit)
     yield line
@@ -222,6 +222,6 @@ def rest_of_part(file: Any, kind: Literal["text", "jsonl"]) -> Iterator[bytes]:
         read += len(line)
         yield line
     if line and not line.endswith(b"\n"):
-        # Cut inside a line: go on to the end of the character.
+        # The cut is inside a line: read to the end of the character.
         while (following := file.peek(1)[:1]) and following[0] & 0xC0 == 0x80:
             yield file.read(1)

@@ -1,8 +1,8 @@
 """The processes of a build.
 
-Tokenizing scales best over processes with one thread each: threads of one process would wait for
-each other's Python. The processes are forked from a small server that has imported what they need
-and nothing else, so that they share its memory and start at once.
+Tokenizing scales best over processes with one thread each, because threads of one process block
+each other in Python. The processes are forked from a small server that has imported only what they
+need, so they share its memory and start immediately.
 """
 
 import multiprocessing
@@ -19,7 +19,7 @@ from lrc.system.errors import UserError
 
 
 class Pool:
-    """Runs functions in other processes, or in this one where there is to be only one.
+    """Runs functions in other processes, or in this process if `workers` is 1.
 
     Args:
         workers: number of processes.
@@ -41,7 +41,7 @@ class Pool:
             self._executor.shutdown(wait=True, cancel_futures=True)
 
     def submit(self, work: Callable[..., None], *arguments: Any) -> "Future[None]":
-        """Start some work; in one process it is done at once."""
+        """Start work; with a single process, it runs immediately."""
         if self._executor is not None:
             return self._executor.submit(work, *arguments)
         future: Future[None] = Future()
@@ -51,22 +51,22 @@ class Pool:
 
     @staticmethod
     def wait(future: "Future[None]") -> None:
-        """Wait until some work is done, and raise what it raised.
+        """Wait until work is done, and raise any exception that it raised.
 
         Raises:
-            UserError: a process was killed.
+            UserError: if a process was killed.
         """
         try:
             future.result()
         except BrokenProcessPool as error:
             raise UserError(
-                "A process of the build was killed, most likely for want of memory: give it fewer "
-                "processes (--workers) and run the same command again, which goes on from here."
+                "A build process was killed, most likely because memory ran out: use fewer "
+                "processes (--workers) and run the same command again, which resumes the build."
             ) from error
 
 
 def default_workers() -> int:
-    """One process a core that this one may use."""
+    """One process per core available to this process."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # Not on macOS.
@@ -74,7 +74,7 @@ def default_workers() -> int:
 
 
 def _start() -> None:
-    """Prepare a process: one thread, no answer to Ctrl-C, and an end when the build's ends."""
+    """Prepare a process: use one thread, ignore Ctrl-C, and exit when the build process exits."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     os.environ["RAYON_NUM_THREADS"] = "1"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -84,6 +84,6 @@ def _start() -> None:
 
 
 def _end_with(sentinel: int) -> None:
-    """End this process when the build's is gone: a killed build leaves nothing running."""
+    """Exit when the build process is gone, so that a killed build leaves nothing running."""
     connection.wait([sentinel])
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What a person sees of a build while it goes on: tokens, rate, share of the budget, time left."""
+"""Progress display of a running build: tokens, rate, share of the budget, time left."""
 
 import time
 from collections.abc import Iterator
@@ -12,14 +12,14 @@ from lrc.corpus.selection import Tally
 from lrc.data.shards import Shard
 
 _SECONDS_OF_LINE = 30.0
-"""Seconds between two lines where there is no terminal."""
+"""Seconds between two lines if the output is not a terminal."""
 
 
 class BuildProgress:
-    """Shows how far a build is; on anything but a terminal, by a line now and then.
+    """Shows the progress of a build; without a terminal, it prints a line from time to time.
 
     Args:
-        console: where it is shown.
+        console: where to show the progress.
     """
 
     def __init__(self, console: Console) -> None:
@@ -37,7 +37,7 @@ class BuildProgress:
         self._last_line = time.monotonic()
 
     def unit(self, source: str, tally: Tally, budget: int | None) -> None:
-        """A unit of a source was selected from; `tally` has all so far."""
+        """Update a source after selecting from one of its units; `tally` has the totals so far."""
         began = self._began.setdefault(source, time.monotonic())
         seconds = time.monotonic() - began
         done = tally.train.tokens
@@ -50,13 +50,13 @@ class BuildProgress:
         self._show(source, detail, min(done, budget) if budget else None, budget)
 
     def shards(self, count: int) -> None:
-        """The shards are being written."""
+        """Start the display for `count` shards to be written."""
         self._show("shards", f"0 of {count}", 0, count)
         self._count = count
         self._written = 0
 
     def shard(self, shard: Shard) -> None:
-        """A shard is written."""
+        """Update the display after a shard is written."""
         self._written += 1
         self._show("shards", f"{self._written} of {self._count}", self._written, self._count)
 

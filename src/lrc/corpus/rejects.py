@@ -1,4 +1,4 @@
-"""Rows that were malformed, and documents that overlap evaluation sets, for the user to look at."""
+"""Collect malformed rows, and documents that overlap evaluation sets, for the user to inspect."""
 
 import json
 from collections import Counter
@@ -12,7 +12,7 @@ from lrc.system.errors import UserError
 
 
 class Rejects:
-    """Gathers them unit by unit, in the order of the mix.
+    """Collects malformed rows and overlaps unit by unit, in the order of the mix.
 
     Args:
         space: the build's workspace, where the overlapping documents are listed.
@@ -25,20 +25,20 @@ class Rejects:
         self._rows: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
         self.shown: dict[str, list[str]] = {}
-        """The first malformed rows of every source, in words."""
+        """Descriptions of the first malformed rows of every source."""
         self.overlaps: Counter[str] = Counter()
-        """Documents dropped for every evaluation set."""
+        """Number of documents dropped for each evaluation set."""
         self._path.write_bytes(b"")
 
     def add(self, source: str, unit: Unit, report: Report) -> None:
-        """Take over what a unit's report says.
+        """Add the rejects of a unit's report.
 
         Raises:
-            UserError: the source has more malformed rows than the mix allows.
+            UserError: if the source has more malformed rows than the mix allows.
         """
         before = []
         for piece, rows in zip(unit.pieces, report.rows, strict=True):
-            # Of JSONL and text only the main process knows how many rows came before.
+            # For JSONL and text, only the main process knows how many rows came before.
             before.append(piece.first_row or self._rows[f"{source}:{piece.shown}"])
             self._rows[f"{source}:{piece.shown}"] += rows
         shown = self.shown.setdefault(source, [])
@@ -50,7 +50,7 @@ class Rejects:
         if self._bad[source] > self._limit:
             raise UserError(
                 f"The source '{source}' has more than {self._limit} malformed rows "
-                f"({'; '.join(shown)}): mend them, or raise bad_rows."
+                f"({'; '.join(shown)}): fix them, or raise bad_rows."
             )
         with self._path.open("a", encoding="utf-8") as file:
             for piece_index, row, name, run, begins in report.overlaps:

@@ -1,15 +1,15 @@
-"""`lrc data build`: from a mix to shards, by many processes, and from where it was stopped.
+"""`lrc data build`: build shards from a mix with many processes, and resume stopped builds.
 
-1. The sources are divided into units; processes filter and tokenize these (`unit`).
-2. The main process takes the results in the order of the mix, drops near-duplicates and ends
-   sources whose budget is met (`selection`). It waits for the next unit in order while others are
-   worked on ahead, so that nothing depends on which process is quicker.
+1. The sources are divided into units, which processes filter and tokenize (`unit`).
+2. The main process reads the results in the order of the mix, drops near-duplicates and ends
+   sources whose budget is met (`selection`). It waits for the next unit in order while processes
+   work ahead on others, so nothing depends on which process is faster.
 3. The selected documents are drawn into shards, which processes write (`assemble`).
-4. The summary is written, and the index last.
+4. The summary is written, then the index.
 
-Results of units and finished shards stay on the disk until the end, about as large as the shards
-themselves. A build that is killed at any moment and started again takes them up, and its shards are
-the same to the byte.
+Unit results and finished shards stay on disk until the end; they are about as large as the shards
+themselves. A build can be killed at any moment: when restarted, it reuses them and produces shards
+that are identical to the byte.
 """
 
 import json
@@ -61,26 +61,26 @@ from lrc.system.files import (
 )
 
 FORMAT = 2
-"""Raise it whenever the same mix would give other shards: builds of another one cannot go on."""
+"""Increase it when the same mix would give other shards; builds of other formats cannot resume."""
 
 AHEAD = 4
-"""Units a process that are worked on, or done, before their turn."""
+"""Units per process that may be in progress, or finished, before their turn."""
 
 
 def build_shards(
     mix: Mix, tokenizer: Tokenizer, out: Path, workers: int, progress: BuildProgress
 ) -> Shards:
-    """Build the shards of a mix, or go on with a build that was stopped.
+    """Build the shards of a mix, or resume a stopped build.
 
     Args:
         mix: the mix.
-        tokenizer: its teacher's.
-        out: folder of the shards; new, empty, or of a stopped build of the same mix.
+        tokenizer: the tokenizer of the mix's teacher.
+        out: shards folder; new, empty, or with a stopped build of the same mix.
         workers: number of processes; the result does not depend on it.
-        progress: told what is going on.
+        progress: progress display.
 
     Raises:
-        UserError: the folder is taken, a source cannot be read or is empty, too many rows are
+        UserError: if the folder is in use, a source cannot be read or is empty, too many rows are
             malformed, the tokenizer does not fit, or the disk is full.
     """
     plan = make_plan(mix, tokenizer)
@@ -89,7 +89,7 @@ def build_shards(
     space = Workspace(out / FOLDER)
     _check_place(space, plan, out)
     with disk_errors(out):
-        with hold(space.folder, f"Another process is building {out}: wait for it."):
+        with hold(space.folder, f"Another process is building {out}: wait until it is done."):
             _clear(space)
             _begin(space, plan, tokenizer)
             with Pool(workers) as pool:
@@ -100,10 +100,10 @@ def build_shards(
 
 
 def make_plan(mix: Mix, tokenizer: Tokenizer) -> BuildPlan:
-    """What decides the build.
+    """Collect everything that determines the build.
 
     Raises:
-        UserError: an input is not there, or the tokenizer does not fit.
+        UserError: if an input is missing or the tokenizer does not fit.
     """
     identity = tokenizer_identity(tokenizer)
     if any(source.chat for source in mix.sources.values()):
@@ -123,7 +123,7 @@ def make_plan(mix: Mix, tokenizer: Tokenizer) -> BuildPlan:
 
 
 class _Build:
-    """A build on its way."""
+    """A running build."""
 
     def __init__(
         self, space: Workspace, plan: BuildPlan, out: Path, pool: Pool, progress: BuildProgress
@@ -145,7 +145,7 @@ class _Build:
         ]
 
     def run(self) -> Shards:
-        """Everything, from the units to the index."""
+        """Run all steps, from the units to the index."""
         self._select()
         plans = self._place()
         shards = Shards(
@@ -172,10 +172,11 @@ class _Build:
         return summarize(self._mix, tallies, self._rejects, sets, mistakes)
 
     def _select(self) -> None:
-        """Steps 1 and 2: work on units, and select from them in order."""
+        """Steps 1 and 2: process units, and select from them in order."""
         waiting: deque[tuple[Unit, Future[None] | None]] = deque()
         units = self._units()
-        # One process does every unit when it is started: it must not be ahead of the budgets.
+        # A single process runs each unit as soon as it is submitted, so it must not get ahead of
+        # the budgets.
         ahead = AHEAD * self._pool.workers if self._worker is None else 1
         while True:
             while len(waiting) < ahead and (u := next(units, None)):
@@ -193,11 +194,11 @@ class _Build:
             self._take(first)
         for name, selection in zip(self._names, self._selections, strict=True):
             if not selection.tally.read.documents:
-                raise UserError(f"The source '{name}' is empty: give it text, or take it out.")
+                raise UserError(f"The source '{name}' is empty: give it text, or remove it.")
             selection.finish()
 
     def _units(self) -> Iterator[Unit]:
-        """The units of all sources in order; no more of a source whose budget is met."""
+        """The units of all sources in order; a source ends once its budget is met."""
         for index, source in enumerate(self._mix.sources.values()):
             columns = filters.columns_of(source)
             copies, is_done = self._space.copies, self._space.is_done
@@ -214,7 +215,7 @@ class _Build:
         return self._pool.submit(unit.process_unit, self._space.folder, wanted)
 
     def _take(self, done: Unit) -> None:
-        """Select from a unit that is done."""
+        """Select from a finished unit."""
         result = unit.read_result(self._space, done)
         name = self._names[done.source]
         self._rejects.add(name, done, result.report)
@@ -230,14 +231,15 @@ class _Build:
         }
         if not tokens["train"]:
             raise UserError(
-                "No document passed the filters: loosen them, or look at the counts with fewer."
+                "No document passed the filters: loosen them, or check the counts with fewer "
+                "filters."
             )
         assert tuple(tokens) == SPLITS
         mix = self._mix
         return place_documents(self._space, len(self._names), tokens, mix.shard_tokens, mix.seed)
 
     def _make(self, plans: list[ShardPlan]) -> Iterator[Shard]:
-        """Step 3b: write the shards that are not there yet."""
+        """Step 3b: write the missing shards."""
         self._progress.shards(len(plans))
         dtype = self._plan.dtype
         missing = [p for p in plans if made_shard(self._space, self._out, p, dtype) is None]
@@ -256,13 +258,13 @@ class _Build:
 
 
 def _finished(plan: BuildPlan, out: Path) -> Shards:
-    """Shards that were built before, where they are of this plan; what a build left is removed."""
+    """Open shards that were built earlier from this plan; remove leftovers of the build."""
     shards = open_shards(out)
     differences = _differences(shards.build, plan)
     if differences:
         raise UserError(
-            f"{out} already holds shards of another mix (other {', '.join(differences)}): choose "
-            "another folder."
+            f"{out} already contains shards of another mix (other {', '.join(differences)}): "
+            "choose another folder."
         )
     space = Workspace(out / FOLDER)
     if space.folder.is_dir():
@@ -271,21 +273,22 @@ def _finished(plan: BuildPlan, out: Path) -> Shards:
 
 
 def _check_place(space: Workspace, plan: BuildPlan, out: Path) -> None:
-    """Refuse a folder that is taken, or holds a stopped build of another plan."""
+    """Reject a folder that is in use, or contains a stopped build of another plan."""
     if space.plan.is_file():
-        found = read_json(space.plan, f"remove {out} to begin anew")
+        found = read_json(space.plan, f"remove {out} to start over")
         differences = _differences(found, plan)
         if differences:
             raise UserError(
-                f"{out} holds an unfinished build of another mix (other {', '.join(differences)}): "
-                "choose another folder, or remove it to begin anew."
+                f"{out} contains an unfinished build of another mix "
+                f"(other {', '.join(differences)}): choose another folder, or remove it to start "
+                "over."
             )
     elif is_taken(out, lambda name: name == FOLDER or is_left_over(name)):
-        raise UserError(f"{out} already holds something: choose another folder for the shards.")
+        raise UserError(f"{out} already exists and is not empty: choose another folder.")
 
 
 def _differences(found: dict[str, Any], plan: BuildPlan) -> list[str]:
-    """What differs between a plan on the disk and another one, in words."""
+    """Describe the differences between a plan on disk and another plan."""
     words = {"mix": "settings", "files": "input files", "dtype": "token size"}
     wanted = json.loads(json.dumps(plan.to_json()))
     names = [words.get(key, key) for key in wanted if found.get(key) != wanted[key]]
@@ -296,7 +299,7 @@ def _differences(found: dict[str, Any], plan: BuildPlan) -> list[str]:
 
 
 def _begin(space: Workspace, plan: BuildPlan, tokenizer: Tokenizer) -> None:
-    """Write what processes need, and the plan last; nothing where a stopped build did."""
+    """Write what processes need, then the plan; do nothing if a stopped build already did."""
     if space.plan.is_file():
         return
     with new_folder(space.tokenizer) as temporary:
@@ -310,7 +313,7 @@ def _begin(space: Workspace, plan: BuildPlan, tokenizer: Tokenizer) -> None:
 
 
 def _clear(space: Workspace) -> None:
-    """Remove what a killed build was in the middle of writing."""
+    """Remove partial files of a killed build."""
     space.clear_copies()
     for path in list(space.folder.rglob(".*.tmp")):
         remove(path)

@@ -1,9 +1,9 @@
-"""The decisions that depend on all that came before: near-duplicates and budgets.
+"""The decisions that depend on all earlier documents: near-duplicates and budgets.
 
-They are taken by the main process, unit after unit in the order of the mix, whatever process was
-done with which unit first; a build that goes on takes the same ones again from the units' results
-(about a minute for 10 million documents). What is selected is written to the disk, 24 bytes a
-document, so that memory does not grow with the input.
+The main process makes them unit by unit in the order of the mix, regardless of which unit finishes
+first. A resumed build makes the same decisions again from the units' results (about a minute for
+10 million documents). Selected documents are written to disk, 24 bytes per document, so memory does
+not grow with the input.
 """
 
 from collections.abc import Iterator
@@ -20,37 +20,37 @@ from lrc.corpus.mix import Source
 from lrc.corpus.unit import Count, Report, Result
 
 SELECTED = np.dtype([("unit", "<u4"), ("length", "<i4"), ("offset", "<i8"), ("held_out", "<u1")])
-"""A selected document: its unit's number, its tokens, and where they begin in the unit's."""
+"""A selected document: unit number, length in tokens, and offset in the unit's tokens."""
 
 HISTOGRAM_BITS = 24
 """Lengths are counted by their number of binary digits: 1, 2-3, 4-7, ..."""
 
 _RECORDS = 1 << 20
-"""Documents that are read from the disk at once."""
+"""Documents read from disk at once."""
 
 
 @dataclass
 class Tally:
-    """What became of a source's documents so far."""
+    """What happened to a source's documents so far."""
 
     read: Count = field(default_factory=Count)
     divided: int = 0
     dropped: dict[str, Count] = field(default_factory=dict)
     tokenized: Count = field(default_factory=Count)
-    """All documents that were tokenized, to estimate the tokens of those that were not."""
+    """All tokenized documents; used to estimate the tokens of the other documents."""
 
     train: Count = field(default_factory=Count)
     held_out: Count = field(default_factory=Count)
     repeated: Count = field(default_factory=Count)
-    """What `repeat` added to the training documents, contained in `train`."""
+    """Training documents added by `repeat`; included in `train`."""
 
     histogram: NDArray[np.int64] = field(
         default_factory=lambda: np.zeros(HISTOGRAM_BITS, dtype=np.int64)
     )
-    """Documents by the number of binary digits of their length in tokens."""
+    """Number of documents by the binary digits of their length in tokens."""
 
     def add_report(self, report: Report) -> None:
-        """Count what a unit's worker dropped."""
+        """Add what a unit's worker dropped."""
         self.read.add(**vars(report.read))
         self.divided += report.divided
         for name, count in report.dropped.items():
@@ -64,8 +64,8 @@ class SourceSelection:
 
     Args:
         source: the source.
-        budget: training tokens that it is to give; None: all that it has.
-        seen: the documents kept so far, of this and all earlier sources; None: duplicates stay.
+        budget: training tokens to take from the source; None to take everything.
+        seen: documents kept so far, of this and all earlier sources; None to keep duplicates.
         path: where the selected documents are written.
     """
 
@@ -89,15 +89,15 @@ class SourceSelection:
         """Select from the next unit.
 
         Args:
-            unit: its number in the source.
-            result: its result.
+            unit: number of the unit in the source.
+            result: result of the unit.
         """
         self.tally.add_report(result.report)
         self.tally.tokenized.add(*_sums(result, np.ones(len(result.lengths), bool)))
         train_tokens = int(result.lengths[~result.held_out].sum())
         left = None if self._budget is None else self._budget - self.tally.train.tokens
-        # Where the budget may end within the unit, documents are taken one by one: those after
-        # the end must not count as seen.
+        # If the budget may be met within the unit, take documents one by one: those after the
+        # end must not count as seen.
         step = len(result.lengths) if left is None or train_tokens < left else 1
         new = np.zeros(len(result.lengths), bool)
         done, taken = 0, 0
@@ -111,7 +111,7 @@ class SourceSelection:
             file.write(_records(unit, result, new).tobytes())
 
     def _count(self, result: Result, new: NDArray[np.bool_], done: int) -> None:
-        """Count what became of a unit's documents, of which the first `done` were looked at."""
+        """Count what happened to a unit's documents; the first `done` of them were examined."""
         tally = self.tally
         looked_at = np.arange(len(new)) < done
         for name, mask in (
@@ -125,7 +125,7 @@ class SourceSelection:
         tally.histogram += histogram(result.lengths[new])
 
     def finish(self) -> None:
-        """Repeat documents where the source ran dry and the mix allows it."""
+        """Repeat documents if the source ran dry and the mix allows it."""
         size = self._path.stat().st_size
         for _ in range(self._repeat - 1):
             if self.is_full or not self.tally.train.tokens:
@@ -147,7 +147,7 @@ class SourceSelection:
 
 
 def read_records(file: BinaryIO, size: int | None = None) -> Iterator[NDArray[np.void]]:
-    """The selected documents of a file (of its first `size` bytes), some at a time."""
+    """Read the selected documents of a file (of its first `size` bytes) in chunks."""
     left = -1 if size is None else size
     while left:
         wanted = _RECORDS * SELECTED.itemsize
@@ -159,7 +159,7 @@ def read_records(file: BinaryIO, size: int | None = None) -> Iterator[NDArray[np
 
 
 def histogram(lengths: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Number of documents by the number of binary digits of their length, [HISTOGRAM_BITS]."""
+    """Number of documents by the binary digits of their length, [HISTOGRAM_BITS]."""
     digits = np.frexp(lengths.astype(np.float64))[1]
     return np.bincount(np.minimum(digits, HISTOGRAM_BITS) - 1, minlength=HISTOGRAM_BITS)
 
@@ -175,6 +175,6 @@ def _records(unit: int, result: Result, new: NDArray[np.bool_]) -> NDArray[np.vo
 
 
 def _sums(result: Result, mask: NDArray[np.bool_]) -> tuple[int, int, int]:
-    """Documents, characters and tokens of some of a unit's documents."""
+    """Number of documents, characters and tokens of a subset of a unit's documents."""
     characters, tokens = result.characters[mask].sum(), result.lengths[mask].sum()
     return int(mask.sum()), int(characters), int(tokens)

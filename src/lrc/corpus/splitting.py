@@ -1,10 +1,10 @@
 """Divide the sources of a mix into units that processes work on independently.
 
-The units of a source do not depend on the number of processes. What can be read from the middle
-(plain JSONL and text, Parquet, data sets on the disk) is only described; what cannot (compressed
-files, hub data sets that are streamed) is read by the main process, once, and copied to the disk
-in parts that the other processes read: a copied part is removed as soon as its unit is done.
-Decompressing runs at about 200 MB a second, fifty times as fast as one core tokenizes.
+The units of a source do not depend on the number of processes. A unit of a source with random
+access (plain JSONL and text, Parquet, data sets on disk) only names the part to read. Other sources
+(compressed files, streamed hub data sets) are read once by the main process, which copies them to
+disk in parts for the other processes. A copied part is removed as soon as its unit is done.
+Decompression runs at about 200 MB per second, fifty times as fast as one core tokenizes.
 """
 
 import json
@@ -24,7 +24,7 @@ from lrc.data.text_files import COMPRESSED_SUFFIXES, open_bytes, reading_errors
 from lrc.system.files import new_file, write_text
 
 UNIT_BYTES = 1 << 24
-"""Bytes of text of a unit, about: four million tokens, some seconds of a core."""
+"""Approximate bytes of text per unit: four million tokens, a few seconds on one core."""
 
 
 Item = TypeVar("Item")
@@ -32,23 +32,24 @@ Item = TypeVar("Item")
 TextKind = Literal["text", "jsonl"]
 
 Sized = tuple[Piece, int]
-"""A piece with its bytes of text (for tables an estimate)."""
+"""A piece and its bytes of text (an estimate for tables)."""
 
 
 def local_files(mix: Mix, source: Source) -> list[str]:
-    """The paths and patterns of a source, from the mix's root; `stdlib-docs` as it is."""
+    """The paths and patterns of a source, relative to the mix's root; `stdlib-docs` unchanged."""
     return [name if name == STDLIB_DOCS else str(mix.path(name)) for name in source.files]
 
 
 class Splitter:
-    """Gives the units of one source, in order.
+    """Yields the units of one source, in order.
 
     Args:
         mix: the mix.
-        index: the source's index in it.
-        columns: fields that are needed of tables.
+        index: index of the source in the mix.
+        columns: required fields of tables.
         copies: folder of the copied parts.
-        is_done: whether a unit's result is there, by its name; nothing is copied for such a unit.
+        is_done: predicate for whether a unit, given by name, has a result; nothing is copied for
+            such a unit.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Splitter:
         self._copied = 0
 
     def units(self) -> Iterator[Unit]:
-        """The units; each holds about UNIT_BYTES, and small files share one."""
+        """The units; each has about UNIT_BYTES, and small files share one unit."""
         if self._source.hub is not None:
             yield from self._hub_units(self._source.hub)
             return
@@ -77,7 +78,7 @@ class Splitter:
         yield from self._grouped(piece for source in sources for piece in self._file(source))
 
     def _grouped(self, pieces: Iterable[Sized]) -> Iterator[Unit]:
-        """Put pieces together to units."""
+        """Group pieces into units."""
         group: list[Piece] = []
         size = 0
         for piece, piece_size in pieces:
@@ -90,13 +91,13 @@ class Splitter:
             yield self._unit(group)
 
     def _unit(self, pieces: list[Piece]) -> Unit:
-        """The next unit."""
+        """Make the next unit."""
         unit = Unit(self._index, self._number, tuple(pieces))
         self._number += 1
         return unit
 
     def _file(self, source: TextSource) -> Iterator[Sized]:
-        """The pieces of a file or of a data set on the disk."""
+        """The pieces of a file or of a data set on disk."""
         kind, path = source
         if kind == "stdlib":
             rows = ({"text": document} for document in stdlib_docs.documents())
@@ -124,8 +125,8 @@ class Splitter:
             yield from self._grouped(piece for file in tables for piece in _row_ranges(file, name))
             return
         parts = self._in_order(hub.parts(data))
-        # A streamed data set goes on where the last unit that is done ended, without reading what
-        # came before again.
+        # A streamed data set continues where the last finished unit ended, without rereading
+        # earlier data.
         number, state = 0, None
         while self._is_done(self._name()) and self._state_file(self._number).is_file():
             number, state = json.loads(self._state_file(self._number).read_text())
@@ -143,7 +144,7 @@ class Splitter:
                 yield self._unit([piece])
 
     def _in_order(self, files: list[Item]) -> list[Item]:
-        """Files as they come, or in the order that the seed draws."""
+        """Files in the given order, or in an order drawn from the seed."""
         if not self._source.shuffle_files:
             return files
         drawn = draw(np.arange(len(files), dtype=np.uint64), self._mix.seed, again=2 + self._index)
@@ -153,11 +154,11 @@ class Splitter:
         return Unit(self._index, self._number, ()).name
 
     def _state_file(self, number: int) -> Path:
-        """File of the state that a streamed data set has after a unit."""
+        """Path of a streamed data set's state after a unit."""
         return self._copies / f"{Unit(self._index, number, ()).name}.state.json"
 
     def _copy(self, part: bytes, kind: TextKind, shown: str) -> Piece:
-        """Write a part to the disk, where its unit has no result yet."""
+        """Write a part to disk, if its unit has no result yet."""
         path = self._copies / f"{self._index:03d}-part-{self._copied:07d}"
         self._copied += 1
         if not self._is_done(self._name()):
@@ -181,7 +182,7 @@ def _row_groups(path: Path) -> Iterator[Sized]:
 
 
 def _row_ranges(path: Path, shown: str) -> Iterator[Sized]:
-    """Ranges of rows of a data set on the disk."""
+    """Row ranges of a data set on disk."""
     data = open_dataset(path)
     row_size = max(1, data.data.nbytes // max(1, len(data)))
     step = max(1, UNIT_BYTES // row_size)
@@ -191,11 +192,11 @@ def _row_ranges(path: Path, shown: str) -> Iterator[Sized]:
 
 
 def _lines(rows: Iterator[dict[str, Any]]) -> Iterator[bytes]:
-    """Rows as lines of JSON, in parts of about UNIT_BYTES."""
+    """Rows as JSON lines, in parts of about UNIT_BYTES."""
     lines: list[bytes] = []
     size = 0
     for row in rows:
-        # What JSON cannot hold (dates, bytes) becomes text; no filter needs it.
+        # Values that JSON cannot represent (dates, bytes) become text; no filter needs them.
         line = json.dumps(row, default=str).encode() + b"\n"
         lines.append(line)
         size += len(line)
@@ -207,6 +208,6 @@ def _lines(rows: Iterator[dict[str, Any]]) -> Iterator[bytes]:
 
 
 def _read_part(file: Any, kind: TextKind) -> bytes:
-    """The next UNIT_BYTES of a file, and on to where a part may end; empty at its end."""
+    """The next UNIT_BYTES of a file, extended to a valid end of a part; empty at end of file."""
     part = file.read(UNIT_BYTES)
     return b"".join([part, *rest_of_part(file, kind)]) if part else b""

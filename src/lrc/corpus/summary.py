@@ -1,4 +1,4 @@
-"""What a build leaves for people: summary.json, summary.png and decontamination.jsonl."""
+"""The reports of a build for the user: summary.json, summary.png and decontamination.jsonl."""
 
 import json
 from pathlib import Path
@@ -30,10 +30,10 @@ def summarize(
 
     Args:
         mix: the mix.
-        tallies: what became of every source's documents.
+        tallies: what happened to every source's documents.
         rejects: malformed rows and overlapping documents.
-        found: what the index of the evaluation sets holds (empty where there is none).
-        mistakes: documents that were probably taken for duplicates by accident.
+        found: contents of the evaluation set index (empty if there is none).
+        mistakes: expected number of documents classified as duplicates by accident.
     """
     budgets = mix.budgets()
     whole = sum(tally.train.tokens for tally in tallies.values())
@@ -73,14 +73,14 @@ def summarize(
 
 
 def warnings_of(summary: dict[str, Any]) -> list[str]:
-    """What the user should know of a build, in sentences."""
+    """What the user should know about a build, in sentences."""
     found = []
     for name, source in summary["sources"].items():
         if source["ran_dry"]:
             found.append(
                 f"'{name}' ran dry: it has {source['train']['tokens']:,} of the "
-                f"{source['budget']:,} tokens that it was to give ({source['share']:.1%} of the "
-                f"mix instead of {source['share_asked']:.1%}); add text, or set its `repeat`."
+                f"{source['budget']:,} tokens in its budget ({source['share']:.1%} of the mix "
+                f"instead of {source['share_asked']:.1%}); add text, or set its `repeat`."
             )
         for row in source["malformed_rows"]:
             found.append(f"'{name}': {row}; skipped.")
@@ -96,17 +96,17 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
 
 
 def write_summary(space: Workspace, out: Path, summary: dict[str, Any]) -> None:
-    """Write the summary and its picture into the folder of the shards.
+    """Write the summary and its picture into the shards folder.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     write_text(out / SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     if summary["evaluation_sets"]:
         with new_file(out / OVERLAPS) as temporary:
             temporary.write_bytes(space.overlaps.read_bytes())
     figure = draw(summary)
-    # Without the version of matplotlib in it, the same summary gives the same file.
+    # Without the matplotlib version in the file, the same summary gives the same file.
     save_picture(figure, out / PICTURE, metadata={"Software": None})
 
 
@@ -132,7 +132,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             about = "≈ " if step["tokens_estimated"] else ""
             steps.add_row(
                 name,
-                step["step"],  # filters have square brackets, which rich takes for markup
+                step["step"],  # Filters have square brackets, which rich treats as markup.
                 *(f"{step[key]:,}" for key in ("documents_in", "documents_out")),
                 *(f"{about}{step[key]:,}" for key in ("tokens_in", "tokens_out")),
             )
@@ -151,7 +151,7 @@ def tables(summary: dict[str, Any]) -> list[Table]:
 
 
 def draw(summary: dict[str, Any]) -> Figure:
-    """The summary as a picture: shares, what the steps left, lengths."""
+    """The summary as a picture: shares, documents left after each step, lengths."""
     figure = Figure(figsize=(11, 8), layout="constrained")
     grid = figure.add_gridspec(2, 2)
     _draw_shares(figure.add_subplot(grid[0, 0]), summary)
@@ -202,10 +202,10 @@ def _draw_steps(axes: Axes, summary: dict[str, Any]) -> None:
 
 
 def _steps(mix: Mix, source: Source, tally: Tally) -> list[dict[str, Any]]:
-    """Documents and tokens before and after everything that can drop them.
+    """Documents and tokens before and after every step that can drop them.
 
-    What is dropped before it is tokenized (for most filters that is the point) has no known number
-    of tokens: it is estimated from its characters and marked so.
+    For documents dropped before tokenizing (the point of most filters), the number of tokens is
+    unknown. It is estimated from their characters and marked as estimated.
     """
     ratio = tally.tokenized.tokens / max(1, tally.tokenized.characters)
     names = filters.steps_of(source, mix.decontaminate is not None, mix.deduplicate is not None)

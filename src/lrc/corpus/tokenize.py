@@ -1,4 +1,4 @@
-"""Tokenizing at the speed of `tokenizers`, without importing transformers."""
+"""Tokenize at the speed of `tokenizers`, without importing transformers."""
 
 from itertools import chain
 from pathlib import Path
@@ -13,11 +13,11 @@ from lrc.data.identity import TokenizerIdentity
 
 
 class Tokenizer:
-    """A fast tokenizer that parts documents as packed text wants it.
+    """A fast tokenizer that separates documents as packed text requires.
 
     Args:
-        file: its tokenizer.json.
-        identity: the tokenizer's bos and eos.
+        file: the tokenizer.json file.
+        identity: the identity with the tokenizer's bos and eos.
     """
 
     def __init__(self, file: Path, identity: TokenizerIdentity) -> None:
@@ -32,10 +32,10 @@ class Tokenizer:
 
         Args:
             texts: the texts.
-            brings_frame: whether texts may begin with bos and end with eos, as chat templates make
-                them; these are taken off.
-            parse_special_tokens: whether special tokens that are written out in a text become
-                control tokens, as they do in what a chat template made.
+            brings_frame: whether texts may begin with bos and end with eos, as text from chat
+                templates does; these tokens are removed.
+            parse_special_tokens: whether special tokens written out in a text become control
+                tokens, as they always do in text from a chat template.
         """
         ids = encode_texts(self._backend, texts, parse_special_tokens or brings_frame)
         return [self._bare(one) for one in ids] if brings_frame else ids

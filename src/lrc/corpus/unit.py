@@ -1,8 +1,8 @@
-"""What a process does with a unit: read, filter, tokenize, and write the result to the disk.
+"""Process a unit: read, filter, tokenize, and write the result to disk.
 
 A result is two files: NAME.bin (the token ids of the documents that passed, end to end) and
-NAME.npz (their lengths, sides, signatures, and the counts), which is written last. A unit with a
-NAME.npz is done, and is never done again.
+NAME.npz (their lengths, splits, signatures, and the counts), which is written last. A unit with a
+NAME.npz is done and is never processed again.
 """
 
 import json
@@ -28,21 +28,21 @@ from lrc.system.errors import UserError
 from lrc.system.files import new_file
 
 BATCH_CHARACTERS = 1 << 18
-"""Characters that are hashed and tokenized at once; more is slower, since it leaves the caches."""
+"""Characters hashed and tokenized at once; more is slower, because it exceeds the CPU caches."""
 
 SHOWN_BAD_ROWS = 5
 
 
 @dataclass
 class Count:
-    """Documents, and what they hold; tokens are known after tokenizing only."""
+    """Counts of documents, characters and tokens; tokens are known only after tokenizing."""
 
     documents: int = 0
     characters: int = 0
     tokens: int = 0
 
     def add(self, documents: int, characters: int, tokens: int = 0) -> None:
-        """Count some more."""
+        """Add to the counts."""
         self.documents += documents
         self.characters += characters
         self.tokens += tokens
@@ -53,23 +53,23 @@ class Report:
     """What happened to a unit's rows."""
 
     rows: list[int] = field(default_factory=list)
-    """Rows of each piece (lines, for JSONL)."""
+    """Number of rows of each piece (lines, for JSONL)."""
 
     read: Count = field(default_factory=Count)
-    """All rows that were read."""
+    """All rows read."""
 
     dropped: dict[str, Count] = field(default_factory=dict)
-    """What each filter dropped, by the summary's name for it."""
+    """What each filter dropped, by the summary's name for the filter."""
 
     divided: int = 0
-    """Documents that were added by dividing long ones."""
+    """Documents added by splitting long documents."""
 
     bad: list[tuple[int, int, str]] = field(default_factory=list)
     """The first malformed rows: index of the piece, row in the piece from 0, what is wrong."""
 
     overlaps: list[tuple[int, int, str, str, str]] = field(default_factory=list)
-    """Documents that overlap evaluation sets: piece, row, the set, the shared words, and how the
-    document begins."""
+    """Documents that overlap evaluation sets: piece, row, the set, the shared words, and the start
+    of the document."""
 
     def drop(self, step: str, characters: int, tokens: int = 0) -> None:
         """Count a document that a filter dropped."""
@@ -77,7 +77,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The report out of its JSON text."""
+        """Load a report from its JSON text."""
         values = json.loads(text)
         values["read"] = Count(**values["read"])
         values["dropped"] = {name: Count(**count) for name, count in values["dropped"].items()}
@@ -89,16 +89,16 @@ class Result:
     """The documents of a unit that passed."""
 
     lengths: NDArray[np.int64]
-    """Tokens of each document, bos and eos included, [documents]."""
+    """Tokens of each document, including bos and eos, [documents]."""
 
     characters: NDArray[np.int64]
     """Characters of each document, [documents]."""
 
     held_out: NDArray[np.bool_]
-    """Whether its wording puts it on the held-out side, [documents]."""
+    """Whether each document is held out, determined by its content, [documents]."""
 
     keys: Hashes
-    """Keys of its signature, [documents, bands]; no bands where duplicates stay."""
+    """Keys of each document's signature, [documents, bands]; no bands if duplicates are kept."""
 
     report: Report
 
@@ -112,20 +112,20 @@ class _Document:
 
 
 def process_unit(folder: Path, unit: Unit) -> None:
-    """Write the result of a unit, in one of the processes of a pool.
+    """Write the result of a unit, in a pool process.
 
     Args:
         folder: the build's workspace.
-        unit: what to do.
+        unit: the unit to process.
 
     Raises:
-        UserError: the input cannot be read or lacks a field, or the disk is full.
+        UserError: if the input cannot be read or lacks a field, or the disk is full.
     """
     _worker(folder).process(unit)
 
 
 def read_result(space: Workspace, unit: Unit) -> Result:
-    """The result of a unit that is done."""
+    """Read the result of a finished unit."""
     with np.load(space.result(unit.name)) as arrays:
         return Result(
             arrays["lengths"],
@@ -138,15 +138,15 @@ def read_result(space: Workspace, unit: Unit) -> Result:
 
 @cache
 def _worker(folder: Path) -> "UnitWorker":
-    """The worker of this process, which lives as long as the build."""
+    """The worker of this process, which exists as long as the build."""
     return UnitWorker(Workspace(folder))
 
 
 class UnitWorker:
-    """What the work on every unit needs: tokenizer, evaluation sets, the mix.
+    """What processing any unit needs: tokenizer, evaluation sets, the mix.
 
     Args:
-        space: the build's workspace; its plan is there.
+        space: the build's workspace, which contains the plan.
     """
 
     def __init__(self, space: Workspace) -> None:
@@ -156,7 +156,7 @@ class UnitWorker:
         self.tokenizer = Tokenizer(space.tokenizer / "tokenizer.json", self.plan.tokenizer)
         self.chat: Any = None
         if any(source.chat for source in self.plan.mix.sources.values()):
-            from transformers import AutoTokenizer  # Brings torch along: 200 MB.
+            from transformers import AutoTokenizer  # Also imports torch: 200 MB.
 
             self.chat = AutoTokenizer.from_pretrained(
                 space.tokenizer, local_files_only=True, trust_remote_code=False
@@ -166,7 +166,7 @@ class UnitWorker:
         """Write the result of a unit.
 
         Raises:
-            UserError: the input cannot be read or lacks a field, or the disk is full.
+            UserError: if the input cannot be read or lacks a field, or the disk is full.
         """
         work = _UnitWork(self, unit)
         work.run()
@@ -177,7 +177,7 @@ class UnitWorker:
 
 
 class _UnitWork:
-    """The work on one unit."""
+    """The processing of one unit."""
 
     def __init__(self, worker: UnitWorker, unit: Unit) -> None:
         self._worker = worker
@@ -199,7 +199,7 @@ class _UnitWork:
         self._keys: list[Hashes] = [np.empty((0, bands), np.uint64)]
 
     def run(self) -> None:
-        """Read the unit and gather the documents that pass."""
+        """Read the unit and collect the documents that pass."""
         batch: list[_Document] = []
         size = 0
         for document in self._documents():
@@ -230,7 +230,7 @@ class _UnitWork:
             )
 
     def _documents(self) -> Iterator[_Document]:
-        """The documents that pass all filters of fields and text, long ones divided."""
+        """The documents that pass all field and text filters; long documents are split."""
         for index, piece in enumerate(self._unit.pieces):
             for row in read_rows(piece, self._columns):
                 self.report.rows[index] = row.number + 1
@@ -245,7 +245,7 @@ class _UnitWork:
                     if text is not None:
                         yield from self._divided(index, row.number, text)
                 if self._bad > self._mix.bad_rows:
-                    return  # The main process ends the build when it comes to this unit.
+                    return  # The main process stops the build when it reaches this unit.
 
     def _malformed(self, piece: int, row: int, problem: str) -> None:
         self._bad += 1
@@ -255,7 +255,7 @@ class _UnitWork:
             self.report.bad.append((piece, row, problem))
 
     def _text(self, fields: dict[str, Any], piece: Piece) -> str | None:
-        """The text of a row, or None where a filter drops it."""
+        """The text of a row, or None if a filter drops it."""
         try:
             if self._source.chat is None:
                 text, turns = self._plain_text(fields, piece), []
@@ -286,21 +286,21 @@ class _UnitWork:
             return ""
         if not isinstance(value, str):
             raise UserError(
-                f"A row of {piece.shown} holds no text in '{self._source.text}' but a "
-                f"{type(value).__name__}; set `text` of the source to a field of text, or `chat` "
-                "to one of conversations."
+                f"A row of {piece.shown} has type {type(value).__name__} in '{self._source.text}' "
+                "instead of text; set `text` of the source to a text field, or `chat` to a field "
+                "of conversations."
             )
-        # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
+        # JSON can contain an unpaired surrogate, which no tokenizer accepts: it becomes "?".
         return value.encode("utf-8", "replace").decode("utf-8")
 
     def _first_failure(self, fields: dict[str, Any], piece: Piece) -> str | None:
         try:
             return next((name for name, passes in self._field_tests if not passes(fields)), None)
         except UserError as error:
-            raise UserError(f"In a row of {piece.shown} {error}.") from None
+            raise UserError(f"In a row of {piece.shown}, {error}.") from None
 
     def _divided(self, piece: int, row: int, text: str) -> Iterator[_Document]:
-        """The document, or its parts where it is too long; they stand on one side."""
+        """The document, or its parts if it is too long; all parts are in the same split."""
         held_out = text_hash(text) < self._limit
         parts = list(divide(text, self._mix.longest_document))
         self.report.divided += len(parts) - 1
@@ -339,7 +339,7 @@ class _UnitWork:
     def _overlapping(
         self, batch: list[_Document], texts: list[str], words: Words | None
     ) -> set[int]:
-        """The documents of a batch that overlap evaluation sets, by their index; they are noted."""
+        """Indices of the documents of a batch that overlap evaluation sets; also reports them."""
         if self._worker.overlap is None or words is None:
             return set()
         found = self._worker.overlap.find(texts, words)
@@ -353,8 +353,8 @@ class _UnitWork:
 
 
 def divide(text: str, longest: int) -> Iterator[str]:
-    """Cut a text into parts of at most `longest` characters, at a paragraph's, line's or word's end
-    in the last half of each; where there is none, anywhere."""
+    """Cut a text into parts of at most `longest` characters, at the end of a paragraph, line or
+    word in the second half of each part, or anywhere if there is none."""
     start = 0
     while len(text) - start > longest:
         end = -1

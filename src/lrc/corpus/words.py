@@ -1,8 +1,8 @@
-"""Words of many texts at once, as numbers: what near-duplicates and overlaps are found by.
+"""Hash the words of many texts at once, to find near-duplicates and overlaps.
 
-A word is a run of letters and digits, lower case; punctuation, symbols and spaces part words and
-are no part of any. Words and runs of words are hashed to 64 bits with numpy over all texts of a
-batch together, which costs about a twentieth of the time that tokenizing them takes.
+A word is a run of letters and digits, in lower case. Punctuation, symbols and spaces separate words
+and belong to none. numpy hashes words and runs of words to 64 bits, over all texts of a batch
+together. This takes about a twentieth of the time needed to tokenize them.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 Hashes = NDArray[np.uint64]
 Integers = NDArray[np.int64]
 
-_BASE = 0x9E3779B97F4A7C15  # odd, so that it has an inverse modulo 2^64
+_BASE = 0x9E3779B97F4A7C15  # Odd, so that it has an inverse modulo 2^64.
 _RUN_BASE = 0xD6E8FEB86659FD93
 _BEYOND = 1 << 16
 """Characters beyond the basic plane (rare scripts, emoji) all count as letters."""
@@ -29,20 +29,20 @@ class Words:
     """Hash of each word, [words]."""
 
     begins: Integers
-    """Where each word begins in the texts set end to end (with a space between), [words]."""
+    """Where each word begins in the concatenated texts (joined by a space), [words]."""
 
     ends: Integers
     """Where each word ends, [words]."""
 
     first: Integers
-    """Index of each text's first word, with the number of all words last, [texts + 1]."""
+    """Index of each text's first word, followed by the total number of words, [texts + 1]."""
 
     def runs(self, length: int) -> tuple[Hashes, Integers]:
-        """Hashes of all runs of `length` words that lie within one text.
+        """Hashes of all runs of `length` words within one text.
 
         Returns:
-            Hashes [runs], and the index of each text's first run with the number of all runs last
-            [texts + 1]. Run i of a text begins at word i of that text.
+            Hashes [runs], and the index of each text's first run followed by the total number of
+            runs [texts + 1]. Run i of a text begins at word i of that text.
         """
         count = np.maximum(np.diff(self.first) - length + 1, 0)
         first = np.concatenate([[0], np.cumsum(count)])
@@ -58,13 +58,13 @@ class Words:
 
 
 def hash_words(texts: Sequence[str]) -> Words:
-    """Split texts into words and hash these."""
+    """Split texts into words and hash the words."""
     lower = [text.lower() for text in texts]
     codes = np.frombuffer(" ".join([*lower, ""]).encode("utf-32-le", "replace"), "<u4")
     is_letter = _letters()[np.minimum(codes, _BEYOND)]
     edges = np.flatnonzero(np.diff(is_letter, prepend=False, append=False))
     begins, ends = edges[::2], edges[1::2]
-    # The sum of code * base^position over a word, out of running sums, brought back to position 0.
+    # The sum of code * base^position over a word, from cumulative sums, shifted to position 0.
     powers, inverses = _powers(len(codes))
     sums = np.zeros(len(codes) + 1, np.uint64)
     np.cumsum(mix(codes.astype(np.uint64)) * powers[: len(codes)], out=sums[1:])
@@ -75,13 +75,13 @@ def hash_words(texts: Sequence[str]) -> Words:
 
 
 def normalize(text: str) -> list[str]:
-    """The words of one text, in plain Python: what `hash_words` hashes."""
+    """The words of one text, in plain Python; the same words that `hash_words` hashes."""
     lower = text.lower()
     return "".join(c if c.isalnum() or ord(c) >= _BEYOND else " " for c in lower).split()
 
 
 def mix(values: Hashes) -> Hashes:
-    """Spread 64-bit values over all bits (the finalizer of splitmix64)."""
+    """Mix 64-bit values over all bits (the finalizer of splitmix64)."""
     values = values ^ (values >> np.uint64(30))
     values *= np.uint64(0xBF58476D1CE4E5B9)
     values ^= values >> np.uint64(27)
@@ -92,12 +92,12 @@ def mix(values: Hashes) -> Hashes:
 
 @cache
 def _letters() -> NDArray[np.bool_]:
-    """Whether each character of the basic plane, and at the end those beyond, belongs to words."""
+    """Whether each basic-plane character is part of words; the last entry is for all others."""
     return np.array([*(chr(code).isalnum() for code in range(_BEYOND)), True])
 
 
 def _powers(count: int) -> tuple[Hashes, Hashes]:
-    """Powers of the base and of its inverse, [at least count] each."""
+    """Powers of the base and of its inverse, at least [count] each."""
     return _powers_of_two(max(count, 1 << 16).bit_length())
 
 

@@ -1,4 +1,4 @@
-"""The folder in which a build works, inside the folder of the shards, and its plan."""
+"""The working folder of a build, inside the shards folder, and the build's plan."""
 
 import json
 import shutil
@@ -15,7 +15,7 @@ FOLDER = "build"
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """All that decides what a build gives; a build that was stopped goes on with the same one."""
+    """Everything that determines a build's result; a stopped build resumes with the same plan."""
 
     mix: Mix
     tokenizer: TokenizerIdentity
@@ -23,7 +23,7 @@ class BuildPlan:
     """Element type of the tokens."""
 
     files: list[list[Any]]
-    """Every input file on the disk: path, size in bytes, time of change [ns]."""
+    """Every input file on disk: path, size in bytes, modification time [ns]."""
 
     versions: dict[str, str]
     """Versions of the libraries that the result depends on."""
@@ -34,7 +34,7 @@ class BuildPlan:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "BuildPlan":
-        """The plan out of its JSON values."""
+        """Load a plan from its JSON values."""
         identity = TokenizerIdentity(**values["tokenizer"])
         mix = Mix.model_validate(values["mix"], strict=False)
         return cls(**values | {"mix": mix, "tokenizer": identity})
@@ -42,23 +42,23 @@ class BuildPlan:
 
 @dataclass(frozen=True)
 class Workspace:
-    """Where the files of a build lie while it goes on."""
+    """The files of a running build."""
 
     folder: Path
 
     @property
     def plan(self) -> Path:
-        """File of the plan."""
+        """Path of the plan."""
         return self.folder / "plan.json"
 
     @property
     def copies(self) -> Path:
-        """Folder of the parts of inputs that cannot be read from the middle."""
+        """Folder with copied parts of inputs without random access."""
         return self.folder / "copies"
 
     @property
     def overlap(self) -> Path:
-        """Folder of the index of the evaluation sets."""
+        """Folder of the evaluation set index."""
         return self.folder / "evaluation"
 
     @property
@@ -67,49 +67,49 @@ class Workspace:
         return self.folder / "tokenizer"
 
     def tokens(self, name: str) -> Path:
-        """File of a unit's token ids."""
+        """Path of a unit's token ids."""
         return self.folder / "units" / f"{name}.bin"
 
     def result(self, name: str) -> Path:
-        """File of a unit's other results; it is written last."""
+        """Path of a unit's other results; written last."""
         return self.folder / "units" / f"{name}.npz"
 
     def is_done(self, name: str) -> bool:
-        """Whether a unit has its result."""
+        """Whether a unit has a result."""
         return self.result(name).is_file()
 
     def documents(self, stem: str) -> Path:
-        """File of the documents that a shard is made of."""
+        """Path of the list of a shard's documents."""
         return self.folder / "shards" / f"{stem}.documents"
 
     def shard(self, stem: str) -> Path:
-        """File of a finished shard's entry in the index."""
+        """Path of a finished shard's index entry."""
         return self.folder / "shards" / f"{stem}.json"
 
     def selection(self, source: int) -> Path:
-        """File of the documents that a source gives, in order."""
+        """Path of the documents selected from a source, in order."""
         return self.folder / f"selection-{source:03d}"
 
     @property
     def overlaps(self) -> Path:
-        """File of the documents that overlap evaluation sets."""
+        """Path of the documents that overlap evaluation sets."""
         return self.folder / "decontamination.jsonl"
 
     def write_plan(self, plan: BuildPlan) -> None:
-        """Keep the plan, after which the build counts as begun."""
+        """Write the plan, which marks the build as started."""
         write_text(self.plan, json.dumps(plan.to_json(), indent=1))
 
     def read_plan(self) -> BuildPlan:
-        """The plan of a build that has begun."""
+        """Read the plan of a started build."""
         return BuildPlan.from_json(json.loads(self.plan.read_text(encoding="utf-8")))
 
     def clear_copies(self) -> None:
-        """Remove the copied parts that a stopped build left; they are made again where needed."""
+        """Remove copied parts that a stopped build left; they are recreated when needed."""
         self.copies.mkdir(parents=True, exist_ok=True)
         for path in self.copies.iterdir():
             if not path.name.endswith(".state.json"):
                 path.unlink()
 
     def remove(self) -> None:
-        """Remove the whole folder, at the end of a build."""
+        """Remove the whole folder at the end of a build."""
         shutil.rmtree(self.folder)

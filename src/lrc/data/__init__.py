@@ -1,5 +1,4 @@
-"""Text sources, tokenizing and packing to a cache or to shards, and reading the tokens back in
-training."""
+"""Text sources, tokenizing and packing into a cache or shards, and reading tokens in training."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -57,8 +56,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the processes of `lrc data build` need no torch,
-    which takes 200 MB of each."""
+    """Import a public name on first use: `lrc data build` processes do not need torch, which takes
+    200 MB in each."""
     if name not in _HOME:
         raise AttributeError(f"module 'lrc.data' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

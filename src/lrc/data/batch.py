@@ -1,4 +1,4 @@
-"""The tokens that one forward pass of teacher and student sees."""
+"""The tokens of one forward pass of teacher and student."""
 
 from dataclasses import dataclass
 
@@ -14,20 +14,20 @@ class Batch:
     """Token ids, int64 [batch, sequence]."""
 
     position_ids: Tensor | None = None
-    """Positions that restart at 0 with every document, int64 [batch, sequence]; transformers takes
-    the restarts for document boundaries and lets no token attend across one. None: positions
+    """Positions that restart at 0 in every document, int64 [batch, sequence]; transformers treats
+    the restarts as document boundaries and lets no token attend across them. None: positions
     0, 1, ... and one causal mask over the whole sequence."""
 
     attention_mask: Tensor | None = None
-    """1 for tokens and 0 for padding, int64 [batch, sequence]; None where nothing is padded."""
+    """1 for tokens and 0 for padding, int64 [batch, sequence]; None if nothing is padded."""
 
     source_ids: Tensor | None = None
-    """Number of the source that each token comes from, int64 [batch, sequence]; None where the
-    text names none."""
+    """Source index of each token, int64 [batch, sequence]; None if the text has no named
+    sources."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch on another device; to cuda by way of pinned memory, so that the copy runs
-        beside the computation."""
+        """Copy the batch to another device; copies to cuda use pinned memory and overlap with
+        computation."""
 
         def move(tensor: Tensor) -> Tensor:
             pinned = tensor.pin_memory() if device.type == "cuda" else tensor
@@ -44,12 +44,12 @@ class Batch:
         return Batch(self.input_ids[some], *cut)
 
     def token_mask(self) -> Tensor | None:
-        """Bool [batch, sequence], true where a token is not padding; None where nothing is."""
+        """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""
         return None if self.attention_mask is None else self.attention_mask.bool()
 
     def first_tokens(self) -> Tensor:
-        """Bool [batch, sequence], true where a token sees none before it: at the beginning of a
-        sequence, and of a document where documents are masked from each other."""
+        """Bool [batch, sequence], true where a token sees no earlier token: at the start of each
+        sequence, and of each document if documents are masked from each other."""
         if self.position_ids is not None:
             return self.position_ids == 0
         first = torch.zeros_like(self.input_ids, dtype=torch.bool)
@@ -59,8 +59,8 @@ class Batch:
         return first.scatter_(1, self.attention_mask.argmax(1, keepdim=True), True)
 
     def labels(self) -> Tensor:
-        """Next tokens, int64 [batch, sequence]; -100 where there is none to learn: at the end of
-        a sequence, where this or the next token is padding, and across a document boundary where
+        """Next tokens, int64 [batch, sequence]; -100 where there is no label: at the end of a
+        sequence, where this or the next token is padding, and across a document boundary if
         documents are masked from each other."""
         labels = torch.full_like(self.input_ids, -100)
         labels[:, :-1] = self.input_ids[:, 1:]
@@ -73,8 +73,8 @@ class Batch:
         return labels
 
     def label_sources(self) -> Tensor | None:
-        """Source of the token that each label is, int64 [batch, sequence]; -1 where there is no
-        label; None where the text names no sources."""
+        """Source index of each label token, int64 [batch, sequence]; -1 where there is no label;
+        None if the text has no named sources."""
         if self.source_ids is None:
             return None
         following = torch.full_like(self.source_ids, -1)

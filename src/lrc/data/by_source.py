@@ -10,10 +10,10 @@ from lrc.data.batch import Batch
 
 
 class SourceLosses:
-    """Adds up the losses of tokens by the source that they come from.
+    """Accumulates token losses by source.
 
     Args:
-        names: the sources, in the order of their numbers.
+        names: the sources, in the order of their indices.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -22,14 +22,15 @@ class SourceLosses:
         self._counts: Tensor | None = None
 
     def add(self, losses: Tensor, sources: Tensor) -> None:
-        """Add tokens.
+        """Add the losses of tokens.
 
         Args:
-            losses: in nats, any shape.
-            sources: number of each token's source, int64 of the same shape; negative: not counted.
+            losses: losses in nats, any shape.
+            sources: source index of each token, int64, same shape; tokens with negative indices
+                are not counted.
         """
         numbers = torch.arange(len(self.names), device=losses.device)
-        # One row a source: sums by index are not reproducible on a GPU.
+        # One row per source: sums by index are not reproducible on a GPU.
         of_source = sources.flatten() == numbers[:, None]
         sums = torch.where(of_source, losses.detach().flatten(), 0).sum(1)
         counts = of_source.sum(1)
@@ -37,32 +38,33 @@ class SourceLosses:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def add_batch(self, losses: Tensor | None, batch: Batch) -> None:
-        """Add the labels of a batch, by the source of the token that each label is.
+        """Add the losses of a batch, by the source of each label token.
 
         Args:
-            losses: LM loss of every position, [batch, sequence]; None: unknown, nothing is added.
-            batch: the batch; nothing is added where it does not tell its sources.
+            losses: LM loss of every position, [batch, sequence]; if None (unknown), nothing is
+                added.
+            batch: the batch; if it has no source indices, nothing is added.
         """
         sources = batch.label_sources()
         if losses is not None and sources is not None:
             self.add(losses, sources)
 
     def report(self, prefix: str = "") -> dict[str, Any]:
-        """Entries for a line of metrics: `lm_by_source`, in nats, and `labels_by_source`, the
-        number of tokens that it is the mean over; none where nothing was added."""
+        """Metrics entries: `lm_by_source`, in nats, and `labels_by_source`, the number of tokens in
+        each mean; empty if nothing was added."""
         means = self.means()
         if not means:
             return {}
         return {f"{prefix}lm_by_source": means, f"{prefix}labels_by_source": self.labels()}
 
     def means(self) -> dict[str, float]:
-        """Mean loss of the tokens of each source that has any."""
+        """Mean token loss of each source that has tokens."""
         sums = [] if self._sums is None else self._sums.tolist()
         counts = self.labels()
         by_name = zip(self.names, sums, strict=False)
         return {name: total / counts[name] for name, total in by_name if name in counts}
 
     def labels(self) -> dict[str, int]:
-        """Number of tokens that were added, of each source that has any."""
+        """Number of tokens added for each source that has tokens."""
         counts = [] if self._counts is None else self._counts.tolist()
         return {name: n for name, n in zip(self.names, counts, strict=False) if n}

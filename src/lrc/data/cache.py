@@ -1,10 +1,11 @@
-"""Tokenized text on disk: what a cache folder holds, and how it comes to be whole or not at all.
+"""Tokenized text on disk: the files of a cache folder, and how the folder is created atomically.
 
-A folder holds, for `train` and `held_out` each, `NAME.bin` (token ids end to end) and
-`NAME.offsets.bin` (where each document begins), and `index.json`, which is written last. It is
-built beside its place and renamed into it once all is on the disk, so that neither a killed nor a
-concurrent build can leave a part that looks whole. Where several processes build the same cache at
-once the first one wins and the work of the others is lost: let one build and the others wait.
+A folder contains, for both `train` and `held_out`, `NAME.bin` (token ids end to end) and
+`NAME.offsets.bin` (where each document begins), plus `index.json`, which is written last. It is
+built in a temporary folder next to its final location and renamed once everything is on disk, so
+neither a killed nor a concurrent build can leave a partial cache that looks complete. If several
+processes build the same cache at once, the first one wins and the others' work is lost: let one
+process build and the others wait.
 """
 
 import errno
@@ -27,18 +28,18 @@ from lrc.system.checksums import file_sha256, remembered
 from lrc.system.files import disk_errors, flush
 
 FORMAT = 2
-"""Raise it whenever the same inputs would give other files: caches of old formats are ignored."""
+"""Increase it when the same inputs would give other files; caches in old formats are ignored."""
 
 INDEX = "index.json"
 OFFSET_DTYPE = np.dtype("<i8")
 
 _ABANDONED_SECONDS = 24 * 3600
-"""A build that has written nothing for so long was killed; the next build removes its folder."""
+"""A build that has written nothing for this long was killed; the next build removes its folder."""
 
 
 @dataclass(frozen=True)
 class PackedPart:
-    """One side of the split: the tokens of all its documents, end to end."""
+    """One split: the tokens of all its documents, end to end."""
 
     folder: Path
     name: str
@@ -52,12 +53,12 @@ class PackedPart:
 
     @property
     def tokens_path(self) -> Path:
-        """File of the token ids, [tokens]."""
+        """Path of the token ids, [tokens]."""
         return self.folder / f"{self.name}.bin"
 
     @property
     def offsets_path(self) -> Path:
-        """File of the positions of each document's first token, ascending int64 [documents]."""
+        """Path of the positions of each document's first token, ascending int64 [documents]."""
         return self.folder / f"{self.name}.offsets.bin"
 
     def file_names(self) -> tuple[str, str]:
@@ -65,7 +66,7 @@ class PackedPart:
         return self.tokens_path.name, self.offsets_path.name
 
     def is_whole(self) -> bool:
-        """Whether both files have the sizes that the counts ask for."""
+        """Whether both files have the sizes that the counts imply."""
         return (
             self.tokens_path.stat().st_size == self.tokens * np.dtype(self.dtype).itemsize
             and self.offsets_path.stat().st_size == self.documents * OFFSET_DTYPE.itemsize
@@ -80,7 +81,7 @@ class PackedText:
     train: PackedPart
     held_out: PackedPart
     sha256: dict[str, str]
-    """Checksum of every file, by the file's name."""
+    """Checksum of every file, by file name."""
 
 
 class PartWriter:
@@ -102,11 +103,11 @@ class PartWriter:
         self.write_array(ids, lengths)
 
     def write_array(self, ids: NDArray[Any], lengths: NDArray[np.integer[Any]]) -> None:
-        """Append documents that stand end to end.
+        """Append documents given end to end.
 
         Args:
-            ids: token ids of all of them, [tokens].
-            lengths: tokens of each, [documents].
+            ids: token ids of all documents, [tokens].
+            lengths: number of tokens of each document, [documents].
         """
         starts = self.tokens + np.cumsum(lengths, dtype=OFFSET_DTYPE) - lengths
         arrays = (ids.astype(self._dtype, copy=False), starts.astype(OFFSET_DTYPE, copy=False))
@@ -119,19 +120,19 @@ class PartWriter:
         self.documents += len(lengths)
 
     def entry(self) -> dict[str, Any]:
-        """What the index says of the part."""
+        """The index entry of the part."""
         checksums = {path.name: checksum.hexdigest() for path, checksum in self._hashes.items()}
         return {"tokens": self.tokens, "documents": self.documents, "sha256": checksums}
 
 
 def cache_key(inputs: dict[str, Any]) -> str:
-    """Name of the cache folder that belongs to these inputs (JSON values)."""
+    """Name of the cache folder for these inputs (JSON values)."""
     text = json.dumps({"format": FORMAT, **inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def open_cache(folder: Path) -> PackedText | None:
-    """The cache in a folder, or None where there is none or it is damaged."""
+    """The cache in a folder, or None if there is none or it is damaged."""
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
         train, held_out = (
@@ -140,7 +141,7 @@ def open_cache(folder: Path) -> PackedText | None:
         )
         sha256 = {**index["parts"]["train"]["sha256"], **index["parts"]["held_out"]["sha256"]}
         whole = index["format"] == FORMAT and train.is_whole() and held_out.is_whole()
-        # Whether a byte has changed since is found out once.
+        # Checksums are computed only once for an unchanged file.
         for name, checksum in sha256.items():
             whole = whole and remembered(folder / name, "sha256", file_sha256) == checksum
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -150,14 +151,13 @@ def open_cache(folder: Path) -> PackedText | None:
 
 @contextmanager
 def new_cache(folder: Path) -> Iterator[Path]:
-    """Build a cache: gives an empty folder, which becomes `folder` when the block ends well.
+    """Build a cache: yields an empty folder, which becomes `folder` when the block succeeds.
 
-    Whatever goes wrong in the block, nothing of the build is left. Unlike
-    `lrc.system.files.new_folder`, a whole cache that is already there stays, since other processes
-    may be reading it.
+    If the block fails, nothing of the build remains. Unlike `lrc.system.files.new_folder`, this
+    keeps a complete cache that already exists, because other processes may be reading it.
 
     Raises:
-        UserError: the disk is full, or the folder cannot be written.
+        UserError: if the disk is full, or the folder cannot be written.
     """
     building = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
@@ -174,13 +174,13 @@ def new_cache(folder: Path) -> Iterator[Path]:
 
 
 def write_index(folder: Path, dtype: str, parts: dict[str, Any], inputs: dict[str, Any]) -> None:
-    """Write `index.json`; `parts` holds the entry that `PartWriter` gave for each part."""
+    """Write `index.json`; `parts` has the `PartWriter` entry of each part."""
     index = {"format": FORMAT, "dtype": dtype, "parts": parts, "inputs": inputs}
     (folder / INDEX).write_text(json.dumps(index, indent=1), encoding="utf-8")
 
 
 def _put_in_place(building: Path, folder: Path) -> None:
-    """Rename a finished build; a whole cache that another process put there meanwhile stays."""
+    """Rename a finished build; keep a complete cache that another process created meanwhile."""
     try:
         building.rename(folder)
     except OSError as error:
@@ -194,11 +194,11 @@ def _put_in_place(building: Path, folder: Path) -> None:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove what killed builds of this cache have left."""
+    """Remove the remains of killed builds of this cache."""
     for left in folder.parent.glob(f"{folder.name}.tmp-*"):
         try:
             changed = max(path.stat().st_mtime for path in [left, *left.iterdir()])
         except OSError:
-            continue  # Its own process has just removed it.
+            continue  # The process that owns it has just removed it.
         if changed < time.time() - _ABANDONED_SECONDS:
             shutil.rmtree(left, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Text to token ids by the `tokenizers` library alone, in bounded memory."""
+"""Convert text to token ids with the `tokenizers` library alone, in bounded memory."""
 
 import re
 from collections.abc import Iterator
@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from tokenizers import Tokenizer as Backend
 
 LONGEST_PART = 1 << 20
-"""Characters that are tokenized at once: the library takes 140 bytes a character. Of longer texts
-the parts between two words are tokenized one by one, which gives the same tokens for tokenizers
-whose tokens do not span two words; others may differ in one token a part."""
+"""Characters tokenized at once: the library takes 140 bytes per character. Longer texts are cut
+between two words and tokenized part by part. This gives the same tokens if no token of the
+tokenizer spans two words; otherwise one token per part may differ."""
 
 _GAP = re.compile(r"(?<=\S) (?=\S)")
 """The space between two words."""
@@ -20,11 +20,11 @@ def encode_texts(
     """Token ids of texts, without bos and eos.
 
     Args:
-        backend: the tokenizer; its truncation and padding are turned off.
+        backend: the tokenizer; truncation and padding are turned off.
         texts: the texts.
-        parse_special_tokens: whether special tokens that are written out in a text become control
-            tokens; else they are text like any other.
-        longest: characters that are tokenized at once.
+        parse_special_tokens: whether special tokens written out in a text become control tokens;
+            otherwise they are plain text.
+        longest: maximum number of characters tokenized at once.
     """
     backend.no_truncation()
     backend.no_padding()
@@ -42,15 +42,15 @@ def encode_texts(
 def _encode_parts(backend: Backend, text: str, longest: int, adds_space: bool) -> list[int]:
     ids: list[int] = []
     for number, part in enumerate(parts_of(text, longest)):
-        # The tokenizer would put a second space before a part that begins with one.
+        # The tokenizer would add a second space to a part that begins with one.
         bare = part[1:] if number and adds_space and part.startswith(" ") else part
         ids += backend.encode(bare, add_special_tokens=False).ids
     return ids
 
 
 def parts_of(text: str, longest: int) -> Iterator[str]:
-    """Cut a text into parts of at most `longest` characters, each before the space between two
-    words where there is one in its last half; the parts make up the text."""
+    """Cut a text into parts of at most `longest` characters. Each cut is before a space between two
+    words, if the second half of the part has one. Joined, the parts give the text."""
     start = 0
     while len(text) - start > longest:
         gaps = list(_GAP.finditer(text, start + longest // 2, start + longest))
@@ -61,6 +61,6 @@ def parts_of(text: str, longest: int) -> Iterator[str]:
 
 
 def _adds_space(backend: Backend) -> bool:
-    """Whether the tokenizer puts a space before a text, as sentencepiece does."""
+    """Whether the tokenizer adds a space before a text, as sentencepiece does."""
     first = backend.encode("a", add_special_tokens=False).tokens[:1]
     return bool(first) and first[0][:1] in (" ", "\u2581", "\u0120")

@@ -1,4 +1,4 @@
-"""What tokenized text depends on: which tokenizer made it, and which side a document stands on."""
+"""What tokenized text depends on: the tokenizer, and the split that each document belongs to."""
 
 import hashlib
 import json
@@ -11,31 +11,31 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 HASH_RANGE = 1 << 64
-"""Hashes of documents are below it."""
+"""Upper bound (exclusive) of document hashes."""
 
 
 @dataclass(frozen=True)
 class TokenizerIdentity:
-    """All of a tokenizer that decides which tokens a text becomes, in a form that can be kept."""
+    """All properties of a tokenizer that determine the tokens of a text, in a storable form."""
 
     tokenizer: str
-    """SHA-256 of the fast tokenizer's own description (vocabulary, merges, normalizer, ...)."""
+    """SHA-256 of the fast tokenizer's description (vocabulary, merges, normalizer, ...)."""
 
     split_special_tokens: bool
-    """Whether special tokens that stand in the text are taken for plain text."""
+    """Whether special tokens in the text are treated as plain text."""
 
     bos: int | None
-    """Id of the token before every document; None: there is none."""
+    """Id of the token before every document; None if there is none."""
 
     eos: int | None
-    """Id of the token after every document; None: there is none."""
+    """Id of the token after every document; None if there is none."""
 
 
 def tokenizer_identity(tokenizer: "Tokenizer") -> TokenizerIdentity:
     """Identify a tokenizer.
 
     Raises:
-        UserError: it is not a fast one, or has neither bos nor eos to part documents with.
+        UserError: if it is not a fast tokenizer, or has neither bos nor eos to separate documents.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError(
@@ -43,12 +43,12 @@ def tokenizer_identity(tokenizer: "Tokenizer") -> TokenizerIdentity:
         )
     if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
         raise UserError(
-            "The teacher's tokenizer has neither a bos nor an eos token to part documents with; "
+            "The teacher's tokenizer has neither a bos nor an eos token to separate documents; "
             "set one in its tokenizer_config.json."
         )
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     for transient in ("truncation", "padding"):
-        backend.pop(transient, None)  # Left behind by the last call, and set anew by the next.
+        backend.pop(transient, None)  # Left over from the last call; the next call resets them.
     digest = hashlib.sha256(json.dumps(backend, sort_keys=True).encode()).hexdigest()
     split = bool(tokenizer.split_special_tokens)
     return TokenizerIdentity(digest, split, tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -62,7 +62,7 @@ def token_dtype(tokenizer: "Tokenizer") -> str:
 def text_hash(text: str) -> int:
     """A number below 2^64 that depends on the text alone.
 
-    A document is held out where it is below `held_out_fraction * HASH_RANGE`: the same text stands
-    on the same side wherever and however often it occurs.
+    A document is held out if its hash is below `held_out_fraction * HASH_RANGE`. The same text is
+    therefore always in the same split, wherever and however often it occurs.
     """
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")

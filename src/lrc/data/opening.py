@@ -1,4 +1,4 @@
-"""The text that a recipe names, ready for the training loop."""
+"""Open the text that a recipe names for the training loop."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,12 +21,12 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
 
     Args:
         recipe: the recipe.
-        tokenizer: the teacher's.
-        progress: called with the tokens that were prepared so far.
+        tokenizer: the teacher's tokenizer.
+        progress: callback that receives the number of tokens prepared so far.
 
     Raises:
-        UserError: the text cannot be read, is too little for one sequence of training or of
-            held-out text, or does not fit the tokenizer.
+        UserError: if the text cannot be read, is too short for one training or held-out sequence,
+            or does not fit the tokenizer.
     """
     data, train = recipe.data, recipe.train
     if data.stream is not None:
@@ -58,33 +58,33 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
 
 
 def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
-    """One side of all folders; sources of the same name are one."""
+    """Combine one split of all folders; sources with the same name are merged."""
     names = list(dict.fromkeys(name for folder in folders for name in folder.sources))
     own = [[names.index(name) for name in folder.sources] for folder in folders]
     pairs = zip(folders, own, strict=True)
     shards = [(shard, n) for folder, n in pairs for shard in folder.of_split(split)]
-    # A single source has the losses of the whole text: there is nothing to tell apart.
+    # With a single source, its loss is the loss of the whole text.
     sources = names if len(names) > 1 else ()
     return Tokens([shard for shard, _ in shards], sources, [numbers for _, numbers in shards])
 
 
 def _identity(folders: Sequence[Shards]) -> str:
-    """A checksum of all that decides which token stands where."""
+    """Checksum of everything that determines which token is where."""
     return json_sha256([[s.split, s.tokens, s.sha256] for f in folders for s in f.shards])
 
 
 def _check_length(text: Sequences, split: Split, origin: str) -> None:
-    """Refuse a side of the shards that does not fill a single sequence."""
+    """Reject a split that does not fill one sequence."""
     if len(text):
         return
     what, tokens = {"train": "training", "held_out": "held-out"}[split], len(text.tokens)
     if not tokens:
         raise UserError(
-            f"The shards in {origin} hold no {what} text: build them again with a {what} part."
+            f"The shards in {origin} contain no {what} text: rebuild them with a {what} part."
         )
     lower = f" or lower data.sequence_length to at most {tokens}"
     raise UserError(
-        f"The shards in {origin} hold {tokens} tokens of {what} text, fewer than one sequence of "
-        f"{text.sequence_length}; build them of more text"
+        f"The shards in {origin} have {tokens} tokens of {what} text, fewer than one sequence of "
+        f"{text.sequence_length}; rebuild them with more text"
         f"{lower if tokens >= SHORTEST_SEQUENCE else ''}."
     )

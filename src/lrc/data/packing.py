@@ -1,9 +1,9 @@
 """Tokenize the text of a recipe once and pack it end to end into a cache on disk.
 
-Each document stands between the tokenizer's bos and eos, whichever of the two it has. A document
-belongs to the held-out text or to the training text by its own wording, so that the same text never
-stands on both sides, wherever and however often it occurs. The cache depends neither on the
-sequence length nor on the document mask: runs that differ in these share it.
+Each document is enclosed in the tokenizer's bos and eos, or whichever of the two it has. The
+content of a document determines its split, held-out or training, so the same text is never in both
+splits, wherever and however often it occurs. The cache depends neither on the sequence length nor
+on the document mask, so runs that differ in these share a cache.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,23 +30,23 @@ from lrc.system.checksums import cache_root
 from lrc.system.errors import UserError
 
 BATCH_CHARACTERS = 1 << 20
-"""Characters that are tokenized at once: enough for all cores, and it bounds the memory."""
+"""Characters tokenized at once: enough to use all cores, and it bounds memory."""
 
 SHORTEST_SEQUENCE = 8
-"""The recipe allows no shorter sequences, so none is advised."""
+"""Shortest sequence that a recipe allows; error messages never suggest a shorter one."""
 
 Progress = Callable[[str, int], None]
-"""Called with what is done (`tokenizing`) and the tokens so far."""
+"""Callback that receives the current activity (`tokenizing`) and the tokens so far."""
 
 
 def prepare(
     data: DataSection, tokenizer: Tokenizer, progress: Progress | None = None
 ) -> PackedText:
-    """The tokenized text of a recipe, from the cache or built now.
+    """Load the tokenized text of a recipe from the cache, or build it.
 
     Raises:
-        UserError: a source cannot be read, there is too little text for one sequence of training
-            or of held-out text, the tokenizer does not fit, or the cache cannot be written.
+        UserError: if a source cannot be read, there is too little text for one training or
+            held-out sequence, the tokenizer does not fit, or the cache cannot be written.
     """
     inputs = _inputs(data, tokenizer)
     folder = cache_root(data.cache) / cache_key(inputs)
@@ -65,23 +65,23 @@ def prepare(
 def encode(
     tokenizer: Tokenizer, texts: list[str], parse_special_tokens: bool = False
 ) -> list[list[int]]:
-    """Token ids of documents, each between bos and eos; empty where a text has no tokens.
+    """Token ids of documents, each between bos and eos; empty if a text has no tokens.
 
     Args:
-        tokenizer: the teacher's.
+        tokenizer: the teacher's tokenizer.
         texts: the documents.
-        parse_special_tokens: whether special tokens that are written out in a text become control
-            tokens; else they are text like any other.
+        parse_special_tokens: whether special tokens written out in a text become control tokens;
+            otherwise they are plain text.
     """
     before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     encoded = encode_texts(tokenizer.backend_tokenizer, texts, parse_special_tokens)
-    # A tokenizer may take a text for nothing at all.
+    # A tokenizer may return no tokens for a text.
     return [[*before, *ids, *after] if ids else [] for ids in encoded]
 
 
 def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
-    """All that decides what the cache holds, as JSON values."""
+    """Everything that determines the content of the cache, as JSON values."""
     identity = asdict(tokenizer_identity(tokenizer))
     return {
         "text": source_files(data.text),
@@ -115,7 +115,7 @@ def _build(
 
 
 def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
-    """Groups of documents of about BATCH_CHARACTERS; a document is never divided."""
+    """Group documents into batches of about BATCH_CHARACTERS; documents are never split."""
     batch: list[tuple[str, str]] = []
     size = 0
     for side, text in documents:
@@ -129,7 +129,7 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
 
 
 def _split(data: DataSection) -> Iterator[tuple[str, str]]:
-    """All documents in reading order, each with its side, `train` or `held_out`."""
+    """All documents in reading order, each with its split, `train` or `held_out`."""
     if not data.held_out:
         limit = _held_out_limit(read_documents(data.text, data.text_field), data.held_out_fraction)
         for text in read_documents(data.text, data.text_field):
@@ -140,7 +140,7 @@ def _split(data: DataSection) -> Iterator[tuple[str, str]]:
         held_out.add(text_hash(text))
         yield "held_out", text
     if not held_out:
-        raise UserError("data.held_out holds no text; give sources that do.")
+        raise UserError("data.held_out contains no text; give sources that contain text.")
     counts = {True: 0, False: 0}
     for text in read_documents(data.text, data.text_field):
         known = text_hash(text) in held_out
@@ -149,17 +149,17 @@ def _split(data: DataSection) -> Iterator[tuple[str, str]]:
             yield "train", text
     if not counts[False]:
         why = "no text" if not counts[True] else "no text that is not in data.held_out too"
-        raise UserError(f"data.text holds {why}; give other sources.")
+        raise UserError(f"data.text contains {why}; give other sources.")
 
 
 def _held_out_limit(documents: Iterable[str], fraction: float) -> int:
     """The hash below which a document is held out.
 
-    It holds out a share of `fraction`, but at least one document, and leaves at least one. Reading
-    stops as soon as both are known, mostly after a few hundred documents.
+    The limit holds out a share of `fraction`, but at least one document, and leaves at least one
+    for training. Reading stops once both are found, usually after a few hundred documents.
 
     Raises:
-        UserError: there are not two different documents.
+        UserError: if there are no two different documents.
     """
     limit = int(fraction * HASH_RANGE)
     smallest, largest = HASH_RANGE, -1
@@ -168,17 +168,17 @@ def _held_out_limit(documents: Iterable[str], fraction: float) -> int:
         if smallest < limit <= largest:
             return limit
     if largest < 0:
-        raise UserError("data.text holds no text; give sources that do.")
+        raise UserError("data.text contains no text; give sources that contain text.")
     if smallest == largest:
         raise UserError(
-            "data.text is a single document, which cannot be both learnt and held out; give more "
-            "text, or set data.held_out."
+            "data.text is a single document, which cannot be both trained on and held out; give "
+            "more text, or set data.held_out."
         )
     return smallest + 1 if smallest >= limit else largest
 
 
 def _check_length(part: PackedPart, data: DataSection, what: str, more: str) -> None:
-    """Refuse a part that does not fill a single sequence."""
+    """Reject a part that does not fill one sequence."""
     if part.tokens >= data.sequence_length:
         return
     lower = f" or lower data.sequence_length to at most {part.tokens}"

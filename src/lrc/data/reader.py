@@ -1,7 +1,7 @@
-"""Sequences out of packed text, and what the training loop asks of a text.
+"""Cut packed text into sequences, and the interface through which the training loop reads text.
 
-Packed text is read by number: what comes next depends on the number of sequences taken so far and
-nothing else, so that a run resumes without reading what it has seen.
+Packed text is read by index. The next sequence depends only on the number of sequences taken so
+far, so a run resumes without rereading earlier text.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,57 +19,56 @@ from lrc.system.errors import UserError
 
 
 class Reader(Protocol):
-    """The text of a run as the training loop takes it."""
+    """The text of a run as the training loop reads it."""
 
     @property
     def sources(self) -> Sequence[str]:
-        """Names of the sources that batches give numbers of; empty where they give none."""
+        """Names of the sources that batches index; empty if batches have no source indices."""
 
     @property
     def training_sequences(self) -> int | None:
-        """Training sequences of an epoch; None where that is not known."""
+        """Number of training sequences per epoch; None if unknown."""
 
     @property
     def identity(self) -> str | None:
-        """A checksum of the text; None where it is not known."""
+        """Checksum of the text; None if unknown."""
 
     def training_batch(self, position: int, count: int) -> Batch:
-        """The `count` training sequences that follow the first `position` ones of the run.
+        """The `count` training sequences after the first `position` sequences of the run.
 
-        The loop asks for ever later positions, but may begin again at 0.
+        Positions only increase from call to call, except that the loop may restart at 0.
         """
 
     def shares(self) -> dict[str, float]:
-        """The share of the training sequences that each of the sources has, together 1."""
+        """Each source's share of the training sequences; the shares sum to 1."""
 
     def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
-        """Give the sources other shares from `position` on, which lies after all that was read.
-        Only where there are sources."""
+        """Change the shares of the sources from `position` on, which is after everything read so
+        far. Requires sources."""
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterable[Batch]:
-        """`count` held-out sequences, fewer where there are no more, in batches; the same at every
-        call."""
+        """Up to `count` held-out sequences in batches; the same on every call."""
 
     def state(self) -> dict[str, Any]:
-        """What `load_state` needs to go on from here, as JSON values."""
+        """What `load_state` needs to continue from here, as JSON values."""
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from where `state` was taken, without reading what was read before.
+        """Continue from where `state` was taken, without rereading earlier text.
 
         Raises:
-            UserError: the text is no longer what it was.
+            UserError: if the text has changed.
         """
 
 
 class Sequences:
-    """Packed text cut into sequences of one length; the last tokens that fill none are left out.
+    """Packed text cut into sequences of one length, without the incomplete last sequence.
 
-    The cut takes no notice of files: a sequence may begin at the end of one and go on in the next.
+    The cut ignores file boundaries: a sequence may start in one file and continue in the next.
 
     Args:
         tokens: the packed text.
-        sequence_length: tokens of a sequence.
-        document_mask: give batches the positions that keep documents from attending to each other.
+        sequence_length: tokens per sequence.
+        document_mask: whether batches have the positions that prevent attention across documents.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int, document_mask: bool = False) -> None:
@@ -78,33 +77,33 @@ class Sequences:
         self.document_mask = document_mask
 
     def __len__(self) -> int:
-        """Number of whole sequences."""
+        """Number of complete sequences."""
         return len(self.tokens) // self.sequence_length
 
     def middle_sources(self) -> NDArray[np.int64]:
-        """Number of the source of each sequence's middle token, int64 [len(self)]."""
+        """Source index of each sequence's middle token, int64 [len(self)]."""
         middles = np.arange(len(self)) * self.sequence_length + self.sequence_length // 2
         return self.tokens.sources_at(middles)
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The sequences of these numbers: input_ids, with a document mask position_ids, and where
-        the text has sources source_ids, all int64 [len(indices), sequence_length].
+        """The sequences at the given indices: input_ids, position_ids with a document mask, and
+        source_ids if the text has sources, all int64 [len(indices), sequence_length].
 
         Raises:
-            IndexError: a number is not in [0, len(self)).
+            IndexError: if an index is not in [0, len(self)).
         """
         if not all(0 <= index < len(self) for index in indices):
-            raise IndexError(f"sequence numbers {list(indices)} are not all below {len(self)}")
+            raise IndexError(f"sequence indices {list(indices)} are not all in [0, {len(self)})")
         starts = [index * self.sequence_length for index in indices]
         spans = [self.tokens.read(start, start + self.sequence_length) for start in starts]
         return make_batch(spans, self.document_mask)
 
     def first(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
-        """The first `count` sequences (all where there are fewer) in their order, in batches."""
+        """The first `count` sequences (or all, if fewer) in order, in batches."""
         return self._batches(range(min(count, len(self))), batch_size)
 
     def spread(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
-        """`count` sequences (all where there are fewer) at even distances, in batches."""
+        """`count` evenly spaced sequences (or all, if fewer), in batches."""
         count = min(count, len(self))
         return self._batches([i * len(self) // count for i in range(count)], batch_size)
 
@@ -114,17 +113,17 @@ class Sequences:
 
 
 class TrainingText:
-    """Packed text, read in a shuffled order, or source by source once shares are set.
+    """Packed text, read in shuffled order, or source by source once shares are set.
 
-    Which held-out sequences are measured: of shards, some at even distances, so that they stand for
-    all documents and sources; of a recipe's own text, the first ones.
+    For shards, the measured held-out sequences are evenly spaced, so that they represent all
+    documents and sources. For a recipe's own text, they are the first ones.
 
     Args:
         train: the training sequences.
         held_out: the held-out sequences.
-        seed: decides the order of the training sequences.
-        identity: checksum of the tokens, by which a run that resumes finds that they have changed.
-        spread: measure held-out sequences at even distances; else the first ones.
+        seed: seed of the order of the training sequences.
+        identity: checksum of the tokens, with which a resumed run detects changed text.
+        spread: whether to measure evenly spaced held-out sequences instead of the first ones.
     """
 
     def __init__(
@@ -145,20 +144,20 @@ class TrainingText:
 
     @property
     def training_sequences(self) -> int:
-        """Training sequences of an epoch."""
+        """Number of training sequences per epoch."""
         return len(self.train)
 
     def training_batch(self, position: int, count: int) -> Batch:
-        """The `count` training sequences that follow the first `position` ones of the run."""
+        """The `count` training sequences after the first `position` sequences of the run."""
         return self.train.batch(self._order.take(position, count))
 
     def shares(self) -> dict[str, float]:
-        """The share of the training sequences that each of the sources has, together 1."""
+        """Each source's share of the training sequences; the shares sum to 1."""
         order = self._order if isinstance(self._order, WeightedOrder) else self._by_source()
         return order.shares()
 
     def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
-        """Give the sources other shares from `position` on, which lies after all that was read."""
+        """Change the shares from `position` on, which is after everything read so far."""
         if not isinstance(self._order, WeightedOrder):
             self._order = self._by_source()
         self._order.set_shares(position, shares)
@@ -167,13 +166,13 @@ class TrainingText:
         return WeightedOrder(self.sources, self.train.middle_sources(), self._seed)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """`count` held-out sequences in batches, the same at every call."""
+        """Up to `count` held-out sequences in batches; the same on every call."""
         if self._spread:
             return self.held_out.spread(count, batch_size)
         return self.held_out.first(count, batch_size)
 
     def state(self) -> dict[str, Any]:
-        """The text's identity, and the place in every source where shares were set; else the
+        """The text's identity and, if shares were set, the position in every source; otherwise the
         position follows from the step."""
         state: dict[str, Any] = {} if self.identity is None else {"identity": self.identity}
         if isinstance(self._order, WeightedOrder):
@@ -181,15 +180,15 @@ class TrainingText:
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Make sure that it is the text of before.
+        """Check that the text has not changed, and restore the position in every source.
 
         Raises:
-            UserError: it is another.
+            UserError: if the text has changed.
         """
         if state.get("identity") != self.identity:
             raise UserError(
-                "The training text is no longer the one that this run began with, so it cannot be "
-                "continued exactly; put the old text back, or start a new run."
+                "The training text has changed since this run began, so the run cannot continue "
+                "exactly; restore the old text, or start a new run."
             )
         if "by_source" in state:
             self._order = self._by_source()
@@ -197,7 +196,7 @@ class TrainingText:
 
 
 def make_batch(spans: Sequence[Span], document_mask: bool) -> Batch:
-    """A batch out of stretches of one length."""
+    """Build a batch from spans of equal length."""
     ids = np.stack([span.ids for span in spans])
     positions = sources = None
     if document_mask:
@@ -208,9 +207,9 @@ def make_batch(spans: Sequence[Span], document_mask: bool) -> Batch:
 
 
 def _positions(span: Span) -> NDArray[np.int64]:
-    """Position of each token in its document, or in the stretch where the document began before
-    it: int64 [n]."""
-    # The latest beginning at or before each token; the first token always counts as one.
+    """Position of each token in its document, or in the span if the document began before it:
+    int64 [n]."""
+    # The latest document start at or before each token; the first token always counts as one.
     latest = np.zeros(len(span.ids), np.int64)
     latest[span.begins] = span.begins
     return np.arange(len(span.ids)) - np.maximum.accumulate(latest)

@@ -1,20 +1,20 @@
 """Shards: tokenized text in many files, with an index. Written by `lrc data build`.
 
-A folder of shards holds
+A shards folder contains
 
-    index.json          what is there; written last, so that a folder without it is not whole
+    index.json          the contents; written last, so a folder without it is incomplete
     STEM.bin            token ids end to end, little endian uint16 or uint32 [tokens]; every
-                        document stands between the tokenizer's bos and eos, whichever it has
+                        document is enclosed in the tokenizer's bos and eos, or whichever it has
     STEM.offsets.bin    position of each document's first token in STEM.bin, int64 [documents]
     STEM.source.bin     each document's source, an index into `sources`, uint16 [documents]
     tokenizer/          the tokenizer, so that the shards can be read without the teacher
 
-with one STEM a shard, `train-00000` or `held_out-00000`. Documents of all sources stand mixed in
-every shard, in an order drawn by the build's seed: reading shard after shard is already a shuffled
-reading, and a reader's own shuffle of sequences comes on top of it.
+with one STEM per shard, `train-00000` or `held_out-00000`. Every shard mixes documents of all
+sources, in an order drawn from the build's seed. Reading shard after shard is therefore already
+shuffled, and readers shuffle the sequences again.
 
 The small cache of a recipe (`lrc.data.cache`) is read through the same classes: `Shards.of_cache`
-gives it as one shard a split with a single source.
+presents it as one shard per split, with a single source.
 """
 
 import hashlib
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase as Tokenizer
 
 FORMAT = 1
-"""Raise it whenever the files change their meaning."""
+"""Increase it whenever the meaning of the files changes."""
 
 INDEX = "index.json"
 TOKENIZER_FOLDER = "tokenizer"
@@ -53,14 +53,14 @@ class Shard(PackedPart):
 
     split: Split
     tokens_by_source: dict[str, int]
-    """Tokens of every source that has documents here, by the source's name."""
+    """Number of tokens of every source that has documents here, by source name."""
 
     sha256: dict[str, str]
-    """Checksum of every file, by the file's name."""
+    """Checksum of every file, by file name."""
 
     @property
     def source_path(self) -> Path:
-        """File of the documents' sources, uint16 [documents]."""
+        """Path of the documents' sources, uint16 [documents]."""
         return self.folder / f"{self.name}.source.bin"
 
     def token_ids(self) -> NDArray[np.unsignedinteger[Any]]:
@@ -72,17 +72,17 @@ class Shard(PackedPart):
         return _map(self.offsets_path, OFFSET_DTYPE, self.documents)
 
     def source_ids(self) -> NDArray[np.uint16]:
-        """Each document's source, mapped from the file, uint16 [documents]; zeros where there is
-        no such file (a recipe's cache)."""
+        """Each document's source, mapped from the file, uint16 [documents]; zeros if there is no
+        such file (a recipe's cache)."""
         if self.source_path.name not in self.sha256:
             return np.zeros(self.documents, SOURCE_DTYPE)
         return _map(self.source_path, SOURCE_DTYPE, self.documents)
 
     def check_sizes(self) -> None:
-        """Check that every file has the size that the counts ask for.
+        """Check that every file has the size that the counts imply.
 
         Raises:
-            UserError: a file is missing, or longer or shorter.
+            UserError: if a file is missing or has the wrong size.
         """
         sizes = {
             self.tokens_path: self.tokens * np.dtype(self.dtype).itemsize,
@@ -94,56 +94,57 @@ class Shard(PackedPart):
             found = path.stat().st_size if path.is_file() else None
             if found != size:
                 what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise UserError(f"{path} {what}: build the shards again, or copy the file anew.")
+                raise UserError(f"{path} {what}: rebuild the shards, or copy the file again.")
 
     def check(self, vocabulary: int, sources: int) -> None:
-        """Check every byte, once for as long as the files stay unchanged.
+        """Check every byte, once as long as the files are unchanged.
 
         Args:
             vocabulary: number of token ids in use.
-            sources: number of sources that the index names.
+            sources: number of sources in the index.
 
         Raises:
-            UserError: a file is not what was written, a token is none of the vocabulary, or
-                documents are out of order or of no known source.
+            UserError: if a file does not match its checksum, a token is not in the vocabulary, or
+                documents are out of order or have an unknown source.
         """
         for name, checksum in self.sha256.items():
             path = self.folder / name
-            with reading(path, "build the shards again, or copy the file anew"):
+            with reading(path, "rebuild the shards, or copy the file again"):
                 found = remembered(path, "sha256", file_sha256)
             if found != checksum:
                 raise UserError(
-                    f"{path} is not what was written: copy it anew, or build the shards again."
+                    f"{path} does not match its checksum: copy it again, or rebuild the shards."
                 )
         if self.tokens:
             largest = remembered(self.tokens_path, "largest", lambda _: int(self.token_ids().max()))
             if largest >= vocabulary:
                 raise UserError(
-                    f"{self.tokens_path} holds the token {largest}, but the tokenizer has "
-                    f"{vocabulary} tokens: build the shards again with it."
+                    f"{self.tokens_path} contains the token {largest}, but the tokenizer has "
+                    f"{vocabulary} tokens: rebuild the shards with this tokenizer."
                 )
         self.check_documents(sources)
 
     def check_documents(self, sources: int) -> None:
-        """Check what readers rely on, which checksums in a rewritten index would not show.
+        """Check what readers rely on; checksums in a rewritten index do not catch these errors.
 
         Args:
-            sources: number of sources that the index names.
+            sources: number of sources in the index.
 
         Raises:
-            UserError: documents do not begin in order inside the shard, or are of no known source.
+            UserError: if document offsets are out of order or outside the shard, or a source is
+                unknown.
         """
         offsets = self.offsets()
         if not len(offsets):
             return
         ordered = offsets[0] == 0 and bool((np.diff(offsets) > 0).all())
         if not ordered or offsets[-1] >= self.tokens:
-            raise UserError(f"{self.offsets_path} has documents out of order; build it again.")
+            raise UserError(f"{self.offsets_path} has documents out of order; rebuild the shards.")
         if int(self.source_ids().max()) >= sources:
-            raise UserError(f"{self.source_path} names an unknown source; build it again.")
+            raise UserError(f"{self.source_path} has an unknown source; rebuild the shards.")
 
     def damaged_files(self) -> list[Path]:
-        """Files whose content is not what was written, by their checksums (reads all of them)."""
+        """Files that do not match their checksums; reads all files."""
         paths = {name: self.folder / name for name in self.sha256}
         return [
             path
@@ -154,26 +155,26 @@ class Shard(PackedPart):
 
 @dataclass(frozen=True)
 class Shards:
-    """A folder of shards, opened by `open_shards`."""
+    """A shards folder, opened by `open_shards`."""
 
     folder: Path
     dtype: str
     """Element type of the tokens: uint16, or uint32 for vocabularies beyond 65,536."""
 
     teacher: str
-    """How the model whose tokenizer was used is called; empty where unknown."""
+    """Name of the model whose tokenizer was used; empty if unknown."""
 
     tokenizer: TokenizerIdentity
     sources: tuple[str, ...]
-    """Names of the sources; documents give an index into them."""
+    """Names of the sources; documents refer to them by index."""
 
     shards: tuple[Shard, ...]
     build: dict[str, Any]
-    """What decided the content, as JSON values (the mix, the input files, versions)."""
+    """What determined the content, as JSON values (the mix, the input files, versions)."""
 
     @classmethod
     def of_cache(cls, packed: PackedText, tokenizer: TokenizerIdentity, source: str) -> "Shards":
-        """A recipe's cache as shards: one a split, all documents of one source."""
+        """A recipe's cache as shards: one per split, all documents from one source."""
         shards = tuple(
             Shard(
                 *(part.folder, part.name, part.dtype, part.tokens, part.documents),
@@ -186,19 +187,19 @@ class Shards:
         return cls(packed.folder, packed.train.dtype, "", tokenizer, (source,), shards, {})
 
     def of_split(self, split: Split) -> list[Shard]:
-        """The shards of one side, in their order."""
+        """The shards of one split, in order."""
         return [shard for shard in self.shards if shard.split == split]
 
     def tokens(self, split: Split) -> int:
-        """Tokens of one side."""
+        """Number of tokens in one split."""
         return sum(shard.tokens for shard in self.of_split(split))
 
     def documents(self, split: Split) -> int:
-        """Documents of one side."""
+        """Number of documents in one split."""
         return sum(shard.documents for shard in self.of_split(split))
 
     def tokens_by_source(self, split: Split) -> dict[str, int]:
-        """Tokens of every source on one side, in the order of `sources`."""
+        """Number of tokens of every source in one split, in the order of `sources`."""
         shards = self.of_split(split)
         return {
             name: sum(shard.tokens_by_source.get(name, 0) for shard in shards)
@@ -206,25 +207,25 @@ class Shards:
         }
 
     def require_tokenizer(self, tokenizer: "Tokenizer", name: str) -> None:
-        """Check that a tokenizer is the one that made the tokens.
+        """Check that a tokenizer is the one that produced the tokens.
 
         Args:
             tokenizer: the tokenizer to compare.
-            name: how its model is called, for the message.
+            name: name of its model, for the message.
 
         Raises:
-            UserError: it is another one.
+            UserError: if it is a different tokenizer.
         """
         if tokenizer_identity(tokenizer) != self.tokenizer:
             of_whom = f"of '{self.teacher}'" if self.teacher else "of another model"
             raise UserError(
-                f"The shards in {self.folder} were made with the tokenizer {of_whom}, which is not "
-                f"that of '{name}': build them again with `lrc data build --teacher {name}`."
+                f"The shards in {self.folder} were built with the tokenizer {of_whom}, not with "
+                f"that of '{name}': rebuild them with `lrc data build --teacher {name}`."
             )
 
 
 def is_shards(folder: Path) -> bool:
-    """Whether a folder claims to be one of shards (it has an index that names some)."""
+    """Whether a folder claims to contain shards (it has an index that lists some)."""
     try:
         return "shards" in json.loads((folder / INDEX).read_text(encoding="utf-8"))
     except (OSError, ValueError, TypeError):
@@ -232,16 +233,16 @@ def is_shards(folder: Path) -> bool:
 
 
 def open_shards(folder: Path) -> Shards:
-    """Open a folder of shards and check that every file is there in full (by its size).
+    """Open a shards folder and check that every file is complete (by its size).
 
     Raises:
-        UserError: it is none, is not finished, has another format, or a file is missing or has
-            another size.
+        UserError: if it is not a shards folder, is unfinished, has another format, or a file is
+            missing or has the wrong size.
     """
     if not (folder / INDEX).is_file():
         raise UserError(
-            f"{folder} holds no finished shards (no {INDEX}): build them, or finish a build that "
-            f"was stopped, with `lrc data build MIX.yaml {folder}`."
+            f"{folder} contains no finished shards (no {INDEX}): build them, or finish a stopped "
+            f"build, with `lrc data build MIX.yaml {folder}`."
         )
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -249,12 +250,12 @@ def open_shards(folder: Path) -> Shards:
         shards = _from_index(folder, index) if version == FORMAT else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / INDEX} is damaged or not an index of shards ({error}); build them again."
+            f"{folder / INDEX} is damaged or not a shards index ({error}); rebuild the shards."
         ) from error
     if shards is None:
         raise UserError(
-            f"The shards in {folder} have format {version}, but this version reads {FORMAT}: build "
-            "them again."
+            f"The shards in {folder} have format {version}, but this version reads {FORMAT}: "
+            "rebuild them."
         )
     for shard in shards.shards:
         shard.check_sizes()
@@ -262,10 +263,10 @@ def open_shards(folder: Path) -> Shards:
 
 
 def write_shards_index(shards: Shards) -> None:
-    """Write `index.json`, after which the folder counts as whole.
+    """Write `index.json`, which marks the folder as complete.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: if the disk is full or the folder cannot be written.
     """
     index = {
         "format": FORMAT,
@@ -280,7 +281,7 @@ def write_shards_index(shards: Shards) -> None:
 
 
 def shard_entry(shard: Shard) -> dict[str, Any]:
-    """What the index says of a shard, as JSON values."""
+    """The index entry of a shard, as JSON values."""
     entry = asdict(shard)
     for constant in ("folder", "dtype"):
         del entry[constant]
@@ -288,19 +289,19 @@ def shard_entry(shard: Shard) -> dict[str, Any]:
 
 
 def shard_of_entry(folder: Path, dtype: str, entry: dict[str, Any]) -> Shard:
-    """The shard that an entry of the index stands for."""
+    """The shard that an index entry describes."""
     return Shard(folder=folder, dtype=dtype, **entry)
 
 
 class ShardWriter:
-    """Writes one shard, some documents at a time, into a folder that is renamed or moved later.
+    """Writes one shard, a few documents at a time, into a folder that is renamed or moved later.
 
     Args:
         folder: where the files are written.
-        stem: their name before the endings.
+        stem: file name without suffixes.
         dtype: element type of the tokens.
-        split: the side that the documents belong to.
-        sources: names of all sources of the index.
+        split: the split of the documents.
+        sources: names of all sources in the index.
     """
 
     def __init__(
@@ -324,9 +325,9 @@ class ShardWriter:
         """Append documents.
 
         Args:
-            tokens: ids of all documents end to end, bos and eos included, [tokens].
-            lengths: tokens of each document, [documents].
-            source_ids: each document's index into the sources, [documents].
+            tokens: ids of all documents end to end, including bos and eos, [tokens].
+            lengths: number of tokens of each document, [documents].
+            source_ids: source index of each document, [documents].
         """
         self._part.write_array(tokens, lengths)
         data = source_ids.astype(SOURCE_DTYPE).tobytes()
@@ -337,7 +338,7 @@ class ShardWriter:
         self._tokens_by_source += counts.astype(np.int64)
 
     def close(self) -> Shard:
-        """Force the files to the disk; gives the shard for the index."""
+        """Flush the files to disk and return the shard for the index."""
         entry = self._part.entry()
         folder, stem, dtype = self._place
         checksums = entry["sha256"] | {self._source_path.name: self._source_hash.hexdigest()}
@@ -353,7 +354,7 @@ class ShardWriter:
 
 
 def documents_of(shard: Shard) -> Iterator[tuple[int, NDArray[np.unsignedinteger[Any]]]]:
-    """Every document of a shard as its source's index and its token ids, in order."""
+    """Every document of a shard in order: its source index and its token ids."""
     tokens, offsets, sources = shard.token_ids(), shard.offsets(), shard.source_ids()
     ends = np.append(offsets, shard.tokens)[1:]
     for source, start, end in zip(sources, offsets, ends, strict=True):
@@ -376,5 +377,5 @@ def _from_index(folder: Path, index: dict[str, Any]) -> Shards:
 
 
 def _map(path: Path, dtype: np.dtype[Any], count: int) -> NDArray[Any]:
-    """A file mapped into memory; an empty one cannot be mapped."""
+    """Map a file into memory; an empty file cannot be mapped."""
     return np.memmap(path, dtype, mode="r") if count else np.empty(0, dtype)

@@ -1,7 +1,7 @@
-"""Where text comes from: files, folders, data sets on disk, or Python's own documentation.
+"""Text sources: files, folders, data sets on disk, or Python's own documentation.
 
-Everything is streamed: no source is held in memory, whatever its size, and a source that cannot be
-read in full is an error, never a shorter text.
+Everything is streamed: no source is held in memory, whatever its size. A source that cannot be read
+in full is an error; it never silently yields less text.
 """
 
 import glob
@@ -33,14 +33,14 @@ _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
 _EVALUATION = re.compile(
     r"((testing|val|eval|evaluation)|(.*[-_.])?(test|validation|valid|dev))([-_.]?v?\d.*)?"
 )
-"""Names, without endings, of files and folders of a data set that are not to be trained on."""
+"""Names, without suffixes, of data set files and folders that must not be trained on."""
 
 _ABOUT = ("readme", "license", "licence", "changelog", "contributing", "citation")
-"""Names, without endings, of files that tell of a data set and are none of its text."""
+"""Names, without suffixes, of files that describe a data set and are not part of its text."""
 
 
 class SourceFile(NamedTuple):
-    """A file that text is read from, as it stands on the disk."""
+    """A file that text is read from, in its current state on disk."""
 
     path: str
     size: int
@@ -48,28 +48,28 @@ class SourceFile(NamedTuple):
 
 
 class TextSource(NamedTuple):
-    """One file, data set on disk or built-in source, and how it is read."""
+    """A file, a data set on disk or a built-in source, and how it is read."""
 
     kind: Literal["text", "jsonl", "parquet", "dataset", "stdlib"]
     path: Path
 
 
 def source_files(sources: Sequence[str], held_out: bool = False) -> list[SourceFile]:
-    """The files behind the sources, in reading order: absolute path, bytes, time of change [ns].
+    """The files behind the sources, in reading order: absolute path, bytes, modification time [ns].
 
     Args:
         sources: as for `read_documents`.
         held_out: as for `read_documents`.
 
     Raises:
-        UserError: a source does not exist, is of no known kind, or is an empty folder.
+        UserError: if a source does not exist, has an unknown type, or is an empty folder.
     """
     files: list[SourceFile] = []
     for kind, path in expand_sources(sources, held_out):
         if kind == "stdlib":
             paths = stdlib_docs.source_files()
         elif kind == "dataset":
-            # `cache-*` files come and go with other uses of the data set and hold none of its text.
+            # Other uses of the data set create and delete `cache-*` files, which contain no text.
             found = (f for f in path.rglob("*") if f.is_file() and not f.name.startswith("cache-"))
             paths = sorted(found)
         else:
@@ -78,7 +78,7 @@ def source_files(sources: Sequence[str], held_out: bool = False) -> list[SourceF
             try:
                 state = file.stat()
             except OSError as error:
-                raise UserError(f"{file} cannot be read ({error.strerror}); mend it.") from error
+                raise UserError(f"{file} cannot be read ({error.strerror}); fix it.") from error
             files.append(SourceFile(str(file.resolve()), state.st_size, state.st_mtime_ns))
     return files
 
@@ -86,28 +86,28 @@ def source_files(sources: Sequence[str], held_out: bool = False) -> list[SourceF
 def read_documents(
     sources: Sequence[str], text_field: str, held_out: bool = False
 ) -> Iterator[str]:
-    """Stream the documents of all sources, one after another; blank documents are left out.
+    """Stream the documents of all sources, one after another; blank documents are skipped.
 
     - Text files (.txt, .md, .rst), plain or compressed (.gz, .zst), are cut at blank lines into
       documents of roughly 4,000 characters, so that a single large file can be split into training
       and held-out text. Text without blank lines is cut at the end of a line after 16,000
-      characters, and a single line longer than that is cut inside.
-    - JSONL files (.jsonl, .json with one object a line), plain or compressed: field `text_field`.
+      characters. A single line longer than that is cut inside.
+    - JSONL files (.jsonl, .json with one object per line), plain or compressed: field `text_field`.
     - Parquet files (.parquet): column `text_field`.
-    - Folders: all such files and data sets in them, sorted by name, folder by folder; hidden ones,
-      other kinds of files, and those that `left_out` tells of are left out.
+    - Folders: all such files and data sets in them, sorted by name, folder by folder. Hidden files,
+      other file types, and the files that `left_out` lists are skipped.
     - Data sets saved by `datasets` (`save_to_disk`): column `text_field`, split `train`.
     - `stdlib-docs`: see `lrc.data.stdlib_docs`.
 
     Args:
         sources: files, folders, patterns, or `stdlib-docs`.
         text_field: field or column of the text.
-        held_out: whether it is not to be trained on: folders then give their test and validation
-            files, too.
+        held_out: whether the text is held out; if so, folders include their test and validation
+            files.
 
     Raises:
-        UserError: at once, where a source does not exist or is of no known kind; while reading,
-            where a file is not UTF-8, damaged, or a row has no text.
+        UserError: immediately, if a source does not exist or has an unknown type; while reading,
+            if a file is not UTF-8 or is damaged, or a row has no text.
     """
     return _read_all(expand_sources(sources, held_out), text_field)
 
@@ -128,12 +128,12 @@ def _read_all(sources: Iterable[TextSource], text_field: str) -> Iterator[str]:
 
 
 def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextSource]:
-    """The files and data sets of the sources: folders are searched, patterns (`*.jsonl`) matched.
+    """Expand sources into files and data sets: search folders and match patterns (`*.jsonl`).
 
-    Arguments are those of `read_documents`.
+    The arguments are those of `read_documents`.
 
     Raises:
-        UserError: a source does not exist, is of no known kind, or is an empty folder.
+        UserError: if a source does not exist, has an unknown type, or is an empty folder.
     """
     expanded: list[TextSource] = []
     for source in sources:
@@ -151,23 +151,23 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
             try:
                 found = list(_expand(path, held_out))
             except OSError as error:
-                raise UserError(f"'{source}' cannot be read ({error}); mend it.") from error
+                raise UserError(f"'{source}' cannot be read ({error}); fix it.") from error
             if not found:
                 what = "The folder" if path.is_dir() else "The file"
-                raise UserError(f"{what} '{source}' holds no text that can be read; {_accepted()}.")
+                raise UserError(f"{what} '{source}' contains no readable text; {_accepted()}.")
             expanded.extend(found)
     return expanded
 
 
 def _matches(source: str, path: Path) -> list[str]:
-    """What a pattern matches; nothing where the source is none."""
+    """The paths that a pattern matches; none if the source is not a pattern."""
     return sorted(glob.glob(str(path), recursive=True)) if glob.has_magic(source) else []
 
 
 def left_out(sources: Sequence[str]) -> list[Path]:
-    """Readable files and folders in the folders of some sources that are left out: those named
-    after a test or validation split, and those that tell of the data (README.md). A source that
-    names such a file itself reads it."""
+    """Readable files and folders that source folders skip: those named after a test or validation
+    split, and those that describe the data (README.md). A source that names such a file directly
+    reads it."""
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
@@ -190,8 +190,8 @@ def _left_out(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def _is_no_text(path: Path, held_out: bool) -> bool:
-    """Whether a file or folder in a folder tells of the data or, for text to train on, is named
-    after a split that is not to be trained on."""
+    """Whether a file or folder describes the data or, for training text, is named after a split
+    that must not be trained on."""
     stem = path.name.lower()
     for suffix in (*COMPRESSED_SUFFIXES, *TEXT_SUFFIXES, *JSONL_SUFFIXES, PARQUET_SUFFIX):
         stem = stem.removesuffix(suffix)
@@ -205,7 +205,7 @@ def _accepted() -> str:
 
 
 def _expand(path: Path, held_out: bool, above: tuple[Path, ...] = ()) -> Iterator[TextSource]:
-    """The sources in a file or folder; `above` holds the folders on the way, against loops."""
+    """The sources in a file or folder; `above` lists the parent folders, to detect loops."""
     if path.is_dir():
         if any((path / mark).is_file() for mark in _DATASET_MARKS):
             yield TextSource("dataset", path)
@@ -215,7 +215,7 @@ def _expand(path: Path, held_out: bool, above: tuple[Path, ...] = ()) -> Iterato
                     yield from _expand(entry, held_out, (*above, path.resolve()))
         return
     if not path.is_file():
-        return  # a pipe would be waited for, a link to nothing cannot be read
+        return  # Reading a pipe would block; a broken link cannot be read.
     name = path.name.lower()
     if name.endswith(PARQUET_SUFFIX):
         yield TextSource("parquet", path)
@@ -228,16 +228,16 @@ def _expand(path: Path, held_out: bool, above: tuple[Path, ...] = ()) -> Iterato
 
 
 def _read_text(path: Path) -> Iterator[str]:
-    """Documents of a text file, cut as `read_documents` says."""
+    """Documents of a text file, cut as described in `read_documents`."""
     with open_text(path) as file:
         yield from cut_documents(file)
 
 
 def cut_documents(file: TextIO) -> Iterator[str]:
-    """Cut text into documents as `read_documents` says; some may be empty."""
+    """Cut text into documents as described in `read_documents`; some may be empty."""
     piece: list[str] = []
     size = 0
-    # Bounded reads: a file may be one line of many gigabytes.
+    # Reads are bounded: a file may be a single line of many gigabytes.
     for line in iter(lambda: file.readline(LONGEST_PIECE), ""):
         if size >= LONGEST_PIECE or (size >= DOCUMENT_CHARACTERS and line.isspace()):
             yield "".join(piece).strip()
@@ -251,10 +251,10 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line."""
     for number, row in json_lines(path):
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number} is not a JSON object; give one object a line.")
+            raise UserError(f"{path}:{number} is not a JSON object; give one object per line.")
         if text_field not in row:
             raise no_field(f"{path}:{number}", text_field, row)
-        # JSON can escape half a character, which no tokenizer takes: it becomes a "?".
+        # JSON can contain an unpaired surrogate, which no tokenizer accepts: it becomes "?".
         text = text_of(row[text_field], f"{path}:{number}", text_field)
         yield text.encode("utf-8", "replace").decode("utf-8")
 
@@ -299,7 +299,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     """Open a Parquet file (a `pyarrow.parquet.ParquetFile`).
 
     Raises:
-        UserError: it cannot be opened, or turns out while it is read to be damaged.
+        UserError: if the file cannot be opened, or is found to be damaged while it is read.
     """
     import pyarrow  # Slow to import, and most recipes do not need it.
     import pyarrow.parquet
@@ -309,7 +309,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); check or download it anew."
+            f"{path} cannot be read ({str(error).splitlines()[0]}); check it or download it again."
         ) from error
 
 
@@ -317,26 +317,26 @@ def text_of(value: Any, where: str, text_field: str) -> str:
     """The text of a field; an empty field (null) is an empty text.
 
     Args:
-        value: what the field holds.
-        where: the file or data set, at the beginning of a sentence.
-        text_field: its name.
+        value: the value of the field.
+        where: the file or data set, as the start of a sentence.
+        text_field: the name of the field.
 
     Raises:
-        UserError: it holds something else.
+        UserError: if the value is not text.
     """
     if value is None:
         return ""
     if not isinstance(value, str):
         raise UserError(
-            f"{where} holds no text in '{text_field}' but a {type(value).__name__}; set "
-            "data.text_field to a field of text."
+            f"{where} has type {type(value).__name__} in '{text_field}' instead of text; set "
+            "data.text_field to a text field."
         )
     return value
 
 
 def no_field(where: str, text_field: str, fields: Iterable[str]) -> UserError:
-    """The error of a field that is not there, with those that are."""
+    """The error for a missing field; it lists the fields that exist."""
     names = ", ".join(fields) or "none"
     return UserError(
-        f"{where} has no field '{text_field}'; set data.text_field to one that it has ({names})."
+        f"{where} has no field '{text_field}'; set data.text_field to one of its fields ({names})."
     )

@@ -1,10 +1,10 @@
-"""English prose that ships with every CPython: a training text for offline trials and tests.
+"""English prose that ships with CPython: a training text for offline trials and tests.
 
-Two places are read: `pydoc_data.topics` (the language reference) and the docstrings of the standard
-library, parsed from its source files. No module of the library is executed but the data module
-`pydoc_data.topics`. Only paragraphs that read like sentences are kept: doctests, code, tables,
-field lists and grammar are dropped, since a small student would spend its capacity on their layout.
-The text differs a little between Python versions.
+The text comes from `pydoc_data.topics` (the language reference) and from the docstrings of the
+standard library, parsed from its source files. The only library module that runs is the data module
+`pydoc_data.topics`. Only paragraphs that read like sentences are kept. Doctests, code, tables,
+field lists and grammar are dropped, because a small student would spend its capacity on their
+layout. The text differs slightly between Python versions.
 """
 
 import ast
@@ -16,10 +16,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 MIN_PARAGRAPH = 40
-"""Characters of the shortest paragraph that is kept."""
+"""Length of the shortest paragraph that is kept, in characters."""
 
 MIN_DOCUMENT = 200
-"""Characters of the shortest document that is kept."""
+"""Length of the shortest document that is kept, in characters."""
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -37,7 +37,7 @@ _MARKUP = re.compile(r"::=|>>>|->|==|\\|[{}<>|=]{2}|\w+\(self")
 
 
 def source_files() -> list[Path]:
-    """The Python files that `documents` reads, in its order; tests are left out."""
+    """The Python files that `documents` reads, in order, without tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files = (path for path in root.rglob("*.py") if path.is_file())
     return sorted(f for f in files if not _SKIPPED_FOLDERS.intersection(f.relative_to(root).parts))
@@ -46,7 +46,7 @@ def source_files() -> list[Path]:
 def documents() -> Iterator[str]:
     """One document per topic of the language reference, then one per module, in a fixed order.
 
-    Paragraphs are separated by blank lines; a paragraph that was already given is left out.
+    Paragraphs are separated by blank lines. Repeated paragraphs are skipped.
     """
     seen: set[str] = set()
     for docstrings in _texts():
@@ -66,7 +66,7 @@ def _texts() -> Iterator[Iterable[str]]:
     try:
         topics = importlib.import_module("pydoc_data.topics").topics
     except ImportError:
-        topics = {}  # Some distributions of Python leave it out.
+        topics = {}  # Some Python distributions omit it.
     for name in sorted(topics):
         yield [topics[name]]
     for path in source_files():
@@ -74,13 +74,13 @@ def _texts() -> Iterator[Iterable[str]]:
 
 
 def _docstrings(path: Path) -> list[str]:
-    """Docstrings of a module, its classes and its functions, in the order of the source."""
+    """Docstrings of a module, its classes and its functions, in source order."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Old escapes in other people's strings.
+        warnings.simplefilter("ignore")  # Invalid escapes in library strings.
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError, OSError):
-            return []  # A template or another Python's file; it holds no documentation of ours.
+            return []  # A template, or a file for another Python version.
     owners = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, owners)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -90,17 +90,17 @@ def _docstrings(path: Path) -> list[str]:
 def paragraphs(text: str) -> list[str]:
     """The paragraphs of a docstring or reStructuredText page that read like sentences.
 
-    Hard-wrapped lines are joined and inline markup is taken off.
+    Hard-wrapped lines are joined and inline markup is removed.
     """
     joined = (" ".join(" ".join(lines).split()) for lines in _blocks(text))
     return [plain for paragraph in joined if _reads_like_prose(plain := _plain(paragraph))]
 
 
 def _blocks(text: str) -> Iterator[list[str]]:
-    """Groups of lines that make one paragraph each; code, tables and fields are left out."""
+    """Groups of lines, one per paragraph; code, tables and fields are dropped."""
     block: list[str] = []
     margin = hang = 0  # Indentation of the block's first line, and of its continuation lines.
-    literal: int | None = None  # Drop all that is indented deeper than this.
+    literal: int | None = None  # Drop everything indented deeper than this.
     in_doctest = False
     for line in [*text.expandtabs().splitlines(), ""]:
         stripped = line.strip()
@@ -135,7 +135,7 @@ def _blocks(text: str) -> Iterator[list[str]]:
 
 
 def _starts_new(stripped: str, indent: int, margin: int, hang: int, block: list[str]) -> bool:
-    """Whether a line begins another paragraph although no blank line stands before it."""
+    """Whether a line begins a new paragraph without a blank line before it."""
     if _BULLET.match(stripped) and stripped[0] in "*-+•":
         return True
     if len(block) == 1 and _DEFINITION.match(block[0]) and indent > margin:
@@ -144,7 +144,7 @@ def _starts_new(stripped: str, indent: int, margin: int, hang: int, block: list[
 
 
 def _plain(paragraph: str) -> str:
-    """Text without its bullet, roles, code quotes and emphasis marks."""
+    """Remove bullet, roles, code quotes and emphasis marks from a paragraph."""
     if marker := _BULLET.match(paragraph):
         paragraph = paragraph[marker.end() :]
     paragraph = _ROLE.sub(r"\1", paragraph)
@@ -153,7 +153,7 @@ def _plain(paragraph: str) -> str:
 
 
 def _reads_like_prose(paragraph: str) -> bool:
-    """Whether a paragraph is long enough, begins and ends like a sentence and is mostly words."""
+    """Whether a paragraph is long enough, starts and ends like a sentence and is mostly words."""
     words = paragraph.split()
     return (
         len(paragraph) >= MIN_PARAGRAPH

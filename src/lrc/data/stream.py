@@ -1,10 +1,10 @@
-"""A data set that is tokenized and packed while it is downloaded, with nothing kept on the disk.
+"""A data set that is tokenized and packed during the download; nothing is stored on disk.
 
-Documents are read in blocks and shuffled in each; `datasets` shuffles the order of the data set's
-files. A position in the stream is that of a block, which `datasets` goes to, and of a document and
-a token in it: resuming reads one block again and gives the very same sequences. (The shuffle buffer
-of `datasets` itself loses what it holds when a run resumes.) A document is held out by its own
-wording, as in packed text, so it is never trained on wherever it comes again.
+Documents are read in blocks and shuffled within each block; `datasets` shuffles the order of the
+data set's files. A stream position is a block, which `datasets` can seek to, plus a document and a
+token in it. Resuming rereads one block and yields exactly the same sequences. (The shuffle buffer
+of `datasets` loses its contents on resume.) As in packed text, a document's content determines
+whether it is held out, so a held-out document is never trained on, even if it occurs again.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,36 +27,36 @@ from lrc.system.errors import UserError, reason
 from lrc.system.hub import cache_alone_if_unreachable, no_way
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdataset")
-"""Names of `datasets`' own readers of files, which need no hub."""
+"""Names of the file readers built into `datasets`, which do not need the hub."""
 
 DOCUMENTS_PER_BATCH = 64
-"""Documents that are tokenized at once."""
+"""Documents tokenized at once."""
 
 
 class Mark(NamedTuple):
-    """The place of a document in the stream."""
+    """The position of a document in the stream."""
 
     epoch: int
     block: int
     before: dict[str, Any] | None
-    """State of the data set before the block; None at its beginning."""
+    """State of the data set before the block; None at the start of the data set."""
     document: int
-    """Number in the shuffled block."""
+    """Index in the shuffled block."""
 
 
 START = Mark(0, 0, None, 0)
 
 Tokenized = tuple[Mark, NDArray[np.int64]]
-"""A document as its place and its token ids."""
+"""A document: its position and its token ids."""
 
 
 class Packer:
-    """Puts documents end to end and gives them as sequences of one length.
+    """Concatenates documents and yields them as sequences of one length.
 
     Args:
         documents: the documents, none of them empty.
-        length: tokens of a sequence.
-        used: tokens of the first document that are left out.
+        length: tokens per sequence.
+        used: tokens of the first document to skip.
     """
 
     def __init__(self, documents: Iterator[Tokenized], length: int, used: int = 0) -> None:
@@ -66,7 +66,7 @@ class Packer:
         self._used = used
 
     def place(self) -> tuple[Mark, int]:
-        """The document that the next sequence begins in, and the token of it."""
+        """The document in which the next sequence begins, and the token offset in it."""
         return self._current()[0], self._used
 
     def __iter__(self) -> Iterator[Span]:
@@ -89,25 +89,25 @@ class Packer:
         return Span(np.concatenate(pieces), np.array(begins, np.int64), None)
 
     def _current(self) -> Tokenized:
-        """The document that is being given out."""
+        """The document currently being packed."""
         if self._document is None:
             self._document = next(self._documents)
         return self._document
 
 
 class StreamedText:
-    """A data set as the training loop reads it; see `lrc.data.reader.Reader`.
+    """A streamed data set as the training loop reads it; see `lrc.data.reader.Reader`.
 
     Args:
-        data: the recipe's section; its `stream` is set.
-        tokenizer: the teacher's.
-        seed: decides the order of files and documents.
-        held_out: held-out sequences that are wanted.
-        progress: called with the held-out tokens read so far.
+        data: the recipe's data section, with `stream` set.
+        tokenizer: the teacher's tokenizer.
+        seed: seed of the order of files and documents.
+        held_out: number of held-out sequences wanted.
+        progress: callback that receives the number of held-out tokens read so far.
 
     Raises:
-        UserError: the data set cannot be read or has no such field, there is too little held-out
-            text for one sequence, or the tokenizer does not fit.
+        UserError: if the data set cannot be read or lacks the text field, the held-out text does
+            not fill one sequence, or the tokenizer does not fit.
     """
 
     sources = ()
@@ -123,7 +123,7 @@ class StreamedText:
         progress: Progress | None = None,
     ) -> None:
         assert data.stream is not None
-        tokenizer_identity(tokenizer)  # refuses one that does not fit
+        tokenizer_identity(tokenizer)  # Rejects a tokenizer that does not fit.
         self._data, self._stream = data, data.stream
         self._tokenizer = tokenizer
         self._seed = seed % (1 << 64)
@@ -133,15 +133,15 @@ class StreamedText:
         self._packer = self._packed_from(START, 0)
 
     def training_batch(self, position: int, count: int) -> Batch:
-        """The `count` training sequences that follow the first `position` ones of the run.
+        """The `count` training sequences after the first `position` sequences of the run.
 
-        Sequences between the last one given and `position` are read and thrown away: they are those
-        of other processes, less than a step's.
+        Sequences between the last one returned and `position` are read and discarded: they belong
+        to other processes and are fewer than one step's.
         """
         if position == 0 and self._position:
             self._position, self._packer = 0, self._packed_from(START, 0)
         if position < self._position:
-            raise ValueError("a stream is read forwards only")
+            raise ValueError("a stream can only be read forwards")
         for _ in range(self._position, position):
             next(self._packer)
         spans = [next(self._packer) for _ in range(count)]
@@ -149,29 +149,29 @@ class StreamedText:
         return make_batch(spans, self._data.document_mask)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
-        """The first `count` held-out sequences in batches, the same at every call."""
+        """The first `count` held-out sequences in batches, the same on every call."""
         spans = self._held_out[:count]
         for start in range(0, len(spans), batch_size):
             yield make_batch(spans[start : start + batch_size], self._data.document_mask)
 
     def shares(self) -> dict[str, float]:
-        """None: a stream names no sources."""
+        """Return no shares: a stream has no named sources."""
         return {}
 
     def set_shares(self, position: int, shares: Mapping[str, float]) -> None:
-        """Never called: a stream names no sources."""
-        raise AssertionError("a stream names no sources")
+        """Never called: a stream has no named sources."""
+        raise AssertionError("a stream has no named sources")
 
     def state(self) -> dict[str, Any]:
-        """The place that the next sequence begins at, as JSON values."""
+        """The position at which the next sequence begins, as JSON values."""
         mark, used = self._packer.place()
         return {**mark._asdict(), "used": used, "position": self._position}
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a place.
+        """Continue from a saved position.
 
         Raises:
-            UserError: the state holds no place.
+            UserError: if the state has no position.
         """
         try:
             mark = Mark(*(state[name] for name in Mark._fields))
@@ -179,11 +179,11 @@ class StreamedText:
             self._position = state["position"]
         except KeyError as error:
             raise UserError(
-                "The checkpoint does not say where in its stream the run was; start a new run."
+                "The checkpoint does not say where the run was in its stream; start a new run."
             ) from error
 
     def _packed_from(self, mark: Mark, used: int) -> Packer:
-        """The sequences from a token of a document on."""
+        """Pack sequences starting at a token of a document."""
         return Packer(
             self._tokenized(self._documents(mark), DOCUMENTS_PER_BATCH), self._length, used
         )
@@ -193,11 +193,11 @@ class StreamedText:
         return self._data.sequence_length
 
     def _documents(self, mark: Mark) -> Iterator[tuple[Mark, str]]:
-        """The training documents from a place on, epoch after epoch."""
+        """The training documents from a position on, epoch after epoch."""
         epoch, block, before, document = mark
         while True:
             rows = self._builder.as_streaming_dataset(split=self._stream.split)
-            # Any number but 0 makes it shuffle its files.
+            # Any nonzero epoch makes `datasets` shuffle its files.
             rows.set_epoch(1 + int(_random(1, self._seed, epoch)[0]) % (1 << 31))
             rows.load_state_dict(before)
             texts = (text for text in self._texts(rows) if not self._is_held_out(text))
@@ -208,15 +208,15 @@ class StreamedText:
                 block, before, document = block + 1, rows.state_dict(), 0
             if not block:
                 raise UserError(
-                    f"The data set '{self._stream.dataset}' holds no training text; lower "
-                    "data.held_out_fraction or choose another one."
+                    f"The data set '{self._stream.dataset}' has no training text; lower "
+                    "data.held_out_fraction or choose another data set."
                 )
             epoch, block, before, document = epoch + 1, 0, None, 0
 
     def _tokenized(
         self, documents: Iterator[tuple[Mark, str]], together: int
     ) -> Iterator[Tokenized]:
-        """Documents as tokens, in the same order; those without any are left out."""
+        """Tokenize documents in order; documents without tokens are skipped."""
         while some := list(islice(documents, together)):
             texts = [text for _, text in some]
             encoded = encode(self._tokenizer, texts, self._data.parse_special_tokens)
@@ -225,7 +225,7 @@ class StreamedText:
                     yield mark, np.array(ids, np.int64)
 
     def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:
-        """The documents of a data set, but for blank ones."""
+        """The documents of a data set, without blank ones."""
         field, where = self._data.text_field, f"The data set '{self._stream.dataset}'"
         try:
             for row in rows:
@@ -238,18 +238,18 @@ class StreamedText:
             raise
         except Exception as error:
             raise UserError(
-                f"{where} cannot be read on ({reason(error)}); continue the run with "
-                "`lrc resume` when it can."
+                f"{where} cannot be read any further ({reason(error)}); continue the run with "
+                "`lrc resume` once it is readable again."
             ) from error
 
     def _is_held_out(self, text: str) -> bool:
         return text_hash(text) < int(self._data.held_out_fraction * HASH_RANGE)
 
     def _read_held_out(self, sequences: int, progress: Progress | None) -> list[Span]:
-        """The first held-out sequences, as many as are wanted and there are."""
+        """Read up to `sequences` held-out sequences from the start of the data set."""
         rows = self._builder.as_streaming_dataset(split=self._stream.split)
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
-        # One by one: each of them stands for many that are read and left.
+        # One at a time: reading up to each held-out document passes many training documents.
         documents = self._tokenized(((START, text) for text in texts), 1)
         packer = Packer(documents, self._length)
         spans: list[Span] = []
@@ -266,10 +266,10 @@ class StreamedText:
 
 
 def _open(stream: StreamSection) -> Any:
-    """The builder of a data set.
+    """Open the builder of a data set.
 
     Raises:
-        UserError: there is no such data set, configuration or split, or no way to it.
+        UserError: if the data set, configuration or split does not exist or cannot be reached.
     """
     import datasets  # Slow to import, and most recipes do not need it.
 
@@ -283,7 +283,7 @@ def _open(stream: StreamSection) -> Any:
             revision=stream.revision,
         )
         builder.as_streaming_dataset(split=stream.split)
-    except Exception as error:  # `datasets` passes on whatever the network layers raise.
+    except Exception as error:  # `datasets` lets any error of the network layers through.
         raise UserError(
             f"The data set '{stream.dataset}' cannot be opened ({no_way(problem, error)}); check "
             "data.stream and the connection."
@@ -292,5 +292,5 @@ def _open(stream: StreamSection) -> Any:
 
 
 def _random(count: int, *seeds: int) -> NDArray[np.uint64]:
-    """Random numbers, the same in every version of numpy."""
+    """Random numbers that are the same in every numpy version."""
     return np.random.Philox(np.random.SeedSequence(seeds)).random_raw(count)

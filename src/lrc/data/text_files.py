@@ -1,4 +1,4 @@
-"""Text files, plain or compressed, with every way of failing to read one told to the user."""
+"""Read plain or compressed text files, and report every read failure to the user."""
 
 import gzip
 import io
@@ -15,18 +15,18 @@ from lrc.system.errors import UserError, reason
 from lrc.system.limits import LONGEST_LINE
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
-"""Endings of the compressed files that `open_text` decompresses."""
+"""Suffixes of the compressed files that `open_text` decompresses."""
 
 
 @contextmanager
 def open_text(path: Path) -> Iterator[TextIO]:
-    """Open a file as UTF-8 text, decompressed where its name ends in .gz or .zst.
+    """Open a file as UTF-8 text, decompressed if its name ends in .gz or .zst.
 
     Raises:
-        UserError: the file cannot be opened, or turns out while it is read to be damaged, cut off
-            or not UTF-8.
+        UserError: if the file cannot be opened, or is found to be damaged, cut off or not UTF-8
+            while it is read.
     """
-    # "-sig": a byte order mark is no text.
+    # "-sig": a byte order mark is not text.
     with (
         reading_errors(path),
         open_bytes(path) as data,
@@ -37,27 +37,26 @@ def open_text(path: Path) -> Iterator[TextIO]:
 
 @contextmanager
 def open_bytes(path: Path) -> Iterator[BinaryIO]:
-    """Open a file as bytes, decompressed where its name ends in .gz or .zst; seek only where it
-    does not.
+    """Open a file as bytes, decompressed if its name ends in .gz or .zst; seek only in other files.
 
     Raises:
-        UserError: the file cannot be opened, or turns out while it is read to be damaged or cut
-            off.
+        UserError: if the file cannot be opened, or is found to be damaged or cut off while it is
+            read.
     """
     with reading_errors(path), open(path, "rb") as raw:
         yield cast(BinaryIO, _decompressed(raw, path))
 
 
-def json_lines(path: Path, fix: str = "give one JSON object a line") -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL file, decompressed where its name ends in .gz or .zst, with the numbers
-    of their lines, from 1; blank lines are left out.
+def json_lines(path: Path, fix: str = "give one JSON object per line") -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file with their line numbers, from 1; blank lines are skipped. The file
+    is decompressed if its name ends in .gz or .zst.
 
     Args:
         path: the file.
-        fix: what to do about a line that is none, as the end of a sentence.
+        fix: what to do about an invalid line, as the end of a sentence.
 
     Raises:
-        UserError: it cannot be read, or a line is not JSON or absurdly long.
+        UserError: if the file cannot be read, or a line is not JSON or is too long.
     """
     with open_text(path) as file:
         for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
@@ -74,17 +73,17 @@ def json_lines(path: Path, fix: str = "give one JSON object a line") -> Iterator
 
 @contextmanager
 def reading_errors(path: Path) -> Iterator[None]:
-    """Turn every way of failing to read a text file into a sentence.
+    """Turn every failure to read a text file into a readable message.
 
     Raises:
-        UserError: it cannot be read, is damaged, cut off or not UTF-8.
+        UserError: if the file cannot be read, is damaged, cut off or not UTF-8.
     """
     try:
         yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 text; convert it to UTF-8 first.") from error
     except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{path} is damaged or cut off ({error}); compress it anew.") from error
+        raise UserError(f"{path} is damaged or cut off ({error}); compress it again.") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({reason(error)}); check the file.") from error
 
@@ -100,8 +99,8 @@ def _decompressed(raw: io.BufferedReader, path: Path) -> io.BufferedReader | gzi
 class _ZstdFrames(io.RawIOBase):
     """Decompresses all frames of a .zst file.
 
-    `zstandard.open` stops after the first frame and takes a file that is cut off for a whole one;
-    either would train on a part of the text without a word.
+    `zstandard.open` stops after the first frame and accepts a truncated file as complete. Either
+    would silently train on only part of the text.
     """
 
     def __init__(self, raw: BinaryIO) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of many shards, read as one long text."""
+"""Read the tokens of many shards as one long text."""
 
 from collections.abc import Sequence
 from functools import lru_cache
@@ -11,28 +11,28 @@ from numpy.typing import NDArray
 from lrc.data.shards import Shard
 
 OPEN_SHARDS = 64
-"""Shards that are mapped at once, three files each; systems allow a process about a thousand."""
+"""Shards mapped at once, three files each; systems allow a process about a thousand open files."""
 
 
 class Span(NamedTuple):
-    """A stretch of text."""
+    """A span of text."""
 
     ids: NDArray[np.int64]
     """Token ids, [n]."""
     begins: NDArray[np.int64]
-    """Where in the stretch documents begin, ascending."""
+    """Where documents begin in the span, ascending."""
     sources: NDArray[np.int64] | None
-    """Number of the source of each token, [n]."""
+    """Source index of each token, [n]."""
 
 
 class Tokens:
-    """The documents of some shards, one shard after another.
+    """The documents of several shards, one shard after another.
 
     Args:
-        shards: the shards; a document never goes on from one to the next.
-        sources: names of the sources; none: the sources of the documents are not read.
-        numbers: for each of the shards, the number in `sources` of each source of its own index;
-            None: they are the same.
+        shards: the shards; a document never continues into the next shard.
+        sources: names of the sources; if empty, document sources are not read.
+        numbers: for each shard, the index in `sources` of each source in the shard's own index;
+            None if both number the sources the same way.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class Tokens:
         self._open = lru_cache(maxsize=OPEN_SHARDS)(self._map)
 
     def __len__(self) -> int:
-        """Tokens of all shards."""
+        """Number of tokens in all shards."""
         return int(self._starts[-1])
 
     def read(self, start: int, stop: int) -> Span:
-        """The text from token `start` to token `stop - 1`."""
+        """Read the text from token `start` to token `stop - 1`."""
         first, last = np.searchsorted(self._starts, [start, stop])
         first -= self._starts[first] > start
         parts = [self._read_shard(number, start, stop) for number in range(first, last)]
@@ -65,8 +65,7 @@ class Tokens:
         )
 
     def sources_at(self, places: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Number of the source of the token at each of some places, int64 [places]; from the
-        documents' offsets alone."""
+        """Source index of the token at each place, int64 [places]; reads no token ids."""
         found = np.empty(len(places), np.int64)
         shards = np.searchsorted(self._starts, places, side="right") - 1
         for number in np.unique(shards):
@@ -78,7 +77,7 @@ class Tokens:
         return found
 
     def _read_shard(self, number: int, start: int, stop: int) -> Span:
-        """The part of `read` that lies in one of the shards."""
+        """Read the part of a span that lies in one shard."""
         before = int(self._starts[number])
         begin, end = max(start - before, 0), min(stop - before, self.shards[number].tokens)
         ids, offsets, of_documents = self._open(number)
@@ -86,12 +85,12 @@ class Tokens:
         begins = np.asarray(offsets[first:last]) - begin
         sources = None
         if self.sources:
-            # The document that was begun before the stretch counts too.
+            # Count the document that began before the span, too.
             owners = first - 1 + np.searchsorted(begins, np.arange(end - begin), side="right")
             sources = self._numbers[number][of_documents[owners]]
         return Span(ids[begin:end].astype(np.int64), begins + before + begin - start, sources)
 
     def _map(self, number: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """Token ids, offsets and sources of a shard, read where they are touched."""
+        """Map the token ids, offsets and sources of a shard; pages are read on access."""
         shard = self.shards[number]
         return shard.token_ids(), shard.offsets(), shard.source_ids()

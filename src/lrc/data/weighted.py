@@ -1,8 +1,8 @@
-"""Training sequences drawn source by source, each source having a share that may change on the way.
+"""Draw training sequences by source; each source has a share that may change during the run.
 
-A packed sequence may hold documents of several sources: it counts as of the source of its middle
-token. Where a document fills more than half of a sequence, that is its source; and since any token
-is as likely to stand in the middle as any other, no source gains by it.
+A packed sequence may contain documents of several sources. It counts toward the source of its
+middle token. If one document fills more than half of a sequence, its source is the sequence's.
+Every token is equally likely to be in the middle, so the rule favors no source.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,15 +17,15 @@ from lrc.data.order import ShuffledOrder
 class WeightedOrder:
     """An endless stream of sequence numbers in which every source has its share.
 
-    Sources take turns, so that after any number of sequences each has had its share to within one
-    or two: drawing them at random would blur the shares of a short run. Every source has epochs and
-    a shuffled order of its own. The stream depends on the shares, when they were set, and the
-    seed: every process sees the same.
+    Sources take turns, so after any number of sequences each source is within one or two sequences
+    of its share. Random draws would blur the shares of a short run. Every source has its own epochs
+    and shuffled order. The stream depends on the shares, when they were set, and the seed, so every
+    process sees the same stream.
 
     Args:
         names: the sources.
-        of_sequence: number of the source of each sequence, int64 [sequences].
-        seed: decides the order in each source.
+        of_sequence: source index of each sequence, int64 [sequences].
+        seed: seed of the order in each source.
     """
 
     def __init__(self, names: Sequence[str], of_sequence: NDArray[np.int64], seed: int) -> None:
@@ -38,7 +38,7 @@ class WeightedOrder:
         self._shares = [len(own) / len(of_sequence) for own in self._members]
 
     def shares(self) -> dict[str, float]:
-        """The share of each source that has sequences; at first that of the text."""
+        """The share of each source that has sequences; initially its share of the text."""
         pairs = zip(self._names, self._shares, self._members, strict=True)
         return {name: share for name, share, own in pairs if len(own)}
 
@@ -46,14 +46,14 @@ class WeightedOrder:
         """Change the shares of the sequences from `position` on.
 
         Args:
-            position: at or after all that were taken.
-            shares: for each of the sources in `shares()`, together 1.
+            position: a position at or after all sequences taken so far.
+            shares: the share of each source in `shares()`; they sum to 1.
         """
         self._go_to(position)
         self._shares = [shares.get(name, 0.0) for name in self._names]
 
     def take(self, position: int, count: int) -> list[int]:
-        """Sequence numbers at `position` to `position + count - 1`; never before the last ones."""
+        """Sequence numbers at `position` to `position + count - 1`; positions only increase."""
         self._go_to(position)
         taken = []
         for _ in range(count):
@@ -63,7 +63,7 @@ class WeightedOrder:
         return taken
 
     def state(self) -> dict[str, Any]:
-        """The place in the stream, as JSON values."""
+        """The position in the stream, as JSON values."""
         return {
             "position": self._position,
             "taken": list(self._taken),
@@ -72,20 +72,20 @@ class WeightedOrder:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from a place."""
+        """Continue from a saved position."""
         self._position = state["position"]
         self._taken, self._credits = list(state["taken"]), list(state["credits"])
         self._shares = list(state["shares"])
 
     def _go_to(self, position: int) -> None:
-        """Pass over sequences, such as those that other processes take."""
+        """Skip sequences, such as those that other processes take."""
         if position < self._position:
-            raise IndexError(f"sequence {position} lies before {self._position}")
+            raise IndexError(f"sequence {position} is before {self._position}")
         while self._position < position:
             self._next()
 
     def _next(self) -> int:
-        """The source of the next sequence: that which is furthest behind its share."""
+        """The source of the next sequence: the one furthest behind its share."""
         for number, share in enumerate(self._shares):
             self._credits[number] += share
         source = max(range(len(self._credits)), key=self._credits.__getitem__)

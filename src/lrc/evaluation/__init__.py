@@ -1,1 +1,1 @@
-"""Measuring models: held-out loss and agreement with the teacher."""
+"""Evaluation of models: held-out loss, agreement with the teacher, and benchmarks."""

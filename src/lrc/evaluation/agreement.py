@@ -25,17 +25,17 @@ from lrc.system.errors import UserError
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A teacher, and the text on which models are measured beside it."""
+    """A teacher and the text on which models are compared with it."""
 
     teacher: TeacherSection
     data: DataSection
     recipe: Recipe | None
-    """The recipe whose held-out text it is; None where all of `data.text` is held out."""
+    """The recipe that defines the held-out text; None if all of `data.text` is held out."""
     sequences: int
     batch_size: int
 
     def key(self) -> dict[str, Any]:
-        """All that decides the numbers, besides the model that is measured."""
+        """Everything that determines the numbers, except the measured model."""
         return {
             "teacher": fingerprint_of(self.teacher.model),
             "teacher_settings": self.teacher.model_dump(exclude={"model", "license"}),
@@ -52,7 +52,7 @@ class HeldOut:
         """The sequences, packed as for training.
 
         Raises:
-            UserError: the text cannot be read or is too short.
+            UserError: if the text cannot be read or is too short.
         """
         if self.recipe is not None:
             text = open_text(self.recipe, tokenizer)
@@ -72,13 +72,14 @@ def held_out_of(
     """Teacher and text: the run's own, unless others are given.
 
     Args:
-        subject: the model that is evaluated first.
-        teacher: another teacher than the run's; needed for a model that is no run.
-        text: held-out text, all of it, in place of the run's; needed likewise.
-        limit: sequences; None: as many as the run measures.
+        subject: the first evaluated model.
+        teacher: a teacher to use instead of the run's; required if the model is not a run.
+        text: text to use instead of the run's held-out text, all of it held out; required if the
+            model is not a run.
+        limit: number of sequences; None: as many as the run measures.
 
     Raises:
-        UserError: the model is no run, and teacher or text is missing.
+        UserError: if the model is not a run, and teacher or text is missing.
     """
     recipe = subject.run.recipe if subject.run else None
     if recipe is None and not (teacher and text):
@@ -101,7 +102,7 @@ def held_out_of(
 
 
 def pack(data: DataSection, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    """Sequences of token ids out of documents end to end, each between bos and eos."""
+    """Sequences of token ids from concatenated documents, each framed by bos and eos."""
     rest: list[int] = []
     for document in read_documents(data.text, data.text_field, held_out=True):
         rest += encode(tokenizer, [document], data.parse_special_tokens)[0]
@@ -117,14 +118,14 @@ def measure(
     tokenizer: Tokenizer,
     progress: Progress,
 ) -> TaskResult:
-    """Measure a model beside the teacher.
+    """Compare a model with the teacher.
 
     Metrics: `lm_loss` and `perplexity` of the model, `teacher_lm_loss`, `kl` (mean
     KL(teacher || model) at temperature 1, nats) and `top1` (share of tokens where both predict the
-    same next one).
+    same next token).
 
     Raises:
-        UserError: the two do not share their vocabulary.
+        UserError: if the two have different vocabularies.
     """
     start = time.perf_counter()
     if tokenizer.get_vocab() != teacher.tokenizer.get_vocab():

@@ -1,4 +1,4 @@
-"""Evaluate models task by task, keeping each finished task."""
+"""Evaluate models task by task and store each finished task."""
 
 import json
 import tempfile
@@ -36,43 +36,44 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 PAPER = "paper"
-"""Stands for the nine tasks of the paper."""
+"""Stands for the paper's nine tasks."""
 
 FORMAT = 2
-"""Raise it whenever the same settings would give other results: kept ones are then ignored."""
+"""Version of the stored results. Increase it whenever the same settings give different results;
+older stored results are then ignored."""
 
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What all models of an evaluation have in common."""
+    """The settings shared by all models of an evaluation."""
 
     tasks: tuple[str, ...] = (PAPER,)
     """Names, tags and patterns of the harness, `paper` and `heldout`."""
     limit: int | None = None
-    """Rows of each task (each member of a group), sequences of held-out text; None: all."""
+    """Rows of each task (each member of a group) or sequences of held-out text; None: all."""
     data: Path | None = None
-    """Folder of JSONL files in place of the harness's data sets."""
+    """Folder of JSONL files that replace the harness's data sets."""
     teacher: str | None = None
-    """For `heldout`: in place of the run's teacher."""
+    """For `heldout`: replaces the run's teacher."""
     text: tuple[str, ...] = ()
-    """For `heldout`: in place of the run's held-out text."""
+    """For `heldout`: replaces the run's held-out text."""
     batch_size: int = 16
-    """Sequences of a forward pass; changes speed, not results."""
+    """Sequences per forward pass; affects speed, not results."""
     dtype: str = "auto"
     """Element type of the models; `auto`: as stored."""
     device: str = "cpu"
-    """As torch names it."""
+    """Device name, as in torch."""
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The tasks, and what is needed to evaluate them."""
+    """The tasks and everything needed to evaluate them."""
 
     names: list[str]
     manager: "TaskManager | None"
     held_out: HeldOut | None
     keys: dict[str, dict[str, Any]]
-    """By task: all that decides its numbers, besides the model."""
+    """By task: everything that determines its numbers, except the model."""
 
 
 def evaluate(
@@ -80,18 +81,18 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate a model, and others with the same settings.
 
-    Tasks that `out` holds for the same model and settings are not evaluated again. Everything is
-    written there: `tasks/` as it comes, `results.json` and `results.md` at the end.
+    Tasks already in `out` for the same model and settings are not evaluated again. All results go
+    to `out`: each task to `tasks/` when it finishes, `results.json` and `results.md` at the end.
 
     Args:
         model: a run's folder or anything that `lrc.model.teacher.load_model` takes.
-        others: more of these, or `teacher` for the run's teacher.
-        settings: tasks and all else.
-        out: the folder of the results.
-        console: where progress is shown.
+        others: more models, or `teacher` for the run's teacher.
+        settings: tasks and all other settings.
+        out: the folder for the results.
+        console: the console that shows progress.
 
     Raises:
-        UserError: a model, a task or its data is not found or not fit.
+        UserError: if a model, a task or its data is not found or not usable.
     """
     refuse_other_folder(out)
     subjects = find_subjects(model, others)
@@ -117,10 +118,10 @@ def evaluate(
 
 
 def refuse_other_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but an evaluation, before something in it is replaced.
+    """Refuse a folder with other content than an evaluation, before anything in it is replaced.
 
     Raises:
-        UserError: it does.
+        UserError: if the folder holds anything else.
     """
     ours = {"results.json", "results.md", "tasks"}
     if is_taken(out, lambda name: name in ours or is_left_over(name)):
@@ -130,7 +131,7 @@ def refuse_other_folder(out: Path) -> None:
 
 
 def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
-    """Find tasks and data, before any model is loaded."""
+    """Find tasks and data before any model is loaded."""
     names = [
         name
         for asked in settings.tasks
@@ -138,7 +139,7 @@ def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
     ]
     names = list(dict.fromkeys(names))
     if not names:
-        raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names of the harness.")
+        raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names from the harness.")
     of_harness = [name for name in names if name != HELD_OUT]
     common = {
         "format": FORMAT,
@@ -171,20 +172,20 @@ def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
                 "data": data[name],
             }
     elif settings.data:
-        raise UserError("--data holds rows of benchmarks; add some to --tasks, or leave it out.")
+        raise UserError("--data applies only to benchmarks; add some to --tasks, or leave it out.")
     return _Plan(list(keys), manager, held_out, keys)
 
 
 def _evaluate(
     subject: Subject, plan: _Plan, settings: EvaluationSettings, kept: KeptResults, console: Console
 ) -> ModelResult:
-    """One model on all tasks; it is loaded only if a task is still to be evaluated."""
+    """Evaluate one model on all tasks; load it only if a task is not finished yet."""
     print_ = _printer(console)
     identity = {"model": subject.fingerprint()}
     keys = {name: {**key, **identity} for name, key in plan.keys.items()}
     tasks = {name: result for name, key in keys.items() if (result := kept.load(key))}
     if tasks:
-        print_(f"{subject.label}: {len(tasks)} of {len(keys)} tasks are kept from before.")
+        print_(f"{subject.label}: {len(tasks)} of {len(keys)} tasks are already finished.")
     pending = [name for name in keys if name not in tasks]
     if pending:
         print_(f"Loading {subject.name}")
@@ -208,7 +209,7 @@ def _evaluate(
 
 
 class _Worker:
-    """A loaded model, on one task after another."""
+    """A loaded model that runs one task after another."""
 
     def __init__(
         self,
@@ -239,7 +240,7 @@ def _printer(console: Console) -> Callable[[str], None]:
 
 
 def _said(text: str, result: TaskResult) -> str:
-    """A finished task as a line."""
+    """A finished task as one line of text."""
     scores = ", ".join(f"{name} {score.value:.4g}" for name, score in result.metrics.items())
     line = f"{text}: {scores}; {result.rows:,} rows in {result.seconds:,.0f} s"
     if result.truncated:

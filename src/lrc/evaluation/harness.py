@@ -1,7 +1,7 @@
-"""lm-evaluation-harness behind a narrow door: its tasks by name, and its model on one of ours.
+"""A narrow interface to lm-evaluation-harness: tasks by name, and its model class on our models.
 
-Prompts, targets, metrics and their aggregation are the harness's own. Only two things are added to
-its model class: logits of the scored positions alone, and a call-back after each answer.
+Prompts, targets, metrics and their aggregation are the harness's own. We add only two things to its
+model class: it computes logits only at the scored positions, and it reports each answer.
 """
 
 import difflib
@@ -42,7 +42,7 @@ PAPER_FOLDERS = (
     "super_glue/boolq",
     "winogrande",
 )
-"""Where the harness defines the tasks of the paper. To read these alone spares the many seconds
+"""Folders where the harness defines the paper's tasks. Reading only these saves the many seconds
 that its other 14,000 tasks take."""
 
 
@@ -50,7 +50,7 @@ def harness_version() -> str:
     """Version of the installed lm-evaluation-harness.
 
     Raises:
-        UserError: it is not installed.
+        UserError: if it is not installed.
     """
     try:
         return metadata.version("lm_eval")
@@ -61,10 +61,10 @@ def harness_version() -> str:
 
 
 def open_tasks(names: list[str]) -> "TaskManager":
-    """The harness's index of its tasks: those of the paper where no others are asked for, else all.
+    """The harness's task index: only the paper's tasks if no others are requested, else all.
 
     Raises:
-        UserError: the harness is not installed.
+        UserError: if the harness is not installed.
     """
     harness_version()
     import lm_eval.tasks
@@ -79,10 +79,10 @@ def open_tasks(names: list[str]) -> "TaskManager":
 
 
 def find_tasks(manager: "TaskManager", names: list[str]) -> list[str]:
-    """The tasks and groups that are asked for by name, by tag or by a pattern such as `mmlu_*`.
+    """The tasks and groups that match names, tags or patterns such as `mmlu_*`.
 
     Raises:
-        UserError: the harness has no task of that name.
+        UserError: if the harness has no task of that name.
     """
     found: list[str] = []
     for name in names:
@@ -101,31 +101,31 @@ def find_tasks(manager: "TaskManager", names: list[str]) -> list[str]:
 
 
 def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int) -> "TemplateLM":
-    """A loaded model as the harness's model class for transformers.
+    """Wrap a loaded model in the harness's model class for transformers.
 
-    It computes logits only at the end of each sequence, where the harness scores: the others cost
-    a fifth of the time and most of the memory, and are thrown away.
+    It computes logits only at the end of each sequence, where the harness scores. The other logits
+    would cost a fifth of the time and most of the memory, and would be thrown away.
 
     Args:
         model: the model, on its device.
         tokenizer: its tokenizer.
-        batch_size: sequences of a forward pass.
+        batch_size: sequences per forward pass.
     """
     from lm_eval.models.huggingface import HFLM
 
     class EndLogits(HFLM):  # type: ignore[misc]
-        """The harness's model with logits of the last positions only."""
+        """The harness's model, with logits only at the last positions."""
 
         progress: Progress | None = None
         truncated = 0
         _ends_texts = bool(tokenizer("a")["input_ids"][-1] == tokenizer.eos_token_id)
 
         def get_model_info(self) -> dict[str, Any]:
-            return {}  # the harness would ask the hub for the commit of a model that is local
+            return {}  # for a local model, the harness would ask the hub for its commit
 
         def tok_encode(self, string: str, *args: Any, **options: Any) -> list[int]:
             ids = super().tok_encode(string, *args, **options)
-            # A prompt that an end of text was put after would be scored as another text's end.
+            # With an end of text after the prompt, the answer would start a new text.
             return ids[:-1] if self._ends_texts and ids[-1:] == [self.eot_token_id] else ids
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
@@ -143,9 +143,9 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
         def _model_call(self, inps: Tensor, *args: Any, **options: Any) -> Tensor:
             if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
                 return super()._model_call(inps, *args, **options)
-            # The harness scores the last tokens before the padding, which is zeros on the right,
-            # and finds them from the end of what is returned here. Real tokens may be 0 too: then
-            # too many logits are kept, which does no harm.
+            # The harness scores the last tokens before the padding (zeros on the right) and counts
+            # them from the end of the returned logits. Real tokens may be 0 too. Then we keep more
+            # logits than needed, which is harmless.
             positions = torch.arange(1, inps.shape[1] + 1, device=inps.device)
             shortest = int(((inps != 0) * positions).amax(1).min())
             kept = min(inps.shape[1] - shortest + self._longest, inps.shape[1])
@@ -159,7 +159,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
 
 
 class _Counter:
-    """Stands where the harness hands each answer to its cache, and counts them."""
+    """Counts the answers, in place of the harness's answer cache."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
@@ -184,12 +184,12 @@ def evaluate_task(
         lm: a `harness_model`.
         manager: the harness's tasks.
         name: a name that the manager knows.
-        limit: rows of the task, or of each member of a group; None: all.
+        limit: number of rows of the task, or of each member of a group; None: all.
         progress: called after every answer.
         local: whether the rows are on this machine.
 
     Raises:
-        UserError: the data cannot be loaded or lacks the fields that the task reads.
+        UserError: if the data cannot be loaded or lacks fields that the task reads.
     """
     start, before = time.perf_counter(), lm.truncated
     with quiet_harness():
@@ -219,7 +219,7 @@ def load_task(manager: "TaskManager", name: str, local: bool = False) -> Any:
         local: whether its rows are on this machine.
 
     Raises:
-        UserError: the data cannot be loaded or lacks the fields that the task reads.
+        UserError: if the data cannot be loaded or lacks fields that the task reads.
     """
     from jinja2 import UndefinedError
 
@@ -231,10 +231,10 @@ def load_task(manager: "TaskManager", name: str, local: bool = False) -> Any:
             f"The data of '{name}' lacks a field that the task reads ({reason(error)}); give "
             "it the fields of the harness's own data set."
         ) from error
-    except Exception as error:  # whatever the harness and `datasets` pass on
+    except Exception as error:  # the harness and `datasets` may raise anything
         raise UserError(
-            f"The data of '{name}' cannot be loaded ({no_way(problem, error)}); where the hub "
-            "cannot be reached, give a folder of JSONL files with --data."
+            f"The data of '{name}' cannot be loaded ({no_way(problem, error)}); if the hub "
+            "is not reachable, give a folder of JSONL files with --data."
         ) from error
     for task in loaded["tasks"].values():
         _refuse_missing_target(task)
@@ -248,13 +248,13 @@ def evaluate_rows(
     limit: int | None,
     progress: Progress | None = None,
 ) -> list[float]:
-    """Accuracy of every row of one task: `acc` of the harness, 1 where the answer is right.
+    """Accuracy of every row of one task: the harness's `acc`, 1 if the answer is right.
 
     Args:
         lm: a `harness_model`.
         manager: the harness's tasks.
-        task: a task of `load_task` that measures `acc`, no group.
-        limit: its first rows; None: all.
+        task: a task from `load_task` that measures `acc`; not a group.
+        limit: number of rows, from the start; None: all.
         progress: called after every answer.
     """
     with quiet_harness():
@@ -269,8 +269,8 @@ def prompts(lm: "TemplateLM", task: Any, limit: int | None) -> list[list[list[in
 
     Args:
         lm: a `harness_model`, whose tokenizer is used.
-        task: a task of `load_task`, no group.
-        limit: its first rows; None: all.
+        task: a task from `load_task`; not a group.
+        limit: number of rows, from the start; None: all.
     """
     with quiet_harness():
         _without_shots(task)
@@ -290,9 +290,11 @@ def _evaluate(
     progress: Progress | None,
     rows: bool = False,
 ) -> Any:
-    """The harness's `simple_evaluate` without what it adds for a log: the commit of the folder that
-    the user is in, for which git complains on the terminal where there is none, and the machine's
-    details, which take a second."""
+    """The harness's `simple_evaluate` without its log details.
+
+    These are the git commit of the current folder, where git prints an error outside a repository,
+    and the details of the machine, which take a second.
+    """
     from lm_eval import evaluate
     from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
@@ -305,12 +307,12 @@ def _evaluate(
         _without_shots(member)
         member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     found = evaluate(lm, loaded, limit=limit, log_samples=rows)
-    assert found is not None  # only so in the other processes of several
+    assert found is not None  # None only in secondary processes
     return found
 
 
 def _without_shots(task: Any) -> None:
-    """No solved examples, unless the task asks for some."""
+    """Show no solved examples unless the task sets their number."""
     if task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=0)
 
@@ -328,7 +330,11 @@ def quiet_harness() -> Iterator[None]:
 
 
 def _refuse_missing_target(task: Any) -> None:
-    """The harness takes the name of a field that is not there for the target itself."""
+    """Refuse data without the target field; the harness would use the field's name as the target.
+
+    Raises:
+        UserError: if the data lacks the field.
+    """
     target = task.config.doc_to_target
     features = getattr(task, "features", None)
     if features and isinstance(target, str) and target.isidentifier() and target not in features:
@@ -339,7 +345,7 @@ def _refuse_missing_target(task: Any) -> None:
 
 
 def _metrics(found: Mapping[str, Any]) -> dict[str, Score]:
-    """The metrics of one entry of the harness's results, whose keys are `metric,filter`."""
+    """The metrics of one entry of the harness's results, where keys are `metric,filter`."""
     metrics: dict[str, Score] = {}
     for key, value in found.items():
         metric, comma, chosen = key.partition(",")

@@ -1,4 +1,4 @@
-"""Held-out loss of a model, and how far a student agrees with its teacher."""
+"""Held-out loss of a model, and agreement of a student with its teacher."""
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,30 +16,30 @@ from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
 
 CHUNK = 128
-"""Tokens whose logits are held at once."""
+"""Tokens whose logits are in memory at once."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """A student beside its teacher on the same tokens."""
+    """A student compared with its teacher on the same tokens."""
 
     teacher_loss: float
     """The teacher's mean next-token cross-entropy, in nats."""
     student_loss: float
-    """The student's."""
+    """The student's mean next-token cross-entropy, in nats."""
     kl: float
     """Mean over tokens of KL(teacher || student) at temperature 1, in nats."""
     top1: float
     """Share of tokens where both predict the same next token."""
     tokens: int
-    """Labels measured."""
+    """Number of labels measured."""
     by_source: dict[str, tuple[float, float, int]] = field(default_factory=dict)
-    """For each source of the text, where it has several: the teacher's loss, the student's, and the
-    labels that they are means over."""
+    """If the text has several sources, for each one: the teacher's loss, the student's loss, and
+    the number of labels that they are means over."""
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss), or infinity where that overflows."""
+    """exp(loss), or infinity if that overflows."""
     return math.exp(loss) if loss < 700 else math.inf
 
 
@@ -52,7 +52,7 @@ def held_out_loss(
 ) -> float:
     """Mean next-token cross-entropy in nats over the first `vocab` token ids.
 
-    The losses of tokens whose source is known are also added to `by_source`.
+    The losses of tokens with a known source are also added to `by_source`.
     """
     total, count = 0.0, 0
     for batch in batches:
@@ -80,7 +80,7 @@ def measure_agreement(
         teacher: the teacher.
         student: the student.
         batches: the text.
-        sources: names of the sources that the batches give numbers of.
+        sources: names of the sources; the batches hold their numbers.
     """
     teacher_loss = student_loss = kl = same = 0.0
     count = 0
@@ -117,7 +117,7 @@ def measure_agreement(
 
 
 def _add(by_source: SourceLosses | None, losses: Sequence[Tensor], batch: Batch) -> None:
-    """Add the losses of a batch's labeled tokens, chunk by chunk, to those of their sources."""
+    """Add the losses of a batch's labeled tokens, given as chunks, to those of their sources."""
     sources = batch.label_sources()
     if by_source is not None and sources is not None:
         by_source.add(torch.cat(list(losses)), sources[sources >= 0])
@@ -133,7 +133,7 @@ def _labeled(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 def _chunks(
     model: PreTrainedModel, hidden: Tensor, labels: Tensor, vocab: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits [chunk, vocab], in float32 at least, with their labels [chunk]."""
+    """Logits [chunk, vocab], in at least float32, with their labels [chunk]."""
     head = model.get_output_embeddings().weight[:vocab]
     for states, target in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
         logits = states.to(head.dtype) @ head.T

@@ -1,12 +1,13 @@
-"""The harness's own tasks on JSONL files of one folder, where there is no hub.
+"""The harness's own tasks on JSONL files in a local folder, for use without the hub.
 
-Every task is the harness's definition with another place to read its rows from: a YAML file that
-includes the harness's own one and replaces the data set and the splits. Nothing of a prompt or a
-metric is written here.
+Every task keeps the harness's definition and reads its rows from another place. A YAML file
+includes the harness's definition and replaces the data set and the splits. This module defines no
+prompts or metrics.
 
-A folder holds `TASK.jsonl` or `TASK.jsonl.gz` for each task, with the fields of the harness's data
-set. Where there is a `TASK_full` too, `TASK` is a sample of it, which a limited evaluation takes.
-The members of some groups stand in one file, told apart by a field (mmlu: `subject`).
+The folder holds `TASK.jsonl` or `TASK.jsonl.gz` for each task, with the fields of the harness's
+data set. If there is also a `TASK_full`, then `TASK` is a sample of it, and a limited evaluation
+reads the sample. Some groups keep all members in one file, where a field names the member (mmlu:
+`subject`).
 """
 
 import dataclasses
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
 
 POOLED = {"mmlu": "subject"}
-"""Groups whose rows stand in one file, and the field that tells their members apart by what the
-harness calls the member's `dataset_name`."""
+"""Groups that keep all rows in one file, with the field that names the member. Its values are the
+`dataset_name`s of the members in the harness."""
 
 SUFFIXES = (".jsonl", ".jsonl.gz")
 
@@ -34,20 +35,21 @@ SUFFIXES = (".jsonl", ".jsonl.gz")
 def use_folder(
     manager: "TaskManager", names: list[str], folder: Path, limited: bool, scratch: Path
 ) -> dict[str, dict[str, str]]:
-    """Let tasks read their rows from a folder.
+    """Make tasks read their rows from a folder.
 
     Args:
-        manager: the harness's tasks; its entries of these tasks are replaced.
+        manager: the harness's tasks; the entries of the given tasks are replaced.
         names: tasks and groups.
         folder: the folder with the files.
-        limited: whether a sample of a task will do.
-        scratch: an empty folder for what the harness reads, to be kept while the tasks are used.
+        limited: whether a sample of a task is enough.
+        scratch: an empty folder for the files that the harness reads; it must exist as long as the
+            tasks are in use.
 
     Returns:
         The files that each task reads, with their SHA-256.
 
     Raises:
-        UserError: a file is missing, or is not JSONL of equal fields.
+        UserError: if a file is missing, or is not JSONL with the same fields in every row.
     """
     if not folder.is_dir():
         raise UserError(f"There is no folder '{folder}'; give --data a folder of JSONL files.")
@@ -76,40 +78,40 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSONL file, plain or .gz.
 
     Raises:
-        UserError: it is not JSONL, is empty, or its rows differ in their fields.
+        UserError: if the file is not JSONL, is empty, or its rows have different fields.
     """
     rows: list[dict[str, Any]] = []
     for number, row in json_lines(path):
         if not isinstance(row, dict) or (rows and row.keys() != rows[0].keys()):
             raise UserError(
-                f"Line {number} of {path} is not a row with the fields of the first one; give one "
-                "JSON object a line, all with the same fields."
+                f"Line {number} of {path} does not have the fields of the first line; give one "
+                "JSON object per line, all with the same fields."
             )
         rows.append(row)
     if not rows:
-        raise UserError(f"{path} has no rows; give one JSON object a line.")
+        raise UserError(f"{path} has no rows; give one JSON object per line.")
     return rows
 
 
 def _find(folder: Path, name: str, limited: bool) -> Path:
-    """The file of a task: the whole set before a sample of it, the other way round if limited."""
+    """The file of a task: the full set if there is one, or the sample first if limited."""
     stems = [name, f"{name}_full"] if limited else [f"{name}_full", name]
     for path in (folder / f"{stem}{suffix}" for stem in stems for suffix in SUFFIXES):
         if path.is_file():
             return path
     raise UserError(
-        f"{folder} has no file of the task '{name}': add {name}.jsonl (or .jsonl.gz), or leave "
-        "the task out with --tasks."
+        f"{folder} has no file for the task '{name}': add {name}.jsonl (or .jsonl.gz), or leave "
+        "the task out of --tasks."
     )
 
 
 def _members(manager: "TaskManager", name: str) -> Iterator[str]:
-    """The tasks of a group, through groups and tags; of a task itself."""
+    """The tasks of a group or tag, resolved recursively; a plain task yields itself."""
     entry = manager.task_index.get(name)
     if entry is None:
         raise UserError(
-            f"The task '{name}' has no definition of its own in the harness and cannot be pointed "
-            "at local files; leave it out, or leave out --data."
+            f"The task '{name}' has no definition of its own in the harness and cannot read local "
+            "files; leave it out, or leave out --data."
         )
     if name in manager.all_groups:
         for member in (entry.cfg or {})["task"]:
@@ -125,7 +127,7 @@ def _members(manager: "TaskManager", name: str) -> Iterator[str]:
 def _split(
     manager: "TaskManager", members: list[str], source: Path, field: str, scratch: Path
 ) -> dict[str, Path]:
-    """Write the rows of each member of a group to a file of its own."""
+    """Write the rows of each member of a group to a separate file."""
     rows: dict[str, list[str]] = {}
     for row in read_rows(source):
         if field not in row:
@@ -136,8 +138,8 @@ def _split(
         value = (manager.task_index[member].cfg or {})["dataset_name"]
         if value not in rows:
             raise UserError(
-                f"{source} has no rows whose {field} is '{value}'; give rows of all of them, since "
-                "the result is their weighted mean."
+                f"{source} has no rows whose {field} is '{value}'; the result is a weighted mean, "
+                f"so give rows for every {field}."
             )
         paths[member] = scratch / f"{member}.jsonl"
         paths[member].write_text("".join(rows[value]))
@@ -145,15 +147,14 @@ def _split(
 
 
 def _redirect(manager: "TaskManager", name: str, path: Path, scratch: Path) -> None:
-    """Replace a task's definition by one that includes it and reads its rows from a file."""
+    """Replace a task's definition with one that includes it and reads the rows from a file."""
     entry = manager.task_index[name]
     config = entry.cfg or {}
     place = "test_split" if config.get("test_split") else "validation_split"
     if "class" in config or not config.get(place) or config.get("num_fewshot"):
         raise UserError(
-            f"The task '{name}' is more than a prompt over rows (it is written in Python or shows "
-            "solved examples) and cannot be pointed at local files; leave it out, or leave out "
-            "--data."
+            f"The task '{name}' is written in Python or shows solved examples, so it cannot read "
+            "local files; leave it out, or leave out --data."
         )
     splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
     definition = {

@@ -1,4 +1,4 @@
-"""What a person sees of an evaluation while it goes: tasks, answers, rate and time left."""
+"""Progress display of an evaluation: tasks, answers, rate and time left."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -18,19 +18,20 @@ from rich.progress import (
 )
 
 Progress = Callable[[int, int], None]
-"""Called with what is done and how much there is in all."""
+"""Called with the finished count and the total."""
 
 LINE_SECONDS = 30.0
-"""On anything but a terminal, seconds between two lines of progress."""
+"""Seconds between two progress lines if the output is not a terminal."""
 
 
 @contextmanager
 def task_progress(console: Console, text: str) -> Iterator[Progress]:
-    """Show the progress of one task while the context is open: a bar on a terminal, else a line
-    now and then.
+    """Show the progress of one task while the context is open.
+
+    A terminal shows a bar; any other output gets a line now and then.
 
     Args:
-        console: where it is shown.
+        console: the console.
         text: the task.
     """
     columns = (
@@ -52,7 +53,7 @@ def task_progress(console: Console, text: str) -> Iterator[Progress]:
             now = time.perf_counter()
             rate = done / (now - started)
             bar.update(task, completed=done, total=total, rate=f"{rate:.1f}/s")
-            # The answers of a batch come all at once, so the first few tell no rate.
+            # The answers of a batch arrive all at once, so the first few give no rate.
             if not terminal and now - last > LINE_SECONDS:
                 last = now
                 line = f"{text}: {done:,} of {total:,}"

@@ -1,4 +1,4 @@
-"""The results of the paper, which ship as data: what a student stands beside."""
+"""The paper's results, which ship as data to compare a student with."""
 
 from importlib import resources
 
@@ -13,7 +13,7 @@ class Benchmark(Section):
     label: str
     """Its column in the paper."""
     rows: int
-    """Rows of the whole set that the harness evaluates."""
+    """Number of rows that the harness evaluates in the full data set."""
 
 
 class PublishedModel(Section):
@@ -21,13 +21,13 @@ class PublishedModel(Section):
 
     model: str
     teacher: str | None
-    """The model that it was made from; None: trained from scratch."""
+    """The model that it was derived from; None: trained from scratch."""
     tokens: str
     """Training tokens."""
     accuracy: tuple[float, ...]
     """Percent, in the order of the tasks."""
     average: float
-    """Of all tasks, as published."""
+    """Average over all tasks, as published."""
 
 
 class Published(Section):
@@ -35,7 +35,7 @@ class Published(Section):
 
     source: str
     tasks: dict[str, Benchmark]
-    """By the harness's name, in the paper's order."""
+    """Keyed by the harness's task name, in the paper's order."""
     models: tuple[PublishedModel, ...]
 
 

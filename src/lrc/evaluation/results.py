@@ -1,8 +1,8 @@
-"""What an evaluation finds, and the folder that keeps it task by task.
+"""The results of an evaluation, and the folder that stores them task by task.
 
-Each finished task is one JSON file, named after the task and a digest of all that decides its
-numbers, and written at once or not at all. An evaluation that was killed, or that is asked for
-again with more tasks, takes the finished ones from there.
+Each finished task is one JSON file, written atomically. Its name holds the task and a digest of
+everything that determines the numbers. If an evaluation was killed, or is repeated with more tasks,
+the finished tasks are read from there.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ class Score(Section):
 
     value: float
     stderr: float | None = None
-    """Standard error of the value; None where there is none."""
+    """Standard error of the value; None if there is none."""
 
 
 class TaskResult(Section):
@@ -32,20 +32,20 @@ class TaskResult(Section):
 
     task: str
     metrics: dict[str, Score]
-    """By the harness's names: acc, acc_norm, ...; of held-out text see
+    """By the harness's names: acc, acc_norm, ...; for held-out text see
     `lrc.evaluation.agreement`."""
     rows: int
-    """Rows that were evaluated; sequences of held-out text."""
+    """Number of evaluated rows, or of sequences of held-out text."""
     rows_in_all: int
-    """Rows that the data holds."""
+    """Number of rows in the data."""
     members: dict[str, dict[str, Score]] = Field({})
-    """Metrics of each member, where the task is a group."""
+    """Metrics of each member, if the task is a group."""
     version: str = ""
     """The harness's version of the task."""
     shots: int | None = 0
     """Solved examples before each question; None: not the same for all members."""
     truncated: int = 0
-    """Requests that were longer than the model's context and lost their beginning."""
+    """Number of requests that were longer than the model's context and lost their beginning."""
     seconds: float = 0.0
     """Wall-clock time."""
 
@@ -54,25 +54,25 @@ class ModelResult(Section):
     """One model on all tasks."""
 
     model: str
-    """How it was asked for."""
+    """The name that the user gave."""
     label: str
-    """How tables call it."""
+    """Its name in tables."""
     teacher: str | None = None
-    """The teacher, where the model is a run's student."""
+    """The teacher, if the model is a run's student."""
     tokens: int | None = None
-    """Training tokens, where the model is the student of a run that has ended."""
+    """Training tokens, if the model is the student of a run that has ended."""
     tasks: dict[str, TaskResult]
 
 
 class Evaluation(Section):
-    """Some models on the same tasks with the same settings: the content of results.json."""
+    """Several models on the same tasks with the same settings: the content of results.json."""
 
     settings: dict[str, Any]
     environment: dict[str, Any]
     models: tuple[ModelResult, ...]
 
     def task_names(self) -> list[str]:
-        """All tasks, in the order in which they were asked for."""
+        """All tasks, in the requested order."""
         return list(self.models[0].tasks)
 
 
@@ -80,14 +80,14 @@ class KeptResults:
     """The finished tasks of a folder.
 
     Args:
-        folder: where the files are; it need not exist yet.
+        folder: the folder of the files; it may not exist yet.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def load(self, key: dict[str, Any]) -> TaskResult | None:
-        """The result that belongs to these settings; None where there is none that is whole."""
+        """The stored result for these settings; None if there is no intact one."""
         try:
             content = json.loads(self._path(key).read_text(encoding="utf-8"))
             same = content["key"] == json.loads(json.dumps(key))
@@ -96,10 +96,10 @@ class KeptResults:
             return None
 
     def save(self, key: dict[str, Any], result: TaskResult) -> None:
-        """Keep a result.
+        """Store a result.
 
         Raises:
-            UserError: the disk is full or the folder cannot be written.
+            UserError: if the disk is full or the folder cannot be written.
         """
         content = {"key": key, "result": result.model_dump()}
         write_text(self._path(key), json.dumps(content, indent=2) + "\n")

@@ -1,4 +1,4 @@
-"""Continuing a text with a model."""
+"""Text generation with a model."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -20,16 +20,17 @@ def generate_text(
     seed: int = 0,
     whole: bool = False,
 ) -> str:
-    """The continuation of a prompt, without the prompt; greedy where the temperature is 0.
+    """The continuation of a prompt, without the prompt; greedy if the temperature is 0.
 
     Args:
         model: the model.
         tokenizer: its tokenizer.
         prompt: the text; empty: a new document.
-        max_new_tokens: tokens to write, at most.
-        temperature: of the sampling.
-        seed: of the sampling.
-        whole: whether the prompt brings its special tokens, as what a chat template made does.
+        max_new_tokens: maximum number of generated tokens.
+        temperature: sampling temperature.
+        seed: sampling seed.
+        whole: whether the prompt already contains its special tokens, as the output of a chat
+            template does.
     """
     if whole:
         ids = list(tokenizer(prompt, add_special_tokens=False, verbose=False)["input_ids"])
@@ -46,7 +47,7 @@ def continue_tokens(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The continuation of some tokens, as `generate_text` gives it; none: a new document."""
+    """The continuation of some tokens, as in `generate_text`; no tokens: a new document."""
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     start = torch.tensor([list(ids) or [eos if bos is None else bos]], device=model.device)
     torch.manual_seed(seed)
@@ -63,12 +64,13 @@ def continue_tokens(
 
 @contextmanager
 def own_settings(model: PreTrainedModel, eos: int | None) -> Iterator[None]:
-    """While the context is open, let a model generate by what it is told alone: its own beams,
-    penalties and forced tokens would make a greedy sample something else.
+    """Context in which a model ignores its own generation settings.
+
+    Its beams, penalties and forced tokens would change a greedy sample.
 
     Args:
-        model: the model; of its settings only the ends of text stay.
-        eos: the tokenizer's end of text, which pads.
+        model: the model; only its end-of-text tokens are kept.
+        eos: the tokenizer's end-of-text token, used for padding.
     """
     before = model.generation_config
     ends = copy.copy(getattr(before, "eos_token_id", None))

@@ -1,4 +1,4 @@
-"""The models that are evaluated: where each comes from, and what tells it from another one."""
+"""The models to evaluate: where each one comes from and how to identify it."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 
 RUNS_TEACHER = "teacher"
-"""Stands for the teacher of the run that is evaluated."""
+"""Stands for the teacher of the evaluated run."""
 
 
 @dataclass(frozen=True)
@@ -17,30 +17,31 @@ class Subject:
     """A model to evaluate."""
 
     name: str
-    """How it was asked for."""
+    """The name that the user gave."""
     source: str
-    """What `lrc.model.teacher.load_model` takes."""
+    """The argument of `lrc.model.teacher.load_model`."""
     label: str
-    """How tables call it."""
+    """Its name in tables."""
     run: Run | None = None
-    """The run whose student it is."""
+    """The run, if the model is a run's student."""
 
     def fingerprint(self) -> str:
-        """Changes whenever the model's files do; `fingerprint_of` its source."""
+        """`fingerprint_of` the source; it changes whenever the model's files change."""
         return fingerprint_of(self.source)
 
     def training_tokens(self) -> int | None:
-        """Training tokens of the run, if it is one and has ended."""
+        """Training tokens, if the model is a run's student and the run has ended."""
         if self.run is None or not self.run.summary_file.is_file():
             return None
         return int(self.run.summary()["tokens"])
 
 
 def find_subjects(name: str, others: list[str]) -> list[Subject]:
-    """The model that is evaluated and those to compare with, each once.
+    """The evaluated model and the models to compare it with, without duplicates.
 
     Raises:
-        UserError: a run has no student yet, or `teacher` is asked for but the model is no run.
+        UserError: if a run has no student yet, or `teacher` is requested and the model is not a
+            run.
     """
     first = _subject(name)
     subjects = [first]
@@ -56,11 +57,11 @@ def find_subjects(name: str, others: list[str]) -> list[Subject]:
 
 
 def fingerprint_of(source: str) -> str:
-    """A digest of names, sizes and times of change of a local model's files, or the commit of a
-    model of the hub.
+    """Digest of the names, sizes and modification times of a local model's files, or the commit of
+    a hub model.
 
     Raises:
-        UserError: the model is not found.
+        UserError: if the model is not found.
     """
     files = [file for file in model_files(source) if file.suffix != ".md"]
     if not files:

@@ -1,4 +1,4 @@
-"""An evaluation as tables: for the terminal, and as Markdown beside the published results."""
+"""Tables of an evaluation: for the terminal, and in Markdown beside the published results."""
 
 from collections.abc import Iterator, Sequence
 
@@ -8,11 +8,11 @@ from lrc.evaluation.published import published
 from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult, Score, TaskResult
 
 PERCENT = ("acc", "acc_norm")
-"""Metrics that are shares, shown in percent."""
+"""Metrics that are fractions, shown in percent."""
 
 METRIC_NOTE = (
-    "The metric acc takes the likeliest answer, acc_norm the likeliest for its length. Which of "
-    "the two the published columns hold is not stated, so both are given."
+    "acc picks the most likely answer; acc_norm picks the most likely answer for its length. The "
+    "paper does not say which of the two its columns hold, so the table shows both."
 )
 
 
@@ -47,7 +47,7 @@ def published_table() -> Table:
 
 
 def notes(evaluation: Evaluation) -> list[str]:
-    """What a reader must know before comparing the numbers."""
+    """Notes that a reader needs before comparing the numbers."""
     found = []
     first = evaluation.models[0]
     if any(result.rows < result.rows_in_all for result in first.tasks.values()):
@@ -60,19 +60,19 @@ def notes(evaluation: Evaluation) -> list[str]:
         for name, whole in _incomplete(first):
             rows = first.tasks[name].rows
             found.append(
-                f"{name}: {rows:,} of its {whole:,} rows, so not comparable with results on all, "
+                f"{name}: {rows:,} of its {whole:,} rows: not comparable with results on all rows, "
                 "nor with the published ones."
             )
     for model in evaluation.models:
         cut = {name: result.truncated for name, result in model.tasks.items() if result.truncated}
         if cut:
             counts = ", ".join(f"{name} {count:,}" for name, count in cut.items())
-            found.append(f"{model.label} read cut prompts, longer than its context: {counts}.")
+            found.append(f"{model.label}: prompts longer than its context were cut: {counts}.")
     return found
 
 
 def markdown(evaluation: Evaluation) -> str:
-    """The whole evaluation as Markdown: beside the published results, in detail, held-out text."""
+    """The whole evaluation in Markdown: beside the published results, in detail, held-out text."""
     parts = ["# Evaluation"]
     parts.extend(f"**{note}**" for note in notes(evaluation))
     if any(name in published().tasks for name in evaluation.task_names()):
@@ -97,11 +97,11 @@ def markdown(evaluation: Evaluation) -> str:
 
 
 def average(model: ModelResult, norm: bool) -> float | None:
-    """Mean in percent over the nine tasks of the paper; None where not all were evaluated.
+    """Mean in percent over the paper's nine tasks; None unless all were evaluated.
 
     Args:
         model: a model's results.
-        norm: take acc_norm where a task has it.
+        norm: use acc_norm for tasks that have it.
     """
     if any(name not in model.tasks for name in published().tasks):
         return None
@@ -110,7 +110,7 @@ def average(model: ModelResult, norm: bool) -> float | None:
 
 
 def _benchmark_rows(evaluation: Evaluation) -> Iterator[list[str]]:
-    """task, metric, each model, the first one less each other, rows."""
+    """Task, metric, each model, the first model minus each other one, rows."""
     models = evaluation.models
     for name in evaluation.task_names():
         if name == HELD_OUT:
@@ -145,7 +145,7 @@ HELD_OUT_COLUMNS = [
 
 
 def _parts(result: TaskResult) -> dict[str, dict[str, Score]]:
-    """The task's metrics, or those of its members where it is a group without a mean."""
+    """The task's metrics, or those of its members if it is a group without a mean."""
     return {result.task: result.metrics} if result.metrics else result.members
 
 
@@ -218,7 +218,7 @@ def _accuracy(result: TaskResult, norm: bool) -> float:
 
 
 def _incomplete(model: ModelResult) -> Iterator[tuple[str, int]]:
-    """Tasks of the paper that were not evaluated on all rows, with the number of these."""
+    """The paper's tasks that were not evaluated on all rows, with the full number of rows."""
     for name, benchmark in published().tasks.items():
         if name in model.tasks and model.tasks[name].rows < benchmark.rows:
             yield name, benchmark.rows

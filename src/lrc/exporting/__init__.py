@@ -1,4 +1,4 @@
-"""Writing a student so that it runs without us."""
+"""Export of a student so that it runs without lrc."""
 
 from lrc.exporting.plain import export_student
 

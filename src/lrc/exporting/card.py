@@ -58,13 +58,13 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 def model_card(
     run: Run, teacher: Teacher, student: PreTrainedModel, summary: dict[str, Any] | None = None
 ) -> str:
-    """Text of the card: front matter that hubs read, then shapes, losses, use and recipe.
+    """Text of the card: front matter for hubs, then shapes, losses, use and recipe.
 
     Args:
         run: the run.
         teacher: its teacher.
         student: its student.
-        summary: the closing table; None: the run's own, if it has ended.
+        summary: the final results; None: those of the run, if it has ended.
     """
     section = run.recipe.teacher
     described = describe_teacher(section)
@@ -83,19 +83,19 @@ def model_card(
 
 
 def public_name(name: str) -> str:
-    """How a card calls a model, a file or a folder: a hub id as it is, of a path the last part."""
+    """The name of a model, file or folder in a card: a hub id as it is, a path's last part."""
     return name if is_public(name) else short_name(name)
 
 
 def is_public(name: str) -> bool:
-    """Whether a name says the same on any machine: a hub id or a Python package."""
+    """Whether a name means the same on any machine: a hub id or a Python package."""
     return name.startswith(PACKAGE_PREFIX) or (
         bool(HUB_ID.fullmatch(name)) and not Path(name).exists()
     )
 
 
 def public_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML, without the places where things lie on this machine."""
+    """A recipe as YAML, without paths of this machine."""
     settings = recipe.model_dump(mode="json")
     settings["teacher"]["model"] = public_name(recipe.teacher.model)
     for name in ("text", "shards", "held_out"):
@@ -110,13 +110,13 @@ def public_recipe(recipe: Recipe) -> str:
 
 
 def as_markdown(text: str) -> str:
-    """A text that Markdown shows as it is, on one line."""
+    """The text on one line, with Markdown characters escaped."""
     line = " ".join(text.split())
     return re.sub(r"([\\`*_\[\]<>#|])", r"\\\1", line)
 
 
 def front_matter(run: Run, described: Description) -> dict[str, Any]:
-    """What hubs read of a card. A teacher that is a folder or a package here is not named."""
+    """The front matter for hubs. It omits a teacher that is a local folder or a package."""
     teacher, method = run.recipe.teacher, run.recipe.method.name
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if described.license:
@@ -132,11 +132,11 @@ def front_matter(run: Run, described: Description) -> dict[str, Any]:
 def _license(name: str | None) -> str:
     if name:
         return f"The teacher's license, {name}, applies to the student."
-    return "The teacher's license applies to the student; it was not found beside the teacher."
+    return "The teacher's license applies to the student; no license was found with the teacher."
 
 
 def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:
-    """What was measured: the closing table, or the newest metrics of a run that has not ended."""
+    """The measurements: the final results, or the newest metrics of a run that has not ended."""
     if closing is None and run.summary_file.is_file():
         closing = run.summary()
     if closing is not None:

@@ -1,9 +1,9 @@
-"""Models as GGUF files, for llama.cpp and what builds on it (Ollama, LM Studio).
+"""Models as GGUF files, for llama.cpp and the tools built on it (Ollama, LM Studio).
 
-The `gguf` package, llama.cpp's own, writes the container, names the tensors and quantizes.
-transformers only reads GGUF, and llama.cpp's converter script is not in any package, so what is
-here is the part between: which numbers go where. Every tensor is converted when it is written, so
-no second copy of the model is held.
+llama.cpp's `gguf` package writes the container, names the tensors and quantizes. transformers only
+reads GGUF, and no package contains llama.cpp's converter script. So this module does the part in
+between: it decides which numbers go where. Every tensor is converted when it is written, so memory
+never holds a second copy of the model.
 """
 
 import math
@@ -38,32 +38,32 @@ FILE_TYPES = {
     Kind.BF16: LlamaFileType.MOSTLY_BF16,
     Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
 }
-"""The element types that can be written, with the file's own word for them."""
+"""The supported element types, with their GGUF file types."""
 
 TORCH_TYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
-"""torch's element type of those that cannot hold every float32."""
+"""The torch types of the element types that cannot hold every float32 value."""
 
 K_BLOCK = 256
-"""Elements of a block of llama.cpp's K-quants."""
+"""Elements per block of llama.cpp's K-quants."""
 
 
 class StoredPlace(NamedTuple):
-    """A tensor on its way into the file."""
+    """A tensor to write to the file."""
 
     name: str
     """Its name in the model, for messages."""
     tensor: Tensor
     kind: Kind
-    """The type that it is stored in."""
+    """The stored element type."""
     heads: int | None = None
-    """Number of heads, where rows are to be reordered by `neighbors_from_halves`."""
+    """Number of heads, if `neighbors_from_halves` must reorder the rows."""
 
     def shape(self) -> tuple[int, ...]:
-        """Its shape in bytes as it is stored."""
+        """The stored shape in bytes."""
         return quant_shape_to_byte_shape(self.tensor.shape, self.kind)
 
     def stored(self) -> np.ndarray[Any, Any]:
-        """Its values as they are stored."""
+        """The stored values."""
         values = self.tensor.detach()
         check_range([(self.name, values)], TORCH_TYPES.get(self.kind, torch.float32))
         if self.heads is not None:
@@ -73,15 +73,15 @@ class StoredPlace(NamedTuple):
 
 @dataclass(frozen=True)
 class About:
-    """What a GGUF file says of itself, in the terms of a model card."""
+    """The metadata of a GGUF file, with the terms of a model card."""
 
     name: str
     license: str | None = None
     base_model: str | None = None
-    """Hub id of the teacher, or its name where it has none."""
+    """Hub id of the teacher, or its name if it has no hub id."""
     tags: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
-    """Of the text that the model writes, as the teacher's card names them."""
+    """Languages that the model writes, as the teacher's card names them."""
 
 
 def write_gguf(
@@ -97,17 +97,17 @@ def write_gguf(
     Args:
         model: a model of a supported family.
         tokenizer: its tokenizer.
-        path: the file; an older one there is replaced when the new one is whole.
-        kind: element type of the matrices. Norms and biases are always float32, and matrices whose
-            rows do not fill whole blocks of the type are float16.
-        about: what the file says of itself.
-        progress: told how far it is.
+        path: the file; an existing one is replaced when the new one is complete.
+        kind: element type of the matrices. Norms and biases are always float32. Matrices whose rows
+            do not fill whole blocks of the type are float16.
+        about: the file's metadata.
+        progress: called with a progress text.
 
     Returns:
-        What the user should know about the file, a sentence each.
+        Notes about the file for the user, one sentence each.
 
     Raises:
-        UserError: llama.cpp cannot run the model or its tokenizer, or the disk is full.
+        UserError: if llama.cpp cannot run the model or its tokenizer, or the disk is full.
     """
     family = family_of(model.config.model_type)
     if family.gguf is None:
@@ -142,10 +142,10 @@ def convert_to_gguf(
     kind: Kind | None = None,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[str]:
-    """Write any model, named as a teacher is (hub id, folder, .gguf file or `package:NAME`).
+    """Write any model, named like a teacher (hub id, folder, .gguf file or `package:NAME`).
 
-    `kind` None keeps the model's own element type. The other arguments, the return value and the
-    errors are those of `write_gguf`.
+    If `kind` is None, the model's own element type is kept. The other arguments, the return value
+    and the errors are those of `write_gguf`.
     """
     model, tokenizer = load_model(name)
     described = describe_teacher(TeacherSection(model=name))
@@ -154,14 +154,14 @@ def convert_to_gguf(
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
-    """The element type of a file that keeps a model's own; float32 stands in for wider ones."""
+    """The GGUF element type that keeps a model's own; float32 for wider types."""
     return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
 
 
 def _tensors(
     model: PreTrainedModel, family: Family, kind: Kind
 ) -> Iterator[tuple[str, StoredPlace]]:
-    """llama.cpp's name of every parameter and what is stored of it, tied ones once."""
+    """llama.cpp's name of every parameter and the tensor to store; tied parameters appear once."""
     config = model.config
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -180,7 +180,7 @@ def _tensors(
 
 
 def neighbors_from_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of q or k, or its bias, for rotary embedding of neighbors.
+    """Reorder the rows of q or k, or its bias, for rotary embedding of neighboring rows.
 
     Args:
         weight: [heads * head_dim, width] or [heads * head_dim]; row i of a head is rotated with row
@@ -188,13 +188,13 @@ def neighbors_from_halves(weight: Tensor, heads: int) -> Tensor:
         heads: number of heads.
 
     Returns:
-        The same rows, those that are rotated together side by side.
+        The same rows, with each rotated pair side by side.
     """
     return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
 
 
 def _stored(parameter: Tensor, kind: Kind) -> Kind:
-    """The type that a parameter is stored in where the file is of type `kind`."""
+    """The stored type of a parameter in a file of type `kind`."""
     if parameter.ndim == 1:
         return Kind.F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
@@ -229,17 +229,20 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
 
 
 def _add_shape(writer: GGUFWriter, model: PreTrainedModel) -> Tensor | None:
-    """Write the model's shape; head widths are explicit, since hidden_size / heads is not theirs.
+    """Write the model's shape, with explicit head widths, since they are not hidden_size / heads.
 
     Returns:
-        What each rotary frequency is divided by, [head_dim / 2], where the model needs that.
+        The divisor of each rotary frequency, [head_dim / 2], if the model needs one.
 
     Raises:
-        UserError: llama.cpp does not compute this model.
+        UserError: if llama.cpp cannot compute this model.
     """
     config = model.config
     if config.hidden_act != "silu":
-        raise UserError(f"llama.cpp runs this class with silu, not {config.hidden_act}.")
+        raise UserError(
+            f"llama.cpp runs this model class only with silu, not {config.hidden_act}; use "
+            "safetensors."
+        )
     head_dim = head_dim_of(config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_context_length(config.max_position_embeddings)
@@ -269,11 +272,11 @@ def _add_rope(writer: GGUFWriter, config: Any, head_dim: int) -> Tensor | None:
         scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return 1.0 / (rope["rope_theta"] ** exponents) / scaled
-    raise UserError(f"Rotary scaling of type '{kind}' is not written as GGUF; use safetensors.")
+    raise UserError(f"Rotary scaling of type '{kind}' cannot be written as GGUF; use safetensors.")
 
 
 def _notes(model: PreTrainedModel, kind: Kind, stored: list[Kind]) -> list[str]:
-    """What the user should know about a written file."""
+    """Notes for the user about a written file."""
     notes = []
     config = model.config
     kept = sum(found == Kind.F16 != kind for found in stored)
@@ -281,21 +284,21 @@ def _notes(model: PreTrainedModel, kind: Kind, stored: list[Kind]) -> list[str]:
         block, _ = gguf.GGML_QUANT_SIZES[kind]
         matrices = sum(found != Kind.F32 for found in stored)
         notes.append(
-            f"{kept} of {matrices} matrices are f16, because their rows are not a multiple of "
-            f"{block} elements, {kind.name.lower()}'s block (hidden size {config.hidden_size}, FFN "
-            f"width {config.intermediate_size})."
+            f"{kept} of {matrices} matrices are f16 because their row length is not a multiple of "
+            f"{block}, the block size of {kind.name.lower()} (hidden size {config.hidden_size}, "
+            f"FFN width {config.intermediate_size})."
         )
     uneven = [w for w in (config.hidden_size, config.intermediate_size) if w % K_BLOCK]
     if uneven:
         widths = " and ".join(map(str, uneven))
         notes.append(
-            f"llama.cpp's K-quants (q4_k_m and others) need rows that are a multiple of {K_BLOCK}; "
-            f"for the matrices with rows of {widths} it falls back to other types."
+            f"llama.cpp's K-quants (q4_k_m and others) need row lengths that are a multiple of "
+            f"{K_BLOCK}; for matrices with rows of {widths}, llama.cpp falls back to other types."
         )
     window = getattr(config, "sliding_window", None)
     if window and window < config.max_position_embeddings:
         notes.append(
             f"llama.cpp attends to the whole context here, not to a window of {window} tokens: "
-            "texts beyond that length come out otherwise than in transformers."
+            "longer texts give other results than in transformers."
         )
     return notes

@@ -1,8 +1,8 @@
 """A tokenizer in a GGUF file: tokens, their types, merges or scores, special ids, chat template.
 
-llama.cpp has no tokenizer.json. Byte-level BPE (Llama 3, Qwen, SmolLM2) goes in as tokens, merges
-and the *name* of the rule that splits text before merging; BPE with byte fallback (Llama 2,
-Mistral), which came from sentencepiece, as tokens and scores.
+llama.cpp does not read tokenizer.json. Byte-level BPE (Llama 3, Qwen, SmolLM2) is stored as tokens,
+merges and the *name* of the rule that splits text before merging. BPE with byte fallback (Llama 2,
+Mistral), which comes from sentencepiece, is stored as tokens and scores.
 """
 
 import json
@@ -20,39 +20,41 @@ from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKEN
 from lrc.system.errors import UserError
 
 SPACE = "\u2581"
-"""How sentencepiece writes a space in a token."""
+"""The character for a space in sentencepiece tokens."""
 
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
-"""A byte in a vocabulary with byte fallback."""
+"""A byte token in a vocabulary with byte fallback."""
 
 SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[n]: n for n in ("llama-bpe", "qwen2", "tekken", "gpt-4o")}
-"""llama.cpp's name of a pre-tokenizer by its regular expression, out of transformers' own table."""
+"""llama.cpp's pre-tokenizer name by regular expression, from transformers' own table."""
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[str]:
     """Write a tokenizer's vocabulary, settings and chat template.
 
     Args:
-        writer: the file that is being written.
+        writer: writer of the GGUF file.
         tokenizer: a tokenizer backed by the `tokenizers` library.
-        rows: rows of the embedding; those beyond the tokens become unused tokens.
+        rows: rows of the embedding; rows beyond the tokens become unused tokens.
 
     Returns:
-        What the user should know: where llama.cpp may cut text otherwise.
+        Notes for the user about cases where llama.cpp may split text differently.
 
     Raises:
-        UserError: llama.cpp has no tokenizer of this kind.
+        UserError: if llama.cpp has no tokenizer of this kind.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise UserError(
-            "This tokenizer has no tokenizer.json, which GGUF is written from: convert it to a "
+            "This tokenizer has no tokenizer.json, which the GGUF export needs: convert it to a "
             "fast tokenizer first."
         )
     settings = json.loads(backend.to_str())
     kind = settings["model"]["type"]
     if kind != "BPE":
-        raise UserError(f"A {kind} tokenizer cannot be written as GGUF here: only BPE ones can.")
+        raise UserError(
+            f"A {kind} tokenizer cannot be written as GGUF, only BPE tokenizers; use safetensors."
+        )
     if len(tokenizer) > rows:
         raise UserError(f"The tokenizer has {len(tokenizer)} tokens but the model embeds {rows}.")
     fallback = bool(settings["model"].get("byte_fallback"))
@@ -87,7 +89,7 @@ def _add_sentencepiece(
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(tokens)
-    # A merge's place in the list becomes the score of what it makes: the best is merged first.
+    # The score of a token is the rank of the merge that makes it, so the best merge comes first.
     writer.add_token_scores([float(-rank.get(token, len(rank))) for token in tokens])
     writer.add_token_types(types)
     first = tokenizer.convert_ids_to_tokens(tokenizer.encode("a", add_special_tokens=False))[0]
@@ -96,15 +98,15 @@ def _add_sentencepiece(
     if not odd:
         return []
     return [
-        f"{odd} tokens have merges that sentencepiece would not give, so llama.cpp may cut text "
-        "otherwise."
+        f"{odd} tokens have merges that sentencepiece would not produce, so llama.cpp may split "
+        "text differently."
     ]
 
 
 def _tokens(
     tokenizer: Tokenizer, settings: dict[str, Any], rows: int
 ) -> Iterator[tuple[str, TokenType]]:
-    """Every row's token and its type, by id."""
+    """The token and its type for every row, in order of id."""
     by_id = {number: token for token, number in tokenizer.get_vocab().items()}
     added = {entry["id"]: entry for entry in settings["added_tokens"]}
     fallback = settings["model"].get("byte_fallback")
@@ -125,14 +127,14 @@ def _tokens(
 
 
 def _merges(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """The merges in their order, spaces as sentencepiece writes them."""
+    """The merges in order, with spaces in sentencepiece's form."""
     for merge in settings["model"]["merges"]:
         left, right = merge.split(" ", 1) if isinstance(merge, str) else merge
         yield left.replace(" ", SPACE), right.replace(" ", SPACE)
 
 
 def _ranks(settings: dict[str, Any]) -> dict[str, int]:
-    """The place of the first merge that makes a token."""
+    """For each token, the index of the first merge that makes it."""
     rank: dict[str, int] = {}
     for place, (left, right) in enumerate(_merges(settings)):
         rank.setdefault(left + right, place)
@@ -142,10 +144,10 @@ def _ranks(settings: dict[str, Any]) -> dict[str, int]:
 def _not_from_sentencepiece(
     tokens: list[str], types: list[TokenType], settings: dict[str, Any]
 ) -> int:
-    """How many tokens can be made of two others in ways that are not merges.
+    """Number of tokens that two other tokens can form in ways that are not listed as merges.
 
-    llama.cpp joins any two neighbors that make a token; a converted sentencepiece vocabulary lists
-    all of them as merges.
+    llama.cpp joins any two neighbors that form a token. A converted sentencepiece vocabulary lists
+    all such pairs as merges.
     """
     normal = {t for t, kind in zip(tokens, types, strict=True) if kind == TokenType.NORMAL}
     listed = Counter(left + right for left, right in _merges(settings))
@@ -157,7 +159,7 @@ def _not_from_sentencepiece(
 
 
 def _add_special(writer: GGUFWriter, tokenizer: Tokenizer, load_merges: bool, rows: int) -> None:
-    """Merges, ids of special tokens, which of them are put around a text, and the chat template."""
+    """Write merges, ids of special tokens, which of them frame a text, and the chat template."""
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         special = SpecialVocab(Path(folder), load_merges=load_merges, n_vocab=rows)
@@ -173,11 +175,12 @@ def _add_special(writer: GGUFWriter, tokenizer: Tokenizer, load_merges: bool, ro
 def pre_tokenizer_name(settings: dict[str, Any]) -> str:
     """llama.cpp's name of the rule that splits text before merging.
 
-    It is found by what the rule is, not by whose it is: a tokenizer that transformers rebuilt from
-    a GGUF file may split otherwise than the original did, and a student learnt with what it does.
+    The rule itself decides, not the tokenizer's origin. A tokenizer that transformers rebuilt from
+    a GGUF file may split text differently from the original, and the student learned with the
+    rebuilt one.
 
     Raises:
-        UserError: llama.cpp has no such rule that we know of.
+        UserError: if llama.cpp has no known rule that matches.
     """
     normalizer = settings["normalizer"]
     rule = settings["pre_tokenizer"] or {"type": "none"}
@@ -192,12 +195,12 @@ def pre_tokenizer_name(settings: dict[str, Any]) -> str:
                 return "smollm"
         if not last["add_prefix_space"] and not last["use_regex"] and kinds[:-1] == ["Split"]:
             name = SPLITS.get(before[0]["pattern"].get("Regex"))
-            # llama-bpe takes words that are tokens as they are; smaug-bpe always merges.
+            # llama-bpe keeps words that are tokens; smaug-bpe always merges.
             if name == "llama-bpe" and not settings["model"].get("ignore_merges"):
                 return "smaug-bpe"
             if name and before[0]["behavior"] == "Isolated" and not before[0]["invert"]:
                 return name
     raise UserError(
-        f"llama.cpp has no pre-tokenizer that we know to be this one ({', '.join(kinds)}): export "
-        "to safetensors, or convert that with llama.cpp's own converter."
+        f"No known llama.cpp pre-tokenizer matches this tokenizer ({', '.join(kinds)}): export "
+        "to safetensors, or convert that export with llama.cpp's own converter."
     )

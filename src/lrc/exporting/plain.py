@@ -1,7 +1,7 @@
 """The plain export: safetensors, tokenizer, generation config and model card.
 
-transformers 5 writes some settings under names that 4.x does not know and takes its own defaults
-for, without a word: another rotary base, no rotary scaling. So both names are written.
+transformers 5 writes some settings under names that 4.x does not know. For these, 4.x silently uses
+its defaults: another rotary base, no rotary scaling. So we write both names.
 """
 
 import copy
@@ -27,18 +27,18 @@ def export_student(
     folder: Path,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Write a model folder that plain transformers opens, 4.57 and later.
+    """Write a model folder that plain transformers 4.57 and later can open.
 
     Args:
-        student: the student with its weights written.
+        student: the student with its weights computed.
         tokenizer: the teacher's tokenizer.
-        card: text of the model card; None: there is none.
-        folder: where to write; an older export there is replaced as a whole.
+        card: text of the model card; None: no card.
+        folder: the folder to write; an older export there is replaced completely.
         dtype: element type of the written weights; None: the student's own.
 
     Raises:
-        UserError: a weight is not finite, or is too large for the element type; the disk is full or
-            the place cannot be written.
+        UserError: if a weight is not finite or too large for the element type, the disk is full, or
+            the folder cannot be written.
     """
     check_range(student.named_parameters(), dtype or student.dtype)
     if dtype not in (None, student.dtype):
@@ -56,11 +56,11 @@ def check_range(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> No
     """Refuse weights that an element type cannot hold.
 
     Args:
-        weights: by name.
-        dtype: the element type that they are to be written in.
+        weights: names and weights.
+        dtype: element type of the written weights.
 
     Raises:
-        UserError: one is not finite, or would become infinite; the message names it.
+        UserError: if a weight is not finite or would become infinite; the message names it.
     """
     largest = torch.finfo(dtype).max
     for name, value in weights:
@@ -68,18 +68,18 @@ def check_range(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> No
         reach = max(abs(low), abs(high))
         if not reach < float("inf"):
             raise UserError(
-                f"The weights of {name} are not finite: the training diverged; start anew with a "
+                f"The weights of {name} are not finite: the training diverged. Start again with a "
                 "lower train.learning_rate, or export an older checkpoint."
             )
         if reach > largest:
             raise UserError(
-                f"The weights of {name} reach {reach:,.0f}, beyond {str(dtype)[6:]}'s "
-                f"{largest:,.0f}, and would become infinite: export to bfloat16 or float32."
+                f"The weights of {name} reach {reach:,.0f}. This exceeds {str(dtype)[6:]}'s "
+                f"{largest:,.0f}, so they would become infinite: export to bfloat16 or float32."
             )
 
 
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4.x reads in a config.json besides what 5 writes."""
+    """The settings that transformers 4.x reads in a config.json and 5 does not write."""
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict) or "rope_theta" not in rope:
         return {}
@@ -92,7 +92,7 @@ def model_settings(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
-    """What transformers 4.x reads in a tokenizer_config.json in place of what 5 writes."""
+    """The tokenizer_config.json settings for transformers 4.x that replace those written by 5."""
     found: dict[str, Any] = {}
     if settings.get("tokenizer_class") == "TokenizersBackend":
         found["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -104,7 +104,7 @@ def tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _update(path: Path, changes_of: Any) -> None:
-    """Change settings of a JSON file that was just written."""
+    """Update settings in a JSON file that was just written."""
     settings = json.loads(path.read_text(encoding="utf-8"))
     settings |= changes_of(settings)
     text = json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n"

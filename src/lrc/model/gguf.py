@@ -1,8 +1,8 @@
-"""GGUF files: what one holds, held against what transformers makes of it.
+"""Read GGUF files, and check them against the model that transformers makes of them.
 
-transformers reads the tensors and settings of a GGUF file that it has names for and leaves out the
-rest without a word: biases, scaled rotary frequencies, experts. A file with anything that changes
-what the model computes and that was left out is refused by name.
+transformers reads the tensors and settings of a GGUF file that it has names for. It silently
+ignores the rest: biases, scaled rotary frequencies, experts. A file is refused if something ignored
+changes what the model computes; the message names it.
 """
 
 import json
@@ -45,7 +45,7 @@ SIZES = {
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-"""Settings of a file and what transformers calls them."""
+"""Settings of a file, and their names in transformers."""
 
 NEEDED = (
     "embedding_length",
@@ -54,7 +54,7 @@ NEEDED = (
     "feed_forward_length",
     "attention.layer_norm_rms_epsilon",
 )
-"""Settings for which transformers would put a default of its own, where it reads them at all."""
+"""Required settings, if transformers reads them at all: it would use its own defaults instead."""
 
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attention.causal": (True,),
@@ -74,18 +74,18 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "attn_logit_softcapping": (0.0,),
     "final_logit_softcapping": (0.0,),
 }
-"""Settings that transformers does not read, and the values with which they change nothing."""
+"""Settings that transformers does not read, and the values that change nothing."""
 
 UNREAD = ("vocab_size", "tensor_data_layout", "rope.dimension_count", "attention.value_length")
-"""Settings that describe what other checks hold against the tensors."""
+"""Settings that other checks compare with the tensors."""
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The settings and the tensors' names of a GGUF file, with its sizes checked.
+    """Read the settings and tensor names of a GGUF file, and check its sizes.
 
     Raises:
-        UserError: it is no GGUF file, is cut off, is a part of a split file, holds no tensors, or
-            impossible sizes.
+        UserError: if it is not a GGUF file, is cut off, is one part of a split file, holds no
+            tensors, or has impossible sizes.
     """
     with reading(path, ADVICE):
         settings, names = read_gguf_metadata(str(path))
@@ -105,7 +105,7 @@ def read_header(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise UserError(f"{path} holds no vocabulary (tokenizer.ggml.tokens): {ADVICE}.")
     problems = list(size_problems({**sizes, "vocab_size": vocabulary}))
     if problems:
-        raise UserError(f"{path} cannot be a model's ({'; '.join(problems)}): {ADVICE}.")
+        raise UserError(f"{path} is not a valid model ({'; '.join(problems)}): {ADVICE}.")
     return settings, names
 
 
@@ -113,12 +113,12 @@ def _refuse_cut(path: Path) -> None:
     """Refuse a file that ends before its tensors do.
 
     Raises:
-        UserError: so it does.
+        UserError: if it does.
     """
     try:
         header = GgufHeader.from_file(str(path))
     except Exception:
-        return  # of an element type that transformers cannot count: reading will tell
+        return  # transformers does not know an element type's size: reading reports the error
     ends = {t.name: header.data_start + t.offset + t.nbytes for t in header.tensors}
     beyond = [name for name, end in ends.items() if end > path.stat().st_size]
     if beyond:
@@ -126,23 +126,25 @@ def _refuse_cut(path: Path) -> None:
 
 
 def complete(config: Any, settings: Mapping[str, Any]) -> None:
-    """Write into a configuration what a file says of the width of a head, which transformers does
-    not read for all architectures."""
+    """Copy a file's head width into a configuration.
+
+    transformers does not read it for all architectures.
+    """
     width = settings.get(f"{settings['general.architecture']}.attention.key_length")
     if width and hasattr(config, "head_dim"):
         config.head_dim = int(width)
 
 
 def check_settings(path: Path, settings: Mapping[str, Any], config: Any) -> None:
-    """Refuse a file with settings that change the model and that transformers did not take.
+    """Refuse a file with settings that change the model but that transformers ignored.
 
     Args:
         path: the file, for the message.
-        settings: as `read_header` gives them.
+        settings: settings from `read_header`.
         config: the configuration that transformers made of them.
 
     Raises:
-        UserError: it has such settings.
+        UserError: if it has such settings, or lacks required ones.
     """
     architecture = settings["general.architecture"]
     mapping = GGUF_TO_TRANSFORMERS_MAPPING["config"].get(config.model_type, {})
@@ -172,13 +174,13 @@ def check_settings(path: Path, settings: Mapping[str, Any], config: Any) -> None
             left_out.append(f"{architecture}.{name} = {value}")
     if left_out:
         raise UserError(
-            f"{path} asks for what transformers does not read from GGUF, so the model would be "
-            f"another one ({', '.join(left_out)}): give the model's safetensors folder."
+            f"{path} has settings that transformers does not read from GGUF, so the model would be "
+            f"wrong ({', '.join(left_out)}): give the model's safetensors folder."
         )
 
 
 def _is_wide(window: Any, config: Any) -> bool:
-    """Whether a sliding window spans the whole context, or the model has the same one."""
+    """Whether a sliding window spans the whole context, or equals the model's."""
     own = getattr(config, "sliding_window", None)
     return window == own or not window or window >= config.max_position_embeddings
 
@@ -186,7 +188,7 @@ def _is_wide(window: Any, config: Any) -> bool:
 def check_tensors(
     path: Path, stored: Mapping[str, StoredTensor], skeleton: PreTrainedModel
 ) -> tuple[list[str], list[str], list[str]]:
-    """Hold a file's tensors against those of the model.
+    """Compare a file's tensors with those of the model.
 
     Args:
         path: the file.
@@ -194,8 +196,8 @@ def check_tensors(
         skeleton: the model without weights.
 
     Returns:
-        Names that the file lacks (transformers'), names that the model has no place for (the
-        file's), and those whose shapes differ.
+        Names missing from the file (transformers' names), names without a place in the model (the
+        file's names), and tensors whose shapes differ.
     """
     config = skeleton.config
     kind = TENSOR_PROCESSORS.get(config.model_type, TensorProcessor)
@@ -217,18 +219,17 @@ def check_tensors(
 
 
 DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell")
-"""Names of a rule that transformers lacks: digits one by one, then as GPT-2's."""
+"""Names of a splitting rule that transformers lacks: digits one by one, then like GPT-2."""
 
 AS_GPT2 = ("gpt-2", "phi-2", "olmo", "mpt")
-"""Names of the rule of GPT-2, which transformers takes for whatever it does not know."""
+"""Names of GPT-2's splitting rule, which transformers uses for every rule it does not know."""
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a GGUF file: its own vocabulary, split as it says.
+    """Build the tokenizer of a GGUF file from its own vocabulary and splitting rule.
 
     Raises:
-        UserError: the file names a rule of splitting that nobody here knows, or its tokenizer
-            cannot be built.
+        UserError: if the file's splitting rule is unknown, or its tokenizer cannot be built.
     """
     with reading(path, ADVICE):
         architecture, described, settings = get_gguf_tokenizer(str(path))
@@ -237,11 +238,11 @@ def read_tokenizer(path: Path) -> Tokenizer:
     byte_level = described.get("tokenizer_type") == "gpt2"
     known = rule in (*GGUF_PRE_TOKENIZER_SPLITS, *DIGITS_APART, *AS_GPT2)
     if byte_level and not known and architecture != "gpt2":
-        what = "names no rule by which it splits text (tokenizer.ggml.pre)"
+        what = "does not say how it splits text (tokenizer.ggml.pre)"
         if rule:
-            what = f"splits text by the rule '{rule}', which transformers has no form of"
+            what = f"splits text by the rule '{rule}', which transformers does not support"
         raise UserError(
-            f"{path} {what}, so its tokens would be others: give the model's safetensors folder "
+            f"{path} {what}, so its tokens would be wrong: give the model's safetensors folder "
             "with its tokenizer.json."
         )
     with reading(path, ADVICE):
@@ -257,7 +258,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def _own_vocabulary(backend: Backend, size: int) -> Backend:
-    """A tokenizer without the tokens that its class added to those of the file."""
+    """Remove the tokens that a tokenizer's class added to those of the file."""
     described = json.loads(backend.to_str())
     kept = [token for token in described["added_tokens"] if token["id"] < size]
     if len(kept) == len(described["added_tokens"]):
@@ -270,5 +271,5 @@ def _own_vocabulary(backend: Backend, size: int) -> Backend:
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A file's settings of its tokenizer that are given."""
+    """The tokenizer settings that a file gives."""
     return {name: value for name, value in settings.items() if value is not None}

@@ -1,4 +1,4 @@
-"""Load a model's weights so that what comes out is what the files hold, or nothing does."""
+"""Load a model's weights exactly as its files hold them, or fail."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,22 +22,22 @@ from lrc.system.files import reading
 _TORCH = ("float64", "float32", "float16", "bfloat16")
 
 FLOATING = ("F64", "F32", "F16", "BF16", *(f"torch.{name}" for name in _TORCH))
-"""Element types of weights that are numbers by themselves; others need scales."""
+"""Element types of weights that are plain numbers; others need scales."""
 
 NAMED = 3
-"""Tensors that a message names; of more it tells the number."""
+"""Tensors that a message names; it only counts the rest."""
 
 NOISE = 0.1
-"""Relative difference up to which two matrices count as one that was rounded twice. Four bits a
-weight leave 0.07; a head that was trained apart differs by more than 1."""
+"""Relative difference up to which two matrices count as one matrix rounded twice. Four bits per
+weight give 0.07; a separately trained head differs by more than 1."""
 
 COMPARED_ROWS = 4096
-"""Rows of two matrices that are compared to tell."""
+"""Rows of two matrices to compare for that."""
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """While the context is open, keep transformers' own progress bars out of ours."""
+    """Hide transformers' progress bars while the context is open."""
     shown = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
@@ -49,21 +49,21 @@ def without_bars() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A model with what is to be said of its files."""
+    """A model, with notes for the user about its files."""
 
     model: Model
     notes: list[str] = field(default_factory=list)
 
 
 def load_config(files: ModelFiles, any_family: bool = False) -> Any:
-    """The configuration of a model, after its sizes were checked.
+    """Load the configuration of a model and check its sizes.
 
     Args:
         files: the model's files.
-        any_family: whether models of families that cannot be cloned will do.
+        any_family: whether to accept families that cannot be cloned.
 
     Raises:
-        UserError: it cannot be read, is of a family that is not supported or of quantized weights.
+        UserError: if it cannot be read, its family is not supported, or its weights are quantized.
     """
     settings = None
     if files.gguf_path is not None:
@@ -81,14 +81,14 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
 
 
 def load_skeleton_of(files: ModelFiles, check: bool = True) -> Model:
-    """A model without its weights (on the meta device), after its files were held against it.
+    """Build a model without weights (on the meta device) and check its files against it.
 
     Args:
         files: the model's files.
-        check: whether the weights are there, too.
+        check: whether to check the files; they must include the weights.
 
     Raises:
-        UserError: the files do not fill the model, or not it alone.
+        UserError: if the files do not fill the model exactly.
     """
     config = load_config(files, any_family=True)
     with reading(f"The model '{files.name}'", ACCEPTED), torch.device("meta"):
@@ -102,20 +102,20 @@ def load_skeleton_of(files: ModelFiles, check: bool = True) -> Model:
 
 
 def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: Any) -> LoadedModel:
-    """A causal language model with exactly the weights that its files hold.
+    """Load a causal language model with exactly the weights that its files hold.
 
     Args:
         files: the model's files.
-        dtype: element type, as `from_pretrained` takes it.
-        tie: take the embedding for the LM head, whatever the files hold.
-        **options: more of `from_pretrained`.
+        dtype: element type, as for `from_pretrained`.
+        tie: whether to use the embedding as the LM head, whatever the files hold.
+        **options: further arguments of `from_pretrained`.
 
     Raises:
-        UserError: a tensor is missing, has no place in the model, another shape or a type that
-            needs scales, or holds values that are not finite; or the files cannot be read.
+        UserError: if the files cannot be read, or a tensor is missing, has no place in the model,
+            has another shape or a type that needs scales, or holds values that are not finite.
     """
     skeleton = load_skeleton_of(files)
-    # A GGUF file's own, since transformers does not read all of it.
+    # Pass our own configuration for a GGUF file: transformers does not read all of it.
     config = load_config(files, any_family=True) if files.gguf else None
     with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         model = AutoModelForCausalLM.from_pretrained(
@@ -130,11 +130,11 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
 def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTensor]) -> None:
     """Refuse files that do not fill a model exactly.
 
-    A tied LM head may be left out. What transformers knows to be of no use (rotary tables of old
-    checkpoints) may be there.
+    A tied LM head may be missing. Tensors that transformers knows to be useless (rotary tables of
+    old checkpoints) may be present.
 
     Raises:
-        UserError: a tensor is missing, unexpected, of another shape, or of a type that needs
+        UserError: if a tensor is missing, unexpected, of another shape, or of a type that needs
             scales; the message names it.
     """
     if files.gguf_path is not None:
@@ -160,13 +160,13 @@ def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTen
         problems.append(f"{_some(mismatched)} of another shape")
     if problems:
         raise UserError(
-            f"The files of '{files.name}' do not fill its model ({'; '.join(problems)}), which "
-            "would be another one: give a complete model whose configuration fits its weights."
+            f"The files of '{files.name}' do not fill its model ({'; '.join(problems)}): give a "
+            "complete model whose configuration fits its weights."
         )
 
 
 def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
-    """What transformers says of a folder's weights: missing, unexpected, and of another shape."""
+    """List a folder's weights that are missing, unexpected, or of another shape."""
     with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         _, found = AutoModelForCausalLM.from_pretrained(
             files.folder,
@@ -180,7 +180,7 @@ def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
 
 
 def _some(names: list[str]) -> str:
-    """The first names, and how many more there are."""
+    """The first names, and the number of the rest."""
     more = len(names) - NAMED
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
@@ -195,13 +195,15 @@ def _refuse_not_finite(files: ModelFiles, model: Model) -> None:
 
 
 def untie(model: Model) -> None:
-    """Say in a model's configuration that its LM head is a matrix of its own."""
+    """Record in a model's configuration that its LM head is a separate matrix."""
     model.config.tie_word_embeddings = False
 
 
 def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Model) -> bool:
-    """Whether a folder holds an LM head and an embedding that differ. A GGUF file says by itself
-    whether there are two."""
+    """Whether a folder holds an LM head and an embedding that differ.
+
+    This is always false for a GGUF file, which itself says whether there are two matrices.
+    """
     parts = skeleton.get_output_embeddings(), skeleton.get_input_embeddings()
     paths = {module: path for path, module in skeleton.named_modules()}
     names = [f"{paths.get(part)}.weight" for part in parts]
@@ -211,10 +213,10 @@ def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Mo
 
 
 def _settle_head(files: ModelFiles, model: Model, tied: bool, tie: bool) -> list[str]:
-    """Let configuration and weights of embedding and LM head agree: the tensors are believed.
+    """Make the configuration agree with the embedding and LM head: the tensors win.
 
     Returns:
-        What the user should know.
+        Notes for the user.
     """
     parts = model.get_input_embeddings(), model.get_output_embeddings()
     if any(part is None for part in parts):
@@ -240,14 +242,14 @@ def _settle_head(files: ModelFiles, model: Model, tied: bool, tie: bool) -> list
 
 def _offer(files: ModelFiles, embedding: Tensor, difference: float) -> str:
     return (
-        f"The LM head of '{files.name}' is its embedding up to rounding ({difference:.1%}): "
+        f"The LM head of '{files.name}' equals its embedding up to rounding ({difference:.1%}): "
         "teacher.tie_head: true keeps one matrix of "
         f"{embedding.numel():,} parameters instead of two."
     )
 
 
 def _relative_difference(head: Tensor, embedding: Tensor) -> float:
-    """Norm of the difference of two matrices relative to the second, on some of their rows."""
+    """Norm of the difference of two matrices relative to the second, on a sample of rows."""
     step = max(1, len(head) // COMPARED_ROWS)
     ours, theirs = (matrix.detach()[::step].to(torch.float32) for matrix in (head, embedding))
     return float((ours - theirs).norm() / theirs.norm().clamp_min(1e-30))

@@ -26,7 +26,7 @@ SETTINGS_FILES = (
     "*.index.json",
     "README.md",
 )
-"""Files of a hub repository that are needed beside the weights."""
+"""Files of a hub repository that are needed besides the weights."""
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -37,51 +37,53 @@ ACCEPTED = f"give a hub id, a model folder, a .gguf file or {PACKAGE_PREFIX}NAME
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """The files of one model on the disk."""
+    """The files of one model on disk."""
 
     name: str
-    """How the user calls the model."""
+    """The user's name for the model."""
 
     folder: Path
-    """Where its files are; for a hub id, in the hub's cache."""
+    """Folder of its files; for a hub id, in the hub's cache."""
 
     gguf: str | None = None
-    """Name of the GGUF file in the folder that holds the model; None: a transformers folder."""
+    """Name of the model's GGUF file in the folder; None for a transformers folder."""
 
     commit: str | None = None
-    """The hub's commit; None: not from the hub."""
+    """The hub's commit; None if it is not from the hub."""
 
     @property
     def gguf_path(self) -> Path | None:
-        """The GGUF file that holds the model."""
+        """Path of the GGUF file that holds the model; None for a transformers folder."""
         return None if self.gguf is None else self.folder / self.gguf
 
     def options(self) -> dict[str, Any]:
-        """What every `from_pretrained` takes: nothing is downloaded, no code of theirs is run."""
+        """Arguments of every `from_pretrained`: download nothing, run no code of the model."""
         options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
         return options | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
 def locate(name: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
-    """Find a model, and download it first where it is on the hub.
+    """Find a model; download it first if it is on the hub.
 
     Args:
         name: a hub id, a folder, a .gguf file, or `package:NAME`.
         revision: hub revision (branch, tag or commit); for hub ids only.
-        weights: whether the weights are needed, too.
+        weights: whether the weights are needed too.
 
     Raises:
-        UserError: there is no such model, or no way to it.
+        UserError: if there is no such model, or it cannot be downloaded.
     """
     local = locate_locally(name)
     return local or _download(name, revision, weights)
 
 
 def locate_locally(name: str) -> ModelFiles | None:
-    """Find a model on this machine; None where the name is a hub id. Imports nothing heavy.
+    """Find a model on this machine; return None for a hub id.
+
+    This imports nothing heavy.
 
     Raises:
-        UserError: the name means something on this machine, which is not there or no model.
+        UserError: if the name refers to something local that is missing or not a model.
     """
     if not name:
         raise UserError(f"The model's name is empty: {ACCEPTED}.")
@@ -100,8 +102,8 @@ def locate_locally(name: str) -> ModelFiles | None:
             )
         return ModelFiles(name, path)
     if path.exists():
-        raise UserError(f"'{name}' is a file that holds no model; {ACCEPTED}.")
-    # A name whose first part is a folder here is a mistyped path, not a hub id.
+        raise UserError(f"'{name}' is a file, but not a model; {ACCEPTED}.")
+    # If the first part of the name is a folder here, the name is a mistyped path, not a hub id.
     parts = path.parts
     if not HUB_ID.fullmatch(name) or (len(parts) > 1 and Path(parts[0]).is_dir()):
         raise UserError(f"There is no folder '{name}'; give an existing model folder or a hub id.")
@@ -109,26 +111,26 @@ def locate_locally(name: str) -> ModelFiles | None:
 
 
 def refuse_pointer(path: Path) -> None:
-    """Refuse a file that Git LFS would replace by the real one.
+    """Refuse a Git LFS pointer in place of the real file.
 
     Raises:
-        UserError: it is such a pointer, or cannot be read.
+        UserError: if the file is such a pointer, or cannot be read.
     """
     with reading(path, "check the file"), path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise UserError(
-                f"{path} is only a pointer of Git LFS, not the file itself: run `git lfs pull` in "
+                f"{path} is only a Git LFS pointer, not the file itself: run `git lfs pull` in "
                 f"{path.parent}."
             )
 
 
 def short_name(name: str) -> str:
-    """The last part of a model's name, as a title."""
+    """The last part of a model's name, for titles."""
     return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
 def _hint(folder: Path) -> str:
-    """What a folder that is no model may be instead."""
+    """Say what a folder that is not a model may be instead."""
     if (folder / "student" / "config.json").is_file():
         return f" It is a run: its student is in {folder / 'student'}."
     if (folder / "adapter_config.json").is_file():
@@ -138,9 +140,9 @@ def _hint(folder: Path) -> str:
 
 
 def _file_of_package(distribution: str) -> Path:
-    """The one .gguf file of an installed package, which is not imported."""
+    """Find the one .gguf file of an installed package without importing the package."""
     module = distribution.replace("-", "_")
-    # Of a dotted name the search would import all but the last part.
+    # For a dotted name, the search would import every part but the last.
     spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -149,19 +151,23 @@ def _file_of_package(distribution: str) -> Path:
         )
     folder = Path(next(iter(spec.submodule_search_locations)))
     files = sorted(folder.rglob("*.gguf"))
-    if len(files) != 1:
+    if not files:
+        raise UserError(
+            f"The package '{distribution}' ships no .gguf file; give the path of a model instead."
+        )
+    if len(files) > 1:
         raise UserError(
             f"The package '{distribution}' ships {len(files)} .gguf files; "
-            f"give the path of one of those below {folder} instead."
+            f"give the path of one file below {folder} instead."
         )
     return files[0]
 
 
 def _download(name: str, revision: str | None, weights: bool) -> ModelFiles:
-    """A model of the hub, from the hub's cache where it is there already.
+    """Return a model of the hub, from the hub's cache if it is there already.
 
     Raises:
-        UserError: it is not in the cache and cannot be downloaded.
+        UserError: if it is not in the cache and cannot be downloaded.
     """
     from lrc.system.hub import download
 

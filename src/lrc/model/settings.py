@@ -1,7 +1,7 @@
-"""A model's configuration, checked before anything is built from it.
+"""Check a model's configuration before anything is built from it.
 
-Only the raw JSON is read, and nothing heavy is imported: a wrong name or size is told at once, and
-no number in a file can make this process work or allocate without end.
+This module reads only the raw JSON and imports nothing heavy. A wrong name or size is reported at
+once, and no number in a file can make this process run or allocate without end.
 """
 
 import math
@@ -24,7 +24,7 @@ LIMITS = {
     "head_dim": 1 << 14,
     "max_position_embeddings": 1 << 40,
 }
-"""Sizes in a configuration and the largest that counts as meant; real models stay far below."""
+"""Largest plausible value of each size in a configuration. Real models stay far below."""
 
 NEEDED = (
     "hidden_size",
@@ -33,28 +33,28 @@ NEEDED = (
     "intermediate_size",
     "vocab_size",
 )
-"""Sizes without which transformers would take another model's."""
+"""Required sizes. If one is missing, transformers uses another model's value."""
 
 POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
-"""Numbers that are finite and positive where they are given."""
+"""Numbers that must be finite and positive if they are given."""
 
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that describe quantized weights."""
 
 QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside a configuration that do."""
+"""Files beside a configuration that describe quantized weights."""
 
 
 def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
-    """The raw configuration of a transformers folder, with its sizes checked.
+    """Read the raw configuration of a transformers folder and check its sizes.
 
     Args:
         files: the model's files.
-        any_family: whether models of families that cannot be cloned will do.
+        any_family: whether to accept families that cannot be cloned.
 
     Raises:
-        UserError: it cannot be read, is of a family that is not supported, holds an impossible
-            size, or belongs to quantized weights or to an adapter.
+        UserError: if it cannot be read, its family is not supported, a size is impossible, or it
+            belongs to quantized weights or an adapter.
     """
     path = files.folder / "config.json"
     refuse_pointer(path)
@@ -68,22 +68,22 @@ def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
         family_of(model_type)
     problems = list(size_problems(config, () if any_family else NEEDED))
     if problems:
-        raise UserError(f"{path} cannot be a model's ({'; '.join(problems)}): give another model.")
+        raise UserError(f"{path} is not valid ({'; '.join(problems)}): give another model.")
     _refuse_quantized(files, config)
     if (files.folder / "adapter_config.json").is_file():
         raise UserError(
-            f"'{files.name}' holds a LoRA adapter (adapter_config.json) beside its weights, which "
-            "would be left out: merge it first (peft's merge_and_unload), or remove it."
+            f"'{files.name}' holds a LoRA adapter (adapter_config.json), which would be ignored: "
+            "merge it first (peft's merge_and_unload), or remove it."
         )
     return config
 
 
 def size_problems(config: dict[str, Any], needed: Sequence[str] = NEEDED) -> Iterator[str]:
-    """What is impossible about the sizes in a configuration, a clause each.
+    """Yield what is impossible about the sizes in a configuration, one clause each.
 
     Args:
         config: the raw configuration.
-        needed: sizes that it may not leave out.
+        needed: sizes that must be present.
     """
     for name, largest in LIMITS.items():
         value = config.get(name)
@@ -114,10 +114,10 @@ def _is_positive(value: Any) -> bool:
 
 
 def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
-    """Refuse weights that mean nothing without scales which transformers may not apply.
+    """Refuse quantized weights: they need scales, which transformers may not apply.
 
     Raises:
-        UserError: the configuration or a file beside it says that the weights are quantized.
+        UserError: if the configuration or a file beside it says that the weights are quantized.
     """
     described: dict[str, Any] = {}
     for name in QUANTIZED:

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides a decoder's size."""
+    """What determines a decoder's size."""
 
     row: dict[str, str | int]
-    """Shape by name, in the order to print."""
+    """Sizes by name, in print order."""
 
     parameters: int
-    """Number of parameters, tied weights once."""
+    """Number of parameters, counting tied weights once."""
 
 
 def shape_of(model: PreTrainedModel) -> Shape:
@@ -39,6 +39,6 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 
 def head_dim_of(config: Any) -> int:
-    """Width of an attention head by a model's configuration, explicit or not."""
+    """Width of an attention head in a model's configuration, explicit or derived."""
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -1,4 +1,4 @@
-"""Which hidden sizes a student may have, by the teacher's sizes alone."""
+"""Which hidden sizes a student may have, given only the teacher's sizes."""
 
 from lrc.model.families import Family
 from lrc.system.errors import UserError
@@ -10,15 +10,15 @@ def check_student_size(
     """Refuse a hidden size that gives no usable student.
 
     Args:
-        hidden_size: the student's.
+        hidden_size: the student's hidden size.
         family: the teacher's family.
         teacher_size: the teacher's hidden size.
-        heads: the student's attention heads.
-        largest: the largest hidden size; None: any that is smaller than the teacher's.
+        heads: number of the student's attention heads.
+        largest: the largest allowed hidden size; None allows any below the teacher's.
 
     Raises:
-        UserError: it is odd, too large, or not a multiple of the number of heads where the
-            family's configuration class asks for that.
+        UserError: if it is odd or too large, or is not a multiple of the number of heads and the
+            family's configuration class requires that.
     """
     largest = largest or teacher_size - 1
     if hidden_size > largest:

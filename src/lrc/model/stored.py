@@ -1,7 +1,7 @@
-"""The tensors that a model's files hold: names, shapes, element types and checksums.
+"""Read the tensors in a model's files: names, shapes, element types and checksums.
 
-Nothing is converted or renamed here: these are the files themselves, to hold against the model that
-transformers makes of them.
+Nothing is converted or renamed here. The tensors are as in the files, for comparison with the model
+that transformers makes of them.
 """
 
 import hashlib
@@ -25,26 +25,26 @@ AGAIN = "download it again, or give another model"
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file holds it."""
+    """A tensor in a file."""
 
     file: Path
     dtype: str
-    """The file's own word for the element type: `BF16`, `F8_E4M3`, `torch.float16`, `Q4_K`."""
+    """The file's own name for the element type: `BF16`, `F8_E4M3`, `torch.float16`, `Q4_K`."""
     shape: tuple[int, ...]
 
 
 def weight_files(files: ModelFiles) -> list[Path]:
-    """The files of the weights that transformers would read: safetensors before pickled ones.
+    """List the weight files that transformers would read: safetensors before pickled files.
 
     Raises:
-        UserError: there are none, one that the index names is missing, or one is a pointer of Git
-            LFS in place of the file.
+        UserError: if there are none, a file that the index names is missing, or a file is only a
+            Git LFS pointer.
     """
     found = [files.gguf_path] if files.gguf_path is not None else _of_folder(files.folder)
     if not found:
         raise UserError(
             f"'{files.name}' holds no weights (no {SAFETENSORS}, no {PICKLED} and no index of "
-            "several): give a folder with the model's weights."
+            "several files): give a folder with the model's weights."
         )
     for path in found:
         if not path.is_file():
@@ -72,17 +72,17 @@ def _of_folder(folder: Path) -> list[Path]:
 
 
 def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
-    """Every tensor of the files by its name there; headers alone are read.
+    """Return every tensor of the files by its name there, reading only the headers.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: if a file is missing or damaged, or two files hold the same tensor.
     """
     found: dict[str, StoredTensor] = {}
     for path in weight_files(files):
         for name, tensor in _headers(path):
             if name in found:
                 raise UserError(
-                    f"The tensor '{name}' stands in {found[name].file.name} and in {path.name}: "
+                    f"The tensor '{name}' is in both {found[name].file.name} and {path.name}: "
                     f"{AGAIN}."
                 )
             found[name] = tensor
@@ -90,10 +90,10 @@ def stored_tensors(files: ModelFiles) -> dict[str, StoredTensor]:
 
 
 def stored_tensor(tensor: StoredTensor, name: str) -> Tensor:
-    """One tensor of a safetensors or pickled file, read.
+    """Read one tensor of a safetensors or pickled file.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: if the file is damaged.
     """
     with reading(tensor.file, AGAIN):
         if tensor.file.suffix == ".safetensors":
@@ -103,10 +103,10 @@ def stored_tensor(tensor: StoredTensor, name: str) -> Tensor:
 
 
 def file_checksums(path: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a file of weights: of its name's own bytes, type and shape.
+    """Return the SHA-256 of every tensor in a weight file, by name: of its bytes, type and shape.
 
     Raises:
-        UserError: the file is damaged.
+        UserError: if the file is damaged.
     """
     with reading(path, AGAIN):
         if path.suffix == ".gguf":
@@ -149,13 +149,13 @@ def _headers(path: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _shape_of(tensor: Any) -> tuple[int, ...]:
-    """The shape of a GGUF tensor as torch orders it."""
+    """The shape of a GGUF tensor in torch's order."""
     return tuple(int(size) for size in reversed(tensor.shape))
 
 
 def _pickled(path: Path, device: str = "cpu") -> dict[str, Tensor]:
-    """The tensors of a pickled file; nothing in it is executed."""
+    """Read the tensors of a pickled file without executing anything in it."""
     value = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(value, dict):
-        raise ValueError(f"it holds no tensors by name but a {type(value).__name__}")
+        raise ValueError(f"it holds a {type(value).__name__}, not tensors by name")
     return {str(name): item for name, item in value.items() if isinstance(item, Tensor)}

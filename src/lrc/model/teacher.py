@@ -1,4 +1,4 @@
-"""A teacher: a frozen model with what belongs to it, loaded from wherever it is."""
+"""A teacher: a frozen model with its tokenizer and family, loaded from any source."""
 
 import os
 from dataclasses import dataclass
@@ -38,19 +38,19 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen causal language model with what belongs to it."""
+    """A frozen causal language model with its tokenizer, family and files."""
 
     model: Model
     tokenizer: Tokenizer
     family: Family
     name: str
-    """How the teacher is called in the recipe, for cards and reports."""
+    """The teacher's name in the recipe, for cards and reports."""
 
     files: ModelFiles | None = None
-    """The files that it was loaded from; None: it was handed over as a loaded model."""
+    """The files it was loaded from; None if it was passed in as a loaded model."""
 
     notes: tuple[str, ...] = ()
-    """What the user should know of how it was read, a sentence each."""
+    """Notes for the user about how it was read, one sentence each."""
 
     @property
     def config(self) -> Any:
@@ -69,7 +69,7 @@ class Teacher:
 
     @cached_property
     def vocab_size(self) -> int:
-        """Number of token ids in use; the embedding's rows beyond are padding."""
+        """Number of token ids in use; further rows of the embedding are padding."""
         rows = int(self.model.get_input_embeddings().weight.shape[0])
         return min(rows, max(self.tokenizer.get_vocab().values()) + 1)
 
@@ -79,13 +79,15 @@ class Teacher:
         return any(parameter.is_meta for parameter in self.model.parameters())
 
     def parameter(self, name: str) -> Tensor:
-        """A parameter by its name in the model, read from its file where it stays there."""
+        """Return a parameter by its name in the model, read from its file if it stays on disk."""
         value = self.model.get_parameter(name)
         return load_offloaded_parameter(self.model, name) if value.is_meta else value
 
     def gain(self, norm: str, dtype: torch.dtype | None = None) -> Tensor:
-        """The factor [d_T] by which the norm at a module path multiplies, computed in `dtype`;
-        None: in that of its weight."""
+        """Return the factor [d_T] by which the norm at a module path multiplies.
+
+        It is computed in `dtype`; None means the weight's element type.
+        """
         weight = self.parameter(f"{norm}.weight")
         return weight.to(dtype or weight.dtype) + self.family.gain_offset
 
@@ -93,15 +95,15 @@ class Teacher:
 def load_teacher(
     section: TeacherSection | str | os.PathLike[str], device: torch.device | str = "cpu"
 ) -> Teacher:
-    """Load a teacher, in evaluation mode and without gradients.
+    """Load a teacher in evaluation mode, without gradients.
 
     Args:
-        section: a recipe's section, or the teacher's name alone (as in `teacher.model`).
-        device: where its weights go.
+        section: a recipe's section, or just the teacher's name (as in `teacher.model`).
+        device: device for its weights.
 
     Raises:
-        UserError: it is not found, cannot be read, its files do not fill it, or its family is not
-            supported.
+        UserError: if it is not found, cannot be read, its files do not fill it, or its family is
+            not supported.
     """
     if not isinstance(section, TeacherSection):
         section = TeacherSection(model=os.fspath(section))
@@ -125,37 +127,37 @@ def load_teacher(
 
 
 def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:
-    """Where the parts of a model go whose decoder layers stay on the disk.
+    """Return the device map of a model whose decoder layers stay on disk.
 
-    accelerate then reads a layer's weights when it runs and lets them go after, and so the model
-    can be measured as any other.
+    accelerate reads a layer's weights when the layer runs and frees them afterwards, so the model
+    can be measured like any other.
     """
     places = dict.fromkeys((family.embedding, family.final_norm, family.head), device)
     return places | {f"{family.layers}.{layer}": "disk" for layer in range(layers)}
 
 
 def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
-    """Load any causal language model, named as a teacher is, and its tokenizer.
+    """Load any causal language model and its tokenizer.
 
     Args:
-        name: as in a recipe's `teacher.model`.
-        dtype: element type of the weights; `auto`: as stored.
+        name: model name, as in a recipe's `teacher.model`.
+        dtype: element type of the weights; `auto` keeps the stored one.
 
     Raises:
-        UserError: it is not found, cannot be read, or its files do not fill it.
+        UserError: if it is not found, cannot be read, or its files do not fill it.
     """
     files = locate(name)
-    load_config(files, any_family=True)  # refuses before the tokenizer is read
+    load_config(files, any_family=True)  # report its errors before reading the tokenizer
     tokenizer = load_tokenizer_files(files)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     return load_weights(files, wanted).model, tokenizer
 
 
 def model_files(name: str) -> list[Path]:
-    """The local files of a model, named as a teacher is; none for a hub id.
+    """List the local files of a model, named as in `teacher.model`; none for a hub id.
 
     Raises:
-        UserError: it is not found.
+        UserError: if it is not found.
     """
     files = locate_locally(name)
     if files is None:
@@ -166,10 +168,10 @@ def model_files(name: str) -> list[Path]:
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
-    """Load the tokenizer of a model, named as a teacher is, without the model.
+    """Load the tokenizer of a model, named as in `teacher.model`, without the model.
 
     Raises:
-        UserError: it is not found or cannot be read.
+        UserError: if it is not found or cannot be read.
     """
     files = locate(name, revision, weights=False)
     if files.gguf_path is not None:
@@ -178,11 +180,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
 
 
 def load_skeleton(name: str) -> Model:
-    """A model without its weights (on the meta device), to read its shape. The files of a model on
-    this machine are held against it; of a hub id the configuration alone is downloaded.
+    """Load a model without its weights (on the meta device), to read its shape.
+
+    The files of a local model are checked against it. For a hub id, only the configuration is
+    downloaded.
 
     Raises:
-        UserError: it is not found, cannot be read, or its files do not fill it.
+        UserError: if it is not found, cannot be read, or its files do not fill it.
     """
     files = locate(name, weights=False)
     return load_skeleton_of(files, check=files.commit is None)
@@ -200,12 +204,12 @@ def as_teacher(
     Args:
         model: the model.
         tokenizer: its tokenizer.
-        name: how cards and reports call it.
-        files: what it was loaded from; None: not known.
-        notes: what the user should know of how it was read.
+        name: its name in cards and reports.
+        files: the files it was loaded from; None if unknown.
+        notes: notes for the user about how it was read.
 
     Raises:
-        UserError: its family is not supported, or its tokenizer does not fit its embedding.
+        UserError: if its family is not supported, or its tokenizer does not fit its embedding.
     """
     family = family_of(model.config.model_type)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -222,18 +226,21 @@ def as_teacher(
 
 @dataclass(frozen=True)
 class Description:
-    """What a teacher's files say of it, for cards."""
+    """What a teacher's files say about it, for cards."""
 
     license: str | None = None
-    """Its license's identifier; None: unknown."""
+    """License identifier; None if unknown."""
 
     languages: tuple[str, ...] = ()
-    """Codes of the languages that it writes."""
+    """Codes of its languages."""
 
 
 def describe_teacher(section: TeacherSection) -> Description:
-    """License (the recipe's, if it names one) and languages of a teacher, from its card or its GGUF
-    file. What cannot be read is left out: nothing beside the weights may cost a student."""
+    """Return a teacher's license and languages, from its card or its GGUF file.
+
+    A license in the recipe wins. What cannot be read is left out: a run must not fail because of
+    anything but the weights.
+    """
     try:
         files = locate(section.model, section.revision, weights=False)
         if files.gguf_path is not None:

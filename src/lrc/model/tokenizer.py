@@ -1,4 +1,4 @@
-"""A model's tokenizer as its own files describe it, and conversations in its chat template."""
+"""Load a model's tokenizer as its files describe it, and render its chat template."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -31,24 +31,24 @@ PROBES = (
     "\u2581 \u2581\u2581 a\u2581b",
     "",
 )
-"""Text that tokenizers differ on."""
+"""Texts on which tokenizers differ."""
 
 TEMPLATE_SECONDS, TEMPLATE_GIB = 5, 1.0
-"""What rendering a conversation may take: real templates take milliseconds."""
+"""Limits for rendering a conversation. Real templates take milliseconds."""
 
 
 class RefusedConversation(UserError):
-    """A chat template raised an error; the message is what it said."""
+    """An error that a chat template raised, with the template's own message."""
 
 
 def load_tokenizer_files(files: ModelFiles) -> Tokenizer:
-    """The tokenizer of a model.
+    """Load the tokenizer of a model.
 
-    transformers rebuilds the tokenizers of some classes from their vocabulary alone; where that
-    gives other tokens than the folder's own tokenizer.json, the file is believed.
+    transformers rebuilds some tokenizer classes from the vocabulary alone. If the result gives
+    different tokens than the folder's tokenizer.json, the file wins.
 
     Raises:
-        UserError: it cannot be read, or comes out other than its file describes it.
+        UserError: if it cannot be read, or does not load as its file describes it.
     """
     if files.gguf_path is not None:
         from lrc.model.gguf import read_tokenizer
@@ -68,14 +68,14 @@ def load_tokenizer_files(files: ModelFiles) -> Tokenizer:
         if _agree(own, tokenizer):
             return tokenizer
     raise UserError(
-        f"transformers makes another tokenizer of {path} than the file describes (text becomes "
-        "other tokens): set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json, "
-        "or remove what changes it there."
+        f"transformers does not load {path} as the file describes it (text gives different "
+        "tokens): set tokenizer_class to PreTrainedTokenizerFast in tokenizer_config.json, or "
+        "remove the setting there that changes the tokenizer."
     )
 
 
 def _agree(own: Backend, tokenizer: Tokenizer) -> bool:
-    """Whether a tokenizer gives the tokens of a file's own one on text that tells them apart."""
+    """Whether a loaded tokenizer gives the same tokens as the file's own on `PROBES`."""
     own.no_truncation()
     own.no_padding()
     theirs = [own.encode(text, add_special_tokens=False).ids for text in PROBES]
@@ -86,21 +86,21 @@ def _agree(own: Backend, tokenizer: Tokenizer) -> bool:
 def chat_text(
     tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], generation_prompt: bool = False
 ) -> str:
-    """A conversation in the tokenizer's chat template, special tokens and all.
+    """Render a conversation in the tokenizer's chat template, including special tokens.
 
     Args:
         tokenizer: the tokenizer.
         messages: turns with `role` and `content`.
-        generation_prompt: end with what begins the assistant's next turn.
+        generation_prompt: whether to end with the start of the assistant's next turn.
 
     Raises:
-        RefusedConversation: the template raises something for it.
-        UserError: there is no template, or it does not come to an end.
+        RefusedConversation: if the template raises an error.
+        UserError: if there is no template, or rendering exceeds its limits.
     """
     need_template(tokenizer)
     endless = (
         f"The chat template needs more than {TEMPLATE_SECONDS} s or {TEMPLATE_GIB:.0f} GiB for one "
-        "conversation: mend or replace it (chat_template.jinja)."
+        "conversation: fix or replace it (chat_template.jinja)."
     )
     try:
         with bounded(TEMPLATE_SECONDS, TEMPLATE_GIB, endless):
@@ -109,7 +109,7 @@ def chat_text(
             )
     except UserError:
         raise
-    except Exception as error:  # whatever the template raises
+    except Exception as error:  # the template can raise anything
         raise RefusedConversation(reason(error)) from error
     return str(text)
 
@@ -118,22 +118,25 @@ def need_template(tokenizer: Tokenizer) -> None:
     """Refuse a tokenizer without one usable chat template.
 
     Raises:
-        UserError: it has none, or several of which none is called `default`.
+        UserError: if it has none, or several and none is called `default`.
     """
     templates = tokenizer.chat_template
     if isinstance(templates, dict) and "default" not in templates:
         names = ", ".join(templates)
         raise UserError(
-            f"The tokenizer has several chat templates ({names}) and none called 'default': name "
-            "one of them so."
+            f"The tokenizer has several chat templates ({names}) and none called 'default': rename "
+            "one of them to 'default'."
         )
     if not templates:
         raise UserError("The tokenizer has no chat template.")
 
 
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Token ids of a prompt, with what the tokenizer puts before a text and nothing after it: a
-    model does not go on after an end of text."""
+    """Return the token ids of a prompt, without an end-of-text token.
+
+    Tokens that the tokenizer adds before the text stay. A model does not continue after an end of
+    text.
+    """
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     bare = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     while ids and len(ids) > len(bare) and ids[-1] == tokenizer.eos_token_id:

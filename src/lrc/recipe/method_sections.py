@@ -1,4 +1,4 @@
-"""The `method` section of a recipe: one class a method, with that method's own settings.
+"""The `method` section of a recipe: one class per method, with that method's own settings.
 
 `method: scratch` is short for `method: {name: scratch}`. The methods themselves are in
 `lrc.methods`.
@@ -12,12 +12,15 @@ from pydantic import Field, model_validator
 from lrc.recipe.sections import Section
 
 Aggregation = Literal["mean", "l2"]
-"""How many scores become one: the mean of their absolute values, or their L2 norm."""
+"""How several scores become one: the mean of their absolute values, or their L2 norm."""
 
 
 class PrunedShapeSection(Section):
-    """Base of the methods that cut the student out of the teacher: its shape besides
-    `student.hidden_size`. By default it is LRC's, which keeps these sizes of the teacher."""
+    """Base of the methods that cut the student out of the teacher.
+
+    It sets the student's shape besides `student.hidden_size`. The default is LRC's shape, which
+    keeps these sizes of the teacher.
+    """
 
     layers: int | None = Field(None, gt=0)
     """Decoder layers. Empty: the teacher's."""
@@ -30,7 +33,7 @@ class PrunedShapeSection(Section):
 
 
 class LrcSection(Section):
-    """Low-Rank Clone; its settings are in `student`, `initialize` and `objective`."""
+    """Low-Rank Clone, with its settings in `student`, `initialize` and `objective`."""
 
     name: Literal["lrc"]
 
@@ -42,7 +45,7 @@ class ScratchSection(Section):
 
 
 class TinyBertSection(Section):
-    """Hidden states by learned alignment and attention maps, with LM + KL."""
+    """Match hidden states, by learned alignment, and attention maps, with LM + KL."""
 
     name: Literal["tinybert"]
 
@@ -54,7 +57,7 @@ class TinyBertSection(Section):
 
 
 class MiniLmSection(Section):
-    """Relations between tokens in the last layer's attention, with LM."""
+    """Match relations between tokens in the last layer's attention, with LM."""
 
     name: Literal["minilm"]
 
@@ -63,31 +66,31 @@ class MiniLmSection(Section):
 
 
 Taylor = Literal["vectorize", "param_first", "param_second", "param_mix"]
-"""How LLM-Pruner expands the loss around a weight, in the words of its official code."""
+"""How LLM-Pruner expands the loss around a weight, named as in its official code."""
 
 Grouping = Literal["sum", "prod", "max", "last"]
-"""How LLM-Pruner puts the linear maps of a group together."""
+"""How LLM-Pruner combines the linear maps of a group."""
 
 
 class LlmPrunerSection(Section):
-    """Heads and FFN neurons of the least importance for the LM loss are taken out of the teacher.
+    """Remove the teacher's heads and FFN neurons that matter least for the LM loss.
 
-    Without a ratio the student has as many parameters as LRC's of `student.hidden_size`; the hidden
-    size itself stays the teacher's.
+    Without a ratio, the student has as many parameters as LRC's student with
+    `student.hidden_size`. The hidden size itself stays the teacher's.
     """
 
     name: Literal["llm-pruner"]
 
     ratio: float | None = Field(None, gt=0, lt=1)
-    """Share of all parameters, embeddings included, that is taken out; `student.hidden_size` is
-    then the teacher's. Empty: as many as LRC takes out."""
+    """Share of all parameters, embeddings included, to remove. `student.hidden_size` must then be
+    the teacher's. Empty: as many as LRC removes."""
 
     importance: Taylor = "param_first"
-    """Expansion of the loss: of first order by weight (`param_first`) or by row (`vectorize`), of
-    second order, or both orders together (`param_mix`)."""
+    """Expansion of the loss: first order by weight (`param_first`) or by row (`vectorize`), second
+    order (`param_second`), or both orders together (`param_mix`)."""
 
     grouping: Grouping = "sum"
-    """How the importances of a group's linear maps are put together; `last` is that of the map that
+    """How the importances of a group's linear maps are combined. `last` takes only the map that
     writes to the residual stream."""
 
     recovery: Literal["full", "lora"] = "full"
@@ -110,20 +113,20 @@ class LlmPrunerSection(Section):
 
 
 class ActivationCloneSection(Section):
-    """LRC without its projections: a random student that clones activations."""
+    """LRC without projections: a random student that clones activations."""
 
     name: Literal["activation-clone"]
 
 
 class MinitronSection(PrunedShapeSection):
-    """The parts of the teacher with the largest activations, trained on KL."""
+    """Keep the parts of the teacher with the largest activations, train on KL."""
 
     objective: ClassVar[Mapping[str, Any]] = {
         "kl_weight": 1.0,
         "temperature": 1.0,
         "lm_weight": 0.0,
     }
-    """Defaults of the recipe's section of that name with this method: its paper's losses."""
+    """Defaults of the recipe's `objective` section with this method: the losses of its paper."""
 
     name: Literal["minitron"]
 
@@ -135,7 +138,7 @@ class MinitronSection(PrunedShapeSection):
 
 
 class SliceGptSection(Section):
-    """The leading principal directions of the teacher's residual stream, trained on KL + LM."""
+    """Keep the leading principal directions of the teacher's residual stream, train on KL + LM."""
 
     name: Literal["slicegpt"]
 
@@ -146,7 +149,7 @@ class ShearedLlamaSection(PrunedShapeSection):
     name: Literal["sheared-llama"]
 
     pruning_share: float = Field(0.3, gt=0, lt=1)
-    """Share of the training steps in which masks are learned; the rest trains what is left."""
+    """Share of the training steps that learn the masks; the rest trains what is left."""
 
     mask_learning_rate: float = Field(1.0, gt=0)
     """Peak learning rate of the masks."""
@@ -158,7 +161,7 @@ class ShearedLlamaSection(PrunedShapeSection):
     """Probability that a mask is open before training."""
 
     dynamic_loading: bool = True
-    """Weigh the sources of the text after every held-out measurement, by how far the student is
+    """Reweight the sources of the text after every held-out measurement, by how far the student is
     behind the teacher on each."""
 
 

@@ -1,7 +1,7 @@
-"""A run's whole configuration: typed and validated; one YAML file is one run.
+"""A run's whole configuration, typed and validated: one YAML file is one run.
 
-The settings themselves are in `lrc.recipe.sections`. Unknown keys are refused with the nearest
-valid one, and all mistakes of a file are told together.
+`lrc.recipe.sections` defines the settings. The error for an unknown key names the nearest valid
+key, and one message lists all mistakes of a file.
 """
 
 import copy
@@ -32,14 +32,14 @@ from lrc.system.yaml_files import parse_yaml, read_yaml
 SectionType = TypeVar("SectionType", bound=Section)
 
 SHORT_FORMS = {"method": "name", "initialize": "method"}
-"""Sections that may be written as one of their values: `initialize: random`."""
+"""Sections that can be written as a single value: `initialize: random`."""
 
 ORIGINS = ("text", "shards", "stream")
-"""Settings of the data section of which exactly one is given."""
+"""Settings of the data section; a recipe must give exactly one."""
 
 
 class Recipe(Section):
-    """All that decides what a run does."""
+    """Everything that determines what a run does."""
 
     method: MethodSection = LrcSection(name="lrc")
     teacher: TeacherSection
@@ -57,7 +57,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _objective_of_the_method(cls, settings: Any) -> Any:
-        """Losses that a method's paper weighs otherwise, where the recipe does not say."""
+        """Use the loss settings of the method's paper where the recipe gives none."""
         if not isinstance(settings, dict):
             return settings
         method, given = settings.get("method"), settings.get("objective") or {}
@@ -73,8 +73,8 @@ class Recipe(Section):
         weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha_at(1)
         if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError(
-                "every loss is off (at the end at least): give kl_weight, lm_weight or alpha a "
-                "weight"
+                "every loss is off, at least at the end of the run: set kl_weight, lm_weight or "
+                "alpha above 0"
             )
         if loss.alignment == "explicit" and loss.attn_out == "teacher":
             raise ValueError(
@@ -87,8 +87,8 @@ class Recipe(Section):
     def _layers_on_disk(self) -> "Recipe":
         if self.teacher.load == "layers" and not isinstance(self.method, LrcSection):
             raise ValueError(
-                f"teacher.load: layers is for starts of method lrc, not of {self.method.name}; set "
-                "teacher.load to full"
+                f"teacher.load: layers works only with method lrc, not with {self.method.name}; "
+                "set teacher.load to full"
             )
         return self
 
@@ -103,17 +103,19 @@ class Recipe(Section):
         return self
 
     def step_tokens(self) -> int:
-        """Tokens of one optimizer step."""
+        """Tokens per optimizer step."""
         return self.train.step_sequences() * self.data.sequence_length
 
     def steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps in the whole run."""
         return -(-self.train.tokens // self.step_tokens())
 
     def fingerprint(self) -> str:
-        """A checksum of the recipe, which ties checkpoints to it. Settings at their defaults are
-        left out, so that a new setting keeps older checkpoints valid. So is how the teacher is
-        loaded, which changes no result."""
+        """A checksum of the recipe, which ties checkpoints to it.
+
+        Settings at their defaults are left out, so that a new setting keeps older checkpoints
+        valid. `teacher.load` is left out too, because it changes no result.
+        """
         settings = self.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
         return hashlib.sha256(settings.encode()).hexdigest()
 
@@ -125,15 +127,15 @@ class Recipe(Section):
 def load_recipe(
     source: str | os.PathLike[str], overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> Recipe:
-    """Read a recipe from a YAML file, or a shipped one by name (`quickstart`).
+    """Read a recipe from a YAML file, or a shipped recipe by name (`quickstart`).
 
     Args:
         source: path of a YAML file, or the name of a shipped recipe.
-        overrides: settings that win over the file, by dotted key: `{"train.tokens": 10_000}`.
+        overrides: settings that override the file, by dotted key: `{"train.tokens": 10_000}`.
 
     Raises:
-        UserError: the file is missing or not YAML, or a setting is unknown or out of range; all
-            mistakes are in the one message.
+        UserError: if the file is missing or not YAML, or a setting is unknown or out of range; one
+            message lists all mistakes.
     """
     return make_recipe(read_yaml(find_yaml(source, "recipe")), overrides)
 
@@ -141,10 +143,10 @@ def load_recipe(
 def make_recipe(
     settings: dict[str, Any], overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> Recipe:
-    """Validate nested settings, with overrides by dotted key applied first.
+    """Validate nested settings after applying overrides by dotted key.
 
     Raises:
-        UserError: a setting is unknown, missing or out of range.
+        UserError: if a setting is unknown, missing or out of range.
     """
     return validated(Recipe, apply_overrides(settings, overrides), "The recipe")
 
@@ -153,12 +155,12 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
     """Validate settings.
 
     Args:
-        kind: the section that they make.
+        kind: class of the section to build.
         settings: nested settings.
-        what: how the whole is called in messages.
+        what: name of the whole in messages.
 
     Raises:
-        UserError: a setting is unknown, missing or out of range; all mistakes are in the message.
+        UserError: if a setting is unknown, missing or out of range; the message lists all mistakes.
     """
     if null := [key for key, value in flatten({"": settings}).items() if "\0" in str(value)]:
         raise UserError(f"{what} has mistakes: '{null[0].strip('.')}' holds a null character.")
@@ -170,7 +172,7 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted key."""
+    """Flatten nested settings to dotted keys."""
     flat: dict[str, Any] = {}
     for name, value in section.items():
         if isinstance(value, dict):
@@ -181,10 +183,10 @@ def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def apply_overrides(settings: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of nested settings with some set by dotted key.
+    """Copy nested settings and set some of them by dotted key.
 
     Raises:
-        UserError: a key leads through a value.
+        UserError: if a part of a key before its last one names a value, not a section.
     """
     settings = copy.deepcopy(settings)
     _drop_origins(settings, overrides)
@@ -197,7 +199,7 @@ def parse_override(text: str) -> tuple[str, Any]:
     """Split `section.key=value`, where the value is YAML.
 
     Raises:
-        UserError: the text is not of that form.
+        UserError: if the text does not have that form.
     """
     key, equals, value = text.partition("=")
     if not equals or not key:
@@ -209,14 +211,14 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) -> dict[str, Any]:
-    """Settings from `section.key=value` texts and from flags of the command line.
+    """Collect settings from `section.key=value` texts and from command-line flags.
 
     Args:
-        texts: as for `parse_override`.
-        flags: by dotted key, the flag that stands for it and its value; None or empty: not given.
+        texts: texts for `parse_override`.
+        flags: by dotted key, its flag and the flag's value; None or empty means not given.
 
     Raises:
-        UserError: a text is not of that form, or a key is given twice.
+        UserError: if a text does not have that form, or a key is given twice.
     """
     found: dict[str, Any] = {}
     given: dict[str, str] = {}
@@ -248,7 +250,7 @@ def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Where overrides name another origin of the text, that of the settings is not wanted."""
+    """Drop the settings' origin of the text if the overrides name another one."""
     data = settings.get("data")
     chosen = {key.split(".")[1] for key in overrides if key.startswith("data.")} & set(ORIGINS)
     if isinstance(data, dict) and chosen:
@@ -258,11 +260,11 @@ def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> Non
 
 
 def _explain(problem: Any, kind: type[Section], what: str) -> str:
-    """One pydantic problem as a clause that says what to do."""
+    """Turn one pydantic problem into a clause that says what to do."""
     location = [str(part) for part in problem["loc"]]
     method = None
     if location[0:1] == ["method"] and len(location) > 1:
-        method = location.pop(1)  # pydantic puts the name of the method's class between
+        method = location.pop(1)  # pydantic inserts the method's name here
     name = ".".join(location) or f"{what[0].lower()}{what[1:]}"
     if problem["type"] == "extra_forbidden":
         section = METHOD_SECTIONS[method] if method else _section_at(kind, location[:-1])
@@ -282,13 +284,13 @@ def _explain(problem: Any, kind: type[Section], what: str) -> str:
 
 
 def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
-    """The section at `location`."""
+    """Find the section class at `location`."""
     section: Any = kind
     for part in location:
         if get_origin(section) is dict:
             section = get_args(section)[1]
         else:
             section = section.model_fields[part].annotation
-        if get_origin(section) in (Union, UnionType):  # a section that may be left out
+        if get_origin(section) in (Union, UnionType):  # an optional section
             section = next(kind for kind in get_args(section) if kind is not NoneType)
     return section

@@ -1,4 +1,4 @@
-"""The YAML files that ship with the package, by their names."""
+"""The YAML files that ship with the package, by name."""
 
 import os
 from importlib import resources
@@ -11,7 +11,7 @@ KINDS = {
     "comparison": "comparison/comparisons",
     "mix": "corpus/mixes",
 }
-"""What such a file is called in messages, and the folder of the package that holds them."""
+"""The kind's name in messages, and the folder of the package that holds its files."""
 
 
 def shipped(kind: str) -> list[str]:
@@ -21,14 +21,14 @@ def shipped(kind: str) -> list[str]:
 
 
 def find_yaml(source: str | os.PathLike[str], kind: str) -> Path:
-    """Path of a YAML file, or of the shipped file of that name.
+    """Return the path of a YAML file, or of the shipped file of that name.
 
     Args:
         source: a path, or the name of a shipped file.
-        kind: what it is, one of `KINDS`.
+        kind: kind of the file, one of `KINDS`.
 
     Raises:
-        UserError: neither exists.
+        UserError: if neither exists.
     """
     path = Path(source)
     if path.is_file():

@@ -1,1 +1,1 @@
-"""Pictures, tables and the page of one or several runs."""
+"""Pictures, tables and the HTML page of one or more runs."""

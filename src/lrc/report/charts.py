@@ -1,8 +1,8 @@
-"""Charts as SVG text to stand inside a page, drawn by matplotlib.
+"""Charts as inline SVG for a page, drawn by matplotlib.
 
-Colors are the page's own: matplotlib draws in stand-ins, which are then replaced by the page's
-CSS variables, so that one picture serves a light and a dark screen. Text stays text, in the page's
-font. A chart is small, so that it is still legible where it fills the width of a telephone.
+matplotlib draws with placeholder colors, which are then replaced by the page's CSS variables. So
+one picture works in light and dark mode. Text stays text, in the page's font. Charts are small, so
+that they stay legible at the width of a phone.
 """
 
 import io
@@ -22,16 +22,16 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, MaxNLocat
 
 INK, MUTED, GRID = "#000001", "#000002", "#000003"
 RUN_COLORS = tuple(f"#0000{16 + i:02x}" for i in range(8))
-"""Stand-ins of the page's colors; runs beyond the last take the first again."""
+"""Placeholders of the page's colors. If there are more runs than colors, the colors repeat."""
 
 VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--line"}
 VARIABLES |= {stand_in: f"--run-{i}" for i, stand_in in enumerate(RUN_COLORS)}
 
 DASHES = ("-", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
-"""Line styles, for more lines than there are colors; page.css draws their chips."""
+"""Line styles, for more lines than colors; page.css draws the matching chips."""
 
 POINTS = 300
-"""Points of a drawn line; more would make the page large and the line no clearer."""
+"""Points of a drawn line; more would enlarge the page but not make the line clearer."""
 
 WIDE, SMALL, LARGE = (4.6, 2.9), (3.0, 2.1), (5.2, 4.0)
 """Inches; the page scales them."""
@@ -48,17 +48,17 @@ class Line:
     baseline: float | None = None
     """A level to compare with, drawn dashed."""
     marked: bool = False
-    """Whether each value is a mark: few values, each measured by itself."""
+    """Whether each value gets a marker: few values, each measured separately."""
     band: tuple[Sequence[float], Sequence[float]] | None = None
-    """Lowest and highest values around those of marks, drawn in a lighter shade."""
+    """Lowest and highest values around the marked ones, drawn in a lighter shade."""
     dash: int = 0
-    """Which of `DASHES` draws it."""
+    """Index of the line style in `DASHES`."""
     stages: Sequence[tuple[float, str]] = ()
-    """Places on the horizontal axis where another stage began, and what happened there."""
+    """Positions on the horizontal axis where another stage began, with a label for the change."""
 
 
 def run_color(index: int) -> str:
-    """The stand-in of a run's color."""
+    """The placeholder of a run's color."""
     return RUN_COLORS[index % len(RUN_COLORS)]
 
 
@@ -70,15 +70,15 @@ def line_chart(
     size: tuple[float, float] = WIDE,
     top: float | None = None,
 ) -> str:
-    """Values of several runs over tokens or time.
+    """Chart of values of several runs over tokens or time.
 
-    Noisy lines are averaged over spans, with the spread of a span behind them in a lighter shade.
+    Noisy lines are averaged over spans. A lighter shade behind them shows the range of each span.
 
     Args:
         title: the chart's name.
-        lines: what is drawn.
+        lines: the lines to draw.
         x_label: name of the horizontal axis.
-        logarithmic: whether the vertical axis is.
+        logarithmic: whether the vertical axis is logarithmic.
         size: width and height in inches.
         top: upper end of the vertical axis; None: as high as the values.
     """
@@ -126,13 +126,13 @@ def line_chart(
 def heat_map(
     title: str, values: np.ndarray[Any, Any], tokens: float, norm: LogNorm, x_label: str
 ) -> str:
-    """A quantity of every layer over the run.
+    """Heat map of a quantity for every layer over the run.
 
     Args:
         title: the chart's name.
-        values: [layers, columns], the columns evenly spaced in training tokens.
+        values: [layers, columns], with columns evenly spaced in training tokens.
         tokens: training tokens at the right edge.
-        norm: the colors' scale, shared by the charts of a run.
+        norm: the color scale, shared by the charts of a run.
         x_label: name of the horizontal axis.
     """
     with _style(title):
@@ -149,7 +149,7 @@ def heat_map(
 
 
 def color_scale(title: str, norm: LogNorm) -> str:
-    """The legend of heat maps."""
+    """The color legend of heat maps."""
     with _style(title):
         figure = Figure(figsize=(4.6, 0.55), layout="constrained")
         axes = figure.subplots()
@@ -163,10 +163,10 @@ def color_scale(title: str, norm: LogNorm) -> str:
 def spans(
     x: Sequence[float], y: Sequence[float], points: int = POINTS
 ) -> tuple[np.ndarray[Any, Any], ...]:
-    """Mean place, mean, lowest and highest value of evenly filled spans, each [spans].
+    """Mean position, mean, lowest and highest value of evenly filled spans, each [spans].
 
-    There are at most `points` spans, and fewer where the noise of a line of few values would
-    otherwise hide where it goes.
+    There are at most `points` spans. Lines with few values get fewer spans, so that noise does not
+    hide the trend.
     """
     count = min(points, max(len(x) // 5, min(len(x), 40)))
     places = [part.mean() for part in np.array_split(np.asarray(x, float), count)]
@@ -176,7 +176,10 @@ def spans(
 
 
 def _plain_decades(axis: Axis, low: float, high: float) -> None:
-    """Few ticks with plain numbers on a logarithmic axis; matplotlib's collide in small charts."""
+    """Put few ticks with plain numbers on a logarithmic axis.
+
+    matplotlib's own tick labels collide in small charts.
+    """
     decades = math.log10(high / low)
     steps = (1.0,) if decades > 2.5 else (1.0, 3.0) if decades > 1 else (1.0, 2.0, 3.0, 5.0)
     axis.set_major_locator(LogLocator(subs=steps))
@@ -185,7 +188,7 @@ def _plain_decades(axis: Axis, low: float, high: float) -> None:
 
 
 def _style(salt: str) -> Any:
-    """matplotlib's settings: text as text, colors of the page, the same file every time."""
+    """matplotlib settings: text as text, the page's colors, reproducible files."""
     return matplotlib.rc_context(
         {
             "svg.fonttype": "none",
@@ -213,7 +216,7 @@ def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:
 
 
 def _svg(figure: Figure, title: str) -> str:
-    """The picture as an element, in the page's colors and as wide as its place."""
+    """The picture as an SVG element, in the page's colors and with the width of its container."""
     file = io.StringIO()
     figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = file.getvalue()

@@ -1,4 +1,4 @@
-"""What a page says of runs, read from their folders alone."""
+"""The content of a page about runs, read only from their folders."""
 
 import json
 import math
@@ -21,40 +21,40 @@ CHARTS = {
     "grad_norm": "gradient norm",
     "learning_rate": "learning rate",
 }
-"""Title of each chart by its key in metrics.jsonl."""
+"""Title of each chart, by key in metrics.jsonl."""
 
 LOGARITHMIC = ("clone", "loss", "grad_norm")
 
 CLONE_LAYERS = "clone_layers"
 
 COLUMNS = 80
-"""Columns of a heat map, at most."""
+"""Maximum number of columns of a heat map."""
 
 HOUR = 3600
 
 NONE = "\N{EN DASH}"
-"""Stands where a run has no value."""
+"""Shown if a run has no value."""
 
 
 @dataclass(frozen=True)
 class RunView:
-    """A run as a page tells it."""
+    """A run as a page shows it."""
 
     name: str
     color: str
     run: Run
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
-    """The closing table; empty where the run has not ended."""
+    """The final results; empty if the run has not ended."""
 
     @property
     def teacher(self) -> str:
-        """The teacher's name, without where it lies."""
+        """The teacher's name, without its path."""
         return short_name(self.run.recipe.teacher.model)
 
 
 def read_runs(runs: Sequence[Run]) -> list[RunView]:
-    """The runs with names that tell them apart."""
+    """The runs, with distinct names."""
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
@@ -115,7 +115,7 @@ def throughput_chart(stories: Sequence[RunView]) -> str | None:
 
 
 def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
-    """The clone terms by layer over the run: the legend of the colors and a chart a term."""
+    """The clone terms by layer over the run: the color legend and one chart per term."""
     lines = [line for line in story.metrics if CLONE_LAYERS in line]
     if not lines:
         return None
@@ -126,7 +126,7 @@ def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
         return None
     low, high = np.quantile(positive, [0.01, 1.0])
     norm = LogNorm(low, max(high, 1.01 * low), clip=True)
-    # Lines need not be evenly spaced: each column shows the first one at or after its place.
+    # Lines may be unevenly spaced: each column shows the first line at or after its position.
     places = np.linspace(0, tokens[-1], min(COLUMNS, len(lines)) + 1)[1:]
     values = values[np.searchsorted(tokens, places - 1e-9).clip(max=len(lines) - 1)]
     terms = story.run.recipe.objective.clone.enabled()
@@ -139,7 +139,7 @@ def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
 
 
 def results(stories: Sequence[RunView]) -> list[tuple[str, list[str]]]:
-    """The closing tables side by side: each row's name and its value for every run."""
+    """The final results side by side: each row's name and its value for every run."""
     rows = [
         ("status", _status),
         ("teacher", lambda s: s.teacher),
@@ -161,7 +161,7 @@ def results(stories: Sequence[RunView]) -> list[tuple[str, list[str]]]:
 
 
 def _or_dash(value: Any, story: RunView) -> str:
-    """A value as text; a dash where the run has not come to it."""
+    """A value as text; a dash if the run does not have it yet."""
     try:
         return str(value(story))
     except (KeyError, IndexError, TypeError):
@@ -169,7 +169,7 @@ def _or_dash(value: Any, story: RunView) -> str:
 
 
 def shapes(stories: Sequence[RunView]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Columns and rows of the shapes of teachers and students, teachers that are shared once."""
+    """Columns and rows of the shapes of teachers and students; shared teachers appear once."""
     columns: dict[str, dict[str, Any]] = {}
     for story in stories:
         found = story.summary.get("shapes")
@@ -182,7 +182,7 @@ def shapes(stories: Sequence[RunView]) -> tuple[list[str], list[tuple[str, list[
 
 
 def settings(stories: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
-    """Every setting's name, its value for each run, and whether the runs differ in it."""
+    """Every setting's name, its value for each run, and whether these values differ."""
     flat = [flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
     names = dict.fromkeys(name for recipe in flat for name in recipe)
     rows = [(name, [written(recipe.get(name)) for recipe in flat]) for name in names]
@@ -190,12 +190,12 @@ def settings(stories: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
 
 
 def time_shares(story: RunView) -> list[tuple[str, float]]:
-    """Where the time of the run's last stretch went, largest first."""
+    """Shares of the time of the run's last session, largest first."""
     return list(story.summary.get("time_shares", {}).items())
 
 
 def duration(seconds: float) -> str:
-    """A time for people: 45 s, 12 min, 3.4 h."""
+    """A duration for people: 45 s, 12 min, 3.4 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
@@ -204,7 +204,7 @@ def duration(seconds: float) -> str:
 def _points(
     metrics: Sequence[dict[str, Any]], key: str, over_time: bool
 ) -> list[tuple[float, float]]:
-    """Tokens or seconds, and a finite value, of every line that has both."""
+    """Tokens or seconds, and the value, for every line with a finite value."""
     place = "seconds" if over_time else "tokens"
     return [
         (line.get(place, 0), line[key])  # the line before the first step has no seconds yet
@@ -214,7 +214,7 @@ def _points(
 
 
 def time_unit(longest: float) -> tuple[float, str]:
-    """Seconds and name of a unit that suits a longest time in seconds."""
+    """Length in seconds and name of a suitable unit for times up to `longest` seconds."""
     if longest < 300:
         return 1.0, "seconds"
     return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")
@@ -247,7 +247,7 @@ def _compression(story: RunView) -> str:
 
 
 def written(value: Any) -> str:
-    """A setting as in YAML, for one line."""
+    """A setting in YAML style, on one line."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if value is None:
@@ -256,7 +256,7 @@ def written(value: Any) -> str:
 
 
 def environment(run: Run) -> list[tuple[str, str]]:
-    """Where a run was made: versions, commit, machine."""
+    """The environment of a run: versions, commit, machine."""
     path = run.folder / "environment.json"
     if not path.is_file():
         return []

@@ -1,4 +1,4 @@
-"""The loss curves of a run as a picture."""
+"""Picture of a run's loss curves."""
 
 import math
 from pathlib import Path
@@ -27,11 +27,11 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw the held-out loss and the method's own losses against training tokens, as a PNG.
 
     Args:
-        metrics: lines of metrics.jsonl; the one of step 0 may name `teacher_held_out_lm`.
+        metrics: lines of metrics.jsonl; the line of step 0 may hold `teacher_held_out_lm`.
         path: the picture to write.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     panels = {key: title for key, title in PANELS.items() if any(key in line for line in metrics)}
     rows = max(2, math.ceil(len(panels) / 2))
@@ -49,11 +49,11 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
 
 
 def stage_marks(metrics: list[dict[str, Any]], place: str = "tokens") -> list[tuple[float, str]]:
-    """Where on the way a method went on to a later stage, and what happened there.
+    """Positions where a method entered a later stage, with a label such as "released".
 
     Args:
         metrics: lines of metrics.jsonl.
-        place: what tells where, "tokens" or "seconds".
+        place: the unit of the positions, "tokens" or "seconds".
     """
     found = [(line.get(place, 0), line["stage"]) for line in metrics if "stage" in line]
     return [(at, name) for at, name in found if at > 0]

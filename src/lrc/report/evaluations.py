@@ -1,7 +1,7 @@
-"""Benchmark results of runs as one table, beside the published ones.
+"""Benchmark results of runs in one table, beside the published results.
 
-`lrc eval` leaves `evaluation/results.json` in a run's folder; the published results ship with the
-package as `evaluate/published.yaml`. Where either is missing or of another form, it is left out.
+`lrc eval` writes `evaluation/results.json` to a run's folder. The published results ship with the
+package as `evaluation/published.yaml`. If either is missing or has another format, it is left out.
 """
 
 import json
@@ -18,10 +18,10 @@ from lrc.run import Run
 RESULTS = Path("evaluation") / "results.json"
 
 NONE = "\N{EN DASH}"
-"""Stands where a model has no value."""
+"""Shown if a model has no value."""
 
 METRICS = ("acc", "acc_norm")
-"""The likeliest answer, and the likeliest for its length."""
+"""The most likely answer, and the most likely answer for its length."""
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class EvaluationRow:
 
     model: str
     note: str
-    """What it was made from, and from how many tokens."""
+    """The model that it was derived from, and the number of training tokens."""
     metric: str
-    """One of `METRICS`; empty for published rows, where it is not known which."""
+    """One of `METRICS`; empty for published rows, where the metric is not known."""
     cells: tuple[str, ...]
-    """One a task, in percent; the average last."""
+    """One per task, in percent, then the average."""
     published: bool = False
 
 
@@ -46,11 +46,11 @@ class Evaluations:
     """Names of the columns."""
     rows: tuple[EvaluationRow, ...]
     notes: tuple[str, ...]
-    """What to know before comparing the numbers."""
+    """Notes that a reader needs before comparing the numbers."""
 
 
 def read_evaluations(runs: Sequence[Run]) -> Evaluations | None:
-    """The table of all runs that were evaluated; None where none was."""
+    """The table of all evaluated runs; None if no run was evaluated."""
     found = [content for run in runs if (content := _results(run)) is not None]
     names = list(dict.fromkeys(name for content in found for name in _task_names(content)))
     if not names:
@@ -66,7 +66,7 @@ def read_evaluations(runs: Sequence[Run]) -> Evaluations | None:
         for metric in METRICS
         if (row := _row(model, metric, order)) is not None
     ]
-    rows = dict.fromkeys(measured)  # a teacher that two runs share comes once
+    rows = dict.fromkeys(measured)  # list a teacher shared by two runs only once
     beside = [
         EvaluationRow(
             entry["model"],
@@ -109,7 +109,7 @@ def _task_names(content: dict[str, Any]) -> list[str]:
 
 
 def _row(model: dict[str, Any], metric: str, order: Sequence[str]) -> EvaluationRow | None:
-    """A model's row by one metric; None where no task has it."""
+    """A model's row by one metric; None if no task has this metric."""
     scores = [
         model["tasks"].get(name, {}).get("metrics", {}).get(metric, {}).get("value")
         for name in order
@@ -131,7 +131,7 @@ def _note(teacher: str | None, tokens: str | None) -> str:
 
 
 def _with_average(scores: Sequence[float | None]) -> tuple[str, ...]:
-    """Percentages, and their average where none is missing."""
+    """Percentages, and their average if none is missing."""
     cells = [NONE if score is None else f"{score:.2f}" for score in scores]
     values = [score for score in scores if score is not None]
     complete = len(values) == len(scores)
@@ -139,10 +139,10 @@ def _with_average(scores: Sequence[float | None]) -> tuple[str, ...]:
 
 
 def _notes(found: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know before comparing."""
+    """Notes that a reader needs before comparing the numbers."""
     limits = sorted({c["settings"]["limit"] for c in found if c.get("settings", {}).get("limit")})
     return [
-        f"Some results are of the first {limit:,} rows of each task only: not comparable with "
+        f"Some results cover only the first {limit:,} rows of each task: not comparable with "
         "results on all rows."
         for limit in limits
     ]

@@ -1,4 +1,4 @@
-"""One or several runs as one HTML page that needs nothing beside it: no network, no script."""
+"""One or more runs as a self-contained HTML page: no network, no scripts."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -18,7 +18,7 @@ from lrc.system.errors import UserError
 from lrc.system.files import reading, write_text
 
 GENERATOR = '<meta name="generator" content="lrc report">'
-"""What tells a page of ours, which a newer one may replace."""
+"""Marks a page written by lrc, which a newer one may replace."""
 
 SAMPLE_TOKENS = 64
 
@@ -29,17 +29,17 @@ def write_report(
     prompts: Sequence[str] = (),
     progress: Callable[[str], None] = lambda text: None,
 ) -> None:
-    """Write the page of some runs, overlaid where they can be compared.
+    """Write a page about some runs, with their curves overlaid.
 
     Args:
         runs: runs, ended or not.
-        path: the page; an older report there is replaced, nothing else.
-        prompts: text that the students of runs that have ended are to continue, besides the sample
-            that every ended run has kept.
-        progress: told what is being done.
+        path: the page; only an older report there is replaced.
+        prompts: texts for the students of ended runs to continue, in addition to the sample stored
+            in every ended run.
+        progress: called with the name of the current step.
 
     Raises:
-        UserError: a run has no metrics yet, the path is taken, or it cannot be written.
+        UserError: if a run has no metrics yet, the path is taken, or the page cannot be written.
     """
     check_path(path)
     for run in runs:
@@ -56,7 +56,7 @@ def write_report(
 def _values(
     runs: Sequence[Run], prompts: Sequence[str], progress: Callable[[str], None]
 ) -> dict[str, Any]:
-    """What the template of the page takes."""
+    """The values for the page's template."""
     stories = contents.read_runs(runs)
     return {
         "title": " · ".join(story.name for story in stories),
@@ -82,12 +82,12 @@ def write_page(template: str, values: dict[str, Any], path: Path) -> None:
     """Fill a template and write the page.
 
     Args:
-        template: a Jinja template that takes `generator` and `style` besides its own values.
+        template: a Jinja template that takes `generator` and `style` in addition to its own values.
         values: its own values.
         path: the page.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: if the page cannot be written.
     """
     style = (resources.files("lrc.report") / "page.css").read_text(encoding="utf-8")
     common = {
@@ -100,21 +100,21 @@ def write_page(template: str, values: dict[str, Any], path: Path) -> None:
 
 
 def check_path(path: Path) -> None:
-    """Refuse to replace anything but a report.
+    """Refuse to replace anything except a report.
 
     Raises:
-        UserError: something else is there.
+        UserError: if something else is at the path.
     """
     if path.is_dir():
-        raise UserError(f"{path} is a folder: give the name of a file for the page.")
+        raise UserError(f"{path} is a folder: give a file name for the page.")
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace"):
-        raise UserError(f"{path} exists and is no report: choose another name with --out.")
+        raise UserError(f"{path} exists and is not a report: choose another name with --out.")
 
 
 def _samples(
     stories: Sequence[contents.RunView], prompts: Sequence[str], progress: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Prompts with what every model made of them; runs that kept the same sample share it."""
+    """Prompts with every model's continuation; runs that stored the same prompt share an entry."""
     found: dict[str, dict[str, Any]] = {}
     for story in stories:
         kept = story.summary.get("samples")
@@ -134,5 +134,5 @@ def _samples(
 
 
 def color_variable(stand_in: str) -> str:
-    """A stand-in's color in CSS."""
+    """The CSS color of a placeholder."""
     return f"var({VARIABLES[stand_in]})"

@@ -1,4 +1,4 @@
-"""Pictures of runs as PNG files."""
+"""PNG pictures of runs."""
 
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,21 @@ def save_picture(figure: Figure, path: Path, **options: Any) -> None:
 
     Args:
         figure: the figure.
-        path: the picture; an older one is replaced.
-        **options: of matplotlib's `savefig`.
+        path: the picture; an existing one is replaced.
+        **options: options of matplotlib's `savefig`.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: if the disk is full or the file cannot be written.
     """
     with new_file(path) as temporary, matplotlib.rc_context({"savefig.dpi": 130}):
         figure.savefig(temporary, format="png", **options)
 
 
 def as_label(name: str) -> str:
-    """A name that matplotlib shows as it is: it would take dollars for mathematics, and leave out
-    of legends what begins with an underscore."""
+    """A name escaped so that matplotlib shows it unchanged.
+
+    matplotlib reads dollar signs as mathematics and omits legend entries that begin with an
+    underscore.
+    """
     text = name.replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text

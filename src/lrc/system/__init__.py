@@ -1,1 +1,1 @@
-"""What everything else stands on: errors, files, the console, the environment."""
+"""Shared foundations: errors, files, the console, the environment."""

@@ -1,7 +1,7 @@
-"""What was found out by reading a whole file, remembered until the file changes.
+"""Cache results of reading a whole file until the file changes.
 
-Checksums of teachers and token files take seconds to minutes; they are kept in the user's cache by
-the file's path, and hold as long as its size, inode and times are what they were.
+Checksums of teachers and token files take seconds to minutes. They are kept in the user's cache by
+the file's path, and stay valid as long as its size, inode and times do not change.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from lrc.system.files import write_text
 
 
 def cache_root(setting: str | None = None) -> Path:
-    """The folder of all caches: the recipe's, else $LRC_CACHE, else `lrc` in the user's cache."""
+    """Folder of all caches: `setting`, else $LRC_CACHE, else `lrc` in the user's cache."""
     chosen = setting or os.environ.get("LRC_CACHE")
     if chosen:
         return Path(chosen).expanduser().absolute()
@@ -25,15 +25,15 @@ def cache_root(setting: str | None = None) -> Path:
 
 
 def remembered(path: Path, what: str, find_out: Callable[[Path], Any]) -> Any:
-    """What `find_out` gives for a file, JSON values; from the cache where the file is unchanged.
+    """Return what `find_out` returns for a file, from the cache if the file is unchanged.
 
     Args:
         path: the file.
-        what: name of what is found out; it tells several of one file apart.
-        find_out: reads the file.
+        what: name of the result; it distinguishes several results for one file.
+        find_out: function that reads the file and returns JSON values.
 
     Raises:
-        OSError: the file is not there.
+        OSError: if the file is missing.
     """
     state = _state(path)
     key = hashlib.sha256(f"{what}\n{path.resolve()}".encode(errors="surrogateescape")).hexdigest()
@@ -45,8 +45,8 @@ def remembered(path: Path, what: str, find_out: Callable[[Path], Any]) -> Any:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     found = find_out(path)
-    if _state(path) == state:  # not written meanwhile
-        with suppress(UserError):  # a cache that cannot be written costs time alone
+    if _state(path) == state:  # the file has not changed meanwhile
+        with suppress(UserError):  # an unwritable cache costs only time
             write_text(kept, json.dumps({"state": state, "found": found}))
     return found
 
@@ -63,5 +63,5 @@ def file_sha256(path: Path) -> str:
 
 
 def json_sha256(value: Any) -> str:
-    """Checksum of JSON values, whatever the order of their keys."""
+    """Checksum of JSON values, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""Measure where the time of a run goes."""
 
 import time
 from collections.abc import Iterator
@@ -6,11 +6,11 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Adds up wall-clock seconds by named part. Parts may be nested: an inner part's time is not
-    counted in the outer one.
+    """Adds up wall-clock seconds by named part.
 
-    On CUDA, kernels run after the call that starts them returns, so shares are only approximate
-    there; no synchronization is forced, since that would slow the run.
+    Parts can be nested: the outer part does not count the inner part's time. On CUDA, kernels run
+    after the call that starts them returns, so shares are only approximate there. The clock forces
+    no synchronization, since that would slow the run.
     """
 
     def __init__(self) -> None:

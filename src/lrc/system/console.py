@@ -1,8 +1,8 @@
-"""The console: what people read, and what a program that reads it instead gets.
+"""The console: what people read, and what a program that captures the output gets.
 
-Everything printed is text: no markup or emoji codes are looked for, since paths, names and samples
-are the user's. Tables never clip a number: where a terminal is too narrow they become lists, and
-where the output is not a terminal, Markdown.
+Everything printed is plain text. Paths, names and samples come from the user, so markup and emoji
+codes in them mean nothing. Tables never clip a number: they become lists if the terminal is too
+narrow, and Markdown if the output is not a terminal.
 """
 
 import io
@@ -18,19 +18,22 @@ from rich.table import Table
 from rich.text import Text
 
 NOWHERE = io.StringIO()
-"""Stands for a standard output that a process was started without."""
+"""Stand-in for standard output in a process that was started without one."""
 
 
 class Output:
-    """Standard output as the console takes it: where it cannot be written any more (a pipe whose
-    reader has ended, a full disk), what is printed is lost and nothing else."""
+    """Standard output for the console.
+
+    If it can no longer be written (a pipe whose reader has ended, a full disk), what is printed is
+    lost, but nothing fails.
+    """
 
     def __init__(self) -> None:
         self.problem: OSError | None = None
-        """Why something was lost; None: nothing was, or only because nobody reads."""
+        """Why output was lost; None if none was, or only because nobody reads it."""
 
     def write(self, text: str) -> int:
-        """Write to standard output, as it is now."""
+        """Write to the current standard output."""
         self._attempt(lambda stream: stream.write(text))
         return len(text)
 
@@ -50,12 +53,12 @@ class Output:
 
     @staticmethod
     def _stream() -> Any:
-        # While a bar is shown rich puts a stream of its own in the place of standard output; where
-        # a process was started without one, Python has none either.
+        # While a bar is shown, rich replaces standard output with its own stream. In a process
+        # started without standard output, Python has none either.
         return getattr(sys.stdout, "rich_proxied_file", sys.stdout) or NOWHERE
 
     def _to_nowhere(self) -> None:
-        """Let the rest go to nowhere, also what Python flushes at its end."""
+        """Discard the rest of the output, including what Python flushes at exit."""
         with suppress(OSError, ValueError, AttributeError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream().fileno())
@@ -66,7 +69,7 @@ class Output:
 
 
 class TextConsole(Console):
-    """A rich console that takes text as text, and goes on where nobody reads it any more."""
+    """A rich console that prints plain text, and continues after its reader has ended."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(
@@ -74,7 +77,7 @@ class TextConsole(Console):
         )
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does; lines are not broken, and tables come whole."""
+        """Print as rich does, but without breaking lines or clipping tables."""
         shown = [self._whole(item) if isinstance(item, Table) else item for item in objects]
         if any(isinstance(item, Table) for item in shown):
             super().print(*shown, **options)
@@ -93,15 +96,16 @@ class TextConsole(Console):
 
 
 def column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
-    """Widths of a table's columns with which no word is cut: as wide as their longest line where
-    there is room, and else broken between words.
+    """Compute widths of a table's columns so that no word is cut.
+
+    Columns are as wide as their longest line if there is room. Otherwise they wrap between words.
 
     Args:
         rows: header and rows.
-        width: columns of the terminal.
+        width: width of the terminal in characters.
 
     Returns:
-        The widths without padding and lines; None where the longest words do not fit.
+        The widths without padding and lines; None if the longest words do not fit.
     """
     columns = list(zip(*rows, strict=True))
     least = [_longest(text.split() for text in cells) for cells in columns]
@@ -122,7 +126,7 @@ def _longest(texts: Iterable[Sequence[str]]) -> int:
 
 
 def markdown_lines(table: Table) -> Iterator[str]:
-    """A table in Markdown, columns padded to one width."""
+    """Format a table as Markdown, each column padded to one width."""
     header, *rows = _cells(table)
     rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
     widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
@@ -143,7 +147,7 @@ def markdown_lines(table: Table) -> Iterator[str]:
 
 
 def list_lines(table: Table) -> Iterator[str]:
-    """A table as a list: each row's first cell, and below it the others by their headers."""
+    """Format a table as a list: each row's first cell, and below it the others with headers."""
     header, *rows = _cells(table)
     width = max(map(len, header[1:]), default=0)
     yield from _about(table.title)
@@ -170,12 +174,12 @@ console = TextConsole()
 
 
 def lost_output() -> OSError | None:
-    """Why something that the commands printed could not be written; None: nothing was lost."""
+    """Why some printed output could not be written; None if nothing was lost."""
     return console.file.problem if isinstance(console.file, Output) else None
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and notices out of ours."""
+    """Silence the progress bars and notices of other libraries."""
     import logging
 
     import datasets

@@ -43,7 +43,7 @@ def _version(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this file lies in, with `-dirty` if it was changed."""
+    """The commit of the checkout that contains this file, with `-dirty` if it was changed."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         found = subprocess.run(

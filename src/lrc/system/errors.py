@@ -1,4 +1,4 @@
-"""Errors that a user can fix, and how any other error becomes a sentence about it."""
+"""Errors that a user can fix, and one-sentence messages for all other errors."""
 
 import errno
 import json
@@ -6,7 +6,7 @@ import os
 import re
 
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
-"""How libraries written in Rust (safetensors, tokenizers) name an error of the operating system."""
+"""How Rust libraries (safetensors, tokenizers) name an error of the operating system."""
 
 _ELSEWHERE = frozenset(
     {
@@ -14,10 +14,10 @@ _ELSEWHERE = frozenset(
         *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
     }
 )
-"""Errors of a place that is of no use, whatever is done to it."""
+"""Errors that mean the path is unusable: the advice is to choose another one."""
 
 LONGEST_REASON = 300
-"""Characters of a library's own message that are repeated."""
+"""Maximum characters to repeat from a library's own message."""
 
 
 class UserError(ValueError):
@@ -29,11 +29,11 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """The loss or its gradient was not finite."""
+    """The loss or its gradient is not finite."""
 
 
 def reason(error: BaseException) -> str:
-    """What a library's error says, in a few words on one line, without a full stop."""
+    """Summarize a library's error in a few words on one line, without a final period."""
     if isinstance(error, UnicodeError):
         return "not UTF-8 text"
     if isinstance(error, json.JSONDecodeError):
@@ -54,7 +54,7 @@ def reason(error: BaseException) -> str:
 
 
 def system_errno(error: BaseException) -> int | None:
-    """The number of the operating system's error behind an error; None where there is none."""
+    """Return the number of the operating system's error behind an error; None if there is none."""
     if isinstance(error, OSError):
         return error.errno
     found = SYSTEM_ERROR.search(str(error))
@@ -64,19 +64,19 @@ def system_errno(error: BaseException) -> int | None:
 def system_sentence(
     error: BaseException, place: str | os.PathLike[str] | None = None, done: str = "read or written"
 ) -> str:
-    """An error of the operating system as one sentence that says what to do.
+    """Describe an operating-system error in one sentence that says what to do.
 
     Args:
         error: the error.
-        place: what was read or written; None: what the error names.
-        done: what could not be done to it.
+        place: what was read or written; None means the file that the error names.
+        done: what could not be done to it, as a participle.
     """
     place = place or getattr(error, "filename", None) or "A file"
     number = system_errno(error)
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"The disk is full while writing {place}: free some space and try again."
     if number == errno.EFBIG:
-        return f"{place} is larger than this system lets files be: raise `ulimit -f` and try again."
+        return f"{place} exceeds this system's file size limit: raise `ulimit -f` and try again."
     if number in (errno.EMFILE, errno.ENFILE):
         return "Too many files are open: raise the limit with `ulimit -n 1024` and try again."
     advice = "choose a folder that you own" if number in _ELSEWHERE else "check it and try again"

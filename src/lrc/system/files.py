@@ -1,8 +1,8 @@
-"""Reading and writing files, so that whatever goes wrong ends in a sentence and loses nothing.
+"""Read and write files so that every failure gives a clear message and loses no data.
 
-Everything is written under a temporary name beside its place, flushed to the disk, and renamed: a
-crash, a kill or a full disk never leaves half a file that looks whole. Temporary names are random
-and created exclusively, so that no link that somebody left there is followed.
+Everything is written under a temporary name beside its target, flushed to disk, and renamed. A
+crash, a kill or a full disk never leaves a partial file that looks complete. Temporary names are
+random and created exclusively, so that no link left there by someone else is followed.
 """
 
 import fcntl
@@ -13,33 +13,33 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 
 LOCK = ".lock"
-"""Name of the file in a folder that `hold` locks."""
+"""Name of the file that `hold` locks in a folder."""
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp", re.DOTALL)
 
 _CLAIM_SECONDS = 1.0
-"""A temporary file that is younger may not be claimed yet by the process that writes it."""
+"""Age below which the process that writes a temporary file may not have claimed it yet."""
 
 Kind = TypeVar("Kind", dict[str, Any], list[Any])
 
 
 @contextmanager
 def reading(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
-    """Turn whatever goes wrong while a user's file is read into a sentence that names it.
+    """Turn any error while reading a user's file into a sentence that names the file.
 
     Args:
-        path: the file or folder, or how the user calls it.
+        path: the file or folder, or the user's name for it.
         advice: what to do, as the end of the sentence.
 
     Raises:
-        UserError: anything was raised in the block.
+        UserError: if the block raises anything.
     """
     try:
         yield
@@ -50,10 +50,10 @@ def reading(path: str | os.PathLike[str], advice: str) -> Iterator[None]:
 
 
 def read_json(path: Path, advice: str, kind: type[Kind] = dict) -> Kind:  # type: ignore[assignment]
-    """Read a JSON file that holds an object (or, where `kind` is list, an array).
+    """Read a JSON file that holds an object (or an array, if `kind` is list).
 
     Raises:
-        UserError: it cannot be read, is not JSON, or holds something else.
+        UserError: if it cannot be read, is not JSON, or holds something else.
     """
     with reading(path, advice):
         value = json.loads(path.read_text(encoding="utf-8"))
@@ -65,24 +65,25 @@ def read_json(path: Path, advice: str, kind: type[Kind] = dict) -> Kind:  # type
 
 @contextmanager
 def disk_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever the operating system says while `path` is written into a sentence.
+    """Turn any operating-system error while writing `path` into a sentence.
 
     Raises:
-        UserError: a full, unwritable or missing disk, too many open files, a file in the way, ...
+        UserError: if the disk is full, unwritable or missing, too many files are open, a file is in
+            the way, ...
     """
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        # Libraries in Rust raise errors of their own types.
+        # Rust libraries raise their own error types.
         if not isinstance(error, OSError) and system_errno(error) is None:
             raise
         raise UserError(system_sentence(error, _place(error, Path(path)), "written")) from error
 
 
 def _place(error: Exception, path: Path) -> str:
-    """What an error is about: `path`, unless the error names a file that is not below it."""
+    """What an error is about: `path`, unless the error names a file outside its folder."""
     named = getattr(error, "filename", None)
     if not isinstance(named, str | os.PathLike):
         return str(path)
@@ -92,10 +93,10 @@ def _place(error: Exception, path: Path) -> str:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write; on leaving without an error it becomes `path`.
+    """Yield a temporary path to write; if there is no error, it becomes `path`.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: if the disk is full or the path cannot be written.
     """
     with disk_errors(path):
         path = _through_links(path)
@@ -118,13 +119,13 @@ def new_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """Give a temporary folder to fill; on leaving without an error it becomes `path`.
+    """Yield a temporary folder to fill; if there is no error, it becomes `path`.
 
-    An older folder of that name is replaced. One that cannot be replaced as a whole (the current
-    folder, a mount point) is filled instead.
+    An older folder of that name is replaced. A folder that cannot be replaced as a whole (the
+    current folder, a mount point) is filled instead.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: if the disk is full or the path cannot be written.
     """
     with disk_errors(path):
         path = _through_links(path)
@@ -142,7 +143,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
-                    file.chmod(0o666 & ~_umask())  # safetensors leaves its files private
+                    file.chmod(0o666 & ~_umask())  # safetensors makes its files private
                 flush(file)
             flush(temporary)
             if stays:
@@ -162,17 +163,17 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def _temporary(path: Path) -> Path:
-    """A name beside `path` that nobody can foresee."""
+    """Return an unpredictable name beside `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
 
 
 def _claim(descriptor: int) -> None:
-    """Mark a temporary file or folder as one whose process is alive; a kill ends the mark."""
+    """Lock a temporary file or folder: the lock lasts as long as the process lives."""
     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def is_left_over(name: str) -> bool:
-    """Whether a file of this name is a lock, or a temporary one of ours."""
+    """Whether a file of this name is our lock or one of our temporary files."""
     return name == LOCK or bool(_TEMPORARY.fullmatch(name))
 
 
@@ -180,8 +181,8 @@ def remove_left_overs(folder: Path, name: str | None = None) -> None:
     """Remove temporary files and folders whose processes were killed.
 
     Args:
-        folder: where they are; folders below it are not searched.
-        name: only those of the file or folder of this name.
+        folder: folder to search, without its subfolders.
+        name: name of the file or folder whose temporary files to remove; None removes all.
     """
     try:
         found = [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]
@@ -203,16 +204,16 @@ def _remove_unclaimed(path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         remove(path)
     except OSError:
-        return  # its process is alive
+        return  # its process is still alive
     finally:
         os.close(descriptor)
 
 
 def _through_links(path: Path) -> Path:
-    """The place that a path means, links followed.
+    """Follow the link that a path may be.
 
     Raises:
-        UserError: it is a link to nothing.
+        UserError: if it is a link to a missing target.
     """
     if path.is_symlink():
         if not path.exists():
@@ -225,19 +226,21 @@ def _through_links(path: Path) -> Path:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a whole folder; no error where it is gone or cannot be removed."""
+    """Remove a file or a whole folder; raise no error if it is gone or cannot be removed."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 
 def is_taken(folder: Path, ours: Callable[[str], bool] = is_left_over) -> bool:
-    """Whether something stands where a new folder is to go.
+    """Whether the path of a new folder is already in use.
 
     Args:
-        folder: the folder.
-        ours: names of files in it that do not count; default: what killed processes left.
+        folder: the new folder.
+        ours: test for names of files in it that do not count; default: leftovers of killed
+            processes.
     """
     if folder.is_symlink() and not folder.exists():
         return True
@@ -249,14 +252,14 @@ def is_taken(folder: Path, ours: Callable[[str], bool] = is_left_over) -> bool:
 
 @contextmanager
 def hold(folder: Path, held: str) -> Iterator[None]:
-    """Keep other processes out of a folder, which is made where it is not there.
+    """Keep other processes out of a folder; create the folder if it is missing.
 
     Args:
         folder: the folder.
-        held: the sentence for a process that comes second.
+        held: the error message for a second process.
 
     Raises:
-        UserError: another process holds it.
+        UserError: if another process holds it.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -275,17 +278,17 @@ def hold(folder: Path, held: str) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole text file at once.
+    """Write a text file atomically.
 
     Raises:
-        UserError: the disk is full or the place cannot be written.
+        UserError: if the disk is full or the path cannot be written.
     """
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def flush(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
+    """Force a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

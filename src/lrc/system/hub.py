@@ -1,7 +1,7 @@
-"""The Hugging Face hub: whether it can be reached, told within seconds, and downloads from it.
+"""The Hugging Face hub: a quick check whether it can be reached, and downloads from it.
 
-The hub's own libraries try for a minute or two before they give up; a run without a network should
-say so at once, and work where the cache already holds what it needs.
+The hub's own libraries try for a minute or two before they give up. A run without a network should
+report that at once, and should work if the cache already holds what it needs.
 """
 
 from collections.abc import Sequence
@@ -12,12 +12,15 @@ from pathlib import Path
 from lrc.system.errors import UserError, reason
 
 REACH_SECONDS = 3.0
-"""How long the hub may take to answer before it counts as unreachable."""
+"""Time for the hub to answer before it counts as unreachable."""
 
 
 @cache
 def hub_problem() -> str | None:
-    """Why the hub cannot be reached, in a few words; None where it can. Asked once a process."""
+    """Why the hub cannot be reached, in a few words; None if it can.
+
+    This is checked once per process.
+    """
     from huggingface_hub import constants, get_session
 
     if constants.is_offline_mode():
@@ -30,11 +33,12 @@ def hub_problem() -> str | None:
 
 
 def cache_alone_if_unreachable() -> str | None:
-    """Where the hub cannot be reached, let its libraries look into their caches at once, as
-    HF_HUB_OFFLINE does, rather than try for a minute first.
+    """If the hub cannot be reached, make its libraries use only their caches.
+
+    This does what HF_HUB_OFFLINE does. Otherwise the libraries would try for a minute first.
 
     Returns:
-        Why it cannot be reached; None where it can.
+        Why the hub cannot be reached; None if it can.
     """
     problem = hub_problem()
     if problem:
@@ -47,23 +51,23 @@ def cache_alone_if_unreachable() -> str | None:
 
 
 def no_way(problem: str | None, error: BaseException) -> str:
-    """The reason of an error for a message: that of the hub, if it could not be reached."""
+    """The reason for an error, for a message: the hub's problem if it could not be reached."""
     return f"the hub cannot be reached: {problem}" if problem else reason(error)
 
 
 def download(
     name: str, revision: str | None, files: Sequence[str], weights: Sequence[str] = ()
 ) -> Path:
-    """Files of a model's repository, in the hub's cache.
+    """Return the folder in the hub's cache with files of a model's repository.
 
     Args:
         name: the hub id.
-        revision: branch, tag or commit; None: the main branch.
+        revision: branch, tag or commit; None means the main branch.
         files: patterns of the files.
-        weights: patterns of which the first that matches anything is taken, too.
+        weights: further patterns; only the first one that matches a file is used.
 
     Raises:
-        UserError: they are neither in the cache nor can be downloaded.
+        UserError: if they are not in the cache and cannot be downloaded.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -88,7 +92,7 @@ def download(
         at = f" at revision '{revision}'" if revision else ""
         raise UserError(
             f"The hub has no model '{name}'{at} that you may read: check the name, or log in with "
-            "`hf auth login` where it is private or gated."
+            "`hf auth login` if it is private or gated."
         ) from error
     except (OSError, ValueError, HfHubHTTPError) as error:
         if problem:
@@ -104,7 +108,7 @@ def download(
 
 
 def _first_present(there: Sequence[str], patterns: Sequence[str]) -> str:
-    """The first pattern that matches a file, or the first of all."""
+    """The first pattern that matches a file; the first of all if none does."""
     for pattern in patterns:
         if any(fnmatch(name, pattern) and "/" not in name for name in there):
             return pattern

@@ -1,4 +1,4 @@
-"""Limits on what a file that somebody else made can make this process do."""
+"""Limits on what a file from someone else can make this process do."""
 
 import resource
 import signal
@@ -11,26 +11,27 @@ from types import FrameType
 from lrc.system.errors import UserError
 
 LONGEST_LINE = 1 << 26
-"""Bytes of a line of JSON; a longer one is malformed, which bounds the memory that a file without
-line ends takes."""
+"""Maximum bytes of a line of JSON. A longer line is malformed. This bounds the memory that a file
+without line breaks takes."""
 
 LARGEST_SETTINGS = 1 << 24
-"""Bytes of a file of settings (JSON or YAML): a hundred times as large as any real one."""
+"""Maximum bytes of a settings file (JSON or YAML): a hundred times as large as any real one."""
 
 
 @contextmanager
 def bounded(seconds: int, gibibytes: float, exceeded: str) -> Iterator[None]:
-    """Bound the time and the memory of a block that runs what a user's file says.
+    """Limit the time and memory of a block that runs what a user's file says.
 
-    Only in the main thread, where alone signals can be handled; elsewhere nothing is bounded.
+    This works only in the main thread, the only one that can handle signals. Elsewhere nothing is
+    limited.
 
     Args:
-        seconds: of wall-clock time.
-        gibibytes: of memory that the process may take beside what it has.
-        exceeded: the sentence for what went beyond.
+        seconds: limit on wall-clock time.
+        gibibytes: limit on memory beyond what the process already has.
+        exceeded: the error message.
 
     Raises:
-        UserError: the block took longer or more.
+        UserError: if the block exceeds a limit.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -60,23 +61,23 @@ def _address_space() -> int:
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
     except (OSError, ValueError, IndexError):
-        return 1 << 62  # not Linux: no bound
+        return 1 << 62  # not Linux: no limit
     return pages * resource.getpagesize()
 
 
 def check_size(path: Path, what: str) -> None:
-    """Refuse a file of settings that is far larger than any real one.
+    """Refuse a settings file that is far larger than any real one.
 
     Args:
         path: the file.
-        what: what it should be, for the message.
+        what: what the file should be, for the message.
 
     Raises:
-        UserError: it is.
-        OSError: it cannot be read.
+        UserError: if it is too large.
+        OSError: if it cannot be read.
     """
     size = path.stat().st_size
     if size > LARGEST_SETTINGS:
         raise UserError(
-            f"{path} has {size >> 20} MiB, far more than any {what}: give another file."
+            f"{path} has {size >> 20} MiB, far more than any real {what}: give another file."
         )

@@ -1,8 +1,8 @@
-"""Memory that the C library gives back to the system, and that the next step asks for again.
+"""Keep freed memory in the process, so that the next step can reuse it.
 
-glibc maps every large block anew and unmaps it when it is freed, so each step would fault its
-pages in again: half of the time of a step on a small CPU machine. Told to keep freed memory, a step
-reuses the blocks of the one before.
+By default, glibc maps every large block separately and unmaps it when it is freed. Each step then
+faults its pages in again, which takes half of a step's time on a small CPU machine. If glibc keeps
+freed memory, a step reuses the blocks of the one before.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ _NEVER = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Ask glibc to keep freed blocks in the process; false where the C library is another one."""
+    """Ask glibc to keep freed blocks in the process; return False with another C library."""
     try:
         libc = ctypes.CDLL("libc.so.6")
         mallopt = libc.mallopt

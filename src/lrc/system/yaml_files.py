@@ -1,7 +1,7 @@
-"""YAML as people write settings in it, with what YAML itself lets pass refused.
+"""Read YAML settings files, more strictly than YAML itself.
 
-A key that stands twice in one mapping is a mistake (YAML would silently take the last), and aliases
-may not blow a small file up to a huge one.
+A key that appears twice in one mapping is an error (YAML would silently take the last). Aliases
+must not expand a small file to a huge one.
 """
 
 from pathlib import Path
@@ -12,22 +12,22 @@ import yaml
 from lrc.system.errors import UserError, reason
 
 LARGEST_FILE = 1 << 18
-"""Bytes; real files have a few thousand."""
+"""Maximum bytes of a file. Real files have a few thousand."""
 
 LARGEST_TREE = 100_000
-"""Values of a file, each counted as often as aliases repeat it."""
+"""Maximum values in a file, counting each as often as aliases repeat it."""
 
 
 class _Refused(Exception):
-    """What is wrong with a text that YAML accepts."""
+    """An error in a text that YAML itself accepts."""
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Raises:
-        UserError: it is not YAML, a key stands twice in a mapping, or aliases make it huge or
-            endless; the message is the middle of a sentence.
+        UserError: if it is not YAML, a key appears twice in a mapping, or aliases make it huge or
+            endless; the message is a sentence fragment.
     """
     try:
         loader = yaml.SafeLoader(text)
@@ -48,27 +48,27 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file cannot be read, or is not a YAML mapping.
+        UserError: if the file cannot be read, or is not a YAML mapping.
     """
     try:
         size = path.stat().st_size
         if size > LARGEST_FILE:
-            raise UserError(f"it has {size:,} bytes, far more than settings take")
+            raise UserError(f"it has {size:,} bytes, far more than a settings file needs")
         settings = parse_yaml(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError, UserError) as error:
         raise UserError(f"{path} is not valid YAML ({reason(error)}); fix it and try again.") from (
             error
         )
     if not isinstance(settings, dict):
-        raise UserError(f"{path} holds no settings; it has to be a mapping of sections.")
+        raise UserError(f"{path} holds no settings; it must be a mapping of sections.")
     return settings
 
 
 def _size(node: yaml.Node, known: dict[int, int | None]) -> int:
-    """Values below a node, repeated ones as often as they are repeated.
+    """Count the values below a node, each as often as it is repeated.
 
     Raises:
-        _Refused: a key stands twice in a mapping, or a value contains itself.
+        _Refused: if a key appears twice in a mapping, or a value contains itself.
     """
     if id(node) in known:
         size = known[id(node)]
@@ -94,5 +94,5 @@ def _refuse_repeated_keys(node: yaml.MappingNode) -> None:
         name = (key.tag, key.value)
         if name in seen:
             line = key.start_mark.line + 1
-            raise _Refused(f"'{key.value}' stands twice in one mapping, again in line {line}")
+            raise _Refused(f"'{key.value}' appears twice in one mapping, again in line {line}")
         seen.add(name)

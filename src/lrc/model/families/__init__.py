@@ -1,7 +1,7 @@
-"""One small file a model family: where things live in it, and its quirks.
+"""Model families, one small file each: where their parts are, and their quirks.
 
-A family says *where things are*; nothing else in the project asks which family it works on.
-To add one, write a file beside `llama.py` and name it in `FAMILIES`.
+Nothing else in the project asks which family it works on. To add a family, write a file beside
+`llama.py` and add it to `FAMILIES`.
 """
 
 from lrc.model.families.base import LINEARS, READERS, WRITERS, Family
@@ -17,10 +17,10 @@ __all__ = ["FAMILIES", "LINEARS", "READERS", "WRITERS", "Family", "family_of"]
 
 
 def family_of(model_type: str) -> Family:
-    """Return the family whose `config.model_type` this is.
+    """Return the family with this `config.model_type`.
 
     Raises:
-        UserError: the family is not known; the message lists those that are.
+        UserError: if the family is unknown; the message lists the known ones.
     """
     if model_type not in FAMILIES:
         known = ", ".join(sorted(FAMILIES))

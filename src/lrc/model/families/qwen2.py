@@ -1,7 +1,7 @@
 """Qwen2 and Qwen2.5: Llama's layout with biases on q, k and v, which stay the teacher's.
 
-llama.cpp's own `qwen2` takes heads * head_dim for the hidden size, which a student breaks; its
-`llama` has explicit head widths and optional biases, and computes the same.
+llama.cpp's own `qwen2` assumes that the hidden size is heads * head_dim, which is false for a
+student. Its `llama` has explicit head widths and optional biases, and computes the same.
 """
 
 from lrc.model.families.base import Family
