@@ -28,9 +28,14 @@ DEEP = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14}
 CHILD = """
 import sys
 import torch
-from lrc.cloning.start import calibration, initialize_from_text
+from lrc.cloning.start import calibration, initialize
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.recipe.sections import (
+    InitializeSection,
+    ObjectiveSection,
+    StudentSection,
+    TeacherSection,
+)
 from lrc.model.teacher import load_teacher
 
 folder, load, tokens, hidden_size, in_memory = sys.argv[1:]
@@ -39,7 +44,7 @@ teacher = load_teacher(TeacherSection(model=folder, load=load))
 student = StudentSection(hidden_size=int(hidden_size), fold_gains=False)
 method = LowRankClone(teacher, student, ObjectiveSection())
 ids = torch.randint(3, {vocabulary}, (int(tokens) // {length}, {length}))
-initialize_from_text(method, "closed-form", ids)
+initialize(method, InitializeSection(refine_epochs=0), ids)
 method.student()
 with open("/proc/self/status") as file:
     print(next(line.split()[1] for line in file if line.startswith("VmHWM")))

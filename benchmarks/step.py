@@ -8,7 +8,6 @@ Eight kinds of step on the same tokens, measured in turn in one run:
     compiled  the same with `train.compile`
     released  ours after the release: the student's own weights, still cloning
     own       released, without a clone loss
-    frugal    ours with `gradient_checkpointing: elementwise`
     matched   ours with attention outputs compared in the teacher's space, as `official` does
     official  the formulation of the paper's official code, implemented here independently: for q,
               k, v and o the student's activations pass through the projection and then through
@@ -47,10 +46,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import initialize_random
+from lrc.cloning.start import initialize
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher, as_teacher, load_teacher
-from lrc.recipe.sections import Checkpointing, ObjectiveSection, StudentSection, TeacherSection
+from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection, TeacherSection
 from lrc.system.clock import Clock
 from lrc.system.environment import describe_environment
 from lrc.system.memory import keep_freed_memory
@@ -95,7 +94,7 @@ def make_teacher(shape: str) -> tuple[Teacher, int]:
 def make_ours(
     teacher: Teacher,
     hidden_size: int,
-    checkpointing: Checkpointing = False,
+    checkpointing: bool = False,
     attn_out: Literal["student", "teacher"] = "student",
     released: bool = False,
     alpha: float = ALPHA,
@@ -110,7 +109,7 @@ def make_ours(
         clone_scale="none",
     )
     method = LowRankClone(teacher, student, objective, checkpointing)
-    initialize_random(method.projections, 0.02, seed=0)
+    initialize(method, InitializeSection(method="random"), torch.empty(0, 0))
     if released:
         method.next_stage()
     return method
@@ -310,7 +309,6 @@ KINDS: dict[str, Callable[[Teacher, int], Floor | Ours | Official]] = {
     "compiled": partial(Ours, compiled=True),
     "released": partial(Ours, released=True),
     "own": partial(Ours, released=True, alpha=0.0),
-    "frugal": partial(Ours, checkpointing="elementwise"),
     "matched": partial(Ours, attn_out="teacher"),
     "official": Official,
 }

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import initialize_from_text
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from starts import initialize_from_text
 from tiny import tiny_method, tiny_teacher
 
 PADDING_ROWS = 3

@@ -10,24 +10,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import (
-    calibration,
-    initialize_from_text,
-    initialize_random,
-    pca_projections,
-    solve_projections,
-)
+from lrc.cloning.start import calibration
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form import least_squares, predictions, refine
 from lrc.cloning.start.closed_form.least_squares import moments, regress, second_moment
 from lrc.cloning.start.closed_form.refine import RIDGE, square_roots
-from lrc.cloning.start.closed_form.solve import cut_sequences
+from lrc.cloning.start.closed_form.solve import cut_sequences, solve_projections
+from lrc.cloning.start.pca import pca_projections
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
 from lrc.model.families import FAMILIES, READERS
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from starts import initialize_from_text, initialize_random
 from stories import sample
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 

@@ -20,13 +20,14 @@ from torch import Tensor
 from command_line import Command
 from lrc.api import clone
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.start import calibration, initialize_from_text
+from lrc.cloning.start import calibration
 from lrc.cloning.start.closed_form import head
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
 from lrc.system.errors import UserError
+from starts import initialize_from_text
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 
@@ -337,7 +338,8 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
 PEAK = """
 import torch
-from lrc.cloning.start import calibration, initialize_from_text
+from starts import initialize_from_text
+from lrc.cloning.start import calibration
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.model.teacher import load_teacher

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import projection_key
-from lrc.cloning.start import initialize_from_text
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form import predictions
 from lrc.cloning.start.closed_form import solve as closed_form
@@ -18,6 +17,7 @@ from lrc.evaluation.held_out import measure_agreement
 from lrc.model.families import FAMILIES, LINEARS
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
+from starts import initialize_from_text
 from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
 
 LAYERS = 4

@@ -11,9 +11,9 @@ from torch.func import functional_call
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import Projections, project
-from lrc.cloning.start import initialize_random
 from lrc.data.batch import Batch
 from lrc.recipe.sections import StudentSection
+from starts import initialize_random
 from tiny import (
     NORM_BEFORE,
     READERS,

@@ -127,7 +127,7 @@ def test_what_stage_two_trains() -> None:
     assert (config.num_key_value_heads, config.intermediate_size) == (1, 7)
     assert set(method.parameters()) == {name for name, _ in student.named_parameters()}
     assert all(p.requires_grad for p in method.parameters().values())
-    assert method.learning_rates() == {}
+    assert method.own_learning_rates() == {}
     batch = tiny_batch()
     with torch.no_grad():
         assert torch.equal(student(batch.input_ids).logits, before(batch.input_ids).logits)

@@ -27,24 +27,24 @@ def clone(
 
     Args:
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, or a loaded `lrc.Teacher`.
-        hidden_size: d_S, even and smaller than the teacher's.
-        text: sources of the training text: files, folders, or `stdlib-docs`; None: `settings` name
-            shards or a stream instead.
-        out: the run's folder; default: a new one below `runs/`.
-        settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
-        quiet: print nothing.
+        hidden_size: d_S; even, and smaller than the teacher's.
+        text: sources of the training text: files, folders, or `stdlib-docs`; None if `settings`
+            name shards or a stream instead.
+        out: the run's folder; default: a new one in `runs/`.
+        settings: other recipe settings by dotted key, such as `{"train.tokens": 500_000}`.
+        quiet: whether to print nothing.
 
     Returns:
         The run; `run.student()` is the model and `run.summary()` its figures.
 
     Raises:
-        UserError: a setting, the teacher or the text is not usable.
+        UserError: if a setting, the teacher or the text is not usable.
     """
     loaded = teacher if isinstance(teacher, Teacher) else None
     if loaded is None and not isinstance(teacher, str | os.PathLike):
         raise UserError(
-            f"The teacher is a {type(teacher).__name__}: give its name or folder, or wrap a loaded "
-            "model by lrc.as_teacher(model, tokenizer, name)."
+            f"The teacher is a {type(teacher).__name__}. Give its name or folder, or wrap a loaded "
+            "model with lrc.as_teacher(model, tokenizer, name)."
         )
     name = loaded.name if loaded else os.fspath(teacher)  # type: ignore[arg-type]
     recipe = make_recipe(

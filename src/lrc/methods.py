@@ -1,4 +1,4 @@
-"""Every method by its name in a recipe: Low-Rank Clone, and the baselines beside it."""
+"""All methods by their names in recipes: Low-Rank Clone and the baselines."""
 
 from lrc.baselines.activation_clone import ActivationClone
 from lrc.baselines.llm_pruner import LlmPruner
@@ -26,15 +26,15 @@ METHODS: dict[str, type[Method]] = {
 }
 
 SHARED_SECTIONS = ("student", "initialize", "objective")
-"""Sections that a method may use in part."""
+"""Sections of which a method may use only some settings."""
 
 RELEASE_SETTINGS = ("release_at", "release_learning_rate")
 """Settings of `train` that a method may ignore; the training loop uses the others."""
 
 
 def unused_settings(recipe: Recipe) -> list[str]:
-    """Settings of a recipe, by dotted key, that differ from their default although the recipe's
-    method does not use them."""
+    """Settings of a recipe, by dotted key, that are not at their defaults but that the recipe's
+    method does not use."""
     used = METHODS[recipe.method.name].used_settings
     if used is None:
         return []

@@ -35,7 +35,7 @@ from lrc.baselines.pruning.importance import largest
 from lrc.baselines.pruning.shape import PrunedShape, pruned_config, teacher_shape
 from lrc.baselines.pruning.size import parameter_count
 from lrc.baselines.pruning.taylor import taylor_importance
-from lrc.cloning.method import Progress
+from lrc.cloning.method import Progress, StartReport
 from lrc.data.batch import Batch
 from lrc.model.student import check_hidden_size, derive_config, plain_view, ties_weights
 from lrc.model.teacher import Teacher
@@ -123,12 +123,12 @@ class LlmPruner(PrunedStudent):
         after = sum(p.numel() for p in self.plain.parameters())
         return [f"Pruned from {before:,} to {after:,} parameters ({after / before - 1:+.1%})."]
 
-    def initialize(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         kept = self.choose(calibration, progress)
         write_kept(self.plain, self.teacher.model, self.teacher.family, kept)
         if self.adapts:
             write_base(self.model, self.plain)
-        return 0.0
+        return StartReport()
 
     def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:
         pruner, shape, whole = self.pruner, self.shape, keep_all(self.teacher.model)

@@ -8,7 +8,7 @@ from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
 from lrc.baselines.pruning.cut import KeptUnits, write_kept
 from lrc.baselines.pruning.shape import PrunedShape, pruned_config, shape_of_config, target_shape
 from lrc.baselines.pruning.size import compare_sizes
-from lrc.cloning.method import Progress
+from lrc.cloning.method import Progress, StartReport
 from lrc.data.batch import Batch
 from lrc.model.student import ties_weights
 from lrc.recipe.method_sections import PrunedShapeSection
@@ -50,11 +50,11 @@ class PrunedStudent(PlainStudent):
     def calibration_tokens(self) -> int:
         return self.recipe.initialize.calibration_tokens
 
-    def initialize(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         kept = self.choose(calibration, progress)
         assert kept.shape == self.shape
         write_kept(self.model, self.teacher.model, self.teacher.family, kept)
-        return 0.0
+        return StartReport()
 
     @abstractmethod
     def choose(self, calibration: Batch, progress: Progress) -> KeptUnits:

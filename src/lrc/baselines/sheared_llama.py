@@ -45,7 +45,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PlainStudent
@@ -68,6 +68,7 @@ CONSTRAINT_WARMUP = 0.2
 class ShearedLlama(PlainStudent):
     """Masked teacher in stage one, pruned student in stage two."""
 
+    one_schedule = False
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
@@ -99,7 +100,13 @@ class ShearedLlama(PlainStudent):
         """The student's matrices."""
         return {name for name, value in super().parameters().items() if value.ndim > 1}
 
-    def learning_rates(self) -> dict[str, float]:
+    def rate_setting(self) -> str:
+        return "learning_rate"
+
+    def buffers(self) -> dict[str, Tensor]:
+        return {}
+
+    def own_learning_rates(self) -> dict[str, float]:
         """Masks and multipliers have their own learning rates."""
         if self.kept_layers is not None:
             return {}

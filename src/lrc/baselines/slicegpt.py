@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lrc.baselines.plain import PlainStudent, random_student
 from lrc.baselines.pruned import PRUNED_SETTINGS
 from lrc.baselines.pruning.rotate import write_rotated
-from lrc.cloning.method import Progress
+from lrc.cloning.method import Progress, StartReport
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
 from lrc.data.batch import Batch
@@ -47,9 +47,9 @@ class SliceGpt(PlainStudent):
     def calibration_tokens(self) -> int:
         return self.recipe.initialize.calibration_tokens
 
-    def initialize(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         hidden_size = self.recipe.student.hidden_size
         with Calibration(self.teacher, calibration.input_ids, hidden_size) as pass_over:
             basis = principal_basis(pass_over, progress)
         write_rotated(self.model, self.teacher, basis)
-        return pass_over.forward_seconds
+        return StartReport(pass_over.forward_seconds)

@@ -22,10 +22,10 @@ from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
-from lrc.cloning.method import Counts, Method, Progress, StepLosses
+from lrc.cloning.method import Counts, Method, Progress, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.recomputing import recompute_layers
-from lrc.cloning.start import initialize
+from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
 from lrc.model.families import WRITERS
 from lrc.model.student import build_student, plain_view, student_config
@@ -115,9 +115,10 @@ class LowRankClone(Method):
             )
 
     def calibration_tokens(self) -> int:
-        return 0 if self.start.method == "random" else self.start.calibration_tokens
+        reads_text = STARTS[self.start.method].reads_text
+        return self.start.calibration_tokens if reads_text else 0
 
-    def initialize(self, calibration: Batch, progress: Progress) -> float:
+    def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         return initialize(self, self.start, calibration.input_ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -127,6 +128,9 @@ class LowRankClone(Method):
         for path in self.teacher.family.stream_norms(self.teacher.num_layers):
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
         return named | self.alignment
+
+    def own_learning_rates(self) -> dict[str, float]:
+        return {}
 
     def rate_setting(self) -> str:
         return "release_learning_rate" if self.released else "learning_rate"

@@ -7,7 +7,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -59,13 +59,23 @@ CLONE_LAYERS = "clone_layers"
 """Key of `StepLosses.clone_layers` in the metrics."""
 
 
-class Method(ABC):
-    """A way to get a small model out of a teacher.
+@dataclass(frozen=True)
+class StartReport:
+    """What it took to initialize a method."""
 
-    A new run calls `initialize` once. Per optimizer step the loop calls `begin_step`, then
-    `losses` and `backward` on their `loss` for every micro-batch, then `end_step`; after that
-    the gradients of `parameters` are complete. A method with several stages names the steps that
-    they end at, and may have other parameters in each.
+    forward_seconds: float = 0.0
+    """Seconds that the teacher's layers alone take to run once over the calibration tokens; 0 if
+    that is not known."""
+
+
+class Method(ABC):
+    """A way to get a small model from a teacher.
+
+    A new run calls `initialize` once. For every optimizer step the loop calls `begin_step`, then
+    `losses` and the backward pass of their `loss` for every micro-batch, then `end_step`. After
+    that the gradients of `parameters` are complete.
+
+    Methods that need more implement `Staged`, `WeighsSources` or `CountsFlops`.
     """
 
     title: ClassVar[str]
@@ -73,111 +83,114 @@ class Method(ABC):
 
     used_settings: ClassVar[frozenset[str] | None] = None
     """Settings of `student`, `initialize` and `objective`, and of the release in `train`, that the
-    method uses, by dotted key (`objective.clone` stands for all below it); None: all. Others are
-    warned of where they are set."""
-
-    one_schedule: ClassVar[bool] = False
-    """Whether the schedule of the learning rate spans all stages, a later one beginning with a
-    warm-up of its own; else each stage has a schedule of its own."""
+    method uses, by dotted key (`objective.clone` stands for all below it); None: all. Users get a
+    warning if they set others."""
 
     clock: Clock
-    """Methods count the time of their parts here."""
+    """Counts the time of the method's parts."""
 
     model: PreTrainedModel
-    """What runs as the student in training."""
+    """The student in training."""
 
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":
-        """The method that a recipe asks for, before `initialize`.
+        """The method of a recipe, before `initialize`.
 
         Raises:
-            UserError: the recipe does not fit the teacher.
+            UserError: if the recipe does not fit the teacher.
         """
 
     def notes(self) -> list[str]:
-        """Sentences that the user is told when a run is set up."""
+        """Sentences to show to the user when a run is set up."""
         return []
 
     def calibration_tokens(self) -> int:
-        """Training tokens that `initialize` asks for; it gets whole sequences, at least two."""
+        """Training tokens that `initialize` asks for. It gets whole sequences, at least two."""
         return 0
 
-    def initialize(self, calibration: Batch, progress: Progress) -> float:
-        """Set the start of a new run, in place.
+    def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
+        """Initialize a new run's student, in place.
 
         Args:
-            calibration: the first training sequences of the run; none where
-                `calibration_tokens` is 0.
-            progress: to be told how far it is.
-
-        Returns:
-            Seconds in which the teacher's layers alone ran once over the calibration; 0 where that
-            is not known.
+            calibration: the first training sequences of the run; none if `calibration_tokens` is
+                0.
+            progress: gets the number of completed parts and their total.
         """
-        return 0.0
+        return StartReport()
 
     @abstractmethod
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters by name: what the optimizer and the checkpoints hold."""
+        """The trainable parameters by name, for the optimizer and the checkpoints."""
 
     def decayed(self) -> set[str]:
-        """Names of the parameters that weight decay applies to; default: all matrices."""
+        """Names of the parameters with weight decay. Default: all matrices."""
         return {name for name, value in self.parameters().items() if value.ndim > 1}
 
-    def learning_rates(self) -> dict[str, float]:
-        """Peak learning rates of the parameters that do not take the recipe's, by name; they have
-        no weight decay."""
-        return {}
-
-    def rate_setting(self) -> str:
-        """Name of the recipe's setting, in `train`, that is the peak learning rate of the present
-        stage; where it is empty, `learning_rate` is."""
-        return "learning_rate"
-
-    def stage_ends(self) -> tuple[int, ...]:
-        """Steps after which another stage begins, ascending: `next_stage` is called, and the
-        optimizer begins anew with the parameters of then. Default: one stage."""
-        return ()
-
-    def next_stage(self) -> dict[str, Any]:
-        """Go on to the next stage.
-
-        Returns:
-            Entries for the metrics of the step that ended the last one; "stage" says in a word
-            what has happened.
-        """
-        raise NotImplementedError(f"{type(self).__name__} has one stage")
-
-    def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold beside the parameters, as JSON values."""
-        return {}
-
-    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
-        """Go to the stage and place that `state` was taken in; `parameters` and `buffers` then
-        have the names and shapes of then, and are filled from the checkpoint."""
-
-    def buffers(self) -> dict[str, Tensor]:
-        """Tensors by name that are not trained but that a checkpoint has to hold, too."""
-        return {}
-
     def begin_step(self, step: int) -> None:  # noqa: B027 - optional
-        """Prepare the forward passes of one optimizer step.
+        """Prepare the forward passes of an optimizer step.
 
         Args:
-            step: the optimizer steps of the run that are done.
+            step: number of completed steps of the run.
         """
 
     @abstractmethod
     def losses(self, batch: Batch, counts: Counts) -> StepLosses:
-        """Losses of a micro-batch."""
+        """The losses of a micro-batch."""
 
     def end_step(self) -> None:  # noqa: B027 - optional
         """Complete the gradients after the last micro-batch."""
 
+    @abstractmethod
+    def student(self) -> PreTrainedModel:
+        """The present student as a plain model of the teacher's class. It may share its weights
+        with the model in training."""
+
+
+@runtime_checkable
+class Staged(Protocol):
+    """A method that trains in several stages, with other parameters in each."""
+
+    one_schedule: ClassVar[bool]
+    """Whether the learning rate's schedule spans all stages, and a later stage starts with a
+    warm-up of its own. If not, each stage has a schedule of its own."""
+
+    def stage_ends(self) -> tuple[int, ...]:
+        """Steps after which another stage starts, ascending. The loop then calls `next_stage`, and
+        starts a new optimizer with the parameters of that stage."""
+
+    def next_stage(self) -> dict[str, Any]:
+        """Start the next stage.
+
+        Returns:
+            Entries for the metrics of the last step; "stage" says in a word what has happened.
+        """
+
+    def rate_setting(self) -> str:
+        """Name of the setting in the recipe's `train` that is the peak learning rate of the present
+        stage. `learning_rate` replaces it if it is empty."""
+
+    def own_learning_rates(self) -> dict[str, float]:
+        """Peak learning rates of the parameters that do not use the recipe's, by name. They have
+        no weight decay."""
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold besides the parameters, as JSON values."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go to the stage of a `state`. `parameters` and `buffers` then have its names and shapes;
+        the checkpoint fills them."""
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Tensors by name that a checkpoint must hold although they are not trained."""
+
+
+@runtime_checkable
+class WeighsSources(Protocol):
+    """A method that can set how much of the text comes from each source."""
+
     def weighs_sources(self) -> bool:
-        """Whether the method decides how much of the text each of its sources gives."""
-        return False
+        """Whether it does."""
 
     def source_shares(
         self,
@@ -185,26 +198,24 @@ class Method(ABC):
         student: Mapping[str, float],
         teacher: Mapping[str, float],
     ) -> dict[str, float]:
-        """The sources' shares of the training sequences from now on, after a held-out measurement.
+        """The sources' new shares of the training sequences after a held-out measurement.
 
         Args:
-            shares: those of before, together 1.
-            student: held-out LM loss by source; sources without held-out tokens are left out.
+            shares: the present shares; they sum to 1.
+            student: held-out LM loss by source, for sources with held-out tokens.
             teacher: the teacher's on the same tokens.
         """
-        return dict(shares)
 
-    @abstractmethod
-    def student(self) -> PreTrainedModel:
-        """The student with the parameters of now: a plain model of the teacher's class."""
+
+@runtime_checkable
+class CountsFlops(Protocol):
+    """A method that knows the cost of its steps."""
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        """Floating-point operations of the matrix products of an optimizer step; None where they
-        are not known.
+        """Floating-point operations of the matrix products of an optimizer step; None if unknown.
 
         Args:
-            step: the steps done before it.
+            step: number of completed steps before it.
             tokens: tokens of the step, all micro-batches together.
             sequence: tokens of a sequence.
         """
-        return None

@@ -1,4 +1,4 @@
-"""The training loop, its checkpoints and what a run leaves behind."""
+"""The training loop, its checkpoints and the output of a run."""
 
 from lrc.train.session import train
 

@@ -1,9 +1,9 @@
 """Checkpoints: the trainable parameters, the optimizer's state and the position of a run.
 
-A checkpoint is a folder `step-00000100` with `state.safetensors` and `checkpoint.json`, which
-names the step, the recipe and the checksums of the tensors and of itself. The teacher is never in
-it. Folders are written whole or not at all, and one that was damaged later is refused by its
-checksums, so that the run goes on from the one before.
+A checkpoint is a folder `step-00000100` with `state.safetensors` and `checkpoint.json`. The JSON
+file holds the step, the recipe's fingerprint, and checksums of the tensors and of itself. The
+teacher is never in a checkpoint. Folders are written atomically. The checksums detect a checkpoint
+that is damaged later, and the run continues from the one before.
 """
 
 import json
@@ -31,13 +31,13 @@ NAME = re.compile(r"step-[0-9]{8,}")
 
 @dataclass
 class State:
-    """What a run needs to go on as if it had never stopped."""
+    """What a run needs to continue as if it had never stopped."""
 
     step: int
     """Optimizer steps done."""
     parameters: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
-    """Holds `parameters` in its groups."""
+    """The optimizer of `parameters`."""
     scheduler: torch.optim.lr_scheduler.LRScheduler
     text: dict[str, Any] = field(default_factory=dict)
     """The state of the text's reader (`lrc.data.Reader.state`)."""
@@ -48,7 +48,7 @@ class State:
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """The folder of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
@@ -62,7 +62,7 @@ def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> 
     """Write a checkpoint and remove all but the newest `keep`.
 
     Raises:
-        UserError: the disk is full; the checkpoints before it are untouched.
+        UserError: if the disk is full; older checkpoints are then unchanged.
     """
     target = checkpoint_folder(folder, state.step)
     with new_folder(target) as temporary:
@@ -87,15 +87,15 @@ def save_checkpoint(folder: Path, state: State, fingerprint: str, keep: int) -> 
 def fill_state(
     state: State, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
-    """Bring `state`, in place, to a checkpoint that was read.
+    """Restore `state`, in place, from the content of a checkpoint.
 
     Raises:
-        UserError: it holds other parameters; `state` is then unchanged.
+        UserError: if the checkpoint has other parameters; `state` is then unchanged.
     """
     fill_parameters(state, path, tensors)
     state.optimizer.load_state_dict(_optimizer_state(state, tensors))
     state.scheduler.load_state_dict(header["scheduler"])
-    rates = state.scheduler.get_last_lr()  # loading a scheduler leaves the optimizer's rates alone
+    rates = state.scheduler.get_last_lr()  # loading a scheduler does not set the optimizer's rates
     for group, rate in zip(state.optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     state.step = int(header["step"])
@@ -103,17 +103,17 @@ def fill_state(
 
 
 def fill_parameters(state: State, path: Path, tensors: dict[str, Tensor]) -> None:
-    """Bring the parameters and buffers of `state`, in place, and torch's random numbers to a
-    checkpoint that was read.
+    """Restore the parameters and buffers of `state`, in place, and torch's random state from the
+    content of a checkpoint.
 
     Raises:
-        UserError: it holds other parameters; `state` is then unchanged.
+        UserError: if the checkpoint has other parameters; `state` is then unchanged.
     """
     filled = _filled(state)
     expected = {name: value.shape for name, value in filled.items()}
     found = {n: t.shape for n, t in tensors.items() if n.startswith(("parameter.", "buffer."))}
     if expected != found:
-        raise UserError(f"The checkpoint {path} holds other parameters than this recipe trains.")
+        raise UserError(f"The checkpoint {path} has other parameters than this recipe trains.")
     with torch.no_grad():
         for name, value in filled.items():
             value.copy_(tensors[name])
@@ -121,13 +121,13 @@ def fill_parameters(state: State, path: Path, tensors: dict[str, Tensor]) -> Non
 
 
 def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The header and the tensors of a checkpoint that is whole and of this run.
+    """Read the header and the tensors of a checkpoint, and check that it is intact and of this run.
 
     Raises:
-        UserError: it is damaged, or belongs to another run.
+        UserError: if it is damaged or belongs to another run.
     """
     damaged = UserError(
-        f"The checkpoint {path} is damaged; remove it to go on from the one before."
+        f"The checkpoint {path} is damaged; remove it to continue from the one before."
     )
     try:
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
@@ -142,16 +142,16 @@ def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], dict[
         return header, load_file(path / TENSORS)
     except UserError:
         raise
-    except Exception as error:  # whatever a file that was written over makes of it
+    except Exception as error:  # a damaged file can cause any error
         raise damaged from error
 
 
 @contextmanager
 def using(path: Path) -> Iterator[None]:
-    """Refuse a checkpoint whose content, though whole, does not fit this version of lrc.
+    """Refuse a checkpoint that is intact but does not fit this version of lrc.
 
     Raises:
-        UserError: anything was raised in the block.
+        UserError: if the block raises anything.
     """
     try:
         yield
@@ -170,13 +170,13 @@ def _tensors(state: State) -> dict[str, Tensor]:
 
 
 def _filled(state: State) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in a checkpoint."""
+    """Parameters and buffers by name in a checkpoint."""
     named = {f"parameter.{name}": value.detach() for name, value in state.parameters.items()}
     return named | {f"buffer.{name}": value for name, value in state.buffers.items()}
 
 
 def _optimizer_state(state: State, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The saved state in the numbering of `Optimizer.state_dict`."""
+    """The saved optimizer state, numbered as in `Optimizer.state_dict`."""
     names = {parameter: name for name, parameter in state.parameters.items()}
     slots: dict[int, dict[str, Tensor]] = {}
     current = state.optimizer.state_dict()

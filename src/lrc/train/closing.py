@@ -1,4 +1,4 @@
-"""What a run leaves when it has ended: the student, the closing table, samples and the picture."""
+"""The output of a finished run: the student, the closing table, samples and the plot."""
 
 import json
 import resource
@@ -12,6 +12,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from lrc.cloning.cost import matmul_peak
+from lrc.cloning.method import CountsFlops
 from lrc.evaluation.held_out import Agreement, measure_agreement, perplexity
 from lrc.evaluation.sample import continue_tokens
 from lrc.exporting import export_student
@@ -25,7 +26,7 @@ from lrc.train.loop import Loop
 from lrc.train.progress import phase
 
 STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimizer")
-"""Parts of the clock that belong to an optimizer step."""
+"""Parts of the clock that belong to optimizer steps."""
 
 Made = TypeVar("Made")
 
@@ -34,22 +35,22 @@ SAMPLE_TOKENS = 48
 
 
 def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, Any]:
-    """Export the student, measure it beside the teacher, and write and print the closing table.
+    """Export the student, compare it with the teacher, and write and print the closing table.
 
-    The student's weights and tokenizer are written first. Card, samples and picture are best
-    effort: what goes wrong with them is told, and costs nothing else.
+    Card, samples and plot are best effort: an error in one of them is reported and affects nothing
+    else.
 
     Args:
         loop: the run at its last step.
-        console: where it is told.
-        report: print samples and the closing table.
+        console: where errors and results are printed.
+        report: whether to print samples and the closing table.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     run, setup = loop.run, loop.setup
     quiet = console if report else TextConsole(quiet=True)
-    with phase(quiet, "Measuring the student beside its teacher"):
+    with phase(quiet, "Comparing the student with its teacher"):
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
     summary = summarize(loop, agreement, student)
@@ -60,7 +61,7 @@ def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, An
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     write_text(run.summary_file, json.dumps(summary, indent=2))
     best_effort(
-        console, "the picture", lambda: draw_curves(run.metrics(), run.folder / "curves.png")
+        console, "the plot", lambda: draw_curves(run.metrics(), run.folder / "curves.png")
     )
     print_summary(summary, quiet)
     quiet.print(
@@ -70,18 +71,18 @@ def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, An
 
 
 def best_effort(console: Console, what: str, make: Callable[[], Made]) -> Made | None:
-    """Make something beside the weights; None, and a warning, where that fails.
+    """Call a function that makes an optional output. On failure, print a warning and return None.
 
     Args:
         console: where the warning is shown.
-        what: what is made, for the warning.
-        make: makes it.
+        what: name of the output, for the warning.
+        make: the function.
     """
     try:
         return make()
     except Exception as error:
         console.print(
-            f"Without {what}, which could not be made ({reason(error)}); the student is complete.",
+            f"Could not make {what} ({reason(error)}); the student is complete.",
             style="yellow",
         )
         return None
@@ -123,11 +124,11 @@ def summarize(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dic
 
 
 def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
-    """Greedy continuations of the start of the held-out text by both models."""
+    """Greedy continuations by both models of the beginning of the held-out text."""
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
     prompt = tokenizer.decode(start, skip_special_tokens=True)
-    theirs = "(not written: teacher.load is layers, and every token would read the whole model)"
+    theirs = "(none: with teacher.load: layers, every token would read the whole model)"
     if not teacher.on_disk:
         theirs = continue_tokens(teacher.model, tokenizer, start.tolist(), SAMPLE_TOKENS)
     return {
@@ -166,28 +167,34 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
 
 
 def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:
-    """A row of a figure that both models have."""
+    """Add a row for a figure that both models have."""
     table.add_row(label, *(format(values[f"{who}_{key}"], form) for who in ("teacher", "student")))
 
 
 def calibration_forwards(loop: Loop) -> float | None:
-    """Time of the calibration, as a multiple of the time in which the teacher's layers alone run
-    over the same tokens; None where that was not measured."""
+    """Time of the calibration, as a multiple of the time that the teacher's layers alone need for
+    the same tokens; None if that was not measured."""
     if not loop.forward_seconds:
         return None
     return round(loop.calibration_seconds / loop.forward_seconds, 2)
 
 
 def flop_utilization(loop: Loop) -> float | None:
-    """Operations of the steps' matrix products a second, as a share of this machine's measured
-    peak; None where this process made no step, where the method's operations are not known, or
-    where the peak was measured on a busy machine (the steps were quicker than it)."""
+    """Matrix-product operations per second of the steps, as a share of this machine's measured
+    peak.
+
+    None if this process made no step, if the method's operations are not known, or if the peak was
+    measured on a busy machine (the steps were faster than it)."""
     recipe, setup = loop.run.recipe, loop.setup
     size = recipe.step_tokens(), recipe.data.sequence_length
     steps = range(loop.first_step, setup.state.step)
-    if not steps or setup.method.step_flops(steps[0], *size) is None:
+    method = setup.method
+    if not steps or not isinstance(method, CountsFlops):
         return None
-    flops = sum(setup.method.step_flops(step, *size) or 0.0 for step in steps)
+    by_step = [method.step_flops(step, *size) for step in steps]
+    if None in by_step:
+        return None
+    flops = sum(value or 0.0 for value in by_step)
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
     dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
@@ -196,7 +203,7 @@ def flop_utilization(loop: Loop) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Largest memory held so far in GiB: of the device on cuda, else of the process."""
+    """Peak memory so far in GiB: of the device on cuda, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KiB on Linux

@@ -1,8 +1,8 @@
-"""`train.compile`: the small modules of teacher and student through torch.compile.
+"""`train.compile`: run the small modules of teacher and student through torch.compile.
 
-Norms and activation functions are what a compiler can fuse here. Whole layers cannot be compiled:
-the clone terms hook into their linear maps, and what is left between two of them is attention's own
-kernel. Modules are compiled in place, which changes neither parameters' names nor what is exported.
+Norms and activation functions are what a compiler can fuse here. Whole layers cannot be compiled,
+because the clone terms hook into their linear maps, and the rest of attention is a single kernel.
+Modules are compiled in place. This changes neither parameter names nor the export.
 """
 
 from collections.abc import Iterator
@@ -16,25 +16,25 @@ from lrc.model.families import Family
 from lrc.system.errors import UserError
 
 VARIANTS = 64
-"""Compiled variants that a class of modules may have, by grad mode, rank and width of what it is
-given. Qwen3's norms come to 14; torch would stop at 8."""
+"""Largest number of compiled variants of a module class, by grad mode and by rank and width of the
+input. Qwen3's norms need 14; torch's default limit is 8."""
 
 
 def compile_small_modules(model: PreTrainedModel, family: Family) -> None:
     """Compile a model's RMSNorms and activation functions, for any batch and sequence length.
 
     Args:
-        model: a model of the family, changed in place. Compilation happens at its first passes.
-        family: where its parts live.
+        model: a model of the family, changed in place. It compiles during its first passes.
+        family: the paths of its parts.
     """
-    limits = torch._dynamo.config  # an argument of torch.compile only in late versions
+    limits = torch._dynamo.config  # only recent versions have an argument for it
     limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
     for module in small_modules(model, family):
         module.compile(dynamic=True)
 
 
 def small_modules(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
-    """Modules of the decoder layers that hold no other and no matrix, and the final norm."""
+    """The final norm, and the leaf modules of the decoder layers that are not linear maps."""
     layers = model.get_submodule(family.layers)
     linears = tuple(f"{name}." for name in family.linears.values())  # and adapters inside them
     for path, module in layers.named_modules():
@@ -48,13 +48,13 @@ def check_compiler(device: torch.device) -> None:
     """Compile and run a trivial function.
 
     Raises:
-        UserError: that fails.
+        UserError: if that fails.
     """
     try:
         torch.compile(torch.sin)(torch.zeros(2, device=device))
     except TorchDynamoException as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"train.compile is set, but torch.compile fails on this machine ({reason}): install a "
+            f"train.compile is set, but torch.compile fails on this machine ({reason}). Install a "
             "C++ compiler, or set train.compile to false."
         ) from error

@@ -1,4 +1,4 @@
-"""Exporting the student of a run from its newest checkpoint, in either format."""
+"""Export the student of a run from its newest checkpoint, in either format."""
 
 from pathlib import Path
 
@@ -21,19 +21,19 @@ from lrc.train.setup import Setup, set_up
 
 
 def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | None = None) -> int:
-    """Write the plain student of a run, whether it has ended or not.
+    """Write the plain student of a run, finished or not.
 
     Args:
         run: the run.
         folder: a folder that does not exist yet, or is empty.
-        console: where a damaged checkpoint is told.
-        dtype: element type of the written weights; None: the student's own.
+        console: where a warning about a damaged checkpoint is shown.
+        dtype: element type of the written weights; None: the student's.
 
     Returns:
         The step of the checkpoint that was used.
 
     Raises:
-        UserError: the run has no checkpoint, the folder is taken, or the disk is full.
+        UserError: if the run has no checkpoint, the folder is not empty, or the disk is full.
     """
     if is_taken(folder):
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
@@ -47,19 +47,19 @@ def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | No
 def export_run_gguf(
     run: Run, path: Path, console: Console, kind: Kind | None = None
 ) -> tuple[int, list[str]]:
-    """Write the student of a run as a GGUF file, whether the run has ended or not.
+    """Write the student of a run, finished or not, as a GGUF file.
 
     Args:
         run: the run.
         path: a file that does not exist yet.
-        console: where progress and a damaged checkpoint are told.
-        kind: element type of the matrices; None: as trained.
+        console: where progress and a warning about a damaged checkpoint are shown.
+        kind: element type of the matrices; None: the trained one.
 
     Returns:
         The step of the checkpoint that was used, and what the user should know about the file.
 
     Raises:
-        UserError: as `write_gguf`, or the run has no checkpoint.
+        UserError: as in `write_gguf`, and if the run has no checkpoint.
     """
     setup = _at_checkpoint(run, console)
     student, section = setup.method.student(), run.recipe.teacher
@@ -79,10 +79,10 @@ def export_run_gguf(
 
 
 def _at_checkpoint(run: Run, console: Console) -> Setup:
-    """A run brought to its newest checkpoint.
+    """Set up a run at its newest checkpoint.
 
     Raises:
-        UserError: it has none.
+        UserError: if it has none.
     """
     if not list_checkpoints(run.checkpoints):
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")

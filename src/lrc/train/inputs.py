@@ -1,7 +1,7 @@
-"""What a run learns from, by checksums: teacher, tokenizer and text.
+"""Checksums of what a run learns from: teacher, tokenizer and text.
 
-They are written when a run begins (inputs.json) and compared when it goes on or is exported: with
-another teacher or text it would silently become another run.
+A new run writes them to inputs.json. Resuming and exporting compare them, because another teacher
+or text would silently make it another run.
 """
 
 import json
@@ -21,22 +21,21 @@ from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading, write_text
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
-"""Keys of a configuration that change nothing of what a teacher computes here."""
+"""Configuration keys that do not affect what a teacher computes here."""
 
 NAMED = 3
-"""Differing tensors that a message names."""
+"""Number of differing tensors that a message names."""
 
 
 def describe_inputs(teacher: Teacher, text: Reader | None) -> dict[str, Any]:
-    """Checksums of all that a run learns from, as JSON values; reads every byte of the teacher
-    once.
+    """Checksums of all inputs of a run, as JSON values. Reads every byte of the teacher once.
 
     Args:
         teacher: the teacher.
-        text: the text; None: left out.
+        text: the text; None: omit it.
 
     Raises:
-        UserError: the teacher's files are damaged.
+        UserError: if the teacher's files are damaged.
     """
     files = teacher.files
     found: dict[str, Any] = {
@@ -49,33 +48,33 @@ def describe_inputs(teacher: Teacher, text: Reader | None) -> dict[str, Any]:
 
 
 def check_inputs(run: Run, teacher: Teacher, text: Reader | None = None) -> None:
-    """Compare the inputs with those that a run began with, or keep them where it begins.
+    """Compare the inputs with those that a run began with; for a new run, write them.
 
     Args:
         run: the run.
         teacher: its teacher.
-        text: its text; None: only the teacher is compared, and nothing is kept.
+        text: its text; None: compare only teacher and tokenizer, and write nothing.
 
     Raises:
-        UserError: teacher, tokenizer or text differ; the message says in what.
+        UserError: if teacher, tokenizer or text differ; the message says what differs.
     """
     found = describe_inputs(teacher, text)
     if not run.inputs_file.is_file():
         if text is not None:
             write_text(run.inputs_file, json.dumps(found, indent=1) + "\n")
         return
-    kept = read_json(run.inputs_file, f"remove it to do without the check of {run.folder}")
-    with reading(run.inputs_file, f"remove it to do without the check of {run.folder}"):
+    kept = read_json(run.inputs_file, f"remove it to skip the check of {run.folder}")
+    with reading(run.inputs_file, f"remove it to skip the check of {run.folder}"):
         changed = list(differences(kept, found))
     if changed:
         raise UserError(
-            f"{run.folder} began with other inputs ({'; '.join(changed)}), so it cannot go on from "
-            "where it was: put them back, or start a new run."
+            f"{run.folder} began with other inputs ({'; '.join(changed)}), so it cannot continue. "
+            "Restore them, or start a new run."
         )
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """What differs between two descriptions, a clause each; what one of them lacks does not."""
+    """Name each difference between two descriptions. A part that one of them lacks is ignored."""
     ours, theirs = before["teacher"], now["teacher"]
     if ours["of"] == theirs["of"]:
         names = {**ours["tensors"], **theirs["tensors"]}
@@ -92,7 +91,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 
 
 def _of_model(teacher: Teacher) -> dict[str, Any]:
-    """A teacher that was handed over as a loaded model."""
+    """Describe a teacher that was passed as a loaded model."""
     tensors = {
         name: tensor_checksum(value)
         for name, value in teacher.model.state_dict().items()
@@ -106,8 +105,8 @@ def _of_model(teacher: Teacher) -> dict[str, Any]:
 
 
 def _of_files(files: ModelFiles) -> dict[str, Any]:
-    """A teacher's files; tensors by themselves, so that it may be moved, copied or divided into
-    other files."""
+    """Describe a teacher's files. Checksums are per tensor, so the files may be moved, copied or
+    split differently."""
     tensors: dict[str, str] = {}
     for path in weight_files(files):
         with reading(path, "check the file"):

@@ -1,6 +1,6 @@
 """The training loop: optimizer steps, metrics, held-out measurements and checkpoints.
 
-It knows nothing of a method but the interface in `lrc.cloning.method`.
+It uses a method only through the interface in `lrc.cloning.method`.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.cloning.method import Counts
+from lrc.cloning.method import Counts, Staged, WeighsSources
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
@@ -23,57 +23,66 @@ from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
-from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
+from lrc.train.setup import (
+    Setup,
+    autocast,
+    calibration_sequences,
+    new_state,
+    rate_setting,
+    stage_ends,
+    state_of,
+    weighs_sources,
+)
 from lrc.train.signals import StopRequest, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
 LAYERWISE_LINES = 100
-"""Lines of a run that carry the clone terms by layer, about; more would be most of the file."""
+"""Approximate number of metrics lines with clone terms by layer; more would dominate the file."""
 
 
 TEACHER_BY_SOURCE = "teacher_held_out_lm_by_source"
-"""Key of the teacher's held-out losses in the first line of metrics, where the text has sources."""
+"""Key of the teacher's held-out losses in the first line of metrics, if the text has sources."""
 
 
 @dataclass
 class Loop:
-    """One process's stretch of a run."""
+    """The part of a run that one process trains."""
 
     run: Run
     setup: Setup
     text: Reader
     console: Console
     calibration_seconds: float = 0.0
-    """Seconds that initializing the method took, where this process did it."""
+    """Seconds that initializing the method took, if this process did it."""
     forward_seconds: float = 0.0
     """Seconds of them in which the teacher's layers alone ran once over the calibration tokens; 0
-    where not known."""
+    if not known."""
     share: Share = field(default_factory=Share)
-    """The part of every step's sequences that this process takes."""
+    """The share of every step's sequences that this process takes."""
     seconds_before: float = 0.0
-    """Training seconds of earlier stretches."""
+    """Training seconds of earlier processes."""
     step_seconds: float = 0.0
-    """Seconds of optimizer steps alone, all stretches together."""
+    """Seconds of optimizer steps alone, over all processes."""
     started: float = field(default_factory=time.perf_counter)
     first_step: int = 0
-    """Step that this stretch went on from."""
+    """The step that this process continued from."""
     trackers: list[Tracker] = field(default_factory=list)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
     def go(self, steps: int) -> StopRequest:
-        """Train up to a step, or until a signal asks to stop; then checkpoint.
+        """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
 
         Raises:
-            DivergedError: the loss or its gradient is not finite.
-            UserError: the disk is full.
+            DivergedError: if the loss or its gradient is not finite.
+            UserError: if the disk is full.
         """
         recipe, setup = self.run.recipe, self.setup
         self.first_step = setup.state.step
         self._resume_metrics()
-        if setup.method.weighs_sources() and not self.text.sources:
+        if weighs_sources(setup.method) and not self.text.sources:
             self.console.print(
-                "The text has no sources to weigh: it is read in its own order.", style="yellow"
+                "The text has no sources to weigh, so it is read in its own order.", style="yellow"
             )
         with (
             stop_on_signals() as stop,
@@ -86,7 +95,7 @@ class Loop:
                 self._log({**start, **self.calibration(), **changed})
             if not setup.restored:
                 self._weigh_sources(self.run.metrics()[0])
-                self._save()  # a start may have taken long
+                self._save()  # the start may have taken long
             while setup.state.step < steps and not stop:
                 line = self._step(progress)
                 changed = self._change_stage(progress)
@@ -94,7 +103,7 @@ class Loop:
                     line |= self._measure(progress)
                     line |= self._weigh_sources(line)
                 elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
-                    # Many numbers by layer: beside measurements and on some lines more.
+                    # Only measurements and a few other lines hold the many numbers by layer.
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
                     self._log(line | changed)
@@ -109,15 +118,15 @@ class Loop:
         return bool(minutes) and time.perf_counter() - self._saved > 60 * minutes
 
     def _due(self, every: int) -> bool:
-        """Whether something that is done every so many steps, and at the end, is to be done."""
+        """Whether to do now what is done every `every` steps and at the end."""
         step = self.setup.state.step
         return step % every == 0 or step == self.run.recipe.steps()
 
     def _step(self, progress: StepProgress) -> dict[str, Any]:
-        """One optimizer step; its line of metrics.
+        """Make one optimizer step and return its line of metrics.
 
         Raises:
-            DivergedError: the loss or its gradient is not finite; nothing was updated.
+            DivergedError: if the loss or its gradient is not finite; nothing is updated.
         """
         start = time.perf_counter()
         train, setup = self.run.recipe.train, self.setup
@@ -164,10 +173,11 @@ class Loop:
         }
 
     def _change_stage(self, progress: StepProgress) -> dict[str, Any]:
-        """Begin the method's next stage where one begins; its entries for the metrics."""
+        """Start the method's next stage, if one starts here; return its entries for the metrics."""
         setup, step = self.setup, self.setup.state.step
-        if step not in setup.method.stage_ends():
+        if step not in stage_ends(setup.method):
             return {}
+        assert isinstance(setup.method, Staged)
         entries = setup.method.next_stage()
         setup.state = new_state(setup.method, self.run.recipe, step)
         told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
@@ -176,7 +186,7 @@ class Loop:
         return entries
 
     def _batches(self) -> list[Batch]:
-        """The micro-batches of the next step; data order depends on the step number alone."""
+        """The micro-batches of the next step. The data order depends only on the step number."""
         train = self.run.recipe.train
         own = self.share.positions(self.setup.state.step, train.step_sequences())
         seen = self._calibration_sequences()
@@ -188,12 +198,13 @@ class Loop:
         ]
 
     def _calibration_sequences(self) -> int:
-        """Sequences at the head of the text that the method was initialized from. Training begins
-        after them: there is more to learn from text that the start does not fit already."""
+        """Number of sequences at the beginning of the text that initialized the method. Training
+        begins after them, because there is more to learn from text that the start does not already
+        fit."""
         return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
     def _clip(self) -> float:
-        """Clip the gradients as the recipe says; their norm before."""
+        """Clip the gradients as the recipe says; return their norm before clipping."""
         limit = self.run.recipe.train.grad_clip or math.inf
         parameters = self.setup.state.parameters.values()
         return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
@@ -205,11 +216,11 @@ class Loop:
         where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
         raise DivergedError(
             f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "
-            f"({where}): start anew with a lower train.{self.setup.method.rate_setting()}."
+            f"({where}). Start a new run with a lower train.{rate_setting(self.setup.method)}."
         )
 
     def _measure(self, progress: StepProgress) -> dict[str, Any]:
-        """Held-out loss of the student of now."""
+        """Measure the held-out loss of the current student."""
         by_source = SourceLosses(self.text.sources)
         with self.setup.method.clock.part("evaluation"):
             loss = held_out_loss(
@@ -234,20 +245,20 @@ class Loop:
         loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size, by_source)
         if not math.isfinite(loss):
             raise UserError(
-                f"The held-out loss of the teacher {teacher.name} is not finite: its weights are "
-                "damaged, or too large for teacher.dtype; download it again, or give another one."
+                f"The held-out loss of the teacher {teacher.name} is not finite. Its weights are "
+                "damaged or too large for teacher.dtype; download it again, or use another teacher."
             )
         means = by_source.means()
         return {"teacher_held_out_lm": loss, **({TEACHER_BY_SOURCE: means} if means else {})}
 
     def _weigh_sources(self, line: dict[str, Any]) -> dict[str, Any]:
-        """Let the method set the sources' shares after a measurement; they are for the metrics.
+        """Let the method set the sources' shares after a measurement; return them for the metrics.
 
         Args:
             line: the measurement.
         """
         method, text = self.setup.method, self.text
-        if not (method.weighs_sources() and text.sources):
+        if not (isinstance(method, WeighsSources) and weighs_sources(method) and text.sources):
             return {}
         teacher = self.run.metrics()[0][TEACHER_BY_SOURCE]
         shares = method.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
@@ -256,8 +267,8 @@ class Loop:
         return {"source_shares": shares}
 
     def calibration(self) -> dict[str, Any]:
-        """Tokens and seconds that the method was initialized with, and the seconds of the teacher's
-        layers alone over these tokens, where known."""
+        """Tokens and seconds of the method's initialization and, if known, the seconds of the
+        teacher's layers alone over these tokens."""
         sequences = self._calibration_sequences()
         found = {
             "calibration_tokens": sequences * self.run.recipe.data.sequence_length,
@@ -268,28 +279,28 @@ class Loop:
         return found
 
     def held_out(self) -> list[Batch]:
-        """The held-out batches that are measured, the same all along the run."""
+        """The held-out batches to measure, the same throughout the run."""
         train = self.run.recipe.train
         batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
         return [batch.to(self.setup.device) for batch in batches]
 
     def tokens(self) -> int:
-        """Training tokens so far, all stretches together."""
+        """Training tokens so far, over all processes."""
         return self.setup.state.step * self.run.recipe.step_tokens()
 
     def seconds(self) -> float:
-        """Seconds of training so far, all stretches together."""
+        """Seconds of training so far, over all processes."""
         return self.seconds_before + time.perf_counter() - self.started
 
     def _resume_metrics(self) -> None:
-        """Cut the metrics to the step that the run goes on from, and its clock with them."""
+        """Truncate the metrics to the step that the run continues from, and restore the clock."""
         if not self.run.metrics_file.exists():
             return
         aside = self.run.keep_metrics_until(self.setup.state.step)
         if aside is not None:
             self.console.print(
-                f"{self.run.metrics_file} held damaged lines, which are left out; the file as it "
-                f"was is kept as {aside}.",
+                f"{self.run.metrics_file} had damaged lines, which were removed. The original is "
+                f"kept as {aside}.",
                 style="yellow",
             )
         lines = self.run.metrics()
@@ -310,7 +321,7 @@ class Loop:
     def _save(self) -> None:
         train = self.run.recipe.train
         self.setup.state.text = self.text.state()
-        self.setup.state.method = self.setup.method.state()
+        self.setup.state.method = state_of(self.setup.method)
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
                 self.run.checkpoints,
@@ -331,7 +342,7 @@ def count(batches: Sequence[Batch]) -> Counts:
 
 
 def _rounded(value: Any) -> Any:
-    """A loss as it is; the numbers of a list in five digits, more than a picture shows."""
+    """Round the numbers of a list to five digits, more than a plot shows. Keep a scalar as it is."""
     if isinstance(value, list):
         return [float(f"{v:.5g}") if isinstance(v, float) else _rounded(v) for v in value]
     return value

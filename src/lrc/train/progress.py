@@ -1,4 +1,4 @@
-"""What a person sees of a run while it goes: losses, rate and time left."""
+"""What the console shows during a run: losses, rate and time left."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,14 +16,14 @@ from rich.progress import (
 from rich.text import Text
 
 BAR = 20
-"""Characters of the bar, where there is room."""
+"""Width of the bar in characters, if there is room."""
 
 TIMES = len("step   0:00:00 left 0:00:00  ")
-"""Characters of the columns beside the bar, the count and the losses."""
+"""Width in characters of the columns other than the bar, the count and the losses."""
 
 
 class StepProgress:
-    """The bar of a training run; on anything but a terminal, a line at every `note`."""
+    """The progress bar of a training run. Without a terminal, only each `note` is printed."""
 
     def __init__(self, console: Console, bar: Progress, steps: int, done: int) -> None:
         self._console = console
@@ -32,7 +32,7 @@ class StepProgress:
         self._task = bar.add_task("", total=steps, completed=done)
 
     def step(self, losses: dict[str, float], tokens_per_second: float) -> None:
-        """One step is done."""
+        """Advance by one step."""
         text = describe(losses, tokens_per_second, self._room)
         self._bar.update(self._task, advance=1, description=text)
 
@@ -45,8 +45,8 @@ class StepProgress:
 
 
 def describe(losses: dict[str, float], tokens_per_second: float, room: int) -> str:
-    """Losses and rate in a number of characters: the last losses are left out first, then the rate,
-    and no number is cut."""
+    """Format losses and rate in at most `room` characters. The last losses are omitted first, then
+    the rate. No number is cut."""
     rate = f"{tokens_per_second:,.0f} tokens/s"
     terms = [f"{name} {value:.3f}" for name, value in losses.items()]
     for kept in range(len(terms), -1, -1):
@@ -57,16 +57,16 @@ def describe(losses: dict[str, float], tokens_per_second: float, room: int) -> s
 
 
 def bar_width(console: Console) -> int:
-    """Characters of a bar that leave room for what is written beside it."""
+    """Width of the bar in characters that leaves room for the other columns."""
     return BAR if console.width >= 100 else BAR // 2
 
 
 @contextmanager
 def phase(console: Console, text: str) -> Iterator[Callable[[str], None]]:
-    """Show what is being done, on a terminal by a line that goes when it is done.
+    """Show what is being done. On a terminal, the line disappears at the end.
 
     Yields:
-        A function that says how far it is, shown on a terminal only.
+        A function that shows a progress detail, on a terminal only.
     """
     if not console.is_terminal:
         console.print(text)

@@ -1,4 +1,4 @@
-"""The recipe that prunes a finished model: `llm-pruner` with the model as its own teacher."""
+"""The recipe to prune a finished model: `llm-pruner` with the model as its own teacher."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,8 +11,8 @@ from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 
 OF_THE_RUN = ("device", "precision", "micro_batch", "accumulate", "eval_sequences", "seed")
-"""Training settings that are taken over from the run whose student is pruned: those of the machine,
-and those that make held-out losses comparable."""
+"""Training settings to copy from the run whose student is pruned: those of the machine, and those
+that make held-out losses comparable."""
 
 
 def prune_recipe(
@@ -26,20 +26,20 @@ def prune_recipe(
     """The recipe of a run that prunes a model.
 
     Args:
-        model: a run's folder, whose student is pruned, or any model, named as a teacher is.
-        ratio: share of all parameters that is taken out.
-        text: sources of the calibration and recovery text; none: those of the run.
-        recover: what is trained afterwards, `full` or `lora`; None: nothing is meant to be.
+        model: a run's folder, to prune its student, or any model, named like a teacher.
+        ratio: share of all parameters to remove.
+        text: sources of the calibration and recovery text; empty: those of the run.
+        recover: what to train afterwards, `full` or `lora`; None: nothing.
         tokens: training tokens of the recovery.
-        settings: other settings of the recipe by dotted key; they win.
+        settings: other recipe settings by dotted key; they take precedence.
 
     Raises:
-        UserError: the model is not found, there is no text, or a setting is not usable.
+        UserError: if the model is not found, there is no text, or a setting is not usable.
     """
     if recover and tokens is None:
-        raise UserError("Recovery needs a budget: give --tokens, or leave out --recover.")
+        raise UserError("Recovery needs a token budget: give --tokens, or omit --recover.")
     if tokens is not None and not recover:
-        raise UserError("--tokens is for recovery: give --recover lora or --recover full, too.")
+        raise UserError("--tokens is only for recovery: also give --recover lora or --recover full.")
     base: dict[str, Any] = {"data": {}, "train": {}}
     if is_run(Path(model)):
         run = Run.open(Path(model))
@@ -48,7 +48,7 @@ def prune_recipe(
         base["data"] = trained["data"]
         base["train"] = {k: v for k, v in trained.get("train", {}).items() if k in OF_THE_RUN}
     elif not text and not any(key.startswith("data.") for key in settings):
-        raise UserError("Pruning needs text to tell what matters: give --text.")
+        raise UserError("Pruning needs text to measure importance: give --text.")
     base |= {
         "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
         "teacher": {"model": model},

@@ -1,4 +1,4 @@
-"""A run from its recipe to its closing table."""
+"""Run a recipe from setup to the closing table."""
 
 import time
 from collections.abc import Iterable
@@ -25,22 +25,26 @@ from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
 
 NAMED_FILES = 5
-"""Files of the text that are named one by one."""
+"""Largest number of text files to list by name."""
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
-"""No calibration."""
+"""An empty calibration batch."""
 
 
 def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
-    """Initialize the method from the head of the training stream; the seconds that it took, and
-    those of the teacher's layers alone on the same tokens (0 where not known)."""
+    """Initialize the method from the beginning of the training stream.
+
+    Returns:
+        The seconds that it took, and the seconds of the teacher's layers alone on the same tokens
+        (0 if not known).
+    """
     sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
     if tokens + recipe.data.sequence_length <= wanted:
         console.print(
-            f"The training text is short: the student is initialized from {tokens:,} tokens of it, "
-            f"not from {wanted:,}.",
+            f"The training text is short: the student is initialized from {tokens:,} tokens "
+            f"instead of {wanted:,}.",
             style="yellow",
         )
     if sequences and not setup.teacher.on_disk:
@@ -48,26 +52,26 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
     started = time.perf_counter()
     with phase(console, "Initializing the student") as detail:
         try:
-            forward_seconds = setup.method.initialize(
+            report = setup.method.initialize(
                 calibration,
                 lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
             )
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise UserError(
-                f"The start cannot be solved, since the activations of {setup.teacher.name} on "
-                f"this text are degenerate ({reason(error)}): check the teacher's weights, or set "
+                f"The start cannot be solved because the activations of {setup.teacher.name} on "
+                f"this text are degenerate ({reason(error)}). Check the teacher's weights, or set "
                 "initialize.method to random."
             ) from error
-    return time.perf_counter() - started, forward_seconds
+    return time.perf_counter() - started, report.forward_seconds
 
 
 @torch.no_grad()
 def refuse_dead_teacher(teacher: Teacher, batch: Batch) -> None:
-    """Refuse a teacher whose last hidden states are not finite, or the same whatever it reads:
-    nothing can be solved from them, and nothing learned.
+    """Refuse a teacher whose last hidden states are not finite, or the same for every token: a
+    student can neither be solved nor trained from them.
 
     Raises:
-        UserError: so they are.
+        UserError: if the hidden states are not finite or constant.
     """
     hidden = last_hidden(teacher.model, batch).float()
     if not torch.isfinite(hidden).all():
@@ -77,13 +81,13 @@ def refuse_dead_teacher(teacher: Teacher, batch: Batch) -> None:
     else:
         return
     raise UserError(
-        f"The last hidden states of the teacher {teacher.name} {what} on this text: its weights "
-        "are damaged, or too large for teacher.dtype; download it again, or give another one."
+        f"The last hidden states of the teacher {teacher.name} {what} on this text. Its weights "
+        "are damaged or too large for teacher.dtype; download it again, or use another teacher."
     )
 
 
 class Interrupted(Exception):
-    """The run was asked to end by a signal, and has written a checkpoint."""
+    """A signal stopped the run after it wrote a checkpoint."""
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)
@@ -97,27 +101,27 @@ def train(
     report: bool = True,
     starts: Starts | None = None,
 ) -> dict[str, Any]:
-    """Train a run to its end, from its newest checkpoint or from the start.
+    """Train a run to its last step, from its newest checkpoint or from the beginning.
 
     Args:
         run: a new run, or one to continue.
         console: where progress and the closing table are shown.
-        teacher: a teacher that is loaded already; None: the one that the recipe names.
-        report: print the closing table and samples.
-        starts: where starts are kept for other runs, and taken from.
+        teacher: a teacher that is already loaded; None: the recipe's.
+        report: whether to print the closing table and samples.
+        starts: starts to share with other runs; None: share none.
 
     Returns:
         The closing table, as in summary.json.
 
     Raises:
-        UserError: the recipe, the data or the machine do not allow it.
-        DivergedError: the loss or its gradient is not finite.
-        Interrupted: SIGINT or SIGTERM asked to stop; `lrc resume` goes on from there.
+        UserError: if the recipe, the data or the machine does not allow it.
+        DivergedError: if the loss or its gradient is not finite.
+        Interrupted: if SIGINT or SIGTERM stops the run; `lrc resume` continues it.
     """
     need_whole_teacher(run.recipe)
     with run.hold():
         if has_ended(run):
-            console.print(f"{run.folder} has ended: its student is in {run.student_folder}.")
+            console.print(f"{run.folder} has already ended; its student is in {run.student_folder}.")
             return run.summary()
         loop = open_loop(run, console, teacher, starts)
         stop = loop.go(run.recipe.steps())
@@ -125,13 +129,13 @@ def train(
             raise Interrupted(
                 stop.signal,
                 f"Stopped after step {loop.setup.state.step}; "
-                f"go on with `lrc resume {run.folder}`.",
+                f"continue with `lrc resume {run.folder}`.",
             )
         return close_run(loop, console, report)
 
 
 def has_ended(run: Run) -> bool:
-    """Whether a run was trained to its last step and has all that it leaves."""
+    """Whether a run is trained to its last step and has all its output."""
     if not (run.summary_file.is_file() and run.student_folder.is_dir()):
         return False
     try:
@@ -143,7 +147,7 @@ def has_ended(run: Run) -> bool:
 def initialize_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
     """Initialize a new run's student and export it, without any training.
 
-    The run can be continued by `train`. Arguments, return value and errors are those of `train`.
+    `train` can continue the run. Arguments, return value and errors are those of `train`.
     """
     with run.hold():
         loop = open_loop(run, console, teacher)
@@ -152,21 +156,21 @@ def initialize_only(run: Run, console: Console, teacher: Teacher | None = None) 
 
 
 def text_notes(recipe: Recipe) -> list[str]:
-    """Which files a recipe's folders and patterns come to, and which of theirs are left out."""
+    """Name the files that a recipe's folders and patterns stand for, and those left out."""
     sources = recipe.data.text
     if not sources or all(source == STDLIB_DOCS or Path(source).is_file() for source in sources):
         return []
     notes = [f"Reading {_listed(str(source.path) for source in expand_sources(sources))}."]
     if skipped := left_out(sources):
         notes.append(
-            f"Left out, as a test or validation split or no text of the data: "
-            f"{_listed(map(str, skipped))}; data.text reads what it names itself."
+            f"Left out, because they are test or validation splits or not training text: "
+            f"{_listed(map(str, skipped))}. To read one anyway, name it in data.text."
         )
     return notes
 
 
 def _listed(names: Iterable[str]) -> str:
-    """The first of some names, and how many more there are."""
+    """The first few names, and the number of the others."""
     every = list(names)
     more = len(every) - NAMED_FILES
     return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
@@ -177,8 +181,7 @@ def open_loop(
 ) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start.
 
-    A new run's folder is written once all that can be refused has been looked at, before what takes
-    long.
+    A new run's folder is written after all checks that can fail, and before anything slow.
     """
     check_installed(run.recipe.train.report_to)
     if run.recipe.train.compile:

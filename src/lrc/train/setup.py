@@ -1,16 +1,17 @@
-"""From a run's recipe to everything that its training needs."""
+"""Build everything that training needs from a run's recipe."""
 
 import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lrc.cloning.method import Method
+from lrc.cloning.method import Method, Staged, WeighsSources
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
 from lrc.model.teacher import Teacher, load_teacher
@@ -21,32 +22,32 @@ from lrc.system.errors import UserError
 from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
-"""transformers' names of our schedules."""
+"""The names of our schedules in transformers."""
 
 
 @dataclass
 class Setup:
-    """A method on its device, with its optimizer, at some step of its run."""
+    """A method on its device, with its optimizer, at a step of its run."""
 
     teacher: Teacher
     method: Method
     state: State
     device: torch.device
     restored: bool
-    """Whether the state is a checkpoint's; else the method is still to be initialized."""
+    """Whether the state comes from a checkpoint. If not, the method is not initialized yet."""
 
 
 def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
-    """Load the teacher, build the method, and go to the last checkpoint that is whole.
+    """Load the teacher, build the method, and restore the newest intact checkpoint.
 
     Args:
-        run: the run; without checkpoints its method is still to be initialized.
-        console: where a damaged checkpoint is told.
-        teacher: a teacher that is loaded already; None: the one that the recipe names.
+        run: the run; without checkpoints, its method is not initialized yet.
+        console: where warnings are shown.
+        teacher: a teacher that is already loaded; None: the recipe's.
 
     Raises:
-        UserError: the recipe does not fit the teacher or the machine, or a checkpoint is not this
-            run's.
+        UserError: if the recipe does not fit the teacher or the machine, or no checkpoint of the
+            run can be used.
     """
     recipe = run.recipe
     device = find_device(recipe.train.device)
@@ -68,20 +69,22 @@ def _note(console: Console, notes: Sequence[str]) -> None:
 
 
 def context_notes(teacher: Teacher, recipe: Recipe) -> list[str]:
-    """What to know of a sequence length that the teacher was not made for."""
+    """A warning if the sequences are longer than the teacher supports."""
     length = recipe.data.sequence_length
     longest = getattr(teacher.config, "max_position_embeddings", None)
     if not longest or length <= longest:
         return []
     return [
         f"data.sequence_length is {length}, but the teacher's max_position_embeddings is "
-        f"{longest}: what it says of later positions may be worthless, and the student learns it."
+        f"{longest}. Its output at later positions may be useless, and the student learns from it."
     ]
 
 
 def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
-    """Training sequences that a new run of the method is initialized from: none twice, since some
-    check what others were solved on, but for a text of a single one."""
+    """Number of training sequences that initialize a new run of the method.
+
+    No sequence is used twice, since some check what is solved from the others. The exception is a
+    text of a single sequence."""
     tokens = method.calibration_tokens()
     if not tokens:
         return 0
@@ -89,16 +92,47 @@ def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
     return max(2, min(wanted, text.training_sequences or wanted))
 
 
+def stage_ends(method: Method) -> tuple[int, ...]:
+    """Steps after which a method starts another stage."""
+    return method.stage_ends() if isinstance(method, Staged) else ()
+
+
+def rate_setting(method: Method) -> str:
+    """Name of the setting that is the peak learning rate of a method's present stage."""
+    return method.rate_setting() if isinstance(method, Staged) else "learning_rate"
+
+
+def own_rates(method: Method) -> dict[str, float]:
+    """Peak learning rates of the parameters that do not use the recipe's."""
+    return method.own_learning_rates() if isinstance(method, Staged) else {}
+
+
+def state_of(method: Method) -> dict[str, Any]:
+    """What a checkpoint must hold of a method besides its parameters."""
+    return method.state() if isinstance(method, Staged) else {}
+
+
+def load_state(method: Method, state: dict[str, Any]) -> None:
+    """Bring a method to the stage of a checkpoint."""
+    if isinstance(method, Staged):
+        method.load_state(state)
+
+
+def weighs_sources(method: Method) -> bool:
+    """Whether a method sets how much of the text comes from each source."""
+    return isinstance(method, WeighsSources) and method.weighs_sources()
+
+
 def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
-    """AdamW and its schedule for the stage that a method is in.
+    """AdamW and its schedule for a method's current stage.
 
     Args:
         method: the method.
         recipe: its recipe.
-        step: the steps done; the schedule is to begin at the beginning of their stage.
+        step: number of finished steps; the schedule begins at the beginning of their stage.
     """
     train = recipe.train
-    parameters, decayed, own = method.parameters(), method.decayed(), method.learning_rates()
+    parameters, decayed, own = method.parameters(), method.decayed(), own_rates(method)
     groups = [
         {
             "params": [p for n, p in parameters.items() if n in decayed and n not in own],
@@ -112,26 +146,27 @@ def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
     for rate in sorted(set(own.values())):
         named = [p for name, p in parameters.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
-    peak = getattr(train, method.rate_setting()) or train.learning_rate
+    peak = getattr(train, rate_setting(method)) or train.learning_rate
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
-    bounds = 0, *method.stage_ends(), recipe.steps()
+    bounds = 0, *stage_ends(method), recipe.steps()
     stage = bisect.bisect_right(bounds[:-1], step) - 1
     begin, end = bounds[stage], bounds[stage + 1]
-    if method.one_schedule:
+    if isinstance(method, Staged) and method.one_schedule:
         factor = stretch(schedule(train, recipe.steps()), begin, warmup(train, recipe.steps()))
     else:
         factor = schedule(train, end - begin)
     scheduler = LambdaLR(optimizer, factor)
-    return State(step, parameters, optimizer, scheduler, buffers=method.buffers())
+    buffers = method.buffers() if isinstance(method, Staged) else {}
+    return State(step, parameters, optimizer, scheduler, buffers=buffers)
 
 
 def warmup(train: TrainSection, steps: int) -> int:
-    """Steps that warm up, of all steps of a schedule."""
+    """Number of warm-up steps of a schedule."""
     return math.ceil(train.warmup_ratio * steps)
 
 
 def schedule(train: TrainSection, steps: int) -> Callable[[int], float]:
-    """The learning rate after a number of steps, as a share of the peak: the recipe's schedule."""
+    """The recipe's schedule: the learning rate as a share of its peak, by number of steps."""
     nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     scheduler = get_scheduler(
         SCHEDULES[train.schedule],
@@ -144,12 +179,12 @@ def schedule(train: TrainSection, steps: int) -> Callable[[int], float]:
 
 
 def stretch(whole: Callable[[int], float], begin: int, warming: int) -> Callable[[int], float]:
-    """A schedule from one of its steps on, with another warm-up where that is not its first.
+    """The rest of a schedule from a step on, with a new warm-up unless it is the first step.
 
     Args:
         whole: the schedule.
         begin: the step.
-        warming: steps of the warm-up.
+        warming: number of warm-up steps.
     """
 
     def factor(done: int) -> float:
@@ -160,17 +195,17 @@ def stretch(whole: Callable[[int], float], begin: int, warming: int) -> Callable
 
 
 def restore(run: Run, method: Method, console: Console) -> State | None:
-    """Go to the newest checkpoint that is whole; None where there is none.
+    """Restore the newest intact checkpoint; None if the run has no checkpoint.
 
     Raises:
-        UserError: there are checkpoints, but none can be used.
+        UserError: if there are checkpoints but none can be used.
     """
     refused = []
     for path in list_checkpoints(run.checkpoints):
         try:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
             with using(path):
-                method.load_state(header.get("method", {}))
+                load_state(method, header.get("method", {}))
                 state = new_state(method, run.recipe, int(header["step"]))
                 fill_state(state, path, header, tensors)
             return state
@@ -183,10 +218,10 @@ def restore(run: Run, method: Method, console: Console) -> State | None:
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a recipe names; `auto` is cuda where there is one.
+    """The device that a recipe names; `auto` is cuda if available, else the CPU.
 
     Raises:
-        UserError: there is no such device.
+        UserError: if there is no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -199,5 +234,5 @@ def find_device(name: str) -> torch.device:
 
 
 def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
-    """The arithmetic of the forward passes that a recipe asks for."""
+    """The autocast context for the forward passes, by the recipe's precision."""
     return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16")

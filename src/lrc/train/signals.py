@@ -1,4 +1,4 @@
-"""Ending a run cleanly on Ctrl-C and SIGTERM."""
+"""End a run cleanly on Ctrl-C and SIGTERM."""
 
 import signal
 import threading
@@ -8,7 +8,7 @@ from types import FrameType
 
 
 class StopRequest:
-    """Whether the run was asked to end after its present step."""
+    """Whether the run should stop after its current step."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -19,9 +19,9 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Take the first SIGINT or SIGTERM as a request to stop; a second one acts at once.
+    """Treat the first SIGINT or SIGTERM as a request to stop; a second one acts at once.
 
-    Signals can be handled in the main thread only; elsewhere the request stays false.
+    Only the main thread can handle signals. In other threads the request stays false.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -1,10 +1,10 @@
-"""Starts that runs share, so that a comparison solves each of them once.
+"""Starts that runs share, so that a comparison solves each start once.
 
-A start hangs on the teacher, the student, the method, `initialize`, the text and the seed, not on
-how the run goes on: tries of several learning rates begin from the same one.
+A start depends on the teacher, the student, the method, `initialize`, the text and the seed, but
+not on the training after it. So trials of several learning rates share one start.
 
     FOLDER/KEY/step-00000000/   the start, as a checkpoint
-    FOLDER/KEY/seconds.json     what it took to solve
+    FOLDER/KEY/seconds.json     the time to solve it
 """
 
 import hashlib
@@ -22,38 +22,38 @@ from lrc.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from lrc.train.setup import Setup, new_state
+from lrc.train.setup import Setup, load_state, new_state, state_of
 
 SECONDS = "seconds.json"
 
 
 @dataclass(frozen=True)
 class Starts:
-    """Starts from calibration tokens, kept in a folder."""
+    """A folder of starts from calibration tokens."""
 
     folder: Path
 
     def keep(self, setup: Setup, recipe: Recipe, seconds: tuple[float, float]) -> None:
-        """Keep the start of a method that was just initialized.
+        """Save the start of a method that was just initialized.
 
         Args:
             setup: the run before its first step.
             recipe: its recipe.
-            seconds: those that the start took, and those of the teacher's layers alone.
+            seconds: the seconds of the start, and of the teacher's layers alone.
         """
         if not setup.method.calibration_tokens():
-            return  # solved in no time
+            return  # such a start takes no time
         key = start_key(setup, recipe)
-        setup.state.method = setup.method.state()
-        with suppress(UserError):  # another process keeps the same start, or the disk is full
+        setup.state.method = state_of(setup.method)
+        with suppress(UserError):  # another process saves the same start, or the disk is full
             write_text(self.folder / key / SECONDS, json.dumps(seconds))
             save_checkpoint(self.folder / key, setup.state, key, keep=1)
 
     def fill(self, setup: Setup, recipe: Recipe) -> tuple[float, float] | None:
-        """Bring a new run to the start that was kept for runs like it.
+        """Bring a new run to the start that was saved for runs like it.
 
         Returns:
-            The seconds that were kept with it; None where there is none, or it is damaged.
+            The seconds that were saved with it; None if there is no start or it is damaged.
         """
         key = start_key(setup, recipe)
         path = checkpoint_folder(self.folder / key, 0)
@@ -62,16 +62,16 @@ class Starts:
         try:
             header, tensors = read_checkpoint(path, key)
             solving, forward = json.loads((self.folder / key / SECONDS).read_text())
-            setup.method.load_state(header.get("method", {}))
+            load_state(setup.method, header.get("method", {}))
             setup.state = new_state(setup.method, recipe)
             fill_parameters(setup.state, path, tensors)
-        except Exception:  # whatever a damaged start makes of it: it is solved again
+        except Exception:  # a damaged start can cause any error; it is solved again
             return None
         return solving, forward
 
 
 def start_key(setup: Setup, recipe: Recipe) -> str:
-    """What a run's start hangs on, as a checksum."""
+    """A checksum of everything that a run's start depends on."""
     names = {"teacher", "student", "method", "initialize", "data"}
     sections = recipe.model_dump(mode="json", include=names)
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}

@@ -1,8 +1,8 @@
-"""Metrics sent to TensorBoard, Weights & Biases or trackio, where a recipe asks for it.
+"""Send metrics to TensorBoard, Weights & Biases or trackio, if the recipe asks for it.
 
-`train.report_to` is transformers' convention. Nothing is sent by default, metrics.jsonl is always
-written, and a run that is resumed goes on in the same log. Where a service sends things to is left
-to its own environment variables (WANDB_PROJECT, WANDB_MODE, TRACKIO_PROJECT, ...).
+`train.report_to` follows transformers' convention. By default nothing is sent. metrics.jsonl is
+always written. A resumed run continues in the same log. Each service's own environment variables
+(WANDB_PROJECT, WANDB_MODE, TRACKIO_PROJECT, ...) decide where it sends data.
 """
 
 import json
@@ -18,25 +18,25 @@ from lrc.system.errors import UserError
 from lrc.system.files import read_json, write_text
 
 PROJECT = "low-rank-clone"
-"""Where runs are put unless an environment variable names another project."""
+"""Default project of the runs; an environment variable may name another."""
 
 
 class Tracker(Protocol):
-    """Where metrics are sent."""
+    """A destination for metrics."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take the values of one step."""
+        """Record the values of one step."""
 
     def close(self) -> None:
-        """Send what is left."""
+        """Send what is pending."""
 
 
 @contextmanager
 def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
-    """Open the trackers that a run's recipe names, at the step that it goes on from.
+    """Open the trackers that a run's recipe names, at the step that the run continues from.
 
     Raises:
-        UserError: one does not start.
+        UserError: if one does not start.
     """
     trackers: list[Tracker] = []
     try:
@@ -49,8 +49,8 @@ def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
 
 
 def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, float]:
-    """What is sent of a line of metrics.jsonl: its numbers in groups, as transformers names them,
-    numbers by source one by one, and the clone loss by term."""
+    """The values to send of a line of metrics.jsonl: its numbers in groups, named as in
+    transformers, one number per source, and the clone loss by term."""
     values: dict[str, float] = {}
     for name, value in line.items():
         if name in ("step", CLONE_LAYERS) or isinstance(value, str):
@@ -71,7 +71,7 @@ class TensorBoard:
     def __init__(self, run: Run, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        # Steps beyond the checkpoint were logged by a stretch that was cut off: they come again.
+        # An interrupted process logged steps beyond the checkpoint. They are logged again.
         purge = step + 1 if step else None
         self._writer: Any = SummaryWriter(run.folder / "tensorboard", purge_step=purge)
         if not step:
@@ -103,7 +103,7 @@ class Wandb:
             )
         except wandb.errors.Error as error:
             raise UserError(
-                f"Weights & Biases did not start ({error}): run `wandb login`, or set "
+                f"Weights & Biases did not start ({error}). Run `wandb login`, or set "
                 "WANDB_MODE=offline."
             ) from error
 
@@ -139,12 +139,12 @@ OPENERS: dict[str, Callable[[Run, int], Tracker]] = {
     "wandb": Wandb,
     "trackio": Trackio,
 }
-"""What opens a tracker, by its name in recipes."""
+"""Trackers by their names in recipes."""
 
 
 def tracker_id(run: Run) -> str:
-    """The run's name with a tracking service: drawn once and kept in the run's folder."""
+    """The run's ID at a tracking service: drawn once and kept in the run's folder."""
     path = run.folder / "trackers.json"
     if not path.is_file():
         write_text(path, json.dumps({"id": secrets.token_hex(4)}))
-    return str(read_json(path, "remove it to begin a new log").get("id"))
+    return str(read_json(path, "remove it to start a new log").get("id"))

@@ -1,32 +1,52 @@
-"""Initialization of the projections, one small file per method.
+"""How the projections start, one small file each.
 
 `random` is the paper's. `closed-form` solves the projections from a few thousand tokens of the
-training text and starts with a far lower loss (see `lrc.cloning.start.closed_form.solve`). `pca` is
-the simple baseline for it, from the same tokens.
+training text and starts with a far lower loss (`lrc.cloning.start.closed_form.solve`). `pca` is the
+simple baseline for it, from the same tokens.
+
+To add a start, write a file with a function like `random_start`, and add its line to `STARTS` and
+its name to `InitializeSection.method` in `lrc.recipe.sections`.
 """
 
 from collections.abc import Callable
-from functools import partial
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lrc.cloning.method import Progress, StartReport
 from lrc.cloning.projection import Projections
-from lrc.cloning.start.closed_form.solve import solve_projections
-from lrc.cloning.start.pca import pca_projections
-from lrc.cloning.start.random import initialize_random
+from lrc.cloning.start.closed_form.solve import closed_form_start
+from lrc.cloning.start.pca import pca_start
+from lrc.cloning.start.random import random_start
+from lrc.cloning.start.start import Start
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
 
-__all__ = [
-    "initialize",
-    "initialize_from_text",
-    "initialize_random",
-    "pca_projections",
-    "solve_projections",
-]
+__all__ = ["STARTS", "initialize"]
+
+
+@dataclass(frozen=True)
+class StartMethod:
+    """A way to start."""
+
+    solve: Callable[[Projections, InitializeSection, Tensor, Progress | None], Start]
+    """Returns the start, given the projections that it is for, the recipe's section, calibration
+    tokens, int64 [sequences, length], and a function that gets the number of completed parts and
+    their total."""
+
+    reads_text: bool = True
+    """Whether it needs calibration tokens."""
+
+
+STARTS = {
+    "closed-form": StartMethod(closed_form_start),
+    "pca": StartMethod(pca_start),
+    "random": StartMethod(random_start, reads_text=False),
+}
+"""Every start by its name in a recipe."""
 
 
 class Projected(Protocol):
@@ -41,54 +61,29 @@ def initialize(
     method: Projected,
     section: InitializeSection,
     ids: Tensor,
-    progress: Callable[[int, int], None] | None = None,
-) -> float:
-    """Initialize a method's projections as the recipe says.
+    progress: Progress | None = None,
+) -> StartReport:
+    """Initialize a method's projections and its final gain as the recipe says, in place.
 
     Args:
-        method: the method; its projections and gains are set in place.
+        method: the method.
         section: the recipe's section.
         ids: calibration tokens, int64 [sequences, length]; not used by `random`.
-        progress: function that gets the number of completed layers and the total.
-
-    Returns:
-        Seconds that the teacher's layers alone take to run once over the tokens; 0 for `random`.
-    """
-    if section.method == "random":
-        initialize_random(method.projections, section.std, section.seed)
-        return 0.0
-    return initialize_from_text(method, section.method, ids, progress, section.refine_epochs)
-
-
-def initialize_from_text(
-    method: Projected,
-    way: str,
-    ids: Tensor,
-    progress: Callable[[int, int], None] | None = None,
-    refine_epochs: int = 0,
-) -> float:
-    """Solve a method's projections and final gain from calibration tokens, in place.
-
-    Args:
-        way: `closed-form` or `pca`; the other arguments and the result are those of `initialize`.
-        refine_epochs: as in `lrc.cloning.start.closed_form.solve.solve_projections`; ignored by
-            `pca`.
+        progress: gets the number of completed parts and their total.
 
     Raises:
         UserError: if the disk has no room for the calibration's streams.
     """
     projections, teacher = method.projections, method.teacher
-    shared_head = "head" not in projections.values
-    solve = (
-        pca_projections if way == "pca" else partial(solve_projections, refine_epochs=refine_epochs)
-    )
-    start = solve(teacher, ids, projections.hidden_size, shared_head, progress)
+    start = STARTS[section.method].solve(projections, section, ids, progress)
     with torch.no_grad():
         for site in projections.sites:
             value = start.projections[site.projection]
-            if site.norm and not site.folded:  # solved for folded gains
+            if start.folded and site.norm and not site.folded:
                 value = teacher.gain(site.norm)[:, None] * value
             projections.values[site.projection].copy_(value)
-        final = method.model.get_submodule(teacher.family.final_norm).get_parameter("weight")
-        final.copy_(start.final_gain - teacher.family.gain_offset)
-    return start.forward_seconds
+        if start.final_gain is not None:
+            norm = method.model.get_submodule(teacher.family.final_norm)
+            final = norm.get_parameter("weight")
+            final.copy_(start.final_gain - teacher.family.gain_offset)
+    return StartReport(start.forward_seconds)

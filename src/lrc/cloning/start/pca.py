@@ -13,12 +13,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrc.cloning.projection import projection_key
+from lrc.cloning.method import Progress
+from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.start import Start
 from lrc.model.families import LINEARS, READERS
 from lrc.model.teacher import Teacher
+from lrc.recipe.sections import InitializeSection
+
+
+def pca_start(
+    projections: Projections, section: InitializeSection, ids: Tensor, progress: Progress | None
+) -> Start:
+    """The start of a recipe (`STARTS`)."""
+    shared_head = "head" not in projections.values
+    return pca_projections(projections.teacher, ids, projections.hidden_size, shared_head, progress)
 
 
 @torch.no_grad()

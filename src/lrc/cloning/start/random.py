@@ -1,13 +1,21 @@
 """The paper's start: every projection drawn from normal(0, std)."""
 
 import torch
+from torch import Tensor
 
+from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections
+from lrc.cloning.start.start import Start
+from lrc.recipe.sections import InitializeSection
 
 
-def initialize_random(projections: Projections, std: float, seed: int) -> None:
-    """Draw every projection [d_T, d_S] from normal(0, std), the same on every device."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in projections.values.values():
-            value.copy_(torch.randn(value.shape, generator=generator) * std)
+def random_start(
+    projections: Projections, section: InitializeSection, ids: Tensor, progress: Progress | None
+) -> Start:
+    """Draw every projection [d_T, d_S], the same on every device."""
+    generator = torch.Generator().manual_seed(section.seed)
+    drawn = {
+        key: torch.randn(value.shape, generator=generator) * section.std
+        for key, value in projections.values.items()
+    }
+    return Start(drawn, final_gain=None, folded=False)

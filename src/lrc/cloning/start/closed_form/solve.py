@@ -33,7 +33,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.cloning.projection import projection_key
+from lrc.cloning.method import Progress
+from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Calibration, TeacherLayer, input_of
 from lrc.cloning.start.closed_form.head import (
@@ -51,6 +52,7 @@ from lrc.cloning.start.closed_form.refine import Ffn, Target, refine_ffn
 from lrc.cloning.start.start import Start
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.teacher import Teacher
+from lrc.recipe.sections import InitializeSection
 
 FFN_READERS = "gate", "up"
 
@@ -62,6 +64,21 @@ some of the first tokens loses these sequences. With more first tokens it misses
 RESTART = 8
 """Tokens at the end of a calibration sequence that restart at position 0, for one more first
 token."""
+
+
+def closed_form_start(
+    projections: Projections, section: InitializeSection, ids: Tensor, progress: Progress | None
+) -> Start:
+    """The start of a recipe (`STARTS`)."""
+    shared_head = "head" not in projections.values
+    return solve_projections(
+        projections.teacher,
+        ids,
+        projections.hidden_size,
+        shared_head,
+        progress,
+        refine_epochs=section.refine_epochs,
+    )
 
 
 @torch.no_grad()
