@@ -1,5 +1,5 @@
-# `make quickstart` clones a small teacher; `make test` passes the tests. Both set up everything that
-# they need in .venv, and are quick the second time.
+# `make quickstart` clones a small teacher; `make test` runs the tests. Both set up everything they
+# need in .venv. The second time, they start quickly.
 
 PYTHON ?= python3.11
 BIN := .venv/bin

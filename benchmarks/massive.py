@@ -6,7 +6,7 @@ layer after which the ratio of the teacher's largest activation to its median is
 token is missed if its norm there is less than 0.3 of the teacher's. A token is invented if its norm
 is at least 8 times the teacher's median and the teacher's is not.
 
-    lrc init my.yaml --out runs/start
+    lrc compress my.yaml --out runs/start
     python benchmarks/massive.py runs/start runs/trained
 """
 

@@ -1,13 +1,13 @@
-"""The losses of every step, and the student, of tiny runs of everything there is.
+"""Record the losses of every step, and the student, of tiny runs that cover the whole package.
 
-A change that is to change no number is right if this prints the same before and after it:
+Use it to check that a refactoring changes no number. Its output must be the same before and after:
 
     python scripts/trajectories.py before.json                  on the commit before
     python scripts/trajectories.py after.json --compare before.json
 
-Every family, method, start, release and switch of the objective, on random teachers of two layers;
-six steps of two micro-batches through the real command line, on one thread. Compare on one machine
-with the same versions: other ones add up in another order. Two minutes.
+It runs every family, method, start, release and switch of the objective on random teachers of two
+layers, for six steps of two micro-batches, through the real command line, on one thread. Compare on
+one machine with the same versions, because others sum in another order. It takes two minutes.
 """
 
 import argparse
@@ -67,7 +67,7 @@ STUDENTS: dict[str, dict[str, Any]] = {
 
 
 def cases() -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
-    """Name, family, whether the teacher ties its embedding, and settings of every run."""
+    """Name, family, whether the teacher ties its embedding, and settings of each run."""
     for family in FAMILIES:
         for tied in (False, True):
             for start in STARTS:
@@ -93,7 +93,7 @@ def cases() -> Iterator[tuple[str, str, bool, dict[str, Any]]]:
 
 
 def teacher(family: str, tied: bool, folder: Path) -> None:
-    """A random teacher in a folder, no two of whose widths are the same."""
+    """Save a random teacher in a folder. All its widths are different."""
     config = CONFIG_MAPPING[family](
         hidden_size=24,
         intermediate_size=40,
@@ -126,7 +126,7 @@ def teacher(family: str, tied: bool, folder: Path) -> None:
 
 
 def text(path: Path) -> None:
-    """Documents of different lengths."""
+    """Write documents of different lengths."""
     lines = (
         " ".join(f"w{3 + (7 * d + i * i) % (WORDS - 3)}" for i in range(20 + 3 * (d % 17)))
         for d in range(60)
@@ -135,7 +135,7 @@ def text(path: Path) -> None:
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Sections with settings changed."""
+    """The sections with changed settings."""
     found = dict(base)
     for name, value in changes.items():
         found[name] = {**base.get(name, {}), **value} if isinstance(value, dict) else value
@@ -143,7 +143,7 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Losses of every step of a run, and a checksum of its student."""
+    """Run a case; return the losses of every step and a checksum of the student."""
     place = folder / f"{family}-{tied}"
     if not place.exists():
         teacher(family, tied, place)
@@ -192,9 +192,9 @@ def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("out", type=Path, help="where to write them, as JSON")
-    parser.add_argument("--compare", type=Path, help="those of another commit")
-    parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("out", type=Path, help="JSON file to write")
+    parser.add_argument("--compare", type=Path, help="JSON file of another commit to compare with")
+    parser.add_argument("--only", default="", help="run only the cases whose name contains this")
     arguments = parser.parse_args()
     found = {}
     with tempfile.TemporaryDirectory() as place:
@@ -208,9 +208,9 @@ def main() -> None:
     if arguments.compare:
         theirs = json.loads(arguments.compare.read_text())
         changed = [name for name, value in found.items() if theirs.get(name) != value]
-        print(f"{len(found) - len(changed)} of {len(found)} runs are the same, bit by bit.")
+        print(f"{len(found) - len(changed)} of {len(found)} runs are bit-identical.")
         if changed:
-            raise SystemExit("Others: " + ", ".join(changed))
+            raise SystemExit("Different: " + ", ".join(changed))
 
 
 if __name__ == "__main__":

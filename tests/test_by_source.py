@@ -285,7 +285,7 @@ def test_command_line(
     def lrc(*shards: str) -> int:
         shape = ["--teacher", recipe.teacher.model, "--hidden-size", "8", "--out"]
         settings = [f"--set=data.shards={json.dumps(shards)}", "--set=data.sequence_length=16"]
-        arguments = ["init", *shape, str(tmp_path / "run"), *settings]
+        arguments = ["compress", *shape, str(tmp_path / "run"), *settings]
         monkeypatch.setattr(sys, "argv", ["lrc", *arguments])
         with pytest.raises(SystemExit) as end:
             main()

@@ -61,7 +61,7 @@ TYPOS = [
     ("train", "quickstart", "--teacher", "package:no-such"),
     ("train", "quickstart", "--text", "no-such.txt"),
     ("train", "quickstart", "--set", "train.report_to=wandb"),
-    ("init", "quickstart", "--set", "initialize.method=zeros"),
+    ("compress", "quickstart", "--set", "initialize.method=zeros"),
     ("resume", "no-such"),
     ("compare", "fst"),
     ("data", "build", "no-such.yaml", "out"),
@@ -428,3 +428,10 @@ def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:
     shutil.rmtree(tmp_path / "run")
     code, _, errors = lrc("train", "--text", data / names[1], *arguments)
     assert code == 0, errors
+
+
+def test_the_former_name_of_compress_says_the_new_one(lrc: Command) -> None:
+    code, output, errors = lrc("init", "quickstar")
+    assert code == 2
+    assert "`lrc init` is now called `lrc compress`." in output
+    assert "There is no recipe 'quickstar'" in errors

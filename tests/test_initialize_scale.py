@@ -284,10 +284,10 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(recipe))
     whole, layers = Run(tmp_path / "whole", None), Run(tmp_path / "layers", None)
-    code, _, errors = lrc("init", file, "--out", whole.folder)
+    code, _, errors = lrc("compress", file, "--out", whole.folder)
     assert code == 0, errors
     code, printed, errors = lrc(
-        "init", file, "--set", "teacher.load=layers", "--out", layers.folder
+        "compress", file, "--set", "teacher.load=layers", "--out", layers.folder
     )
     assert code == 0, errors
     assert "calibration / teacher forward" in printed
@@ -304,7 +304,7 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
     low = Run(tmp_path / "low", None)
     low_layers = ["--set", "teacher.load=layers", "--set", "teacher.dtype=bfloat16"]
-    code, _, errors = lrc("init", file, *low_layers, "--out", low.folder)
+    code, _, errors = lrc("compress", file, *low_layers, "--out", low.folder)
     assert code == 0, errors
     assert low.student().dtype == torch.float32
     assert abs(low.summary()["student_held_out_lm"] - theirs["student_held_out_lm"]) < 0.05

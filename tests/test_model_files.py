@@ -144,7 +144,7 @@ def test_the_command_line_refuses_it_in_every_command(
     shape = ["--teacher", folder, "--hidden-size", 8, "--text", text, "--out", out]
     for command in (
         ("train", *shape),
-        ("init", *shape, "--set", "teacher.load=layers"),
+        ("compress", *shape, "--set", "teacher.load=layers"),
         ("info", folder),
         ("generate", folder, "Once"),
         ("eval", folder, "--tasks", "heldout", "--teacher", folder, "--text", text, "--out", out),

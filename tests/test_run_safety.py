@@ -386,7 +386,7 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, lrc: Command) 
     for change, command in (
         ({"--teacher": tmp_path / "none"}, "train"),
         ({"--hidden-size": 7}, "train"),
-        ({"--hidden-size": 99}, "init"),
+        ({"--hidden-size": 99}, "compress"),
         ({"--text": tmp_path / "none.txt"}, "train"),
         ({"--text": tmp_path / "teacher" / "config.json"}, "train"),
     ):
@@ -444,7 +444,7 @@ def test_what_is_not_the_weights_costs_no_student(
     monkeypatch.setattr(closing, broken, fails)
     run = new_run(tmp_path)
     train(run, TextConsole(width=300), tiny_teacher("llama"))
-    assert "could not be made (cannot); the student is complete" in capsys.readouterr().out
+    assert "(cannot); the student is complete" in capsys.readouterr().out
     assert same(run, ended)
     assert run.summary()["student_held_out_lm"] == ended.summary()["student_held_out_lm"]
     package.Run.open(run.folder).student()

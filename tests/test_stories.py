@@ -239,7 +239,7 @@ def test_no_two_steps_are_alike(workshop: Workshop) -> None:
 def test_sigterm_ends_after_the_step(workshop: Workshop, endings: dict[str, Ending]) -> None:
     ending = endings["stopped"]
     assert ending.code == 128 + signal.SIGTERM
-    assert f"Stopped after step {ending.steps}; go on with `lrc resume" in ending.told
+    assert f"Stopped after step {ending.steps}; continue with `lrc resume" in ending.told
 
 
 def test_sigkill_leaves_checkpoints_alone(endings: dict[str, Ending]) -> None:

@@ -4,7 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrc.api import clone
+    from lrc.api import clone, compare, compress, evaluate, export, prune, resume
     from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
@@ -17,6 +17,12 @@ _HOME = {
     "UserError": "lrc.system.errors",
     "as_teacher": "lrc.model.teacher",
     "clone": "lrc.api",
+    "compare": "lrc.api",
+    "compress": "lrc.api",
+    "evaluate": "lrc.api",
+    "export": "lrc.api",
+    "prune": "lrc.api",
+    "resume": "lrc.api",
     "load_recipe": "lrc.recipe",
     "load_teacher": "lrc.model.teacher",
 }
@@ -29,8 +35,14 @@ __all__ = [
     "__version__",
     "as_teacher",
     "clone",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
     "load_recipe",
     "load_teacher",
+    "prune",
+    "resume",
 ]
 
 

@@ -1,38 +1,69 @@
-"""The Python interface: a clone in one call."""
+"""The Python interface: what the command line does, as functions."""
 
+import hashlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lrc.model.teacher import Teacher
+from lrc.exporting.formats import Dtype, Format
+from lrc.model.teacher import Teacher, as_teacher
 from lrc.preflight import check_recipe, need_whole_teacher
-from lrc.recipe import make_recipe
+from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run, default_folder
+from lrc.system.checksums import cache_root
 from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
+from lrc.system.files import new_file
 from lrc.train import train
+from lrc.train.prune import prune_recipe
+from lrc.train.session import initialize_only
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from lrc.comparison.results import Results
+    from lrc.evaluation.results import Evaluation
+
+StrPath = str | os.PathLike[str]
+
+OnStep = Callable[[dict[str, Any]], None]
+"""Gets the metrics of every optimizer step, as in metrics.jsonl."""
+
+Text = StrPath | Sequence[StrPath] | Iterable[str] | Iterable[Mapping[str, Any]]
+"""Training text: a path or `stdlib-docs`; a list or tuple of these; a data set of `datasets` (a
+`Dataset` or an `IterableDataset`); or any other iterable of documents as strings."""
+
+CHARACTERS_PER_TOKEN, CHARACTERS = 16, 1_000_000
+"""Text objects are read up to this many characters for every token that a run trains on, far more
+than any tokenizer needs, and at least up to this many in all. They may be endless."""
 
 
 def clone(
-    teacher: str | os.PathLike[str] | Teacher,
+    teacher: "StrPath | Teacher | PreTrainedModel",
     *,
     hidden_size: int,
-    text: str | Sequence[str] | None = None,
-    out: str | Path | None = None,
+    text: Text | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
+    on_step: OnStep | None = None,
     quiet: bool = False,
 ) -> Run:
     """Clone a teacher into a student of a smaller hidden size.
 
     Args:
-        teacher: a hub id, a folder, a .gguf file, `package:NAME`, or a loaded `lrc.Teacher`.
+        teacher: a hub id, a folder, a .gguf file, `package:NAME`, a loaded `lrc.Teacher`, or a
+            loaded transformers model, which needs its `tokenizer`.
         hidden_size: d_S; even, and smaller than the teacher's.
-        text: sources of the training text: files, folders, or `stdlib-docs`; None if `settings`
-            name shards or a stream instead.
-        out: the run's folder; default: a new one in `runs/`.
-        settings: other recipe settings by dotted key, such as `{"train.tokens": 500_000}`.
-        quiet: whether to print nothing.
+        text: the training text (`Text`). None: `settings` names shards or a stream.
+        tokenizer: the tokenizer of a teacher that is a transformers model.
+        out: the run's folder; default: a new one below `runs/`.
+        settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
+        on_step: called after every optimizer step.
+        quiet: print nothing.
 
     Returns:
         The run; `run.student()` is the model and `run.summary()` its figures.
@@ -40,24 +71,285 @@ def clone(
     Raises:
         UserError: if a setting, the teacher or the text is not usable.
     """
-    loaded = teacher if isinstance(teacher, Teacher) else None
-    if loaded is None and not isinstance(teacher, str | os.PathLike):
-        raise UserError(
-            f"The teacher is a {type(teacher).__name__}. Give its name or folder, or wrap a loaded "
-            "model with lrc.as_teacher(model, tokenizer, name)."
-        )
-    name = loaded.name if loaded else os.fspath(teacher)  # type: ignore[arg-type]
-    recipe = make_recipe(
-        {
-            "teacher": {"model": name},
-            "student": {"hidden_size": hidden_size},
-            "data": {"text": text or []},
-        },
-        settings or {},
+    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
+    need_whole_teacher(run.recipe)
+    train(run, TextConsole(quiet=quiet), loaded, report=not quiet, on_step=on_step)
+    return run
+
+
+def compress(
+    teacher: "StrPath | Teacher | PreTrainedModel",
+    *,
+    hidden_size: int,
+    text: Text | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    out: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Compress a teacher without training: only the start of a clone.
+
+    Arguments, return value and errors are those of `clone`. `resume` trains the run further.
+    """
+    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
+    initialize_only(run, TextConsole(quiet=quiet), loaded)
+    return run
+
+
+def resume(
+    run: Run | StrPath,
+    *,
+    teacher: "Teacher | PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    on_step: OnStep | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Continue a run from its newest intact checkpoint, exactly where it stopped.
+
+    Args:
+        run: the run or its folder.
+        teacher: the loaded teacher, if the run began with one.
+        tokenizer: its tokenizer, if the teacher is a transformers model.
+        on_step: called after every optimizer step.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if the run cannot be continued.
+    """
+    opened = run if isinstance(run, Run) else Run.open(run)
+    loaded = None if teacher is None else _loaded(teacher, tokenizer, opened.recipe.teacher.model)
+    train(opened, TextConsole(quiet=quiet), loaded, report=not quiet, on_step=on_step)
+    return opened
+
+
+def export(
+    model: Run | StrPath,
+    out: StrPath,
+    *,
+    dtype: str | None = None,
+    format: str | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write the student of a run as a plain transformers folder, or as a GGUF file.
+
+    Args:
+        model: a run or its folder, finished or not; for GGUF also any model, named like a teacher.
+        out: a new folder, or a new file whose name ends in .gguf.
+        dtype: element type of the weights, in torch's or llama.cpp's words; None: as trained.
+        format: `safetensors` or `gguf`; None: as the name of `out` says.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if the run has no checkpoint, or the output cannot be written.
+    """
+    from lrc.train.export_run import export_model
+
+    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    kinds = _choice(Dtype, dtype, "dtype"), _choice(Format, format, "format")
+    export_model(name, Path(out), *kinds, TextConsole(quiet=quiet))
+    return Path(out)
+
+
+def evaluate(
+    model: Run | StrPath,
+    *,
+    tasks: Sequence[str] | None = None,
+    compare: Sequence[str] = (),
+    out: StrPath | None = None,
+    limit: int | None = None,
+    data: StrPath | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    quiet: bool = False,
+) -> "Evaluation":
+    """Evaluate a model on benchmarks of lm-evaluation-harness, alone or beside others.
+
+    Args:
+        model: a run, its folder, or a model named like a teacher.
+        tasks: names, tags and patterns of the harness, `paper` (default) and `heldout`.
+        compare: more models, or `teacher` for the run's teacher.
+        out: the folder for the results; default: `evaluation/` in the run's folder, or one below
+            `evaluations/`.
+        limit: rows of each task; None: all.
+        data: folder of JSONL files that replace the harness's data sets.
+        batch_size: sequences per forward pass.
+        device: `auto`, or a device as in torch.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if a model, a task or its data is not found or not usable.
+    """
+    from lrc.evaluation.evaluation import PAPER, EvaluationSettings, results_folder
+    from lrc.evaluation.evaluation import evaluate as run_evaluation
+    from lrc.train.setup import find_device
+
+    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    settings = EvaluationSettings(
+        tasks=tuple(tasks or (PAPER,)),
+        limit=limit,
+        data=None if data is None else Path(data),
+        batch_size=batch_size,
+        device=str(find_device(device)),
     )
-    need_whole_teacher(recipe)
+    folder = Path(out) if out else results_folder(name, "evaluation", "evaluations")
+    return run_evaluation(name, list(compare), settings, folder, TextConsole(quiet=quiet))
+
+
+def prune(
+    model: Run | StrPath,
+    *,
+    ratio: float,
+    text: StrPath | Sequence[StrPath] | None = None,
+    recover: str | None = None,
+    tokens: int | None = None,
+    out: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Run:
+    """Remove the attention heads and FFN neurons of a model that matter least (LLM-Pruner).
+
+    Args:
+        model: a run, its folder, or a model named like a teacher.
+        ratio: share of all parameters to remove.
+        text: text for calibration and recovery; None: the run's.
+        recover: what is trained afterwards: `full`, `lora` or None for nothing.
+        tokens: training tokens of the recovery.
+        out: folder of the new run; default: a new one below `runs/`.
+        settings: other settings of the recipe by dotted key.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if the model or the text is not found, or a setting is not usable.
+    """
+    from lrc.model.teacher import short_name
+
+    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    recipe = prune_recipe(name, ratio, _paths(text), recover, tokens, settings or {})
+    folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
+    run = Run.create(folder, recipe)
+    check_recipe(recipe)
+    (train if recover else initialize_only)(run, TextConsole(quiet=quiet))
+    return run
+
+
+def compare(
+    comparison: StrPath,
+    *,
+    out: StrPath | None = None,
+    only: Sequence[str] = (),
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> "Results":
+    """Train several systems on the same budget, each at its best learning rate.
+
+    Args:
+        comparison: a comparison's YAML file, or a shipped one by its name.
+        out: the comparison's folder, new or from an earlier start; default: one below `runs/`.
+        only: names of the entries to run now; none: all.
+        settings: settings of the base recipe by dotted key.
+        quiet: print nothing.
+
+    Raises:
+        UserError: if the comparison or one of its recipes has mistakes.
+    """
+    from lrc.comparison import compare as run_comparison
+    from lrc.comparison import load_comparison
+
+    folder = Path(out) if out else Path("runs") / f"compare-{Path(comparison).stem}"
+    loaded = load_comparison(comparison, settings or {})
+    return run_comparison(loaded, folder, TextConsole(quiet=quiet), only)
+
+
+def _new_run(
+    teacher: "StrPath | Teacher | PreTrainedModel",
+    hidden_size: int,
+    text: Text | None,
+    tokenizer: "PreTrainedTokenizerBase | None",
+    out: StrPath | None,
+    settings: Mapping[str, Any] | None,
+) -> tuple[Run, Teacher | None]:
+    """A new run, and its teacher if that is loaded already."""
+    loaded = None if isinstance(teacher, str | os.PathLike) else _loaded(teacher, tokenizer)
+    name = loaded.name if loaded else os.fspath(teacher)  # type: ignore[arg-type]
+    base = {"teacher": {"model": name}, "student": {"hidden_size": hidden_size}}
+    given = dict(settings or {})
+    is_object = not (text is None or isinstance(text, str | os.PathLike | list | tuple))
+    data = {"text": ["-"]} if is_object else {"text": _paths(text)}  # type: ignore[arg-type]
+    recipe = make_recipe({**base, "data": data}, given)
+    if is_object:
+        file = _written(text, recipe)  # type: ignore[arg-type]
+        recipe = make_recipe({**base, "data": {"text": [str(file)]}}, given)
     run = Run.create(Path(out) if out else default_folder(recipe), recipe)
     if loaded is None:
         check_recipe(recipe)
-    train(run, TextConsole(quiet=quiet), loaded, report=not quiet)
-    return run
+    return run, loaded
+
+
+def _loaded(
+    teacher: "Teacher | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    name: str | None = None,
+) -> Teacher:
+    """A loaded teacher, wrapped if it is a transformers model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(teacher, Teacher):
+        return teacher
+    if not isinstance(teacher, PreTrainedModel):
+        raise UserError(
+            f"The teacher is a {type(teacher).__name__}: give its name or folder, a transformers "
+            "model with its tokenizer, or a loaded lrc.Teacher."
+        )
+    if tokenizer is None:
+        raise UserError("A teacher that is a transformers model needs its tokenizer: give both.")
+    known = name or getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
+    return as_teacher(teacher, tokenizer, known)
+
+
+def _paths(text: StrPath | Sequence[StrPath] | None) -> list[str]:
+    """Paths of text as strings."""
+    if text is None:
+        return []
+    paths = [text] if isinstance(text, str | os.PathLike) else text
+    return [os.fspath(path) for path in paths]
+
+
+def _written(text: Iterable[Any], recipe: Recipe) -> Path:
+    """A text object as a JSONL file in the cache, named by its content."""
+    field, train = recipe.data.text_field, recipe.train
+    wanted = train.tokens + recipe.initialize.calibration_tokens
+    wanted += train.eval_sequences * recipe.data.sequence_length
+    needed = CHARACTERS_PER_TOKEN * wanted / (1 - recipe.data.held_out_fraction)
+    left = max(CHARACTERS, needed)
+    folder = cache_root(recipe.data.cache) / "texts"
+    digest, written = hashlib.sha256(), folder / f"{secrets.token_hex(8)}.jsonl"
+    with new_file(written) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in text:
+            document = row.get(field) if isinstance(row, Mapping) else row
+            if not isinstance(document, str):
+                raise UserError(
+                    f"The text holds a {type(document).__name__}: give strings, or rows with text "
+                    f"in '{field}' (data.text_field)."
+                )
+            line = json.dumps({field: document}) + "\n"
+            digest.update(line.encode())
+            file.write(line)
+            left -= len(document)
+            if left < 0:
+                break
+    return written.replace(folder / f"{digest.hexdigest()[:16]}.jsonl")
+
+
+def _choice(kind: Any, value: str | None, name: str) -> Any:
+    """A member of an enumeration.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if value is None:
+        return None
+    try:
+        return kind(value)
+    except ValueError:
+        names = ", ".join(member.value for member in kind)
+        raise UserError(f"{name} is '{value}': choose one of {names}.") from None

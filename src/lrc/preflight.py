@@ -45,7 +45,7 @@ def need_whole_teacher(recipe: Recipe) -> None:
     """
     if recipe.teacher.load == "layers":
         raise UserError(
-            "teacher.load: layers is for `lrc init`, but training needs the whole teacher in "
+            "teacher.load: layers is for `lrc compress`, but training needs the whole teacher in "
             "memory: set teacher.load to full (for a started run, in recipe.yaml in its folder)."
         )
 

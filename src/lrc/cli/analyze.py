@@ -89,7 +89,7 @@ def neurons(
     """
     from lrc.analysis.neuron_tables import draw_layers, markdown, table
     from lrc.analysis.neurons import NeuronSettings, analyze_neurons
-    from lrc.cli.evaluate import folder_for
+    from lrc.evaluation.evaluation import results_folder
     from lrc.system.files import write_text
     from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
@@ -111,7 +111,7 @@ def neurons(
         dtype=dtype or "auto",
         device=str(find_device(device)),
     )
-    folder = out or folder_for(model, "analysis", "analyses")
+    folder = out or results_folder(model, "analysis", "analyses")
     result = analyze_neurons(model, teacher, settings, folder, console)
     write_text(folder / "neurons.md", markdown(result))
     draw_layers(result, folder / "neurons.png")

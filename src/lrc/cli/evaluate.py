@@ -82,7 +82,7 @@ def evaluate(
         return
     if model is None:
         raise UserError("Give the model to evaluate, or --published for the paper's results.")
-    from lrc.evaluation.evaluation import EvaluationSettings, evaluate
+    from lrc.evaluation.evaluation import EvaluationSettings, evaluate, results_folder
     from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
 
@@ -98,7 +98,7 @@ def evaluate(
         dtype=dtype or "auto",
         device=str(find_device(device)),
     )
-    folder = out or folder_for(model, "evaluation", "evaluations")
+    folder = out or results_folder(model, "evaluation", "evaluations")
     evaluation = evaluate(model, compare or [], settings, folder, console)
     for table in result_tables(evaluation):
         console.print(table)
@@ -108,20 +108,3 @@ def evaluate(
         console.print(METRIC_NOTE)
     where = f"results.json and results.md are in {folder}."
     console.print(where)
-
-
-def folder_for(model: str, in_run: str, elsewhere: str) -> Path:
-    """Choose the folder for a model's results: inside its run's folder, or below `elsewhere`.
-
-    Args:
-        model: the user's name for the model.
-        in_run: name of the results folder inside a run's folder.
-        elsewhere: parent of the results folders of all other models.
-    """
-    from lrc.run import is_run
-
-    path = Path(model)
-    if is_run(path):
-        return path / in_run
-    name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
-    return Path(elsewhere) / name.rpartition("/")[2]

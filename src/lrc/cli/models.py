@@ -7,20 +7,9 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from lrc.exporting.formats import Dtype, Format
 from lrc.system.console import console, quiet_libraries
 from lrc.system.errors import UserError
-
-
-class Dtype(StrEnum):
-    """Element types of exported weights, by their names in torch and in llama.cpp."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    f32 = "f32"
-    bf16 = "bf16"
-    f16 = "f16"
-    q8_0 = "q8_0"
 
 
 class TorchDtype(StrEnum):
@@ -29,17 +18,6 @@ class TorchDtype(StrEnum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"
-
-
-TORCH_NAMES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
-LLAMA_NAMES = {torch: llama for llama, torch in TORCH_NAMES.items()}
-
-
-class Format(StrEnum):
-    """What an export is for."""
-
-    safetensors = "safetensors"
-    gguf = "gguf"
 
 
 ModelArgument = Annotated[
@@ -73,47 +51,10 @@ def export(
     * `lrc export runs/mine my-student-q8_0.gguf --dtype q8_0`
     * `lrc export my-student my-student.gguf` (any model folder, hub id or .gguf file)
     """
-    import torch
-
-    from lrc.run import Run
-    from lrc.train.export_run import export_run
+    from lrc.train.export_run import export_model
 
     quiet_libraries()
-    if format is Format.gguf or (format is None and out.suffix == ".gguf"):
-        _export_gguf(model, out, dtype)
-        return
-    if out.suffix == ".gguf":
-        raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
-    if dtype is Dtype.q8_0:
-        raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
-    element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
-    step = export_run(Run.open(Path(model)), out, console, element)
-    console.print(f"The student of step {step} is in {out}.")
-
-
-def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
-    from gguf import GGMLQuantizationType
-
-    from lrc.exporting.gguf_file import convert_to_gguf
-    from lrc.run import Run, is_run
-    from lrc.train.export_run import export_run_gguf
-    from lrc.train.progress import phase
-
-    if out.suffix != ".gguf":
-        raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
-    if out.exists():
-        raise UserError(f"{out} already exists: choose a new name for the file.")
-    kind = GGMLQuantizationType[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
-    if is_run(Path(model)):
-        step, notes = export_run_gguf(Run.open(Path(model)), out, console, kind)
-        told = f"The student of step {step} is in {out}."
-    else:
-        with phase(console, f"Writing {out}") as detail:
-            notes = convert_to_gguf(model, out, kind, detail)
-        told = f"{model} is in {out}."
-    for note in notes:
-        console.print(f"Note: {note}", style="yellow")
-    console.print(told)
+    export_model(model, out, dtype, format, console)
 
 
 def info(

@@ -1,4 +1,4 @@
-"""`lrc train`, `lrc init` and `lrc resume`."""
+"""`lrc train`, `lrc compress` and `lrc resume`."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -67,7 +67,7 @@ def train(
     carry_out(run, train)
 
 
-def init(
+def compress(
     recipe: RecipeArgument = None,
     settings: Settings = None,
     teacher: TeacherOption = None,
@@ -80,9 +80,9 @@ def init(
 
     Examples:
 
-    * `lrc init quickstart`
-    * `lrc init my.yaml --set initialize.calibration_tokens=65536 --out runs/start`
-    * `lrc init my.yaml --set teacher.load=layers` (a teacher larger than memory, layer by layer)
+    * `lrc compress quickstart`
+    * `lrc compress my.yaml --set initialize.calibration_tokens=65536 --out runs/start`
+    * `lrc compress my.yaml --set teacher.load=layers` (a teacher larger than memory)
 
     `lrc resume` then trains the student.
     """
@@ -90,6 +90,20 @@ def init(
     from lrc.train.session import initialize_only
 
     carry_out(run, initialize_only)
+
+
+def init(
+    recipe: RecipeArgument = None,
+    settings: Settings = None,
+    teacher: TeacherOption = None,
+    hidden_size: HiddenSize = None,
+    text: Text = None,
+    method: MethodOption = None,
+    out: Out = None,
+) -> None:
+    """The former name of `lrc compress`."""
+    console.print("`lrc init` is now called `lrc compress`.", style="yellow")
+    compress(recipe, settings, teacher, hidden_size, text, method, out)
 
 
 def resume(

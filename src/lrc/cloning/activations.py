@@ -1,8 +1,8 @@
-"""Collecting the activations to clone from both models, by hooks on their linear maps.
+"""Collect the activations to clone from both models with hooks on their linear maps.
 
 The clone loss needs the outputs of q, k, v, gate and up before rotary embedding and activation
-function, and those of the attention block (after o) and of the FFN (after down). All are outputs of
-linear maps, so one kind of hook on the teacher's and the student's own modules gives them.
+function, and the outputs of the attention block (after o) and of the FFN (after down). All of them
+are outputs of linear maps, so one kind of hook on the modules of both models collects them.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,15 +18,15 @@ LinearSite = tuple[int, str]
 """Layer and name of a linear map (one of `lrc.model.families.LINEARS`)."""
 
 Observer = Callable[[LinearSite, Tensor, Tensor], Tensor]
-"""Called with the place, the linear map's input and its output, each [batch, sequence, width];
-returns the output that the model goes on with."""
+"""Called with the site and with the linear map's input and output, each [batch, sequence, width].
+Returns the output that the model continues with."""
 
 
 @contextmanager
 def observe(
     model: nn.Module, family: Family, places: Iterable[LinearSite], observer: Observer
 ) -> Iterator[None]:
-    """While the context is open, show every forward pass through the given linear maps."""
+    """While the context is open, observe every forward pass of the given linear maps."""
     handles = []
     try:
         for layer, name in places:

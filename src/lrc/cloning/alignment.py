@@ -1,4 +1,4 @@
-"""Learned matrices that carry a student's activations to the teacher's width."""
+"""Learned matrices that map a student's activations to the teacher's width."""
 
 from collections.abc import Iterable
 
@@ -12,13 +12,13 @@ from lrc.model.families import WRITERS
 from lrc.model.teacher import Teacher
 
 STD = 0.02
-"""Standard deviation of their start, as TinyBERT's."""
+"""Standard deviation of their initial values, as in TinyBERT."""
 
 
 def new_alignment(
     teacher: Teacher, student: PreTrainedModel, names: Iterable[str], seed: int
 ) -> dict[str, nn.Parameter]:
-    """Alignment matrices [d_S, d_T] by name, drawn from normal(0, 0.02), the same on every
+    """Alignment matrices [d_S, d_T] by name, drawn from normal(0, 0.02); they are the same on every
     device."""
     generator = torch.Generator().manual_seed(seed)
     shape = student.config.hidden_size, teacher.hidden_size
@@ -33,13 +33,13 @@ def new_alignment(
 def writer_alignment(
     teacher: Teacher, student: PreTrainedModel, places: Iterable[LinearSite], seed: int
 ) -> dict[str, nn.Parameter]:
-    """A matrix for every place that writes to the residual stream."""
+    """Alignment matrices for the linear maps that write to the residual stream."""
     names = [_key(place) for place in places if place[1] in WRITERS]
     return new_alignment(teacher, student, names, seed)
 
 
 def align(output: Tensor, alignment: dict[str, nn.Parameter], place: LinearSite) -> Tensor:
-    """The student's output [b, s, d_S] of a place at the teacher's width, [b, s, d_T]."""
+    """Map the student's output [b, s, d_S] of a linear map to the teacher's width, [b, s, d_T]."""
     return output @ alignment[_key(place)].to(output.dtype)
 
 

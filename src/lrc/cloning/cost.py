@@ -1,7 +1,7 @@
-"""What an optimizer step costs in floating-point operations, from the shapes (docs/cost.md).
+"""The floating-point operations of an optimizer step, computed from the shapes (docs/cost.md).
 
-A multiply and an add are two operations. Only matrix products are counted: at any useful size all
-else is a matter of memory traffic.
+A multiply and an add are two operations. Only matrix products are counted. At any useful size,
+memory traffic limits everything else.
 """
 
 import time
@@ -16,7 +16,7 @@ from lrc.recipe.sections import ObjectiveSection
 
 @dataclass(frozen=True)
 class Widths:
-    """The widths of a decoder that decide its cost."""
+    """The widths of a decoder that determine its cost."""
 
     hidden: int
     layers: int
@@ -62,29 +62,29 @@ def step_flops(
         teacher: widths of the teacher.
         student: widths of the student.
         tied: whether the student ties its LM head to its embedding.
-        tokens: tokens of the step, all micro-batches together.
-        sequence: tokens of a sequence.
-        objective: which losses are on.
-        vocab: token ids in use, where the embedding is padded beyond.
-        released: whether the student's own weights are trained, not projections.
+        tokens: tokens per step, over all micro-batches.
+        sequence: tokens per sequence.
+        objective: the enabled losses.
+        vocab: number of token ids in use, if the embedding has padding rows.
+        released: whether the student's own weights are trained instead of projections.
     """
     layers = teacher.layers
 
     def attention(widths: Widths) -> int:
-        """Scores and weighted values of full [sequence, sequence] matrices, of which a causal
-        kernel needs half: 2 * 2 * sequence * attention, halved."""
+        """Scores and weighted values: 2 * 2 * sequence * attention for full [sequence, sequence]
+        matrices, halved because a causal kernel needs half of them."""
         return 2 * sequence * widths.attention * widths.layers
 
     terms = set(objective.clone.enabled()) if objective.alpha else set()
-    # Projecting the teacher's outputs: forward, and the gradient of the projection.
+    # Projection of the teacher's outputs: forward, and the gradient of the projection.
     written = (2 if released else 4) * teacher.hidden * student.hidden
     clone = written if "down" in terms else 0
     if "o" in terms:
-        # In the teacher's space: o applied to the student's heads, and the gradient of the heads.
+        # In the teacher's space: its o on the student's heads, and the gradient of the heads.
         in_teacher = 4 * teacher.hidden * teacher.attention
         clone += in_teacher if objective.attn_out == "teacher" else written
     vocab = vocab or teacher.vocab
-    heads = 2 * 3 * vocab * student.hidden  # logits, gradients of states and of the head
+    heads = 2 * 3 * vocab * student.hidden  # logits, gradients of the states and of the head
     if objective.kl_weight:
         heads += 2 * vocab * teacher.hidden
     vocabulary_weights = (1 if tied else 2) * teacher.vocab * teacher.hidden
@@ -102,7 +102,7 @@ def step_flops(
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Measured operations per second of a large matrix product, the best of a few tries."""
+    """Measured operations per second of a large matrix product, the best of eight trials."""
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = 0.0

@@ -1,17 +1,18 @@
-"""The trainable projections P_m and how the student's weights come out of them.
+"""The trainable projections P_m, and the student's weights computed from them.
 
 For a teacher weight W_T in torch's [out, in] layout (paper section 3.1):
 
 * q, k, v, gate, up, embedding and LM head read or span the residual stream: W_S = W_T P_m;
 * o and down write to it: W_S = P_m^T W_T (and a bias b_T becomes P_m^T b_T).
 
-Every P_m is [d_T, d_S]. With folded gains a reader's weight is W_T diag(g) P_m, g being the
-teacher's RMSNorm gain that the reader sees; this reaches the same students as W_T P_m.
+Every P_m is [d_T, d_S]. With folded gains, a reader's weight is W_T diag(g) P_m, where g is the
+gain of the teacher's RMSNorm before the reader. This reaches the same students as W_T P_m.
 
-Cost: the weights are projected once an optimizer step. The student's parameters are leaves, so
-the gradients of any number of micro-batches gather on them, and at the end of the step they are
-brought to the P_m at once: grad P = W_T^T grad W_S, or W_T grad W_S^T. Weights and gradients keep
-their memory from step to step: new blocks of it every step would break up the heap.
+Cost: the weights are projected once per optimizer step. The student's parameters are leaves, so
+they accumulate the gradients of any number of micro-batches. At the end of the step, these become
+the gradients of the P_m in one pass: grad P = W_T^T grad W_S, or W_T grad W_S^T. Weights and
+gradients keep their memory from step to step, because new allocations in every step would fragment
+the heap.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ from lrc.recipe.sections import StudentSection
 
 @dataclass(frozen=True)
 class Site:
-    """One projected weight: where it stands in teacher and student, and what projects it."""
+    """One projected weight: its path in teacher and student, and its projection."""
 
     path: str
     """Module path, the same in teacher and student."""
@@ -38,19 +39,19 @@ class Site:
     """Key of its projection: `embedding`, `head` or `layers.<i>.<linear map>`."""
 
     writes: bool = False
-    """Whether it writes to the residual stream (projected on its output side)."""
+    """Whether it writes to the residual stream (and is projected on its output side)."""
 
     norm: str | None = None
-    """Module path of the norm whose output it alone reads with its projection, if any."""
+    """Module path of the norm whose output it reads, if it does not share its projection."""
 
     folded: bool = False
-    """Whether that norm's gain is multiplied into the weight before it is projected."""
+    """Whether the weight is multiplied by that norm's gain before it is projected."""
 
 
 def sites(teacher: Teacher, student: StudentSection) -> list[Site]:
     """All projected weights, embedding first.
 
-    The LM head is left out where the student ties it to the embedding.
+    The LM head is omitted if the student ties it to the embedding.
     """
     family, fold = teacher.family, student.fold_gains
     found = [Site(family.embedding, "embedding")]
@@ -75,13 +76,13 @@ def projection_key(layer: int, name: str) -> str:
 
 
 def project(weight: Tensor, projection: Tensor, writes: bool, out: Tensor | None = None) -> Tensor:
-    """The student's weight.
+    """Project a teacher weight to the student's weight.
 
     Args:
         weight: W_T; [out, d_T] for a reader, [d_T, in] (or a bias, [d_T]) for a writer.
         projection: P_m, [d_T, d_S].
         writes: whether the weight writes to the residual stream.
-        out: where to write it; None: a new tensor, differentiable in the projection.
+        out: the tensor to write to; None: a new one, differentiable with respect to the projection.
 
     Returns:
         W_T P_m [out, d_S], or P_m^T W_T [d_S, in] (or [d_S]).
@@ -92,11 +93,11 @@ def project(weight: Tensor, projection: Tensor, writes: bool, out: Tensor | None
 
 
 def projection_gradient(weight: Tensor, gradient: Tensor, writes: bool) -> Tensor:
-    """The gradient of `project` in the projection, [d_T, d_S].
+    """The gradient of `project` with respect to the projection, [d_T, d_S].
 
     Args:
         weight: W_T, as in `project`.
-        gradient: that of the student's weight, of its shape.
+        gradient: the gradient of the student's weight, of the same shape.
         writes: whether the weight writes to the residual stream.
     """
     weight = weight.to(gradient.dtype)
@@ -106,10 +107,10 @@ def projection_gradient(weight: Tensor, gradient: Tensor, writes: bool) -> Tenso
 
 
 class Projections:
-    """The projections of a student, and the writing of its weights.
+    """The projections of a student, which also write its weights.
 
-    `values` maps keys to the P_m, each [d_T, d_S]; they start at zero, for `lrc.cloning.start` to
-    fill. They are float32 at least, whatever the teacher's dtype.
+    `values` maps keys to the P_m, each [d_T, d_S]. They are zero until `lrc.cloning.start` fills
+    them. They are at least float32, whatever the teacher's dtype.
     """
 
     def __init__(self, teacher: Teacher, student: StudentSection) -> None:
@@ -137,15 +138,15 @@ class Projections:
                 project(weight, projection, site.writes, out=student.get_parameter(name).data)
 
     def freeze(self, keys: Iterable[str]) -> None:
-        """Let go of all projections but those of some keys, and train these no more."""
+        """Freeze the projections of the given keys, and drop all others."""
         self.values = {key: self.values[key] for key in keys}
         for value in self.values.values():
             value.requires_grad_(False)
             value.grad = None
 
     def forget_gradients(self, student: PreTrainedModel) -> None:
-        """Set the gradients of the student's projected weights to zero, before the first of a
-        step's backward passes."""
+        """Set the gradients of the student's projected weights to zero. Call it before the first
+        backward pass of a step."""
         for _, name, _ in self._weights():
             parameter = student.get_parameter(name)
             if parameter.grad is None:
@@ -154,7 +155,7 @@ class Projections:
                 parameter.grad.zero_()
 
     def backward(self, student: PreTrainedModel) -> None:
-        """Bring the gradients gathered on the student's weights to the projections."""
+        """Add the gradients of the projections, from those accumulated on the student's weights."""
         with torch.no_grad(), self._full_precision():
             for site, name, weight in self._weights():
                 gradient = student.get_parameter(name).grad
@@ -167,11 +168,11 @@ class Projections:
                 value.grad = moved if value.grad is None else value.grad.add_(moved)
 
     def _full_precision(self) -> torch.autocast:
-        """Keeps an autocast around the step from the projections' products."""
+        """Disable any surrounding autocast for the products of the projections."""
         return torch.autocast(self.teacher.model.device.type, enabled=False)
 
     def _weights(self) -> Iterator[tuple[Site, str, Tensor]]:
-        """Every projected parameter: its site, its name in the student, and the teacher's."""
+        """Every projected parameter: its site, its name in the student, the teacher's tensor."""
         for site in self.sites:
             module = self.teacher.model.get_submodule(site.path)
             for name, _ in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""Activations that are computed again in the backward pass, to save memory."""
+"""Recompute activations in the backward pass to save memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +13,17 @@ from lrc.model.families import Family
 
 
 def recompute_layers(student: PreTrainedModel) -> None:
-    """Let a student run its layers again in the backward pass (`train.gradient_checkpointing`)."""
+    """Make a student rerun its layers in the backward pass (`train.gradient_checkpointing`)."""
     student.activation_checkpointing_enable({"use_reentrant": False})
     for module in student.modules():
-        # transformers recomputes layers that are in training mode. What is inside them, dropouts
-        # above all, stays in evaluation mode.
+        # transformers recomputes layers that are in training mode. The modules inside them,
+        # especially dropouts, stay in evaluation mode.
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
 
 
 class _Kept:
-    """What an FFN keeps of a forward pass, and what it computes again."""
+    """What an FFN keeps of a forward pass, and how it recomputes the rest."""
 
     def __init__(self, activation: nn.Module, gate: Tensor) -> None:
         self.activation, self.gate = activation, gate.detach()
@@ -37,18 +37,18 @@ class _Kept:
 
     @torch.no_grad()
     def activated(self) -> Tensor:
-        """Asked for after the product, where that is asked for at all."""
+        """The activation. If the product is needed too, it is computed first."""
         activated, self._activated = self._activated, None
         return self.activation(self.gate) if activated is None else activated
 
 
 class RecomputedFfn:
-    """An FFN, down(activation(gate(x)) * up(x)), that keeps the outputs of gate and up for the
-    backward pass, and computes the activation and the product again from them. It keeps two numbers
-    a token and neuron of six, for one more pass of the activation function and one more product.
+    """Make an FFN, down(activation(gate(x)) * up(x)), recompute the activation and the product in
+    the backward pass. It keeps only the outputs of gate and up, which are two of six numbers per
+    token and neuron. The cost is one more pass of the activation function and one more product.
 
     Args:
-        student: the model. Not to be used with `recompute_layers`.
+        student: the model. It must not use `recompute_layers` too.
         family: its family.
         layer: the FFN's decoder layer.
     """
@@ -69,9 +69,9 @@ class RecomputedFfn:
         self._saving: saved_tensors_hooks | None = None
         self._kept: _Kept | None = None
         self._again: dict[int, Callable[[], Tensor]] = {}
-        """How to compute a tensor again, by its address."""
+        """Functions that recompute a tensor, by its address."""
         self._alive: list[Tensor] = []
-        """These tensors, so that no other gets the address of one while the FFN runs."""
+        """These tensors, kept so that no other tensor gets their address while the FFN runs."""
 
     def _begin(self, *_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -86,7 +86,7 @@ class RecomputedFfn:
             self._saving = None
 
     def _activate(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        if self._saving is not None:  # not in a backward pass while the context is open
+        if self._saving is not None:  # false in a backward pass, where the context is closed
             self._kept = _Kept(module, inputs[0])
             self._forget(output, self._kept.activated)
 

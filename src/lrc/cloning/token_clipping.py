@@ -1,9 +1,9 @@
-"""`train.token_grad_clip`: no single token rules a step.
+"""`train.token_grad_clip`: keep single tokens from dominating a step.
 
-A token on the brink of a massive activation has a gradient hundreds of times as large as others:
-clipping the whole gradient then leaves that token alone, and a step as long as any other throws it,
-and those like it, across the brink, from where no gradient brings them back, since the norm that
-follows takes their size away. So what each token sends back through a linear map is bounded by a
+A token that is close to a massive activation has a gradient hundreds of times as large as others.
+If the whole gradient is clipped, little else is left in it. A step of the usual length then gives
+this token and similar ones massive activations. No gradient brings them back, because the next norm
+removes their size. So this bounds the gradient that each token sends back through a linear map by a
 multiple of the median. Not from the paper.
 """
 
@@ -14,12 +14,12 @@ from lrc.model.precision import upcast_dtype
 
 
 def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
-    """Let the backward pass clip the gradient at an output of a linear map, token by token.
+    """Clip the gradient at the output of a linear map per token in the backward pass.
 
     Args:
-        output: [batch, sequence, width]. Without a gradient nothing happens.
-        spared: tokens that are not clipped, bool [batch, sequence]: the first ones of sequences,
-            since everything that follows rests on them.
+        output: [batch, sequence, width]. Nothing happens if it needs no gradient.
+        spared: tokens not to clip, bool [batch, sequence]: the first tokens of sequences, because
+            everything after depends on them.
         limit: as in `clip_tokens`.
     """
     if output.requires_grad:
@@ -27,13 +27,13 @@ def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
 
 
 def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:
-    """A gradient whose tokens' norms are at most `limit` times their median, over the tokens that
-    have one.
+    """Clip the norm of each token's gradient at `limit` times the median over the tokens with a
+    nonzero gradient.
 
     Args:
         gradient: [batch, sequence, width].
-        spared: tokens that are left as they are, bool [batch, sequence].
-        limit: in medians.
+        spared: tokens not to clip, bool [batch, sequence].
+        limit: the largest norm, in medians.
     """
     norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
     largest = limit * norms.where(norms > 0, torch.nan).nanmedian()

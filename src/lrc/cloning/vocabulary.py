@@ -1,4 +1,4 @@
-"""The losses over the vocabulary, KL + LM, as the methods share them."""
+"""The losses over the vocabulary, KL + LM, which the methods share."""
 
 import torch
 from torch import Tensor
@@ -20,16 +20,15 @@ def kl_and_lm_losses(
     counts: Counts,
     objective: ObjectiveSection,
 ) -> StepLosses:
-    """Divergence and LM losses of a micro-batch. Without the teacher there is no divergence.
+    """The divergence and LM losses of a micro-batch. Without the teacher, there is no divergence.
 
     Args:
         teacher: the teacher.
         student: the student.
-        teacher_hidden: the teacher's last hidden state [b, s, d_T]; None where the KL has no
-            weight.
+        teacher_hidden: the teacher's last hidden state [b, s, d_T]; None if the KL has no weight.
         student_hidden: the student's, [b, s, d_S].
         batch: the tokens.
-        counts: what the losses are averaged over.
+        counts: the numbers of tokens and labels to average over.
         objective: weights, temperature and chunk size.
     """
     mask = batch.token_mask()

@@ -28,6 +28,7 @@ from lrc.evaluation.results import HELD_OUT, Evaluation, KeptResults, ModelResul
 from lrc.evaluation.subject import Subject, find_subjects
 from lrc.evaluation.tables import markdown
 from lrc.model.teacher import load_model, load_teacher
+from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import is_left_over, is_taken, write_text
@@ -246,3 +247,18 @@ def _said(text: str, result: TaskResult) -> str:
     if result.truncated:
         line += f"; {result.truncated:,} prompts were cut to the model's context"
     return line
+
+
+def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
+    """Choose the folder for a model's results: inside its run's folder, or below `elsewhere`.
+
+    Args:
+        model: the user's name for the model.
+        in_run: name of the results folder inside a run's folder.
+        elsewhere: parent of the results folders of all other models.
+    """
+    path = Path(model)
+    if is_run(path):
+        return path / in_run
+    name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
+    return Path(elsewhere) / name.rpartition("/")[2]

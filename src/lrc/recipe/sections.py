@@ -34,7 +34,7 @@ class TeacherSection(Section):
 
     load: Literal["full", "layers"] = "full"
     """`layers`: leave the decoder layers in their safetensors files and read one at a time. This is
-    for `lrc init` with a teacher that does not fit in memory. Training needs `full`."""
+    for `lrc compress` with a teacher that does not fit in memory. Training needs `full`."""
 
     tie_head: bool = False
     """Use the teacher's embedding as its LM head too. This is for files that hold one matrix twice

@@ -7,10 +7,11 @@ from gguf import GGMLQuantizationType as Kind
 from rich.console import Console
 
 from lrc.exporting.card import front_matter, model_card
-from lrc.exporting.gguf_file import About, kind_of, write_gguf
+from lrc.exporting.formats import LLAMA_NAMES, TORCH_NAMES, Dtype, Format
+from lrc.exporting.gguf_file import About, convert_to_gguf, kind_of, write_gguf
 from lrc.exporting.plain import export_student
 from lrc.model.teacher import describe_teacher, short_name
-from lrc.run import Run
+from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken
 from lrc.train.checkpoint import list_checkpoints
@@ -18,6 +19,52 @@ from lrc.train.closing import best_effort
 from lrc.train.inputs import check_inputs
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
+
+
+def export_model(
+    model: str, out: Path, dtype: Dtype | None, format: Format | None, console: Console
+) -> None:
+    """Write the student of a run, or for GGUF any model, and report where it is.
+
+    Args:
+        model: a run's folder, or a model named like a teacher.
+        out: a new folder, or a new file whose name ends in .gguf.
+        dtype: element type of the weights; None: as trained.
+        format: the format; None: as the name of `out` says.
+        console: where progress, notes and the result are shown.
+
+    Raises:
+        UserError: if the format does not fit the name or the element type, the name is taken, the
+            run has no checkpoint, or the disk is full.
+    """
+    if format is Format.gguf or (format is None and out.suffix == ".gguf"):
+        _export_gguf(model, out, dtype, console)
+        return
+    if out.suffix == ".gguf":
+        raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
+    if dtype is Dtype.q8_0:
+        raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
+    element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
+    step = export_run(Run.open(Path(model)), out, console, element)
+    console.print(f"The student of step {step} is in {out}.")
+
+
+def _export_gguf(model: str, out: Path, dtype: Dtype | None, console: Console) -> None:
+    if out.suffix != ".gguf":
+        raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
+    if out.exists():
+        raise UserError(f"{out} already exists: choose a new name for the file.")
+    kind = Kind[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
+    if is_run(Path(model)):
+        step, notes = export_run_gguf(Run.open(Path(model)), out, console, kind)
+        result = f"The student of step {step} is in {out}."
+    else:
+        with phase(console, f"Writing {out}") as detail:
+            notes = convert_to_gguf(model, out, kind, detail)
+        result = f"{model} is in {out}."
+    for note in notes:
+        console.print(f"Note: {note}", style="yellow")
+    console.print(result)
 
 
 def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | None = None) -> int:

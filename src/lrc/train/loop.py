@@ -6,7 +6,7 @@ It uses a method only through the interface in `lrc.cloning.method`.
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -44,6 +44,10 @@ TEACHER_BY_SOURCE = "teacher_held_out_lm_by_source"
 """Key of the teacher's held-out losses in the first line of metrics, if the text has sources."""
 
 
+OnStep = Callable[[dict[str, Any]], None]
+"""Gets the metrics of every optimizer step."""
+
+
 @dataclass
 class Loop:
     """The part of a run that one process trains."""
@@ -67,6 +71,8 @@ class Loop:
     first_step: int = 0
     """The step that this process continued from."""
     trackers: list[Tracker] = field(default_factory=list)
+    on_step: OnStep | None = None
+    """Called after every step, once its metrics are written."""
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
@@ -107,6 +113,8 @@ class Loop:
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
                     self._log(line | changed)
+                if self.on_step is not None:
+                    self.on_step(line | changed)
                 if self._due(recipe.train.checkpoint_every) or self._minutes_are_over():
                     self._save()
             if not checkpoint_folder(self.run.checkpoints, setup.state.step).exists():
@@ -342,7 +350,7 @@ def count(batches: Sequence[Batch]) -> Counts:
 
 
 def _rounded(value: Any) -> Any:
-    """Round the numbers of a list to five digits, more than a plot shows. Keep a scalar as it is."""
+    """Round the numbers of a list to five digits, more than a plot shows; keep a scalar."""
     if isinstance(value, list):
         return [float(f"{v:.5g}") if isinstance(v, float) else _rounded(v) for v in value]
     return value

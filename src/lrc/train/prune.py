@@ -39,7 +39,7 @@ def prune_recipe(
     if recover and tokens is None:
         raise UserError("Recovery needs a token budget: give --tokens, or omit --recover.")
     if tokens is not None and not recover:
-        raise UserError("--tokens is only for recovery: also give --recover lora or --recover full.")
+        raise UserError("--tokens is only for recovery: add --recover lora or --recover full.")
     base: dict[str, Any] = {"data": {}, "train": {}}
     if is_run(Path(model)):
         run = Run.open(Path(model))

@@ -19,7 +19,7 @@ from lrc.system.errors import UserError, reason
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs
-from lrc.train.loop import Loop
+from lrc.train.loop import Loop, OnStep
 from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
@@ -100,6 +100,7 @@ def train(
     teacher: Teacher | None = None,
     report: bool = True,
     starts: Starts | None = None,
+    on_step: OnStep | None = None,
 ) -> dict[str, Any]:
     """Train a run to its last step, from its newest checkpoint or from the beginning.
 
@@ -109,6 +110,7 @@ def train(
         teacher: a teacher that is already loaded; None: the recipe's.
         report: whether to print the closing table and samples.
         starts: starts to share with other runs; None: share none.
+        on_step: called with the metrics of every step.
 
     Returns:
         The closing table, as in summary.json.
@@ -121,9 +123,10 @@ def train(
     need_whole_teacher(run.recipe)
     with run.hold():
         if has_ended(run):
-            console.print(f"{run.folder} has already ended; its student is in {run.student_folder}.")
+            console.print(f"{run.folder} has ended; its student is in {run.student_folder}.")
             return run.summary()
         loop = open_loop(run, console, teacher, starts)
+        loop.on_step = on_step
         stop = loop.go(run.recipe.steps())
         if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
             raise Interrupted(

@@ -1,7 +1,7 @@
-"""The activation clone: squared differences of the student's and the teacher's activations.
+"""The activation clone: squared differences between the student's and teacher's activations.
 
-A clone term is the mean squared difference over all elements of the tokens that count (paper
-section 3.2). Its fast path keeps one buffer for the backward pass: the difference.
+A clone term is the mean squared difference over all elements of the unmasked tokens (paper
+section 3.2). Its fast path keeps only one buffer for the backward pass: the difference.
 """
 
 from typing import Any
@@ -21,24 +21,22 @@ def clone_term(
     factors: tuple[Tensor, Tensor] | None = None,
     reuse_target_buffer: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Mean squared difference over the elements of the tokens that count (paper section 3.2).
+    """Mean squared difference over the elements of the unmasked tokens (paper section 3.2).
 
     Args:
         student: [batch, sequence, width].
-        target: the teacher's side, [batch, sequence, width]; differentiable too.
-        weight: what each token weighs, [batch, sequence], no gradient: a bool mask, or
-            `relative_weight`; None: all weigh 1.
+        target: the teacher's side, [batch, sequence, width]; may need a gradient too.
+        weight: weight of each token, [batch, sequence], no gradient: a bool mask, or
+            `relative_weight`; None: 1 for all tokens.
         tokens: number of tokens to average over.
-        factors: a_T [batch, sequence, d_T] without gradient and P [d_T, width], where the target
-            is their product, given without gradient. P gets its gradient, which is formed at once:
-            so a_T need not be kept until the backward pass.
-        reuse_target_buffer: whether the target, where it takes no gradient, may be overwritten: the
-        difference is
-            then kept in its memory.
+        factors: a_T [batch, sequence, d_T], no gradient, and P [d_T, width], if the target is their
+            product; the target itself must then need no gradient. P gets its gradient. The forward
+            pass computes it, so a_T need not be kept until the backward pass.
+        reuse_target_buffer: whether the difference may overwrite a target that needs no gradient.
 
     Returns:
-        The student's activation, for the model to go on with, and the loss, a scalar. Going on
-        with what is returned lets one pass add up the gradients of the loss and of the model.
+        The student's activation and the loss, a scalar. Let the model continue with the returned
+        activation: one pass then adds up the gradients of the loss and of the model.
     """
     scale = 1 / (tokens * student.shape[-1])
     source, projection = factors or (None, None)
@@ -48,19 +46,19 @@ def clone_term(
 
 
 def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
-    """Token weights that make a clone term a relative error: 1 / (m + median of m), m being the
+    """Token weights that make a clone term a relative error: 1 / (m + median of m), where m is the
     mean square of the teacher's side of a token.
 
-    A few tokens carry massive activations, hundreds of times the rest, which rule the plain mean
-    squared difference; here every token counts for about the same, and so does every layer. The
-    median is that of the micro-batch.
+    A few tokens have massive activations, hundreds of times the rest, and dominate the plain mean
+    squared difference. With these weights, all tokens and all layers count about the same. The
+    median is over the micro-batch.
 
     Args:
         target: the teacher's side, [batch, sequence, width].
-        mask: bool [batch, sequence], false where a token does not count; None: all count.
+        mask: bool [batch, sequence], false for tokens to ignore; None: use all.
 
     Returns:
-        Weights [batch, sequence], zero where masked, in float32 at least.
+        Weights [batch, sequence], zero for masked tokens, at least float32.
     """
     truth = upcast(target.detach())
     mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
@@ -70,8 +68,8 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class _SquaredDifference(torch.autograd.Function):
-    """scale * weighted sum of squared differences, keeping the difference alone for the backward
-    pass, and the gradient of the projection that the target came by."""
+    """scale * weighted sum of squared differences. Keeps only the difference for the backward pass,
+    and the gradient of the projection if the target comes from one."""
 
     @staticmethod
     def forward(
@@ -91,7 +89,7 @@ class _SquaredDifference(torch.autograd.Function):
         else:
             difference = upcast(student - target)
         weighted = difference if weight is None else difference * weight[..., None]
-        unit = None  # the gradient of the projection for a loss that counts once
+        unit = None  # the gradient of the projection for a loss gradient of 1
         if projection is not None and source is not None and ctx.needs_input_grad[2]:
             rows = weighted.flatten(0, -2).to(source.dtype)
             unit = -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
@@ -115,7 +113,7 @@ class _SquaredDifference(torch.autograd.Function):
 
 
 def naive_clone_term(student: Tensor, target: Tensor, weight: Tensor | None, tokens: int) -> Tensor:
-    """The loss of `clone_term` with all gradients left to autograd: its reference in tests."""
+    """The loss of `clone_term`, with all gradients from autograd: its reference in tests."""
     squares = (student - target).square().sum(-1)
     if weight is not None:
         squares = squares * weight

@@ -1,4 +1,4 @@
-"""What a divergence between teacher and student is given, and what it returns."""
+"""The interface of the divergences between teacher and student."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -7,34 +7,34 @@ from typing import NamedTuple
 from torch import Tensor
 
 LARGEST_EXPM1_ARGUMENT = 20.0
-"""Rows whose centered differences of scaled logits go beyond this use sums of logarithms, which are
-exact there. All other rows use e^d - 1, which is exact where both distributions nearly agree."""
+"""Rows with larger centered differences of scaled logits use sums of logarithms, which are exact
+there. All other rows use e^d - 1, which is exact when both distributions nearly agree."""
 
 
 class Rows(NamedTuple):
-    """Some rows of logits."""
+    """A block of rows of logits, with everything that a divergence needs."""
 
     logits: Tensor
-    """The student's, s, [n, vocab]. Not to be changed."""
+    """The student's, s, [n, vocab]. Must not be changed."""
     scaled_teacher: Tensor
     """The teacher's, t / T, [n, vocab]. May be overwritten."""
     temperature: float
     """T."""
     factor: Tensor
-    """What the gradient of each row is multiplied by, [n, 1]."""
+    """Factor for the gradient of each row, [n, 1]."""
     beta: float
-    """Weight of the teacher in a mixture of both, in (0, 1); only `jsd` has one."""
+    """Weight of the teacher in the mixture of both, in (0, 1); only `jsd` uses it."""
     buffers: tuple[Tensor, Tensor]
     """Two tensors [n, vocab] that may be overwritten."""
 
 
 DivergenceFunction = Callable[[Rows], tuple[Tensor, Tensor]]
-"""Returns the divergence of each row, [n, 1] in nats, and its gradient by s / T, times the factor,
-[n, vocab]."""
+"""Returns the divergence of each row in nats, [n, 1], and its gradient with respect to s / T, times
+the factor, [n, vocab]."""
 
 
 def find_divergence(name: str) -> DivergenceFunction:
-    """The divergence of a name (one of `lrc.recipe.sections.Divergence`)."""
+    """The divergence with a name (one of `lrc.recipe.sections.Divergence`)."""
     function: DivergenceFunction = import_module(f"lrc.cloning.objective.{name}").divergence
     return function
 

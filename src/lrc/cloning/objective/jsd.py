@@ -1,11 +1,11 @@
-"""The generalized Jensen-Shannon divergence, between both directions of KL.
+"""The generalized Jensen-Shannon divergence, which is between both directions of KL.
 
 JSD = beta KL(p || m) + (1 - beta) KL(q || m), with the mixture m = beta p + (1 - beta) q of the
-teacher's p and the student's q, as in GKD (arXiv 2306.13649). Its gradient by s / T is
+teacher's p and the student's q, as in GKD (arXiv 2306.13649). Its gradient with respect to s / T is
 (1 - beta) q (log(q / m) - KL(q || m)).
 
-With d, r and x = q / p - 1 formed as in `kl`, log(p / m) = -log(1 + (1 - beta) x), and nothing
-large is subtracted where p and q nearly agree. Rows that are far apart use log-probabilities.
+With d, r and x = q / p - 1 computed as in `kl`, log(p / m) = -log(1 + (1 - beta) x). This subtracts
+no large numbers when p and q nearly agree. Rows that are far apart use log-probabilities.
 """
 
 import math
@@ -40,7 +40,7 @@ def divergence(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def reference(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The same [n] from log-probabilities [n, vocab], gradients left to autograd."""
+    """The same [n] from log-probabilities [n, vocab], with gradients from autograd."""
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log(1 - beta))
     teacher = (log_p.exp() * (log_p - log_m)).sum(-1)
     student = (log_q.exp() * (log_q - log_m)).sum(-1)

@@ -1,10 +1,10 @@
 """KL(teacher || student), the paper's divergence.
 
-At T = 40 both distributions are almost flat and nearly equal, so the usual sum of p log(p / q)
-cancels to noise in float32. With d = (s - t) / T less its mean under p, the divergence is
-log(1 + sum p (e^d - 1)), and q - p = p (e^d - 1 - r) / (1 + r), where r is that sum: nothing large
-is subtracted. e^d - 1 = tanh(d / 2) (e^d + 1) is as exact as `expm1` and takes two thirds of its
-time on a CPU.
+At T = 40, both distributions are almost flat and nearly equal, so the usual sum of p log(p / q)
+cancels to noise in float32. Let d = (s - t) / T minus its mean under p, and r = sum p (e^d - 1).
+Then the divergence is log(1 + r), and q - p = p (e^d - 1 - r) / (1 + r). This subtracts no large
+numbers. e^d - 1 = tanh(d / 2) (e^d + 1) is as exact as `expm1` and takes two thirds of its time on
+a CPU.
 """
 
 import torch
@@ -18,7 +18,7 @@ def divergence(rows: Rows) -> tuple[Tensor, Tensor]:
     logits, scaled_teacher, factor = rows.logits, rows.scaled_teacher, rows.factor
     p, work = rows.buffers
     torch.sub(scaled_teacher, scaled_teacher.amax(-1, keepdim=True), out=p).exp_()
-    total = p.sum(-1, keepdim=True)  # p is divided by it where it has become a number a row
+    total = p.sum(-1, keepdim=True)  # divides sums over p, which are one number per row
     minus_d = scaled_teacher.sub_(logits, alpha=1 / rows.temperature)
     mean = torch.mul(p, minus_d, out=work).sum(-1, keepdim=True) / total
     far = (mean - minus_d.amin(-1, keepdim=True) > LARGEST_EXPM1_ARGUMENT)[:, 0]
@@ -48,5 +48,5 @@ def _usual_kl(scaled_student: Tensor, minus_d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def reference(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The same [n] from log-probabilities [n, vocab], gradients left to autograd."""
+    """The same [n] from log-probabilities [n, vocab], with gradients from autograd."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)

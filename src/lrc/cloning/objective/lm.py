@@ -7,16 +7,16 @@ from torch import Tensor
 def cross_entropy(
     logits: Tensor, labels: Tensor, lm_weight: float, count: int
 ) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of some rows, divided by the number of labels that it is averaged over.
+    """Cross-entropy of a block of rows, divided by the number of labels to average over.
 
     Args:
         logits: [n, vocab]; overwritten by the gradient of lm_weight * loss.
-        labels: next tokens, int64 [n]; negative where there is none.
+        labels: next tokens, int64 [n]; negative for rows without one.
         lm_weight: weight of the loss in the gradient.
-        count: labels that the loss is averaged over.
+        count: number of labels to average the loss over.
 
     Returns:
-        The loss, and the cross-entropy of each row [n], not divided, and 0 without a label.
+        The loss, and the cross-entropy of each row [n], not divided; 0 for rows without a label.
     """
     learned = labels >= 0
     safe = labels.clamp(min=0)[:, None]

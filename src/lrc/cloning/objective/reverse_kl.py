@@ -1,8 +1,8 @@
-"""KL(student || teacher), which holds the student to what the teacher finds likely.
+"""KL(student || teacher), which penalizes tokens that the teacher finds unlikely.
 
-With e = (s - t) / T less its mean under q, log q - log p - KL(q || p) = e exactly. So the gradient
-by s / T is q e, and the divergence is log(1 + sum q (exp(-e) - 1)), in which nothing large is
-subtracted. Sources: MiniLLM (arXiv 2306.08543), GKD (arXiv 2306.13649).
+With e = (s - t) / T minus its mean under q, log q - log p - KL(q || p) = e exactly. So the gradient
+with respect to s / T is q e, and the divergence is log(1 + sum q (exp(-e) - 1)), which subtracts no
+large numbers. Sources: MiniLLM (arXiv 2306.08543), GKD (arXiv 2306.13649).
 """
 
 import torch
@@ -25,5 +25,5 @@ def divergence(rows: Rows) -> tuple[Tensor, Tensor]:
 
 
 def reference(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
-    """The same [n] from log-probabilities [n, vocab], gradients left to autograd."""
+    """The same [n] from log-probabilities [n, vocab], with gradients from autograd."""
     return (log_q.exp() * (log_q - log_p)).sum(-1)

@@ -1,7 +1,7 @@
 """The losses over the vocabulary, D_T + LM, from the last hidden states of both models.
 
-Cost: the logits of at most `chunk_tokens` tokens exist at any time. Gradients are formed in the
-forward pass, chunk by chunk, so nothing is computed twice.
+Cost: at any time, only the logits of at most `chunk_tokens` tokens exist. The forward pass computes
+the gradients, chunk by chunk, so nothing is computed twice.
 """
 
 from typing import Any, NamedTuple
@@ -16,14 +16,14 @@ from lrc.cloning.objective.lm import cross_entropy
 from lrc.model.precision import upcast
 
 CACHED_LOGITS = 4 * 49_152
-"""Logits that a CPU's thread works on at once; with all that is formed beside them, 3 MB."""
+"""Logits that a CPU thread processes at once; 3 MB with all intermediate results."""
 
 
 class VocabularyLosses(NamedTuple):
     """Losses over the vocabulary, all scalars."""
 
     weighted: Tensor
-    """kl_weight * T^2 * D_T + lm_weight * LM; the one that carries gradients."""
+    """kl_weight * T^2 * D_T + lm_weight * LM; the only one with gradients."""
 
     divergence: Tensor
     """T^2 * D_T, without its weight."""
@@ -39,15 +39,15 @@ class VocabularyWeights(NamedTuple):
     lm_weight: float
     temperature: float
     tokens: int
-    """Tokens that the divergence is averaged over."""
+    """Number of tokens to average the divergence over."""
     labels: int
-    """Labels that the LM loss is averaged over."""
+    """Number of labels to average the LM loss over."""
     vocab: int
-    """Rows of the heads that are real tokens; rows beyond are padding and never count."""
+    """Number of real tokens in the heads. Rows beyond it are padding and never count."""
     chunk_tokens: int
-    """Tokens whose logits are held at once."""
+    """Number of tokens whose logits are in memory at once."""
     divergence: str = "kl"
-    """Name of D_T (`lrc.recipe.sections.Divergence`), which kl_weight weighs."""
+    """Name of D_T (`lrc.recipe.sections.Divergence`); its weight is kl_weight."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
 
@@ -62,18 +62,18 @@ def vocabulary_losses(
     weights: VocabularyWeights,
     token_lm: Tensor | None = None,
 ) -> VocabularyLosses:
-    """D_T and LM from the last hidden states of both models.
+    """Compute D_T and LM from the last hidden states of both models.
 
     Args:
         student_hidden: after the final norm, [n, d_S].
         student_head: [rows, d_S].
         teacher_hidden: after the final norm, [n, d_T], no gradient.
         teacher_head: [rows, d_T], no gradient.
-        labels: next tokens, int64 [n]; negative where there is none.
-        mask: bool [n], false where D_T does not count; None: all count.
+        labels: next tokens, int64 [n]; negative for tokens without one.
+        mask: bool [n], false for tokens that D_T ignores; None: use all.
         weights: loss weights, counts and chunk size.
-        token_lm: [n], overwritten by the cross-entropy of each token in nats, 0 where it has no
-            label; None: that is not wanted.
+        token_lm: [n], overwritten by the cross-entropy of each token in nats, 0 for tokens without
+            a label; None: do not return it.
     """
     losses = _Vocabulary.apply(  # type: ignore[no-untyped-call]
         student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, weights, token_lm
@@ -82,7 +82,7 @@ def vocabulary_losses(
 
 
 class _Vocabulary(torch.autograd.Function):
-    """`vocabulary_losses` with the gradients formed beside the losses."""
+    """`vocabulary_losses`, computing the gradients together with the losses."""
 
     @staticmethod
     def forward(
@@ -128,7 +128,7 @@ class _Vocabulary(torch.autograd.Function):
                     grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
                 else:
                     grad_head[: weights.vocab] += grad_logits.T @ hidden
-                del logits, scaled, grad_logits  # so that the next chunk's take their place
+                del logits, scaled, grad_logits  # so that the next chunk can use their memory
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(kl, lm)
         weighted = weights.kl_weight * kl + weights.lm_weight * lm
@@ -149,15 +149,15 @@ def _differentiate(
     weights: VocabularyWeights,
     token_lm: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """T^2 * D_T and LM of a chunk; its logits become the gradient of the weighted losses.
+    """T^2 * D_T and LM of a chunk. Overwrites its logits with the gradient of the weighted losses.
 
-    On a CPU the many passes over the vocabulary are done on a few rows at a time, which stay in the
-    cache from one pass to the next.
+    On a CPU, the many passes over the vocabulary process a few rows at a time, which stay in the
+    cache from pass to pass.
 
     Args:
         logits: s, [chunk, vocab]; overwritten by the gradient.
-        scaled_teacher: t / T, [chunk, vocab]; overwritten; None where D_T has no weight.
-        labels: int64 [chunk], negative where there is none.
+        scaled_teacher: t / T, [chunk, vocab]; overwritten; None if D_T has no weight.
+        labels: int64 [chunk]; negative for tokens without one.
         mask: bool [chunk] or None.
         token_lm: [chunk] or None; overwritten by the cross-entropy of each token.
 
@@ -201,7 +201,7 @@ def naive_vocabulary_losses(
     mask: Tensor | None,
     weights: VocabularyWeights,
 ) -> VocabularyLosses:
-    """`vocabulary_losses` from whole logits with all gradients left to autograd: its reference in
+    """`vocabulary_losses` from all logits at once, with gradients from autograd: its reference in
     tests."""
     t = weights.temperature
     student = (student_hidden @ student_head.T)[:, : weights.vocab]

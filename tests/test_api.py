@@ -1,0 +1,185 @@
+"""The Python interface: what the command line does, with objects in place of names."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+import yaml
+
+import lrc
+from lrc.system.errors import UserError
+from tiny import tiny_teacher
+
+SETTINGS = {
+    "train.tokens": 96,
+    "train.micro_batch": 2,
+    "train.eval_sequences": 4,
+    "data.sequence_length": 16,
+    "data.held_out_fraction": 0.2,
+    "initialize.calibration_tokens": 64,
+}
+
+
+def documents(number: int = 40) -> list[str]:
+    return [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(number)]
+
+
+@pytest.fixture
+def parts() -> dict[str, Any]:
+    """A loaded transformers model, its tokenizer, and the other arguments of a quiet clone."""
+    teacher = tiny_teacher("llama", dtype=torch.float32)
+    return {
+        "teacher": teacher.model,
+        "tokenizer": teacher.tokenizer,
+        "hidden_size": 8,
+        "settings": SETTINGS,
+        "quiet": True,
+    }
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Away from the checkout: runs and texts go below the test's own folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LRC_CACHE", str(tmp_path / "cache"))
+
+
+def as_generator() -> Iterator[str]:
+    yield from documents()
+
+
+TEXTS: dict[str, Any] = {
+    "generator": as_generator,
+    "dataset": lambda: datasets.Dataset.from_dict({"text": documents()}),
+    "iterable-dataset": lambda: datasets.Dataset.from_dict(
+        {"text": documents()}
+    ).to_iterable_dataset(),
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> None:
+    """All give the run that a file of the same documents gives."""
+    file = tmp_path / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+    by_file = lrc.clone(**parts, text=file, out=tmp_path / "by-file")
+    by_object = lrc.clone(**parts, text=TEXTS[kind](), out=tmp_path / "by-object")
+    assert by_file.student().state_dict().keys() == by_object.student().state_dict().keys()
+    for name, value in by_file.student().state_dict().items():
+        assert torch.equal(by_object.student().state_dict()[name], value)
+    [kept] = by_object.recipe.data.text
+    assert Path(kept).parent == tmp_path / "cache" / "texts"
+    assert Path(kept).read_text() == file.read_text()
+
+
+def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) -> None:
+    read = []
+
+    def endless() -> Iterator[str]:
+        while True:
+            read.append(1)
+            yield documents()[len(read) % 40]
+
+    run = lrc.clone(**parts, text=endless(), out="run")
+    assert run.summary()["tokens"] == 96
+    assert 1_000_000 / 240 < len(read) < 1_000_000 / 100
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [([1], "a int"), ([{"body": "x"}], "a NoneType"), ([None], "a NoneType")],
+)
+def test_texts_that_hold_no_text(parts: dict[str, Any], text: list[Any], words: str) -> None:
+    with pytest.raises(UserError, match=f"The text holds {words}.*data.text_field"):
+        lrc.clone(**parts, text=iter(text), out="run")
+    assert not Path("run").exists()
+
+
+def test_teachers_that_cannot_be_used(parts: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="needs its tokenizer"):
+        lrc.clone(**{**parts, "tokenizer": None}, text=as_generator())
+    with pytest.raises(UserError, match="The teacher is a int"):
+        lrc.clone(**{**parts, "teacher": 3}, text=as_generator())
+
+
+def test_on_step_and_resume(parts: dict[str, Any], tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    def stop(line: dict[str, Any]) -> None:
+        seen.append(line["step"])
+        assert line["loss"] > 0
+        if line["step"] == 2:
+            raise KeyboardInterrupt
+
+    settings = {**SETTINGS, "train.checkpoint_every": 1}
+    with pytest.raises(KeyboardInterrupt):
+        lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="part", on_step=stop)
+    assert seen == [1, 2]
+    again: list[int] = []
+    run = lrc.resume(
+        "part",
+        teacher=parts["teacher"],
+        tokenizer=parts["tokenizer"],
+        on_step=lambda line: again.append(line["step"]),
+        quiet=True,
+    )
+    assert again == [2, 3]
+    whole = lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="whole")
+    for name, value in whole.student().state_dict().items():
+        assert torch.equal(run.student().state_dict()[name], value)
+
+
+def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Path) -> None:
+    parts["teacher"].save_pretrained("teacher")
+    parts.pop("tokenizer").save_pretrained("teacher")
+    run = lrc.compress(**{**parts, "teacher": "teacher"}, text=as_generator(), out="start")
+    assert run.summary()["tokens"] == 0
+    out = lrc.export(run, "student", dtype="bf16", quiet=True)
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(UserError, match="dtype is 'int3': choose one of float32"):
+        lrc.export(run, "other", dtype="int3")
+    with pytest.raises(UserError, match="format is 'onnx'"):
+        lrc.export(run, "other", format="onnx")
+    smaller = lrc.prune(run, ratio=0.05, out="pruned", quiet=True)
+    assert smaller.student().num_parameters() < run.student().num_parameters()
+    found = lrc.evaluate(run, tasks=["heldout"], limit=2, quiet=True)
+    assert found.models[0].tasks.keys() == {"heldout"}
+    assert (run.folder / "evaluation" / "results.json").is_file()
+
+
+def test_compare(parts: dict[str, Any], tmp_path: Path) -> None:
+    parts["teacher"].save_pretrained("teacher")
+    parts["tokenizer"].save_pretrained("teacher")
+    text = tmp_path / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+    plan = {
+        "recipe": {
+            "teacher": {"model": "teacher"},
+            "student": {"hidden_size": 8},
+            "initialize": {"calibration_tokens": 64},
+            "data": {"text": [str(text)], "sequence_length": 16, "held_out_fraction": 0.2},
+            "train": {"micro_batch": 2, "eval_sequences": 4},
+        },
+        "tokens": 64,
+        "grid": {"learning_rates": [1e-3], "tokens": 32},
+        "entries": [{"name": "lrc"}, {"name": "scratch", "set": {"method": "scratch"}}],
+    }
+    Path("plan.yaml").write_text(yaml.safe_dump(plan))
+    results = lrc.compare("plan.yaml", out="compared", only=["lrc"], quiet=True)
+    assert [entry.name for entry in results.entries if entry.runs] == ["lrc"]
+    assert Path("compared", "comparison.md").is_file()
+
+
+def test_everything_public_is_there_and_packages_do_not_hide_it() -> None:
+    import lrc.cloning
+    import lrc.comparison
+    import lrc.evaluation
+    import lrc.exporting
+
+    for name in ("clone", "compress", "resume", "export", "evaluate", "prune", "compare"):
+        assert callable(getattr(lrc, name))
+        assert name in lrc.__all__
