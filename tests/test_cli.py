@@ -139,7 +139,9 @@ def test_init_then_resume(
 ) -> None:
     run = tmp_path / "run"
     start = ["--set", "initialize=closed-form", "--set", "initialize.calibration_tokens=256"]
-    monkeypatch.setattr(sys, "argv", ["lrc", "compress", str(recipe_file), *start, "--out", str(run)])
+    monkeypatch.setattr(
+        sys, "argv", ["lrc", "compress", str(recipe_file), *start, "--out", str(run)]
+    )
     with pytest.raises(SystemExit) as end:
         main()
     assert end.value.code == 0

@@ -19,8 +19,8 @@ from lrc.comparison import load_comparison
 from lrc.comparison.runner import compare
 from lrc.evaluation.harness import harness_model
 from lrc.evaluation.sample import continue_tokens, generate_text
-from lrc.exporting import export_student
 from lrc.exporting.gguf_file import About, Kind, write_gguf
+from lrc.exporting.plain import export_student
 from lrc.recipe.shipped import shipped
 from lrc.report.curves import draw_curves
 from lrc.system import hub

@@ -18,8 +18,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.exporting import export_student
 from lrc.exporting.card import model_card
+from lrc.exporting.plain import export_student
 from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.system.errors import UserError

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from lrc.baselines.pruning.cut import KeptUnits, cut, keep_all
 from lrc.baselines.pruning.shape import PrunedShape, pruned_config, target_shape, teacher_shape
 from lrc.baselines.pruning.size import compare_sizes, parameter_count
-from lrc.exporting import export_student
+from lrc.exporting.plain import export_student
 from lrc.model.shapes import shape_of
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import PrunedShapeSection

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from gguf_helpers import byte_level_bpe
-from lrc.exporting import export_student
+from lrc.exporting.plain import export_student
 from lrc.model.families import FAMILIES
 from tiny import tiny_method, tiny_teacher
 

@@ -1,5 +1,1 @@
-"""Export of a student so that it runs without lrc."""
-
-from lrc.exporting.plain import export_student
-
-__all__ = ["export_student"]
+"""Writing a student so that it runs without lrc."""

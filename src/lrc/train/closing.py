@@ -15,8 +15,8 @@ from lrc.cloning.cost import matmul_peak
 from lrc.cloning.method import CountsFlops
 from lrc.evaluation.held_out import Agreement, measure_agreement, perplexity
 from lrc.evaluation.sample import continue_tokens
-from lrc.exporting import export_student
 from lrc.exporting.card import model_card
+from lrc.exporting.plain import export_student
 from lrc.model.shapes import shape_of
 from lrc.report.curves import draw_curves
 from lrc.system.console import TextConsole
