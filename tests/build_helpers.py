@@ -2,6 +2,7 @@
 
 import io
 import json
+import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,25 @@ from lrc.corpus.progress import BuildProgress
 from lrc.corpus.run import build_shards
 from lrc.data.shards import Shards, Split, documents_of
 from lrc.recipe import validated
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{{ eos_token }}"
+)
+
+
+def documents(count: int, seed: int = 0, words: int = 12) -> list[str]:
+    """Texts that share next to nothing."""
+    rng = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    return [
+        " ".join("".join(rng.choices(letters, k=rng.randrange(2, 7))) for _ in range(words))
+        for _ in range(count)
+    ]
+
+
+def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
+    return [{"text": text, **more} for text in texts]
 
 
 def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:

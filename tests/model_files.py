@@ -87,3 +87,20 @@ def rewrite_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+SHORT = {
+    "train.tokens": 32,
+    "train.micro_batch": 1,
+    "data.sequence_length": 16,
+    "data.held_out_fraction": 0.2,
+    "initialize.calibration_tokens": 64,
+    "train.eval_sequences": 2,
+}
+
+
+def text_of(folder: Path) -> Path:
+    path = folder / "text.txt"
+    sentences = (f"Once upon a time, it's {n} o'clock. def f(x): return x" for n in range(200))
+    path.write_text("\n\n".join(" ".join([s] * 30) for s in sentences))
+    return path

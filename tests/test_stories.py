@@ -250,7 +250,7 @@ def test_damaged_checkpoint_is_told_in_a_sentence(endings: dict[str, Ending]) ->
     _, output, errors = endings["damaged"].resumed
     told = [line for line in output.splitlines() if "is damaged" in line]
     assert len(told) == 1
-    assert "go on from the one before" in told[0]
+    assert "continue from the one before" in told[0]
     assert "Traceback" not in output + errors
     assert "is damaged" not in endings["killed"].resumed[1]
 

@@ -29,8 +29,7 @@ from lrc.train import session as session_module
 from lrc.train.checkpoint import list_checkpoints, read_checkpoint
 from lrc.train.export_run import export_run
 from lrc.train.session import initialize_only
-from model_files import edit_json, edit_weights, save_model
-from test_model_files import SHORT, text_of
+from model_files import SHORT, edit_json, edit_weights, save_model, text_of
 from tiny import tiny_teacher
 from tiny_runs import go, new_run
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from build_helpers import write_rows
+from build_helpers import TEMPLATE, documents, rows, write_rows
 from data_helpers import byte_tokenizer
 from lrc.cli import data as commands
 from lrc.cli import main
@@ -19,7 +19,6 @@ from lrc.data.shards import open_shards
 from lrc.model.teacher import load_tokenizer
 from lrc.system.console import TextConsole
 from stories import stories_source
-from test_build import TEMPLATE, documents, rows
 
 Lrc = Callable[..., str]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, make_mix, texts_of, write_rows
+from build_helpers import build, documents, make_mix, rows, texts_of, write_rows
 from data_helpers import byte_tokenizer, data_section, write_jsonl
 from lrc.corpus import summary
 from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
@@ -24,7 +24,6 @@ from lrc.data.shards import (
 )
 from lrc.recipe import Recipe, validated
 from lrc.system.errors import UserError
-from test_build import documents, rows
 
 
 @pytest.fixture

@@ -26,7 +26,16 @@ from lrc.model.teacher import load_model, load_skeleton, load_teacher, load_toke
 from lrc.model.tokenizer import PROBES, chat_text, plain_ids
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
-from model_files import WEIGHTS, Weights, edit_json, edit_weights, rewrite_gguf, save_model
+from model_files import (
+    SHORT,
+    WEIGHTS,
+    Weights,
+    edit_json,
+    edit_weights,
+    rewrite_gguf,
+    save_model,
+    text_of,
+)
 from tiny import LAYERS
 
 
@@ -668,20 +677,3 @@ def test_a_student_folder_opens_plainly(untied: Path) -> None:
     ids = torch.arange(9)[None]
     plain = AutoModelForCausalLM.from_pretrained(untied)
     assert torch.equal(load_teacher(str(untied)).model(ids).logits, plain(ids).logits)
-
-
-SHORT = {
-    "train.tokens": 32,
-    "train.micro_batch": 1,
-    "data.sequence_length": 16,
-    "data.held_out_fraction": 0.2,
-    "initialize.calibration_tokens": 64,
-    "train.eval_sequences": 2,
-}
-
-
-def text_of(folder: Path) -> Path:
-    path = folder / "text.txt"
-    sentences = (f"Once upon a time, it's {n} o'clock. def f(x): return x" for n in range(200))
-    path.write_text("\n\n".join(" ".join([s] * 30) for s in sentences))
-    return path

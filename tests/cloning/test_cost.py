@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, addmm_flop
+from torch.utils.flop_counter import FlopCounterMode
 
+from flops import IN_PLACE
 from lrc.cloning.cost import matmul_peak, step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
@@ -11,9 +12,6 @@ from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.loop import count
 from starts import initialize_random
 from tiny import Case, tiny_teacher
-
-IN_PLACE = {torch.ops.aten.addmm_: lambda *shapes, out_val=None, **_: addmm_flop(*shapes)}
-"""What torch does not count by itself."""
 
 OBJECTIVES = [
     ObjectiveSection(),

@@ -3,7 +3,6 @@
 import errno
 import gzip
 import json
-import random
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -18,32 +17,23 @@ import zstandard
 from matplotlib.figure import Figure
 from PIL import Image
 
-from build_helpers import build, make_mix, steps_of, summary_of, texts_of, write_rows
+from build_helpers import (
+    TEMPLATE,
+    build,
+    documents,
+    make_mix,
+    rows,
+    steps_of,
+    summary_of,
+    texts_of,
+    write_rows,
+)
 from data_helpers import ByteTokenizer, byte_tokenizer
 from lrc.corpus import hub, splitting, summary
 from lrc.corpus.unit import UnitWorker
 from lrc.data.identity import HASH_RANGE, text_hash
 from lrc.data.shards import Shards, open_shards
 from lrc.system.errors import UserError
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{{ eos_token }}"
-)
-
-
-def documents(count: int, seed: int = 0, words: int = 12) -> list[str]:
-    """Texts that share next to nothing."""
-    rng = random.Random(seed)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    return [
-        " ".join("".join(rng.choices(letters, k=rng.randrange(2, 7))) for _ in range(words))
-        for _ in range(count)
-    ]
-
-
-def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
-    return [{"text": text, **more} for text in texts]
 
 
 @pytest.fixture(autouse=True)

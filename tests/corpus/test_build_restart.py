@@ -13,7 +13,7 @@ import psutil
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, files_of, make_mix, write_rows
+from build_helpers import build, documents, files_of, make_mix, rows, write_rows
 from data_helpers import byte_tokenizer
 from lrc.corpus import pool, run, splitting, summary
 from lrc.corpus.mix import Mix
@@ -21,7 +21,6 @@ from lrc.corpus.pieces import Unit
 from lrc.corpus.unit import UnitWorker
 from lrc.system import files
 from lrc.system.errors import UserError
-from test_build import documents, rows
 
 
 @pytest.fixture

@@ -27,8 +27,7 @@ from lrc.system import hub
 from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.train import closing
-from model_files import save_model
-from test_model_files import SHORT, text_of
+from model_files import SHORT, save_model, text_of
 from tiny import tiny_teacher
 
 CODE = """

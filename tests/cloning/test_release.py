@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from command_line import Command
+from flops import IN_PLACE
 from killing import Start, assert_same_run, run_and_kill
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
@@ -33,7 +34,6 @@ from lrc.train.checkpoint import list_checkpoints
 from lrc.train.export_run import export_run
 from lrc.train.loop import count
 from lrc.train.setup import schedule, set_up, stretch
-from test_cost import IN_PLACE
 from tiny import (
     LAYERS,
     WRITERS,
