@@ -60,10 +60,10 @@ def clone(
         hidden_size: d_S; even, and smaller than the teacher's.
         text: the training text (`Text`). None: `settings` names shards or a stream.
         tokenizer: the tokenizer of a teacher that is a transformers model.
-        out: the run's folder; default: a new one below `runs/`.
+        out: the run's folder; default: a new one in `runs/`.
         settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
         on_step: called after every optimizer step.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Returns:
         The run; `run.student()` is the model and `run.summary()` its figures.
@@ -111,7 +111,7 @@ def resume(
         teacher: the loaded teacher, if the run began with one.
         tokenizer: its tokenizer, if the teacher is a transformers model.
         on_step: called after every optimizer step.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Raises:
         UserError: if the run cannot be continued.
@@ -135,9 +135,9 @@ def export(
     Args:
         model: a run or its folder, finished or not; for GGUF also any model, named like a teacher.
         out: a new folder, or a new file whose name ends in .gguf.
-        dtype: element type of the weights, in torch's or llama.cpp's words; None: as trained.
+        dtype: element type of the weights, as torch or llama.cpp names it; None: as trained.
         format: `safetensors` or `gguf`; None: as the name of `out` says.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Raises:
         UserError: if the run has no checkpoint, or the output cannot be written.
@@ -168,13 +168,13 @@ def evaluate(
         model: a run, its folder, or a model named like a teacher.
         tasks: names, tags and patterns of the harness, `paper` (default) and `heldout`.
         compare: more models, or `teacher` for the run's teacher.
-        out: the folder for the results; default: `evaluation/` in the run's folder, or one below
+        out: the folder for the results; default: `evaluation/` in the run's folder, or one in
             `evaluations/`.
         limit: rows of each task; None: all.
         data: folder of JSONL files that replace the harness's data sets.
         batch_size: sequences per forward pass.
         device: `auto`, or a device as in torch.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Raises:
         UserError: if a model, a task or its data is not found or not usable.
@@ -206,17 +206,17 @@ def prune(
     settings: Mapping[str, Any] | None = None,
     quiet: bool = False,
 ) -> Run:
-    """Remove the attention heads and FFN neurons of a model that matter least (LLM-Pruner).
+    """Remove the least important attention heads and FFN neurons of a model (LLM-Pruner).
 
     Args:
         model: a run, its folder, or a model named like a teacher.
         ratio: share of all parameters to remove.
         text: text for calibration and recovery; None: the run's.
-        recover: what is trained afterwards: `full`, `lora` or None for nothing.
+        recover: what to train afterwards: `full`, `lora`, or None for nothing.
         tokens: training tokens of the recovery.
-        out: folder of the new run; default: a new one below `runs/`.
+        out: folder of the new run; default: a new one in `runs/`.
         settings: other settings of the recipe by dotted key.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Raises:
         UserError: if the model or the text is not found, or a setting is not usable.
@@ -244,10 +244,10 @@ def compare(
 
     Args:
         comparison: a comparison's YAML file, or a shipped one by its name.
-        out: the comparison's folder, new or from an earlier start; default: one below `runs/`.
+        out: the comparison's folder, new or from an earlier start; default: one in `runs/`.
         only: names of the entries to run now; none: all.
         settings: settings of the base recipe by dotted key.
-        quiet: print nothing.
+        quiet: whether to print nothing.
 
     Raises:
         UserError: if the comparison or one of its recipes has mistakes.

@@ -6,7 +6,7 @@ import torch
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.families import FAMILIES, family_of
 from lrc.model.student import student_config
-from lrc.model.teacher import Teacher
+from lrc.model.teacher import Teacher, element_type
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from lrc.system.errors import UserError
 from tiny import (
@@ -194,3 +194,16 @@ def test_llama_hidden_size_not_divided_by_heads(hidden_size: int, nearest: int) 
 def test_other_families_need_no_division_by_heads(family: str) -> None:
     teacher = tiny_teacher(family, hidden_size=18, num_attention_heads=3)
     assert tiny_method(teacher, {"hidden_size": 8}).student().config.hidden_size == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype"),
+    [
+        ("auto", "cuda:1", torch.bfloat16),
+        ("auto", "cpu", torch.float32),
+        ("float16", "cuda", torch.float16),
+        ("float64", "cpu", torch.float64),
+    ],
+)
+def test_element_types_of_teachers(name: str, device: str, dtype: torch.dtype) -> None:
+    assert element_type(name, device) == dtype

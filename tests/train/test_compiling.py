@@ -74,5 +74,5 @@ def test_it_is_refused_with_gradient_checkpointing(tmp_path: Path) -> None:
 def test_a_machine_without_a_compiler_is_told() -> None:
     torch._dynamo.reset()
     missing = {"cpp.cxx": (None, "/no/such/compiler"), "force_disable_caches": True}
-    with inductor.patch(missing), pytest.raises(UserError, match=r"install a C\+\+ compiler"):
+    with inductor.patch(missing), pytest.raises(UserError, match=r"Install a C\+\+ compiler"):
         check_compiler(torch.device("cpu"))

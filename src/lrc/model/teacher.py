@@ -121,9 +121,17 @@ def load_teacher(
         family = family_of(config.model_type)
         options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
         options["use_safetensors"] = True
-    loaded = load_weights(files, getattr(torch, section.dtype), section.tie_head, **options)
+    loaded = load_weights(files, element_type(section.dtype, device), section.tie_head, **options)
     model = loaded.model if by_layers else loaded.model.to(device)
     return as_teacher(model, tokenizer, section.model, files, loaded.notes)
+
+
+def element_type(name: str, device: torch.device | str) -> torch.dtype:
+    """The element type that a recipe names, for a device."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    return torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
 
 
 def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:

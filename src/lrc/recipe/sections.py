@@ -29,8 +29,9 @@ class TeacherSection(Section):
     revision: str | None = None
     """Hub revision (branch, tag or commit); only for hub ids."""
 
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """Element type of the teacher's weights. A start from text is always solved in float32."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "float64"] = "auto"
+    """Element type of the teacher's weights. `auto`: bfloat16 on CUDA, float32 elsewhere. A start
+    from text is always solved in float32."""
 
     load: Literal["full", "layers"] = "full"
     """`layers`: leave the decoder layers in their safetensors files and read one at a time. This is

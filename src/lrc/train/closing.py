@@ -126,7 +126,7 @@ def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
     prompt = tokenizer.decode(start, skip_special_tokens=True)
-    theirs = "(none: with teacher.load: layers, every token would read the whole model)"
+    theirs = "(not written: with teacher.load: layers, every token would read the whole model)"
     if not teacher.on_disk:
         theirs = continue_tokens(teacher.model, tokenizer, start.tolist(), SAMPLE_TOKENS)
     return {

@@ -98,7 +98,7 @@ def stage_ends(method: Method) -> tuple[int, ...]:
 
 
 def rate_setting(method: Method) -> str:
-    """Name of the setting that is the peak learning rate of a method's present stage."""
+    """Name of the setting that is the peak learning rate of a method's current stage."""
     return method.rate_setting() if isinstance(method, Staged) else "learning_rate"
 
 
