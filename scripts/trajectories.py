@@ -41,7 +41,7 @@ STEPS, SEQUENCE, WORDS = 6, 16, 61
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "alpha-0": {"alpha": 0},
     "alpha-linear": {"alpha_schedule": "linear", "alpha_zero_at": 0.5},
-    "alpha-cosine": {"alpha_schedule": "cosine"},
+    "alpha-cosine": {"alpha_schedule": "cosine", "alpha_zero_at": 1},
     "plain-clone": {"clone_scale": "none"},
     "teacher-space": {"attn_out": "teacher"},
     "explicit": {"alignment": "explicit"},
@@ -151,6 +151,7 @@ def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[
         "teacher": {"model": str(place)},
         "student": {"hidden_size": 12},
         "initialize": {"calibration_tokens": 128},
+        "objective": {"alpha_schedule": "constant"},
         "data": {
             "text": [str(folder / "text.jsonl")],
             "held_out_fraction": 0.2,

@@ -162,7 +162,7 @@ def evaluate(
     device: str = "auto",
     quiet: bool = False,
 ) -> "Evaluation":
-    """Evaluate a model on benchmarks of lm-evaluation-harness, alone or beside others.
+    """Evaluate a model on benchmarks of lm-evaluation-harness, alone or with other models.
 
     Args:
         model: a run, its folder, or a model named like a teacher.

@@ -75,6 +75,7 @@ def releasing(
 ) -> LowRankClone:
     """A method with everything random; it releases after the first of two steps."""
     family, tied, settings = case
+    objective = {"alpha_schedule": "constant", **objective}
     method = tiny_method(tiny_teacher(family, tied, **settings), student, objective, **changes)
     method.steps, method.release_at = 2, 0.5
     return method
@@ -232,14 +233,15 @@ def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 # alpha
 
 
-@pytest.mark.parametrize("until", [1.0, 0.25])
-def test_alpha_by_its_schedule(until: float) -> None:
-    constant = ObjectiveSection(alpha=0.4)
+@pytest.mark.parametrize("until", [1.0, 0.25, None])
+def test_alpha_by_its_schedule(until: float | None) -> None:
+    constant = ObjectiveSection(alpha=0.4, alpha_schedule="constant")
     linear, cosine = (
         ObjectiveSection(alpha=0.4, alpha_schedule=kind, alpha_zero_at=until)  # type: ignore[arg-type]
         for kind in ("linear", "cosine")
     )
     assert constant.alpha_at(0) == constant.alpha_at(1) == 0.4
+    until = until or 1 / 3
     for section in (linear, cosine):
         assert section.alpha_at(0) == 0.4
         assert section.alpha_at(until / 2) == pytest.approx(0.2)
@@ -293,7 +295,10 @@ def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
         ({"train.release_at": 1.1}, "less than or equal to 1"),
         ({"train.release_at": -0.1}, "greater than or equal to 0"),
         ({"train.release_learning_rate": 0}, "greater than 0"),
-        ({"objective.alpha_zero_at": 0.3}, "alpha_zero_at goes with alpha_schedule"),
+        (
+            {"objective.alpha_schedule": "constant", "objective.alpha_zero_at": 0.3},
+            "alpha_zero_at goes with alpha_schedule",
+        ),
         ({"objective.alpha_schedule": "stepwise"}, "'constant', 'linear' or 'cosine'"),
         (
             {
@@ -403,7 +408,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Run:
     """A run that releases half-way, without interruption."""
-    recipe = make_recipe(settings_of(folder, RELEASE / STEPS, alpha=0.2))
+    recipe = make_recipe(settings_of(folder, RELEASE / STEPS, alpha_schedule="constant"))
     run = Run.create(folder / "whole", recipe)
     train(run, Console(quiet=True))
     return run
@@ -458,7 +463,7 @@ def test_what_the_steps_after_the_release_do(whole: Run) -> None:
 
 def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
     """Against torch's Adam on the gradients of the released model, taken by hand."""
-    settings = settings_of(folder, 0.0, alpha=0.2)
+    settings = settings_of(folder, 0.0, alpha_schedule="constant")
     settings["train"] |= {"warmup_ratio": 0, "weight_decay": 0, "grad_clip": 0}
     settings["train"] |= {"token_grad_clip": 0, "tokens": 2 * 2 * 16}
     run = Run.create(tmp_path / "run", make_recipe(settings))

@@ -35,7 +35,7 @@ def test_defaults_are_the_published_settings_but_for_some() -> None:
     assert recipe.objective.clone_scale == "relative"
     assert (recipe.objective.temperature, recipe.objective.kl_weight) == (1, 1)
     assert recipe.train.token_grad_clip == 5
-    assert recipe.objective.alpha == 0.2
+    assert (recipe.objective.alpha, recipe.objective.alpha_at(1 / 3)) == (0.2, 0)
     assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
     assert recipe.initialize.std == 0.02
     assert recipe.train.learning_rate == 1e-4
@@ -55,7 +55,7 @@ def test_fingerprints_tell_recipes_apart() -> None:
         ({"teacher.load": "layers"}, True),
         ({"train.seed": 1}, False),
         ({"train.release_at": 0.5}, False),
-        ({"objective.alpha_schedule": "linear"}, False),
+        ({"objective.alpha_schedule": "constant"}, False),
     ):
         assert (make_recipe(smallest(), settings).fingerprint() == present) == same, settings
 

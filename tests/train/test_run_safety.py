@@ -487,8 +487,8 @@ def test_the_python_interface_takes_strings_and_tells_what_it_does_not_take(by_n
     teacher = package.load_teacher(by_name.recipe.teacher.model)
     assert teacher.hidden_size == 16
     with pytest.raises(UserError) as error:
-        package.clone(teacher.model, hidden_size=8)  # type: ignore[arg-type]
-    assert "The teacher is a LlamaForCausalLM" in str(error.value)
+        package.clone(object(), hidden_size=8)  # type: ignore[arg-type]
+    assert "The teacher is a object" in str(error.value)
     assert len(str(error.value)) < 300
     assert {"__version__", "clone", "Run"} <= set(dir(package))
     assert package.__version__.count(".") >= 2

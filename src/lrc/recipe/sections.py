@@ -115,17 +115,23 @@ class CloneTerms(Section):
         return tuple(name for name in type(self).model_fields if getattr(self, name))
 
 
+ALPHA_ZERO_AT = 1 / 3
+"""Default of `objective.alpha_zero_at`."""
+
+
 class ObjectiveSection(Section):
     """L = KL + LM + alpha * clone (paper section 3; scaling in `lrc.cloning.objective`)."""
 
     alpha: float = Field(0.2, ge=0)
     """Weight of the activation clone loss."""
 
-    alpha_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How alpha changes during the run: it stays constant (the paper), or falls to zero."""
+    alpha_schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How alpha changes during the run: it stays constant (the paper), or falls to zero. Cloning
+    helps at first and holds the student back later (benchmarks/comparisons/README.md)."""
 
-    alpha_zero_at: float = Field(1.0, gt=0, le=1)
-    """Share of the steps after which a falling alpha is zero. Nothing is cloned from then on."""
+    alpha_zero_at: float | None = Field(None, gt=0, le=1)
+    """Share of the steps after which a falling alpha is zero. Nothing is cloned from then on.
+    Empty: a third."""
 
     kl_weight: float = Field(1.0, ge=0)
     """Weight of T^2 * KL. 1.28 equals the official code at sequences of 2,048 tokens and T = 40."""
@@ -167,7 +173,7 @@ class ObjectiveSection(Section):
 
     @model_validator(mode="after")
     def _settings_that_go_together(self) -> Self:
-        if self.alpha_schedule == "constant" and self.alpha_zero_at != 1:
+        if self.alpha_schedule == "constant" and self.alpha_zero_at is not None:
             raise ValueError("alpha_zero_at goes with alpha_schedule: linear or cosine")
         if self.divergence != "jsd" and self.jsd_beta != 0.5:
             raise ValueError("jsd_beta goes with divergence: jsd")
@@ -177,7 +183,7 @@ class ObjectiveSection(Section):
         """alpha after a share of the run's steps, in [0, 1]."""
         if self.alpha_schedule == "constant":
             return self.alpha
-        done = min(1.0, share / self.alpha_zero_at)
+        done = min(1.0, share / (self.alpha_zero_at or ALPHA_ZERO_AT))
         left = 1 - done if self.alpha_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
         return self.alpha * left
 
