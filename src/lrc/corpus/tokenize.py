@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer as Backend
 
-from lrc.data.encoding import encode_texts
+from lrc.data.encoding import document_frame, encode_texts
 from lrc.data.identity import TokenizerIdentity
 
 
@@ -21,8 +21,7 @@ class Tokenizer:
     """
 
     def __init__(self, file: Path, identity: TokenizerIdentity) -> None:
-        self._before = [] if identity.bos is None else [identity.bos]
-        self._after = [] if identity.eos is None else [identity.eos]
+        self._before, self._after = document_frame(identity.bos, identity.eos)
         self._backend = Backend.from_file(str(file))
 
     def encode(

@@ -14,6 +14,11 @@ _GAP = re.compile(r"(?<=\S) (?=\S)")
 """The space between two words."""
 
 
+def document_frame(bos: int | None, eos: int | None) -> tuple[list[int], list[int]]:
+    """The tokens before and after each document: bos and eos, or whichever of the two exists."""
+    return [] if bos is None else [bos], [] if eos is None else [eos]
+
+
 def encode_texts(
     backend: Backend, texts: list[str], parse_special_tokens: bool, longest: int = LONGEST_PART
 ) -> list[list[int]]:

@@ -22,7 +22,7 @@ from lrc.data.cache import (
     open_cache,
     write_index,
 )
-from lrc.data.encoding import encode_texts
+from lrc.data.encoding import document_frame, encode_texts
 from lrc.data.identity import HASH_RANGE, text_hash, token_dtype, tokenizer_identity
 from lrc.data.sources import read_documents, source_files
 from lrc.recipe.sections import DataSection
@@ -73,8 +73,7 @@ def encode(
         parse_special_tokens: whether special tokens written out in a text become control tokens;
             otherwise they are plain text.
     """
-    before = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    before, after = document_frame(tokenizer.bos_token_id, tokenizer.eos_token_id)
     encoded = encode_texts(tokenizer.backend_tokenizer, texts, parse_special_tokens)
     # A tokenizer may return no tokens for a text.
     return [[*before, *ids, *after] if ids else [] for ids in encoded]
