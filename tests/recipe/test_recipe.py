@@ -38,7 +38,7 @@ def test_defaults_are_the_published_settings_but_for_some() -> None:
     assert (recipe.objective.alpha, recipe.objective.alpha_at(1 / 3)) == (0.2, 0)
     assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
     assert recipe.initialize.std == 0.02
-    assert recipe.train.learning_rate == 1e-4
+    assert (recipe.train.learning_rate, recipe.train.release_at) == (3e-4, 0)
     paper = load_recipe("paper-lrc-1.5b")
     assert (paper.student.fold_gains, paper.initialize.method) == (False, "random")
     assert (paper.objective.temperature, paper.objective.kl_weight) == (40, 1.28)
@@ -111,7 +111,7 @@ def test_overrides_win() -> None:
     recipe = make_recipe(settings, dict(parse_override(text) for text in texts))
     assert recipe.train.tokens == 10
     # YAML 1.1 reads 1e-4 as a word.
-    assert recipe.train.learning_rate == 1e-4
+    assert (recipe.train.learning_rate, recipe.train.release_at) == (3e-4, 0)
     assert recipe.train.eps == 1e-6
     assert recipe.data.text == ["b.txt", "c.txt"]
     assert not recipe.objective.clone.q
