@@ -29,7 +29,12 @@ def sample(teacher: Teacher, sequences: int, length: int) -> Tensor:
     return ids
 
 
-def stories_source() -> Path:
-    """The folder of the two files: in $LRC_SHARED_DATA, or in `shared/data` beside the checkout."""
+def shared_data() -> Path:
+    """The folder of real data: $LRC_SHARED_DATA, or `shared/data` beside the checkout."""
     beside = Path(__file__).parents[2] / "shared" / "data"
-    return Path(os.environ.get("LRC_SHARED_DATA", beside)) / "models" / "stories260K"
+    return Path(os.environ.get("LRC_SHARED_DATA", beside))
+
+
+def stories_source() -> Path:
+    """The folder of the two files."""
+    return shared_data() / "models" / "stories260K"

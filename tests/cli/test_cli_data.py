@@ -18,7 +18,7 @@ from lrc.corpus import splitting
 from lrc.data.shards import open_shards
 from lrc.model.teacher import load_tokenizer
 from lrc.system.console import TextConsole
-from stories import stories_source
+from stories import shared_data, stories_source
 
 Lrc = Callable[..., str]
 
@@ -122,7 +122,7 @@ def test_bad_arguments(lrc: Lrc, tmp_path: Path) -> None:
     assert "unknown key 'sources.prose.weigt' (nearest: 'sources.prose.weight')" in message
 
 
-@pytest.mark.skipif(not stories_source().is_dir(), reason="shared data is not there")
+@pytest.mark.skipif(not shared_data().is_dir(), reason="shared data is not there")
 def test_local_small_on_real_data(
     lrc: Lrc, tmp_path: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
