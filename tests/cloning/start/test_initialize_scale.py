@@ -338,10 +338,11 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
 PEAK = """
 import torch
-from starts import initialize_from_text
-from lrc.cloning.start import calibration
+from lrc.cloning.start import calibration, initialize
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
+from lrc.recipe.sections import (
+    InitializeSection, ObjectiveSection, StudentSection, TeacherSection
+)
 from lrc.model.teacher import load_teacher
 
 def peak():  # not ru_maxrss, which a process inherits from the one that starts it
@@ -353,7 +354,7 @@ def start(load, tokens, in_memory=2**30, folder="teacher"):
     teacher = load_teacher(TeacherSection(model=folder, load=load))
     method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
     ids = torch.randint(3, 33, (tokens // 256, 256))
-    initialize_from_text(method, "closed-form", ids, refine_epochs=1)
+    initialize(method, InitializeSection(refine_epochs=1), ids)
     method.student()
     return peak()
 """
