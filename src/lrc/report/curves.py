@@ -6,6 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from lrc.report.pictures import as_label, save_picture
 
@@ -71,6 +72,9 @@ def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> No
         axes.axvline(at, color="gray", linestyle=":", label=name)
     axes.set_title(title)
     axes.set_xlabel("training tokens")
+    axes.set_xlim(0, max(metrics[-1]["tokens"], 1))
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     if key in ("clone", "hidden", "attention"):
         axes.set_yscale("log")
