@@ -1,8 +1,10 @@
-"""Why a student's own weights learn faster than projections into its teacher's: three experiments.
+"""Why a student's own weights learn faster than projections into its teacher's: four experiments.
 
     rank      every reader (q, k, v, gate, up) gets a free low-rank addition, W_T P + A B with A
               [out, r] and B [r, d_S], where A starts at zero; also, every reader and writer gets
               one of full rank
+    parts     readers, writers, the embedding or all of them get a free addition D of their own
+              shape, W_T P + D, where D starts at zero: own weights for these parts alone
     geometry  the same students in other coordinates: the teacher weight of each reader, including
               the gain, is replaced by the orthonormal U of its U S V^T, and P by S V^T P (likewise
               for writers), so that a step of Adam has the same length in all of its directions
@@ -33,7 +35,7 @@ from lrc.cloning.method import Method
 from lrc.cloning.projection import Site
 from lrc.data import open_text
 from lrc.methods import METHODS
-from lrc.model.families import LINEARS, READERS
+from lrc.model.families import LINEARS, READERS, WRITERS
 from lrc.model.teacher import load_tokenizer
 from lrc.recipe import make_recipe
 from lrc.run import Run
@@ -90,6 +92,55 @@ class Added(LowRankClone):
             gradient = self.model.get_parameter(path).grad
             assert gradient is not None
             a.grad, b.grad = gradient @ b.T, a.T @ gradient
+
+
+class Free(LowRankClone):
+    """LRC with a free addition, as large as the weight, to some of its parts."""
+
+    names: ClassVar[tuple[str, ...]]
+
+    def _begin(self) -> None:
+        super()._begin()
+        family = self.teacher.family
+        linears = [name for name in self.names if name in LINEARS]
+        paths = [
+            family.linear(layer, name)
+            for layer in range(self.teacher.num_layers)
+            for name in linears
+        ]
+        if "embedding" in self.names:
+            paths.append(family.embedding)
+        self.added = {
+            f"{path}.weight": nn.Parameter(
+                torch.zeros_like(self.model.get_parameter(f"{path}.weight"))
+            )
+            for path in paths
+        }
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        return super().parameters() | {f"added.{path}": d for path, d in self.added.items()}
+
+    @torch.no_grad()
+    def _add(self) -> None:
+        for path, d in self.added.items():
+            self.model.get_parameter(path).data.add_(d)
+
+    def begin_step(self, step: int) -> None:
+        super().begin_step(step)
+        self._add()
+
+    def student(self) -> Any:
+        model = super().student()
+        self._add()
+        return model
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        super().end_step()
+        for path, d in self.added.items():
+            gradient = self.model.get_parameter(path).grad
+            assert gradient is not None
+            d.grad = gradient.clone()
 
 
 class Whitened(LowRankClone):
@@ -216,7 +267,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=list(RANKS))
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
     parser.add_argument(
-        "--only", nargs="+", default=["rank", "geometry", "norms"], help="experiments to run"
+        "--only",
+        nargs="+",
+        default=["rank", "parts", "geometry", "norms"],
+        help="experiments to run",
     )
     arguments = parser.parse_args()
     text = [str(arguments.source / "stories.jsonl")]
@@ -240,7 +294,7 @@ def main() -> None:
     out, rates = arguments.out, tuple(arguments.rates)
     never, released = {"train.release_at": 1.0}, {"train.release_at": 0.0}
     results = []
-    if {"rank", "geometry"} & set(arguments.only):
+    if {"rank", "parts", "geometry"} & set(arguments.only):
         results.append(best("never", LowRankClone, out, base, rates, **never))
         results.append(best("released", LowRankClone, out, base, rates, **released))
     if "rank" in arguments.only:
@@ -250,6 +304,16 @@ def main() -> None:
         if arguments.ranks:
             kind = type("Whole", (Added,), {"rank": max(arguments.ranks), "names": LINEARS})
             results.append(best(f"all-rank-{kind.rank}", kind, out, base, rates, **never))
+    if "parts" in arguments.only:
+        parts = {
+            "readers": READERS,
+            "writers": WRITERS,
+            "embedding": ("embedding",),
+            "all": (*LINEARS, "embedding"),
+        }
+        for name, names in parts.items():
+            kind = type("Freed", (Free,), {"names": names})
+            results.append(best(f"free-{name}", kind, out, base, rates, **never))
     if "geometry" in arguments.only:
         wide = (*rates, 3 * max(rates))
         results.append(best("whitened", Whitened, out, base, wide, **never))
