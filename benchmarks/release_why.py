@@ -49,81 +49,50 @@ TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 3000, 32, 5e-3
 
 
 class Added(LowRankClone):
-    """LRC with a free low-rank addition to some of its linear maps."""
+    """LRC with free additions to some of its weights."""
 
-    rank: ClassVar[int]
     names: ClassVar[tuple[str, ...]] = READERS
+    """Linear maps that get one, and `embedding`."""
 
     def _begin(self) -> None:
         super()._begin()
-        generator = torch.Generator().manual_seed(0)
-        self.added: dict[str, tuple[nn.Parameter, nn.Parameter]] = {}
-        for layer in range(self.teacher.num_layers):
-            for name in self.names:
-                path = f"{self.teacher.family.linear(layer, name)}.weight"
-                out, width = self.model.get_parameter(path).shape
-                start = torch.randn(self.rank, width, generator=generator) / width**0.5
-                self.added[path] = nn.Parameter(torch.zeros(out, self.rank)), nn.Parameter(start)
-
-    def parameters(self) -> dict[str, nn.Parameter]:
-        named = super().parameters()
-        for path, (a, b) in self.added.items():
-            named |= {f"added.{path}.a": a, f"added.{path}.b": b}
-        return named
-
-    @torch.no_grad()
-    def _add(self) -> None:
-        for path, (a, b) in self.added.items():
-            self.model.get_parameter(path).data.addmm_(a, b)
-
-    def begin_step(self, step: int) -> None:
-        super().begin_step(step)
-        self._add()
-
-    def student(self) -> Any:
-        model = super().student()
-        self._add()
-        return model
-
-    @torch.no_grad()
-    def end_step(self) -> None:
-        super().end_step()
-        for path, (a, b) in self.added.items():
-            gradient = self.model.get_parameter(path).grad
-            assert gradient is not None
-            a.grad, b.grad = gradient @ b.T, a.T @ gradient
-
-
-class Free(LowRankClone):
-    """LRC with a free addition, as large as the weight, to some of its parts."""
-
-    names: ClassVar[tuple[str, ...]]
-
-    def _begin(self) -> None:
-        super()._begin()
-        family = self.teacher.family
-        linears = [name for name in self.names if name in LINEARS]
+        family, layers = self.teacher.family, range(self.teacher.num_layers)
         paths = [
             family.linear(layer, name)
-            for layer in range(self.teacher.num_layers)
-            for name in linears
+            for layer in layers
+            for name in self.names
+            if name != "embedding"
         ]
         if "embedding" in self.names:
             paths.append(family.embedding)
-        self.added = {
-            f"{path}.weight": nn.Parameter(
-                torch.zeros_like(self.model.get_parameter(f"{path}.weight"))
-            )
-            for path in paths
-        }
+        self.added: dict[str, dict[str, nn.Parameter]] = {}
+        generator = torch.Generator().manual_seed(0)
+        for path in paths:
+            weight = self.model.get_parameter(f"{path}.weight")
+            self.added[f"{path}.weight"] = self.new_addition(weight, generator)
+
+    def new_addition(self, weight: Tensor, generator: torch.Generator) -> dict[str, nn.Parameter]:
+        """The parameters of an addition, which is zero at first."""
+        return {"d": nn.Parameter(torch.zeros_like(weight))}
+
+    def addition(self, parts: dict[str, nn.Parameter]) -> Tensor:
+        """The addition itself."""
+        return parts["d"]
+
+    def set_gradients(self, parts: dict[str, nn.Parameter], gradient: Tensor) -> None:
+        """Bring the gradient of a weight to its addition."""
+        parts["d"].grad = gradient.clone()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        return super().parameters() | {f"added.{path}": d for path, d in self.added.items()}
+        added = self.added.items()
+        return super().parameters() | {
+            f"added.{path}.{name}": value for path, parts in added for name, value in parts.items()
+        }
 
     @torch.no_grad()
     def _add(self) -> None:
-        for path, d in self.added.items():
-            self.model.get_parameter(path).data.add_(d)
+        for path, parts in self.added.items():
+            self.model.get_parameter(path).data.add_(self.addition(parts))
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
@@ -137,10 +106,27 @@ class Free(LowRankClone):
     @torch.no_grad()
     def end_step(self) -> None:
         super().end_step()
-        for path, d in self.added.items():
+        for path, parts in self.added.items():
             gradient = self.model.get_parameter(path).grad
             assert gradient is not None
-            d.grad = gradient.clone()
+            self.set_gradients(parts, gradient)
+
+
+class Ranked(Added):
+    """Free additions of low rank."""
+
+    rank: ClassVar[int]
+
+    def new_addition(self, weight: Tensor, generator: torch.Generator) -> dict[str, nn.Parameter]:
+        out, width = weight.shape
+        start = torch.randn(self.rank, width, generator=generator) / width**0.5
+        return {"a": nn.Parameter(torch.zeros(out, self.rank)), "b": nn.Parameter(start)}
+
+    def addition(self, parts: dict[str, nn.Parameter]) -> Tensor:
+        return parts["a"] @ parts["b"]
+
+    def set_gradients(self, parts: dict[str, nn.Parameter], gradient: Tensor) -> None:
+        parts["a"].grad, parts["b"].grad = gradient @ parts["b"].T, parts["a"].T @ gradient
 
 
 class Whitened(LowRankClone):
@@ -299,10 +285,10 @@ def main() -> None:
         results.append(best("released", LowRankClone, out, base, rates, **released))
     if "rank" in arguments.only:
         for rank in arguments.ranks:
-            kind = type("Ranked", (Added,), {"rank": rank})
+            kind = type("Readers", (Ranked,), {"rank": rank})
             results.append(best(f"readers-rank-{rank}", kind, out, base, rates, **never))
         if arguments.ranks:
-            kind = type("Whole", (Added,), {"rank": max(arguments.ranks), "names": LINEARS})
+            kind = type("Whole", (Ranked,), {"rank": max(arguments.ranks), "names": LINEARS})
             results.append(best(f"all-rank-{kind.rank}", kind, out, base, rates, **never))
     if "parts" in arguments.only:
         parts = {
@@ -312,7 +298,7 @@ def main() -> None:
             "all": (*LINEARS, "embedding"),
         }
         for name, names in parts.items():
-            kind = type("Freed", (Free,), {"names": names})
+            kind = type("Free", (Added,), {"names": names})
             results.append(best(f"free-{name}", kind, out, base, rates, **never))
     if "geometry" in arguments.only:
         wide = (*rates, 3 * max(rates))

@@ -171,6 +171,29 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
     return sums, {name: p.grad.clone() for name, p in method.parameters().items()}
 
 
+def assert_finite_differences(method: LowRankClone, batch: Batch, step: int) -> None:
+    """Gradients of a step of the run are finite differences of its loss, at some places of every
+    parameter."""
+    counts = count([batch])
+    _, grads = gradients(method, batch)
+    width = 1e-5
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in method.parameters().items():
+        flat = parameter.detach().view(-1)
+        for index in torch.randint(len(flat), (3,), generator=generator).tolist():
+            around = []
+            for shift in (width, -2 * width):
+                flat[index] += shift
+                with torch.no_grad():
+                    method.begin_step(step)
+                    around.append(method.losses(batch, counts).loss.item())
+            flat[index] += width
+            difference = (around[0] - around[1]) / (2 * width)
+            assert grads[name].view(-1)[index].item() == pytest.approx(
+                difference, rel=1e-6, abs=1e-7
+            ), f"{name}[{index}]"
+
+
 def linear_path(layer: int, name: str) -> str:
     """Module path of a linear map in the layout that all families here share."""
     return f"model.layers.{layer}.{ {**READERS, **WRITERS}[name] }"

@@ -14,11 +14,10 @@ from safetensors.torch import load_file
 from torch.nn import functional
 from torch.optim import SGD, Adam
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
 from command_line import Command
-from flops import IN_PLACE
+from flops import counted_products
 from killing import Start, assert_same_run, run_and_kill
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
@@ -38,6 +37,7 @@ from tiny import (
     LAYERS,
     WRITERS,
     Case,
+    assert_finite_differences,
     gradients,
     linear_path,
     randomize,
@@ -121,24 +121,7 @@ def test_gradients_are_finite_differences(
     method.next_stage()
     randomize_around(method.parameters())
     batch = tiny_batch(length=6, lengths=[6, 4])
-    counts = count([batch])
-    _, grads = gradients(method, batch)
-    step = 1e-5
-    generator = torch.Generator().manual_seed(0)
-    for name, parameter in method.parameters().items():
-        flat = parameter.detach().view(-1)
-        for index in torch.randint(len(flat), (3,), generator=generator).tolist():
-            around = []
-            for shift in (step, -2 * step):
-                flat[index] += shift
-                with torch.no_grad():
-                    method.begin_step(1)
-                    around.append(method.losses(batch, counts).loss.item())
-            flat[index] += step
-            difference = (around[0] - around[1]) / (2 * step)
-            assert grads[name].view(-1)[index].item() == pytest.approx(
-                difference, rel=1e-6, abs=1e-7
-            ), f"{name}[{index}]"
+    assert_finite_differences(method, batch, step=1)
 
 
 def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
@@ -638,16 +621,7 @@ def test_matrix_products_of_a_released_step(family: str, objective: ObjectiveSec
     method.next_stage()
     batches = [Batch(torch.randint(3, 30, (2, 24))) for _ in range(2)]
     counts = count(batches)
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
-        method.begin_step(1)
-        for batch in batches:
-            method.losses(batch, counts).loss.backward()
-        method.end_step()
-    counted = sum(
-        flops
-        for operator, flops in counter.get_flop_counts()["Global"].items()
-        if str(operator).startswith(("aten.mm", "aten.addmm"))
-    )
+    counted = counted_products(method, batches, step=1)
     expected = step_flops(
         widths_of(teacher.model),
         widths_of(method.model),
