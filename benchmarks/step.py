@@ -103,6 +103,7 @@ def make_ours(
     student = StudentSection(hidden_size=hidden_size, fold_gains=False)
     objective = ObjectiveSection(
         alpha=alpha,
+        alpha_schedule="constant",
         kl_weight=KL_WEIGHT,
         temperature=TEMPERATURE,
         attn_out=attn_out,
@@ -120,7 +121,7 @@ class Floor:
 
     def __init__(self, teacher: Teacher, hidden_size: int) -> None:
         self.teacher = teacher.model
-        self.student = make_ours(teacher, hidden_size).student()
+        self.student = make_ours(teacher, hidden_size).student().requires_grad_(True)
         self.clock = Clock()
 
     def step(self, batches: list[Batch]) -> None:
