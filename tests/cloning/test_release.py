@@ -310,6 +310,20 @@ def test_the_step_of_the_release(share: float, steps: int, ends: tuple[int, ...]
     assert method.stage_ends() == ends
 
 
+@pytest.mark.parametrize("steps", [7, 10, 100])
+@pytest.mark.parametrize("share", [0.3, 0.33, 0.34, 0.36, 0.5])
+def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share: float) -> None:
+    """However the release is rounded to a step, before alpha is zero or after."""
+    method = tiny_method(tiny_teacher("llama"), objective={"alpha_schedule": "linear"})
+    method.steps, method.release_at = steps, share
+    [release] = method.stage_ends()
+    method.next_stage()
+    for step in range(release, steps):
+        method.begin_step(step)
+        losses = method.losses(tiny_batch(), count([tiny_batch()]))
+        assert ("clone" in losses.terms) == (step / steps < 1 / 3)
+
+
 def test_methods_without_projections_say_that_it_has_no_effect(
     tmp_path: Path, lrc: Command
 ) -> None:

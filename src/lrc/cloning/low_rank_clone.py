@@ -5,10 +5,10 @@ teacher's logits, from the next token, and from the teacher's activations (`lrc.
 The projections that write to the residual stream also carry the teacher's attention and FFN outputs
 to the student's space, so nothing has to be aligned by extra matrices (paper section 3.2).
 
-The release, our addition, makes a second stage: from a step of the recipe's choice on, the
-projected weights are the student's own parameters, free of the teacher's. What a projection
-can reach is then no bound any more, and a step needs no projecting. The readers' activations are
-cloned as before; for those of the writers the projections of the release stay, frozen.
+The release, our addition, is a second stage. From a step that the recipe sets, the projected
+weights are the student's own parameters. The student can then reach weights that no projection
+gives, and a step needs no projection. The readers' activations are cloned as before. Those of the
+writers are cloned through the projections of the release, which stay frozen.
 """
 
 from typing import Any
@@ -38,10 +38,10 @@ from lrc.system.clock import Clock
 class LowRankClone(Method):
     """The paper's method.
 
-    Trainable are the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S];
-    after the release all weights of the student, and no projection. The ablation
-    `objective.alignment: explicit` adds a matrix [d_S, d_T] for every cloned output of attention
-    and FFN, which carries it to the teacher's width in place of the projections.
+    It trains the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S]. After
+    the release it trains all weights of the student. The ablation `objective.alignment: explicit`
+    adds a matrix [d_S, d_T] for every cloned output of attention and FFN, which carries the output
+    to the teacher's width instead of the projections.
     """
 
     title = "Low-Rank Clone (arXiv 2505.12781)"
@@ -160,12 +160,13 @@ class LowRankClone(Method):
         return {f"projections.{key}": value.detach() for key, value in values.items()}
 
     def _release(self) -> None:
-        """Make the student's weights parameters, and keep of the projections what is cloned
-        through them."""
+        """Turn the student's weights into parameters. Keep only the projections that activations
+        are still cloned through."""
         self.released = True
         self.model.requires_grad_(True)
         self.model.zero_grad()
-        cloned = self.distill.sites if self.objective.alpha_at(self.release_at) else []
+        first = self.stage_ends()[0] if self.stage_ends() else self.steps
+        cloned = self.distill.sites if self.objective.alpha_at(first / self.steps) else []
         self.projections.freeze(projection_key(*p) for p in cloned if self._projects(p))
 
     def begin_step(self, step: int) -> None:
