@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
 from lrc.train import train
+from lrc.train.loop import OnStep
 from lrc.train.prune import prune_recipe
 from lrc.train.session import initialize_only
 
@@ -28,9 +29,6 @@ if TYPE_CHECKING:
     from lrc.evaluation.results import Evaluation
 
 StrPath = str | os.PathLike[str]
-
-OnStep = Callable[[dict[str, Any]], None]
-"""Gets the metrics of every optimizer step, as in metrics.jsonl."""
 
 Text = StrPath | Sequence[StrPath] | Iterable[str] | Iterable[Mapping[str, Any]]
 """Training text: a path or `stdlib-docs`; a list or tuple of these; a data set of `datasets` (a
@@ -144,7 +142,7 @@ def export(
     """
     from lrc.train.export_run import export_model
 
-    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    name = _name(model)
     kinds = _choice(Dtype, dtype, "dtype"), _choice(Format, format, "format")
     export_model(name, Path(out), *kinds, TextConsole(quiet=quiet))
     return Path(out)
@@ -183,7 +181,7 @@ def evaluate(
     from lrc.evaluation.evaluation import evaluate as run_evaluation
     from lrc.train.setup import find_device
 
-    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    name = _name(model)
     settings = EvaluationSettings(
         tasks=tuple(tasks or (PAPER,)),
         limit=limit,
@@ -223,7 +221,7 @@ def prune(
     """
     from lrc.model.teacher import short_name
 
-    name = str(model.folder) if isinstance(model, Run) else os.fspath(model)
+    name = _name(model)
     recipe = prune_recipe(name, ratio, _paths(text), recover, tokens, settings or {})
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
     run = Run.create(folder, recipe)
@@ -304,6 +302,11 @@ def _loaded(
         raise UserError("A teacher that is a transformers model needs its tokenizer: give both.")
     known = name or getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
     return as_teacher(teacher, tokenizer, known)
+
+
+def _name(model: Run | StrPath) -> str:
+    """How the command line names a model: a run by its folder."""
+    return str(model.folder) if isinstance(model, Run) else os.fspath(model)
 
 
 def _paths(text: StrPath | Sequence[StrPath] | None) -> list[str]:

@@ -64,7 +64,7 @@ class MiniLm(RandomStudent):
             last_hidden(teacher, batch)
         with self.clock.part("student"), observe_attention(self.model, family, last, keep):
             hidden = last_hidden(self.model, batch)
-        losses = self.distill.predictions(None, hidden, batch, counts)
+        losses = self.distill.kl_and_lm_losses(None, hidden, batch, counts)
         with self.clock.part("loss"):
             theirs, ours = seen
             common = theirs.visible, batch.token_mask(), counts.tokens

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import DistillPass, MakePair
 from lrc.cloning.method import Counts, Method, StepLosses
-from lrc.cloning.recomputing import recompute_layers
 from lrc.data.batch import Batch
 from lrc.model.student import empty_student, plain_view, student_config
 from lrc.model.teacher import Teacher
@@ -41,6 +40,9 @@ class PlainStudent(Method):
 
     used_settings = PLAIN_SETTINGS
 
+    pair: MakePair | None = None
+    """Function that gives what to clone at an activation site; None for no cloning."""
+
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         """Arguments and errors are those of `build`."""
         self.teacher, self.recipe = teacher, recipe
@@ -67,8 +69,6 @@ class PlainStudent(Method):
         """Set the model to train."""
         train = self.recipe.train
         self.model = model
-        if train.gradient_checkpointing:
-            recompute_layers(model)
         self.distill = DistillPass(
             self.teacher,
             model,
@@ -78,9 +78,6 @@ class PlainStudent(Method):
             train.token_grad_clip,
             train.gradient_checkpointing,
         )
-
-    pair: MakePair | None = None
-    """Function that gives what to clone at an activation site; None for no cloning."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return dict(self.model.named_parameters())

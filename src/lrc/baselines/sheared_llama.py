@@ -45,7 +45,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PlainStudent
@@ -54,7 +54,7 @@ from lrc.baselines.pruning.learned import LearnedMasks
 from lrc.baselines.pruning.masked import MaskHooks
 from lrc.baselines.pruning.shape import pruned_config, target_shape, teacher_shape
 from lrc.baselines.pruning.size import compare_sizes
-from lrc.cloning.method import Counts, StepLosses
+from lrc.cloning.method import Counts, Staged, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.student import ties_weights
 from lrc.model.teacher import Teacher
@@ -65,10 +65,9 @@ CONSTRAINT_WARMUP = 0.2
 """Share of stage one in which the target moves from the teacher's shape to the student's."""
 
 
-class ShearedLlama(PlainStudent):
+class ShearedLlama(PlainStudent, Staged):
     """Masked teacher in stage one, pruned student in stage two."""
 
-    one_schedule = False
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
@@ -99,12 +98,6 @@ class ShearedLlama(PlainStudent):
     def decayed(self) -> set[str]:
         """The student's matrices."""
         return {name for name, value in super().parameters().items() if value.ndim > 1}
-
-    def rate_setting(self) -> str:
-        return "learning_rate"
-
-    def buffers(self) -> dict[str, Tensor]:
-        return {}
 
     def own_learning_rates(self) -> dict[str, float]:
         """Masks and multipliers have their own learning rates."""

@@ -73,7 +73,7 @@ class TinyBert(RandomStudent):
         with self.clock.part("student"):
             ours, our_last = self._pass(self.model, batch)
         their_last_or_none = their_last if self.objective.kl_weight else None
-        losses = self.distill.predictions(their_last_or_none, our_last, batch, counts)
+        losses = self.distill.kl_and_lm_losses(their_last_or_none, our_last, batch, counts)
         with self.clock.part("loss"):
             mask, loss, terms = batch.token_mask(), losses.loss, dict(losses.terms)
             if self.section.hidden_weight:

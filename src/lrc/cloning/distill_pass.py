@@ -26,10 +26,14 @@ from transformers import PreTrainedModel
 
 from lrc.cloning.activations import LinearSite, last_hidden
 from lrc.cloning.method import Counts, StepLosses
-from lrc.cloning.objective import clone_term, relative_weight
-from lrc.cloning.recomputing import RecomputedFfn
+from lrc.cloning.objective import (
+    VocabularyWeights,
+    clone_term,
+    relative_weight,
+    vocabulary_losses,
+)
+from lrc.cloning.recomputing import RecomputedFfn, recompute_layers
 from lrc.cloning.token_clipping import clip_output
-from lrc.cloning.vocabulary import kl_and_lm_losses
 from lrc.data.batch import Batch
 from lrc.model.families import LINEARS
 from lrc.model.teacher import Teacher
@@ -55,8 +59,8 @@ and the output of the teacher's."""
 class _MicroBatch:
     """What the hooks of a pass need to know, and what they find."""
 
-    spared: Tensor
-    """Tokens whose gradients are not clipped, bool [batch, sequence]."""
+    spared: Tensor | None
+    """Tokens whose gradients are not clipped, bool [batch, sequence]; None: nothing is clipped."""
     mask: Tensor | None
     counts: Counts
     compares: bool
@@ -76,8 +80,8 @@ class DistillPass(nn.Module):
         clock: counts the time of teacher, student and losses.
         pair: what is compared at a site; None: nothing is cloned.
         token_grad_clip: as in the recipe's `train`; 0: nothing is clipped.
-        recomputes_layers: whether the student's layers run again in the backward pass. If not, and
-            if something is cloned, its FFNs recompute their activations.
+        recomputes_layers: whether to run the student's layers again in the backward pass. If not,
+            and if something is cloned, its FFNs recompute their activations.
     """
 
     def __init__(
@@ -102,6 +106,8 @@ class DistillPass(nn.Module):
         ]
         self._micro_batch: _MicroBatch | None = None
         self._hooks: list[RemovableHandle] = []
+        if recomputes_layers:
+            recompute_layers(student)
         self._install()
 
     def forward(self, batch: Batch, counts: Counts) -> StepLosses:
@@ -113,8 +119,8 @@ class DistillPass(nn.Module):
             with self.clock.part("teacher"), torch.no_grad():
                 teacher_hidden = last_hidden(self.teacher_model, batch)
         with self.clock.part("student"):
-            student_hidden = self.run_student(batch)
-        losses = self.predictions(teacher_hidden, student_hidden, batch, counts)
+            student_hidden = last_hidden(self.student, batch)
+        losses = self.kl_and_lm_losses(teacher_hidden, student_hidden, batch, counts)
         terms = self._micro_batch.terms if self._micro_batch else {}
         if not self.recomputes_layers:
             self._micro_batch = None
@@ -131,30 +137,58 @@ class DistillPass(nn.Module):
 
     def begin(self, batch: Batch, counts: Counts, compares: bool = False) -> None:
         """Let the hooks work on a micro-batch. The activations of the one before are released."""
-        self._micro_batch = _MicroBatch(batch.first_tokens(), batch.token_mask(), counts, compares)
+        spared = batch.first_tokens() if self.token_grad_clip else None
+        self._micro_batch = _MicroBatch(spared, batch.token_mask(), counts, compares)
 
-    def run_student(self, batch: Batch) -> Tensor:
-        """The student's last hidden state [b, s, d_S]. Call `begin` first."""
-        return last_hidden(self.student, batch)
-
-    def predictions(
+    def kl_and_lm_losses(
         self,
         teacher_hidden: Tensor | None,
         student_hidden: Tensor,
         batch: Batch,
         counts: Counts,
     ) -> StepLosses:
-        """The losses over the vocabulary. Without the teacher's state there is no divergence."""
+        """The losses over the vocabulary.
+
+        Args:
+            teacher_hidden: the teacher's last hidden state [b, s, d_T]; None: there is no
+                divergence.
+            student_hidden: the student's, [b, s, d_S].
+            batch: the tokens.
+            counts: the numbers of tokens and labels to average over.
+        """
+        objective, mask = self.objective, batch.token_mask()
+        learns_from_teacher = teacher_hidden is not None
+        if teacher_hidden is None:
+            teacher_hidden = student_hidden.new_empty(0, 0, self.teacher.hidden_size)
+        token_lm = None
+        if batch.source_ids is not None:
+            token_lm = torch.empty_like(batch.input_ids, dtype=torch.float32)
         with self.clock.part("loss"):
-            return kl_and_lm_losses(
-                self.teacher,
-                self.student,
-                teacher_hidden,
-                student_hidden,
-                batch,
-                counts,
-                self.objective,
+            losses = vocabulary_losses(
+                student_hidden.flatten(0, 1),
+                self.student.get_output_embeddings().weight,
+                teacher_hidden.flatten(0, 1),
+                self.teacher_model.get_output_embeddings().weight,
+                batch.labels().flatten(),
+                None if mask is None else mask.flatten(),
+                VocabularyWeights(
+                    objective.kl_weight if learns_from_teacher else 0.0,
+                    objective.lm_weight,
+                    objective.temperature,
+                    counts.tokens,
+                    counts.labels,
+                    self.teacher.vocab_size,
+                    objective.chunk_tokens,
+                    objective.divergence,
+                    objective.jsd_beta,
+                ),
+                None if token_lm is None else token_lm.view(-1),
             )
+        terms: dict[str, Tensor] = {}
+        if learns_from_teacher:
+            terms[objective.divergence] = losses.divergence
+        terms["lm"] = losses.lm
+        return StepLosses(losses.weighted, terms, token_lm=token_lm)
 
     def end_step(self) -> None:
         """Release what the backward passes of a step needed."""
@@ -187,8 +221,9 @@ class DistillPass(nn.Module):
         weakref.finalize(self, _remove, self._hooks)
 
     def _clip(self, _linear: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
-        if self._micro_batch is not None:
-            clip_output(output, self._micro_batch.spared, self.token_grad_clip)
+        batch = self._micro_batch
+        if batch is not None and batch.spared is not None:
+            clip_output(output, batch.spared, self.token_grad_clip)
 
     def _compare(
         self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Tensor

@@ -22,9 +22,8 @@ from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
-from lrc.cloning.method import Counts, Method, Progress, StartReport, StepLosses
+from lrc.cloning.method import Counts, Method, Progress, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
-from lrc.cloning.recomputing import recompute_layers
 from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
 from lrc.model.families import WRITERS
@@ -35,7 +34,7 @@ from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSect
 from lrc.system.clock import Clock
 
 
-class LowRankClone(Method):
+class LowRankClone(Method, Staged):
     """The paper's method.
 
     It trains the projections, each [d_T, d_S], and the student's RMSNorm weights, each [d_S]. After
@@ -97,8 +96,6 @@ class LowRankClone(Method):
         self.released = False
         self.projections = Projections(self.teacher, self.section)
         self.model = build_student(self.teacher, self.section)
-        if self.gradient_checkpointing:
-            recompute_layers(self.model)
         self.distill = DistillPass(
             self.teacher,
             self.model,
@@ -128,9 +125,6 @@ class LowRankClone(Method):
         for path in self.teacher.family.stream_norms(self.teacher.num_layers):
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
         return named | self.alignment
-
-    def own_learning_rates(self) -> dict[str, float]:
-        return {}
 
     def rate_setting(self) -> str:
         return "release_learning_rate" if self.released else "learning_rate"

@@ -147,17 +147,18 @@ class Method(ABC):
         with the model in training."""
 
 
-@runtime_checkable
-class Staged(Protocol):
-    """A method that trains in several stages, with other parameters in each."""
+class Staged:
+    """A method that trains in several stages, with other parameters in each. The defaults are those
+    of a method with one stage."""
 
-    one_schedule: ClassVar[bool]
+    one_schedule: ClassVar[bool] = False
     """Whether the learning rate's schedule spans all stages, and a later stage starts with a
     warm-up of its own. If not, each stage has a schedule of its own."""
 
     def stage_ends(self) -> tuple[int, ...]:
         """Steps after which another stage starts, ascending. The loop then calls `next_stage`, and
         starts a new optimizer with the parameters of that stage."""
+        return ()
 
     def next_stage(self) -> dict[str, Any]:
         """Start the next stage.
@@ -165,17 +166,21 @@ class Staged(Protocol):
         Returns:
             Entries for the metrics of the last step; "stage" says in a word what has happened.
         """
+        raise NotImplementedError(f"{type(self).__name__} has one stage")
 
     def rate_setting(self) -> str:
         """Name of the setting in the recipe's `train` that is the peak learning rate of the present
         stage. `learning_rate` replaces it if it is empty."""
+        return "learning_rate"
 
     def own_learning_rates(self) -> dict[str, float]:
         """Peak learning rates of the parameters that do not use the recipe's, by name. They have
         no weight decay."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint must hold besides the parameters, as JSON values."""
+        return {}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go to the stage of a `state`. `parameters` and `buffers` then have its names and shapes;
@@ -183,6 +188,15 @@ class Staged(Protocol):
 
     def buffers(self) -> dict[str, Tensor]:
         """Tensors by name that a checkpoint must hold although they are not trained."""
+        return {}
+
+
+ONE_STAGE = Staged()
+
+
+def stages_of(method: Method) -> Staged:
+    """The stages of a method."""
+    return method if isinstance(method, Staged) else ONE_STAGE
 
 
 @runtime_checkable

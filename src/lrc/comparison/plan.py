@@ -31,10 +31,6 @@ RESERVED = MappingProxyType(
 """Settings of a run that the comparison sets, except the tried rate, and what sets each one."""
 
 
-RATES = "the entry's `learning_rates`"
-"""What sets the tried rate."""
-
-
 class Grid(Section):
     """The choice of learning rates: each rate is tried on a short budget."""
 
@@ -65,6 +61,10 @@ class Entry(Section):
 
     rate_of: Name | None = None
     """Entry whose chosen rate this entry uses instead of its own search; for ablations."""
+
+    def reserved(self) -> dict[str, str]:
+        """Settings that the comparison sets for this entry, and what sets each one."""
+        return {**RESERVED, f"train.{self.tries}": "the entry's `learning_rates`"}
 
 
 class Comparison(Section):
@@ -188,11 +188,10 @@ def load_comparison(
     if isinstance(base, str):
         beside = path.parent / base
         base = read_yaml(beside if beside.is_file() else find_yaml(base, "recipe"))
+    reserved = {key: by for entry in comparison.entries for key, by in entry.reserved().items()}
     for key in overrides:
-        if key in RESERVED:
-            raise UserError(f"'{key}' comes from {RESERVED[key]}; change it in {path}.")
-        if key in {f"train.{entry.tries}" for entry in comparison.entries}:
-            raise UserError(f"'{key}' comes from {RATES}; change it in {path}.")
+        if key in reserved:
+            raise UserError(f"'{key}' comes from {reserved[key]}; change it in {path}.")
     base = apply_overrides(base, overrides)
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
@@ -208,7 +207,7 @@ def _check_entries(comparison: Comparison) -> None:
     """
     problems = []
     for entry in comparison.entries:
-        reserved = {**RESERVED, f"train.{entry.tries}": RATES}
+        reserved = entry.reserved()
         problems += [
             f"entry '{entry.name}' sets '{key}', which comes from {reserved[key]}"
             for key in entry.settings

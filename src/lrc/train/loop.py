@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.cloning.method import Counts, Staged, WeighsSources
+from lrc.cloning.method import Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
@@ -23,16 +23,7 @@ from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
-from lrc.train.setup import (
-    Setup,
-    autocast,
-    calibration_sequences,
-    new_state,
-    rate_setting,
-    stage_ends,
-    state_of,
-    weighs_sources,
-)
+from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
 from lrc.train.signals import StopRequest, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
@@ -45,7 +36,7 @@ TEACHER_BY_SOURCE = "teacher_held_out_lm_by_source"
 
 
 OnStep = Callable[[dict[str, Any]], None]
-"""Gets the metrics of every optimizer step."""
+"""Gets the metrics of every optimizer step, as in metrics.jsonl."""
 
 
 @dataclass
@@ -86,7 +77,7 @@ class Loop:
         recipe, setup = self.run.recipe, self.setup
         self.first_step = setup.state.step
         self._resume_metrics()
-        if weighs_sources(setup.method) and not self.text.sources:
+        if self._weigher() and not self.text.sources:
             self.console.print(
                 "The text has no sources to weigh, so it is read in its own order.", style="yellow"
             )
@@ -183,10 +174,9 @@ class Loop:
     def _change_stage(self, progress: StepProgress) -> dict[str, Any]:
         """Start the method's next stage, if one starts here; return its entries for the metrics."""
         setup, step = self.setup, self.setup.state.step
-        if step not in stage_ends(setup.method):
+        if step not in stages_of(setup.method).stage_ends():
             return {}
-        assert isinstance(setup.method, Staged)
-        entries = setup.method.next_stage()
+        entries = stages_of(setup.method).next_stage()
         setup.state = new_state(setup.method, self.run.recipe, step)
         told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         told = f"{entries['stage']} ({told})" if told else entries["stage"]
@@ -221,10 +211,11 @@ class Loop:
         if math.isfinite(loss) and math.isfinite(norm):
             return
         kept = list_checkpoints(self.run.checkpoints)
+        rate = stages_of(self.setup.method).rate_setting()
         where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
         raise DivergedError(
             f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "
-            f"({where}). Start a new run with a lower train.{rate_setting(self.setup.method)}."
+            f"({where}). Start a new run with a lower train.{rate}."
         )
 
     def _measure(self, progress: StepProgress) -> dict[str, Any]:
@@ -259,17 +250,22 @@ class Loop:
         means = by_source.means()
         return {"teacher_held_out_lm": loss, **({TEACHER_BY_SOURCE: means} if means else {})}
 
+    def _weigher(self) -> WeighsSources | None:
+        """The method, if it sets how much of the text comes from each source."""
+        method = self.setup.method
+        return method if isinstance(method, WeighsSources) and method.weighs_sources() else None
+
     def _weigh_sources(self, line: dict[str, Any]) -> dict[str, Any]:
         """Let the method set the sources' shares after a measurement; return them for the metrics.
 
         Args:
             line: the measurement.
         """
-        method, text = self.setup.method, self.text
-        if not (isinstance(method, WeighsSources) and weighs_sources(method) and text.sources):
+        weigher, text = self._weigher(), self.text
+        if weigher is None or not text.sources:
             return {}
         teacher = self.run.metrics()[0][TEACHER_BY_SOURCE]
-        shares = method.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
+        shares = weigher.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
         done = self.setup.state.step * self.run.recipe.train.step_sequences()
         text.set_shares(self._calibration_sequences() + done, shares)
         return {"source_shares": shares}
@@ -329,7 +325,7 @@ class Loop:
     def _save(self) -> None:
         train = self.run.recipe.train
         self.setup.state.text = self.text.state()
-        self.setup.state.method = state_of(self.setup.method)
+        self.setup.state.method = stages_of(self.setup.method).state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
                 self.run.checkpoints,

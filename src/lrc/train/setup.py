@@ -4,14 +4,13 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from lrc.cloning.method import Method, Staged, WeighsSources
+from lrc.cloning.method import Method, stages_of
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
 from lrc.model.teacher import Teacher, load_teacher
@@ -92,37 +91,6 @@ def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
     return max(2, min(wanted, text.training_sequences or wanted))
 
 
-def stage_ends(method: Method) -> tuple[int, ...]:
-    """Steps after which a method starts another stage."""
-    return method.stage_ends() if isinstance(method, Staged) else ()
-
-
-def rate_setting(method: Method) -> str:
-    """Name of the setting that is the peak learning rate of a method's current stage."""
-    return method.rate_setting() if isinstance(method, Staged) else "learning_rate"
-
-
-def own_rates(method: Method) -> dict[str, float]:
-    """Peak learning rates of the parameters that do not use the recipe's."""
-    return method.own_learning_rates() if isinstance(method, Staged) else {}
-
-
-def state_of(method: Method) -> dict[str, Any]:
-    """What a checkpoint must hold of a method besides its parameters."""
-    return method.state() if isinstance(method, Staged) else {}
-
-
-def load_state(method: Method, state: dict[str, Any]) -> None:
-    """Bring a method to the stage of a checkpoint."""
-    if isinstance(method, Staged):
-        method.load_state(state)
-
-
-def weighs_sources(method: Method) -> bool:
-    """Whether a method sets how much of the text comes from each source."""
-    return isinstance(method, WeighsSources) and method.weighs_sources()
-
-
 def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
     """AdamW and its schedule for a method's current stage.
 
@@ -131,8 +99,8 @@ def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
         recipe: its recipe.
         step: number of finished steps; the schedule begins at the beginning of their stage.
     """
-    train = recipe.train
-    parameters, decayed, own = method.parameters(), method.decayed(), own_rates(method)
+    train, stages = recipe.train, stages_of(method)
+    parameters, decayed, own = method.parameters(), method.decayed(), stages.own_learning_rates()
     groups = [
         {
             "params": [p for n, p in parameters.items() if n in decayed and n not in own],
@@ -146,18 +114,17 @@ def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
     for rate in sorted(set(own.values())):
         named = [p for name, p in parameters.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
-    peak = getattr(train, rate_setting(method)) or train.learning_rate
+    peak = getattr(train, stages.rate_setting()) or train.learning_rate
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
-    bounds = 0, *stage_ends(method), recipe.steps()
+    bounds = 0, *stages.stage_ends(), recipe.steps()
     stage = bisect.bisect_right(bounds[:-1], step) - 1
     begin, end = bounds[stage], bounds[stage + 1]
-    if isinstance(method, Staged) and method.one_schedule:
+    if stages.one_schedule:
         factor = stretch(schedule(train, recipe.steps()), begin, warmup(train, recipe.steps()))
     else:
         factor = schedule(train, end - begin)
     scheduler = LambdaLR(optimizer, factor)
-    buffers = method.buffers() if isinstance(method, Staged) else {}
-    return State(step, parameters, optimizer, scheduler, buffers=buffers)
+    return State(step, parameters, optimizer, scheduler, buffers=stages.buffers())
 
 
 def warmup(train: TrainSection, steps: int) -> int:
@@ -205,7 +172,7 @@ def restore(run: Run, method: Method, console: Console) -> State | None:
         try:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
             with using(path):
-                load_state(method, header.get("method", {}))
+                stages_of(method).load_state(header.get("method", {}))
                 state = new_state(method, run.recipe, int(header["step"]))
                 fill_state(state, path, header, tensors)
             return state

@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from lrc.cloning.method import stages_of
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
@@ -22,7 +23,7 @@ from lrc.train.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from lrc.train.setup import Setup, load_state, new_state, state_of
+from lrc.train.setup import Setup, new_state
 
 SECONDS = "seconds.json"
 
@@ -44,7 +45,7 @@ class Starts:
         if not setup.method.calibration_tokens():
             return  # such a start takes no time
         key = start_key(setup, recipe)
-        setup.state.method = state_of(setup.method)
+        setup.state.method = stages_of(setup.method).state()
         with suppress(UserError):  # another process saves the same start, or the disk is full
             write_text(self.folder / key / SECONDS, json.dumps(seconds))
             save_checkpoint(self.folder / key, setup.state, key, keep=1)
@@ -62,7 +63,7 @@ class Starts:
         try:
             header, tensors = read_checkpoint(path, key)
             solving, forward = json.loads((self.folder / key / SECONDS).read_text())
-            load_state(setup.method, header.get("method", {}))
+            stages_of(setup.method).load_state(header.get("method", {}))
             setup.state = new_state(setup.method, recipe)
             fill_parameters(setup.state, path, tensors)
         except Exception:  # a damaged start can cause any error; it is solved again
