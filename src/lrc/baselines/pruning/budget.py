@@ -41,15 +41,15 @@ class Budget:
             return None
         others = whole.kv_heads - 1  # every configuration accepts one head
         of_others = total - self.count(replace(whole, kv_heads=1))
-        found: list[tuple[int, float, PrunedShape]] = []
+        found: list[tuple[float, float, PrunedShape]] = []
         for heads in filter(self._takes, range(1, whole.kv_heads + 1)):
             gone = of_others * (whole.kv_heads - heads) // max(1, others)
             surplus = total - gone - parameters
-            asked = whole.neurons - round(surplus / of_neuron)
-            neurons = min(max(asked, 1), whole.neurons)
+            neurons = min(max(whole.neurons - round(surplus / of_neuron), 1), whole.neurons)
+            miss = abs(surplus - (whole.neurons - neurons) * of_neuron)
             apart = abs(heads / whole.kv_heads - neurons / whole.neurons)
             shape = replace(whole, kv_heads=heads, neurons=neurons)
-            found.append((abs(asked - neurons), apart, shape))
+            found.append((max(miss, of_neuron / 2), apart, shape))  # half a neuron cannot be helped
         return min(found, key=lambda candidate: candidate[:2])[2]
 
     def _takes(self, kv_heads: int) -> bool:
