@@ -20,7 +20,6 @@ uses the best rate of a grid, which is reported. Prepare the stories as for `lrc
 
 import argparse
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,14 +27,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Method
-from lrc.cloning.projection import Site
+from lrc.cloning.projection import Projections, project, projection_gradient
 from lrc.data import open_text
 from lrc.methods import METHODS
-from lrc.model.families import LINEARS, READERS, WRITERS
 from lrc.model.teacher import load_tokenizer
 from lrc.recipe import make_recipe
 from lrc.run import Run
@@ -43,6 +41,9 @@ from lrc.system.console import TextConsole
 from lrc.system.errors import DivergedError
 from lrc.train import train
 
+READERS = ("q", "k", "v", "gate", "up")
+WRITERS = ("o", "down")
+LINEARS = READERS + WRITERS
 RATES = (3e-3, 1e-2, 3e-2)
 RANKS = (1, 2, 4, 8, 16, 32)
 TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE = 3000, 32, 5e-3
@@ -56,15 +57,10 @@ class Added(LowRankClone):
 
     def _begin(self) -> None:
         super()._begin()
-        family, layers = self.teacher.family, range(self.teacher.num_layers)
-        paths = [
-            family.linear(layer, name)
-            for layer in layers
-            for name in self.names
-            if name != "embedding"
-        ]
+        layout = self.teacher.layout
+        paths = [layout.linear(site) for site in layout.sites() if site.name in self.names]
         if "embedding" in self.names:
-            paths.append(family.embedding)
+            paths.append(self.teacher.family.embedding)
         self.added: dict[str, dict[str, nn.Parameter]] = {}
         generator = torch.Generator().manual_seed(0)
         for path in paths:
@@ -135,29 +131,53 @@ class Whitened(LowRankClone):
     def stage_ends(self) -> tuple[int, ...]:
         return (0,)
 
-    @torch.no_grad()
     def next_stage(self) -> dict[str, Any]:
-        projections, family = self.projections, self.teacher.family
-        whitened: list[tuple[Site, str, Tensor]] = []
-        for site, name, weight in projections._weights():
-            full = weight.clone()
-            if site.folded and site.norm:
-                full *= self.teacher.gain(site.norm)
-            left, strengths, right = torch.linalg.svd(full, full_matrices=False)
-            value = projections.values[site.projection]
-            if site.writes:
-                value, kept = strengths[:, None] * (left.T @ value), right
-            else:
-                value, kept = strengths[:, None] * (right @ value), left
-            projections.values[site.projection] = nn.Parameter(value)
-            whitened.append((replace(site, norm=None, folded=False), name, kept.contiguous()))
-        assert len({site.projection for site, _, _ in whitened}) == len(whitened), family
-
-        def weights() -> Iterator[tuple[Site, str, Tensor]]:
-            yield from whitened
-
-        projections._weights = weights  # type: ignore[method-assign]
+        self.projections = WhitenedProjections(self.projections)
         return {"stage": "whitened"}
+
+
+class WhitenedProjections(Projections):
+    """Projections in coordinates where the teacher's weights are orthonormal.
+
+    Args:
+        plain: the projections to start from.
+    """
+
+    @torch.no_grad()
+    def __init__(self, plain: Projections) -> None:
+        self.teacher, self.hidden_size, self.weights = plain.teacher, plain.hidden_size, []
+        self.values = dict(plain.values)
+        self.kept: dict[str, Tensor] = {}
+        """What takes the place of the teacher's weights, by name."""
+        for weight in plain.weights:
+            full = self.teacher.parameter(weight.name).clone()
+            if weight.folded and weight.norm:
+                full *= self.teacher.gain(weight.norm)
+            left, strengths, right = torch.linalg.svd(full, full_matrices=False)
+            value = plain.values[weight.projection]
+            if weight.axis == -1:
+                value, kept = strengths[:, None] * (right @ value), left
+            else:
+                value, kept = strengths[:, None] * (left.T @ value), right
+            self.values[weight.projection] = nn.Parameter(value)
+            self.kept[weight.name] = kept.contiguous()
+            self.weights.append(replace(weight, norm=None, folded=False))
+        assert len({weight.projection for weight in self.weights}) == len(self.weights)
+
+    @torch.no_grad()
+    def write_into(self, student: PreTrainedModel) -> None:
+        for weight in self.weights:
+            out = student.get_parameter(weight.name).data
+            value = self.values[weight.projection]
+            project(self.kept[weight.name], value, weight.axis, out)
+
+    @torch.no_grad()
+    def backward(self, student: PreTrainedModel) -> None:
+        for weight in self.weights:
+            gradient = student.get_parameter(weight.name).grad
+            assert gradient is not None
+            value = self.values[weight.projection]
+            value.grad = projection_gradient(self.kept[weight.name], gradient, weight.axis)
 
 
 def inner_norms(method: Method) -> dict[str, nn.Parameter]:

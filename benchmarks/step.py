@@ -146,7 +146,7 @@ class Ours:
         self.method = make_ours(teacher, hidden_size, **options)
         if compiled:
             for model in (teacher.model, self.method.model):
-                compile_small_modules(model, teacher.family)
+                compile_small_modules(model)
         self.clock = self.method.clock
         self.parameters = list(self.method.parameters().values())
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, fused=True)

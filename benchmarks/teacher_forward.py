@@ -26,7 +26,6 @@ from torch.nn import functional
 from lrc.cloning.activations import last_hidden, observe
 from lrc.data import open_text
 from lrc.data.batch import Batch
-from lrc.model.families import LINEARS
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import make_recipe
 from lrc.recipe.sections import TeacherSection
@@ -91,8 +90,7 @@ def observed(teacher: Teacher, model: nn.Module, batch: Batch) -> tuple[Tensor, 
         kept.append(output)
         return output
 
-    places = [(layer, name) for layer in range(teacher.num_layers) for name in LINEARS]
-    with observe(model, teacher.family, places, keep):
+    with observe(model, teacher.layout, teacher.layout.sites(), keep):
         hidden = last_hidden(model, batch)
     logits = hidden.flatten(0, 1) @ teacher.model.get_output_embeddings().weight.T
     return logits.log_softmax(-1), kept

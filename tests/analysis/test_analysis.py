@@ -46,7 +46,7 @@ def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
     for layer, chosen in enumerate(neurons):
         without.get_submodule(f"model.layers.{layer}.mlp.down_proj").weight[:, chosen] = 0
     before = teacher.model(ids).logits
-    with masked(teacher.model, teacher.family, neurons):
+    with masked(teacher.model, teacher.layout, neurons):
         found = teacher.model(ids).logits
     torch.testing.assert_close(found, without(ids).logits, rtol=1e-12, atol=1e-12)
     assert (found - before).abs().max() > 1e-3
@@ -56,7 +56,7 @@ def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
 def test_a_mask_goes_when_the_model_fails() -> None:
     teacher = tiny_teacher("llama")
     neurons = torch.ones(LAYERS, FFN, dtype=torch.bool)
-    with pytest.raises(RuntimeError), masked(teacher.model, teacher.family, neurons):
+    with pytest.raises(RuntimeError), masked(teacher.model, teacher.layout, neurons):
         raise RuntimeError
     assert not any(module._forward_pre_hooks for module in teacher.model.modules())
 
@@ -70,7 +70,7 @@ def test_activity_is_that_of_prompts_alone(family: str, positions: Any) -> None:
     parts = [
         Batch(batch.input_ids[i : i + 2], None, batch.attention_mask[i : i + 2]) for i in (0, 2)
     ]
-    found = activity(teacher.model, teacher.family, parts, positions)
+    found = activity(teacher.model, teacher.layout, parts, positions)
 
     paths = {
         (i, name): f"model.layers.{i}.mlp.{name}_proj"

@@ -87,7 +87,7 @@ def test_the_least_important_go_and_the_rest_stays(case: Case) -> None:
         groups=best(found.groups, heads),
         neurons=best(found.neurons, neurons),
     )
-    theirs = dict(cut(teacher.model, teacher.family, kept).named_parameters())
+    theirs = dict(cut(teacher.model, kept).named_parameters())
     ours = dict(method.student().named_parameters())
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():

@@ -60,9 +60,9 @@ def test_masks_of_0_and_1_are_the_cut_model(case: Case) -> None:
         [torch.tensor(groups[i]) for i in layers],
         [torch.tensor(neurons[i]) for i in layers],
     )
-    pruned = cut(teacher.model, teacher.family, kept)
+    pruned = cut(teacher.model, kept)
     plain = [logits(teacher.model, batch) for batch in BATCHES]
-    hooks = MaskHooks(teacher.model, teacher.family)
+    hooks = MaskHooks(teacher.model)
     hooks.values = MaskValues(
         binary(LAYERS, layers),
         binary(HIDDEN, hidden),
@@ -116,7 +116,7 @@ def test_soft_masks_are_scaled_weights(case: Case) -> None:
         for norm in (*norms, model.model.norm):
             norm.weight.mul_(share.sqrt())
             norm.variance_epsilon *= share.item()
-    hooks = MaskHooks(teacher.model, teacher.family)
+    hooks = MaskHooks(teacher.model)
     hooks.values = MaskValues(hidden=hidden, groups=groups, neurons=neurons)
     masked = logits(teacher.model, BATCHES[0])
     torch.testing.assert_close(masked, logits(model, BATCHES[0]), rtol=1e-11, atol=1e-11)
@@ -124,7 +124,7 @@ def test_soft_masks_are_scaled_weights(case: Case) -> None:
 
 def test_a_half_open_layer_is_between_its_input_and_its_output() -> None:
     teacher = tiny_teacher("llama", **SHAPE)
-    hooks = MaskHooks(teacher.model, teacher.family)
+    hooks = MaskHooks(teacher.model)
     seen: list[Tensor] = []
     teacher.model.model.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     for openness in (0.0, 1.0, 0.3):

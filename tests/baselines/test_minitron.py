@@ -166,7 +166,7 @@ def test_idle_parts_go_first() -> None:
     assert not {0, 5} & set(kept.hidden.tolist())
 
     method.initialize(BATCHES["whole"], lambda done, parts: None)
-    student = cut(teacher.model, teacher.family, kept)
+    student = cut(teacher.model, kept)
     for (name, ours), theirs in zip(
         method.student().named_parameters(), student.parameters(), strict=True
     ):
@@ -239,7 +239,7 @@ def test_importance_tells_what_matters(stories_folder: Path) -> None:
     for part, size in (("layers", 4), ("hidden", 48), ("kv_heads", 3), ("neurons", 129)):
         shape = replace(whole, **{part: size})
         losses = [
-            cut(model, teacher.family, scores.most_important(shape))(ids, labels=ids).loss.item()
+            cut(model, scores.most_important(shape))(ids, labels=ids).loss.item()
             for scores in (importance, opposite)
         ]
         assert losses[0] < losses[1] - 0.05, part

@@ -88,7 +88,7 @@ def test_weights_are_the_slices(case: Case) -> None:
     teacher = grouped(family, tied, **changes)
     before = {name: value.clone() for name, value in teacher.model.state_dict().items()}
     state = torch.get_rng_state()
-    student = cut(teacher.model, teacher.family, KEPT)
+    student = cut(teacher.model, KEPT)
     assert torch.equal(torch.get_rng_state(), state)
     ours = dict(student.named_parameters())
     theirs = by_hand(dict(teacher.model.named_parameters()), KEPT, tied)
@@ -112,7 +112,7 @@ def test_weights_are_the_slices(case: Case) -> None:
 def test_keeping_all_is_the_model(case: Case) -> None:
     family, tied, changes = case
     teacher = grouped(family, tied, **changes)
-    student = cut(teacher.model, teacher.family, keep_all(teacher.model))
+    student = cut(teacher.model, keep_all(teacher.model))
     with torch.no_grad():
         assert torch.equal(student(IDS).logits, teacher.model(IDS).logits)
 
@@ -137,7 +137,7 @@ def test_a_part_without_effect_can_go(part: str) -> None:
                 layer.mlp.down_proj.weight[:, 4] = 0
             rest = torch.tensor([i for i in range(FFN) if i != 4])
             kept = KeptUnits(kept.layers, kept.hidden, kept.groups, [rest] * 3)
-        ours, theirs = cut(model, teacher.family, kept)(IDS).logits, model(IDS).logits
+        ours, theirs = cut(model, kept)(IDS).logits, model(IDS).logits
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
 
 
@@ -164,7 +164,7 @@ def test_every_shape(data: st.DataObject) -> None:
     )
     shape = PrunedShape(len(layers), hidden, kv_heads, neurons)
     assert kept.shape == shape
-    student = cut(teacher.model, teacher.family, kept)
+    student = cut(teacher.model, kept)
     theirs = by_hand(dict(teacher.model.named_parameters()), kept, tied)
     for name, value in student.named_parameters():
         assert torch.equal(value, theirs.pop(name)), name
@@ -177,7 +177,7 @@ def test_every_shape(data: st.DataObject) -> None:
 
 def test_a_tied_model_can_be_cut_untied() -> None:
     teacher = grouped("qwen2", tied=True)
-    student = cut(teacher.model, teacher.family, KEPT, tied=False)
+    student = cut(teacher.model, KEPT, tied=False)
     head = student.lm_head.weight
     assert head is not student.model.embed_tokens.weight
     assert torch.equal(head, teacher.model.model.embed_tokens.weight[:, KEPT.hidden])
@@ -196,7 +196,7 @@ def test_layer_types_go_with_the_layers() -> None:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_export_runs_in_plain_transformers(family: str, tmp_path: Path) -> None:
     teacher = grouped(family, dtype=torch.float32)
-    student = cut(teacher.model, teacher.family, KEPT)
+    student = cut(teacher.model, KEPT)
     export_student(student, teacher.tokenizer, "card", tmp_path / "student")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     with torch.no_grad():

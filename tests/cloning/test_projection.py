@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.cloning.projection import Projections, project
+from lrc.cloning.projection import Projections, project, projection_gradient
 from lrc.data.batch import Batch
 from lrc.recipe.sections import StudentSection
 from starts import initialize_random
@@ -246,16 +246,18 @@ def test_project_any_shape(wide: int, d_t: int, d_s: int, writes: bool, seed: in
     torch.manual_seed(seed)
     weight = torch.randn((d_t, wide) if writes else (wide, d_t), dtype=torch.float64)
     p = torch.randn(d_t, d_s, dtype=torch.float64, requires_grad=True)
-    result = project(weight, p, writes)
+    axis = -2 if writes else -1
+    result = project(weight, p, axis)
     formula = "to,ts->so" if writes else "ot,ts->os"
     torch.testing.assert_close(result, torch.einsum(formula, weight, p))
     upstream = torch.randn_like(result)
     (grad,) = torch.autograd.grad(result, p, upstream)
     expected = weight @ upstream.T if writes else weight.T @ upstream
     torch.testing.assert_close(grad, expected)
+    torch.testing.assert_close(projection_gradient(weight, upstream, axis), expected)
     if writes:
         bias = torch.randn(d_t, dtype=torch.float64)
-        torch.testing.assert_close(project(bias, p, True), torch.einsum("t,ts->s", bias, p))
+        torch.testing.assert_close(project(bias, p, axis), torch.einsum("t,ts->s", bias, p))
 
 
 @settings(max_examples=15, deadline=None)

@@ -24,7 +24,7 @@ def student_and_twin() -> Callable[[str], Pair]:
         twin = teacher.model.requires_grad_(True)
         student = copy.deepcopy(twin)
         for layer in range(LAYERS):
-            RecomputedFfn(student, teacher.family, layer)
+            RecomputedFfn(student, teacher.layout, layer)
         return student, twin
 
     return pair
@@ -130,7 +130,7 @@ def test_the_backward_pass_may_come_after_the_hooks_are_gone() -> None:
     teacher = tiny_teacher("llama")
     twin = teacher.model.requires_grad_(True)
     student = copy.deepcopy(twin)
-    ffns = [RecomputedFfn(student, teacher.family, layer) for layer in range(LAYERS)]
+    ffns = [RecomputedFfn(student, teacher.layout, layer) for layer in range(LAYERS)]
     loss = loss_of(student)
     for hook in (hook for ffn in ffns for hook in ffn.hooks):
         hook.remove()

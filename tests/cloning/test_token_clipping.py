@@ -8,18 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from lrc.cloning.activations import LinearSite
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts
 from lrc.cloning.token_clipping import clip_tokens
 from lrc.data.batch import Batch
-from lrc.model.families import FAMILIES, LINEARS
+from lrc.model.families import FAMILIES
+from lrc.model.layout import LinearSite
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
 from tiny_runs import go, new_run
 
 LIMIT = 1.2
-SITES: list[LinearSite] = [(layer, name) for layer in range(2) for name in LINEARS]
+SITES = [
+    LinearSite(layer, name)
+    for layer in range(2)
+    for name in ("q", "k", "v", "o", "gate", "up", "down")
+]
 
 
 @hypothesis.given(
@@ -92,7 +96,7 @@ def learn(method: LowRankClone, batch: Batch) -> dict[LinearSite, Tensor]:
         outputs.setdefault(site, output)
 
     for site in SITES:
-        linear = method.model.get_submodule(method.teacher.family.linear(*site))
+        linear = method.model.get_submodule(method.teacher.layout.linear(site))
         linear.register_forward_hook(
             lambda _module, _inputs, output, site=site: keep(site, output), prepend=True
         )

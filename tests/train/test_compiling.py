@@ -20,7 +20,7 @@ from tiny_runs import go, new_run
 def test_the_small_modules_are_norms_and_activation_functions(family: str) -> None:
     teacher = tiny_teacher(family)
     paths = {module: path for path, module in teacher.model.named_modules()}
-    found = [paths[module] for module in small_modules(teacher.model, teacher.family)]
+    found = [paths[module] for module in small_modules(teacher.model)]
     inside = {"input_layernorm", "post_attention_layernorm", "mlp.act_fn"}
     if family == "qwen3":
         inside |= {"self_attn.q_norm", "self_attn.k_norm"}
@@ -59,9 +59,9 @@ def test_a_compiled_run_is_the_same(tmp_path: Path, family: str) -> None:
 def test_adapters_are_no_small_modules() -> None:
     pytest.importorskip("peft")
     teacher = tiny_teacher("llama")
-    before = list(small_modules(teacher.model, teacher.family))
-    add_adapters(teacher.model, teacher.family, rank=2, alpha=4.0, seed=0)
-    after = list(small_modules(teacher.model, teacher.family))
+    before = list(small_modules(teacher.model))
+    add_adapters(teacher.model, rank=2, alpha=4.0, seed=0)
+    after = list(small_modules(teacher.model))
     assert len(after) == len(before)
     assert all(one is other for one, other in zip(after, before, strict=True))
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import LinearSite, last_hidden, observe
+from lrc.cloning.activations import last_hidden, observe
 from lrc.data.batch import Batch
-from lrc.model.families import Family
+from lrc.model.layout import Layout, LinearSite
 from lrc.system.errors import UserError
 
 Positions = Literal["all", "last"]
@@ -25,19 +25,19 @@ Positions = Literal["all", "last"]
 
 
 @contextmanager
-def masked(model: nn.Module, family: Family, neurons: Tensor) -> Iterator[None]:
+def masked(model: nn.Module, layout: Layout, neurons: Tensor) -> Iterator[None]:
     """Context in which the given neurons are zero.
 
     Args:
         model: a causal language model.
-        family: the model's family, which knows the names of its parts.
+        layout: the model's layout.
         neurons: bool [layers, FFN width], true for neurons to mask.
     """
     handles = []
     try:
         for layer, chosen in enumerate(neurons):
             if chosen.any():
-                down = model.get_submodule(family.linear(layer, "down"))
+                down = model.get_submodule(layout.linear(LinearSite(layer, "down")))
                 handles.append(down.register_forward_pre_hook(_zero(chosen)))
         yield
     finally:
@@ -54,13 +54,13 @@ def _zero(chosen: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, .
 
 @torch.no_grad()
 def activity(
-    model: PreTrainedModel, family: Family, batches: Iterable[Batch], positions: Positions = "all"
+    model: PreTrainedModel, layout: Layout, batches: Iterable[Batch], positions: Positions = "all"
 ) -> Tensor:
     """Mean absolute value of every FFN neuron over tokens, float64 [layers, FFN width].
 
     Args:
         model: a causal language model.
-        family: the model's family, which knows the names of its parts.
+        layout: the model's layout.
         batches: the prompts, padded on the right.
         positions: which tokens of a prompt count.
     """
@@ -68,13 +68,13 @@ def activity(
     counted = torch.zeros(())
     tokens = 0
 
-    def add(place: LinearSite, states: Tensor, output: Tensor) -> Tensor:
+    def add(site: LinearSite, states: Tensor, output: Tensor) -> Tensor:
         total = states[counted].abs().double().sum(0)
-        sums[place[0]] = sums.get(place[0], torch.zeros_like(total)) + total
+        sums[site.layer] = sums.get(site.layer, torch.zeros_like(total)) + total
         return output
 
-    layers = int(model.config.num_hidden_layers)
-    with observe(model, family, [(layer, "down") for layer in range(layers)], add):
+    layers = range(layout.num_layers)
+    with observe(model, layout, [LinearSite(layer, "down") for layer in layers], add):
         for batch in batches:
             batch = batch.to(model.device)
             mask = batch.token_mask()
@@ -85,7 +85,7 @@ def activity(
                 counted = counted & ~following
             tokens += int(counted.sum())
             last_hidden(model, batch)
-    return torch.stack([sums[layer] for layer in range(layers)]).cpu() / tokens
+    return torch.stack([sums[layer] for layer in layers]).cpu() / tokens
 
 
 def most_active(values: Tensor, count: int, per_layer: bool = False) -> Tensor:

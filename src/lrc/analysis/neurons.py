@@ -30,7 +30,7 @@ from lrc.data.batch import Batch
 from lrc.evaluation.harness import evaluate_rows, harness_model, harness_version, prompts
 from lrc.evaluation.progress import task_progress
 from lrc.evaluation.subject import RUNS_TEACHER, Subject, find_subjects
-from lrc.model.families import Family, family_of
+from lrc.model.layout import LinearSite, layout_of
 from lrc.model.teacher import load_model, load_skeleton
 from lrc.recipe.sections import Section
 from lrc.system.environment import describe_environment
@@ -188,7 +188,7 @@ class _Bench:
         say.line(f"Loading {subject.name}")
         self._model, tokenizer = load_model(subject.source, settings.dtype)
         self._model.to(settings.device).eval()
-        self._family: Family = family_of(self._model.config.model_type)
+        self._layout = layout_of(self._model)
         self._lm = harness_model(self._model, tokenizer, settings.batch_size)
 
     def activity(self, selection: Sequence[int]) -> Tensor:
@@ -203,7 +203,7 @@ class _Bench:
                     yield batch
                 progress(len(batches), len(batches))
 
-            return activity(self._model, self._family, counted(), self._settings.positions)
+            return activity(self._model, self._layout, counted(), self._settings.positions)
 
     def answers(
         self, important: Tensor, draws: Sequence[Tensor], selection: Sequence[int]
@@ -224,7 +224,7 @@ class _Bench:
         questions, chosen = self._questions, set(selection)
         with (
             self._say.progress(f"{self._role}: {what}") as progress,
-            masked(self._model, self._family, neurons),
+            masked(self._model, self._layout, neurons),
         ):
             task, limit = questions.task, self._settings.limit
             right = evaluate_rows(self._lm, questions.manager, task, limit, progress)
@@ -278,9 +278,10 @@ def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
     shapes = []
     for subject in (student, teacher):
         skeleton = load_skeleton(subject.source)
-        family = family_of(skeleton.config.model_type)
-        down = skeleton.get_submodule(family.linear(0, "down")).get_parameter("weight")
-        shapes.append((int(skeleton.config.num_hidden_layers), int(down.shape[1])))
+        down = skeleton.get_submodule(layout_of(skeleton).linear(LinearSite(0, "down")))
+        shapes.append(
+            (int(skeleton.config.num_hidden_layers), int(down.get_parameter("weight").shape[1]))
+        )
     if shapes[0] != shapes[1]:
         ours, theirs = (f"{layers} layers of FFN width {width}" for layers, width in shapes)
         raise UserError(

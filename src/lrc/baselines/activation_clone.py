@@ -10,10 +10,9 @@ width, since there is no projection to reuse. Losses and weights are LRC's.
 from torch import Tensor, nn
 
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
-from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.distill_pass import ClonePair
-from lrc.model.families import WRITERS
+from lrc.model.layout import LinearSite
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 
@@ -48,8 +47,8 @@ class ActivationClone(RandomStudent):
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the formula does not cover the alignment."""
 
-    def pair(self, place: LinearSite, _inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
+    def pair(self, site: LinearSite, _inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
         """Align the student's outputs of attention and FFN to the teacher's width."""
-        if place[1] in WRITERS:
-            output = align(output, self.alignment, place)
+        if self.teacher.layout.writes(site):
+            output = align(output, self.alignment, site)
         return ClonePair(output, target)

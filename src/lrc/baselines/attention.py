@@ -17,7 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lrc.model.families import Family
+from lrc.model.layout import layout_of
 from lrc.model.precision import upcast_dtype
 
 OBSERVED = "lrc_observed"
@@ -60,7 +60,6 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 @contextmanager
 def observe_attention(
     model: PreTrainedModel,
-    family: Family,
     layers: Iterable[int],
     observer: Callable[[int, Heads], None],
 ) -> Iterator[None]:
@@ -68,11 +67,11 @@ def observe_attention(
 
     Args:
         model: the model; it uses `sdpa` while observed, whatever its setting.
-        family: its family.
         layers: layers to observe.
         observer: function that gets the layer and the inputs of its attention.
     """
-    modules = {model.get_submodule(family.attention(layer)): layer for layer in layers}
+    layout = layout_of(model)
+    modules = {model.get_submodule(layout.attention(layer)): layer for layer in layers}
 
     def attention(
         module: torch.nn.Module,

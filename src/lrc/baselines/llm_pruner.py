@@ -57,7 +57,6 @@ class LlmPruner(PrunedStudent):
             self.distill.remove_hooks()
             adapted = add_adapters(
                 copy.deepcopy(self.plain),
-                teacher.family,
                 self.pruner.lora_rank,
                 self.pruner.lora_alpha,
                 recipe.initialize.seed,
@@ -125,7 +124,7 @@ class LlmPruner(PrunedStudent):
 
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         kept = self.choose(calibration, progress)
-        write_kept(self.plain, self.teacher.model, self.teacher.family, kept)
+        write_kept(self.plain, self.teacher.model, kept)
         if self.adapts:
             write_base(self.model, self.plain)
         return StartReport()

@@ -6,21 +6,18 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.families import Family
+from lrc.model.layout import layout_of
 from lrc.system.errors import UserError
 
 BASE = ".base_layer."
 """Infix that peft adds to the names of the parameters that it adapts."""
 
 
-def add_adapters(
-    model: PreTrainedModel, family: Family, rank: int, alpha: float, seed: int
-) -> PreTrainedModel:
+def add_adapters(model: PreTrainedModel, rank: int, alpha: float, seed: int) -> PreTrainedModel:
     """Add an adapter to every linear map of a model, in place, and freeze all other parameters.
 
     Args:
         model: the model; the adapters do not change its outputs at first.
-        family: its family.
         rank: rank of the adapters.
         alpha: numerator of the adapters' scale, alpha / rank.
         seed: seed of their first factors; the state of torch's generator does not change.
@@ -34,7 +31,9 @@ def add_adapters(
         raise UserError(
             "method.recovery: lora needs peft; run `pip install 'low-rank-clone[peft]'`."
         ) from error
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(family.linears.values()))
+    layout = layout_of(model)
+    paths = [layout.linear(site) for site in layout.sites()]
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=paths)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return inject_adapter_in_model(config, model)

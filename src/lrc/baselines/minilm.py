@@ -54,15 +54,15 @@ class MiniLm(RandomStudent):
         def keep(_layer: int, heads: Heads) -> None:
             seen.append(heads)
 
-        family, last = self.teacher.family, [self.teacher.num_layers - 1]
+        last = [self.teacher.num_layers - 1]
         teacher = self.teacher.model
         with (
             self.clock.part("teacher"),
             torch.no_grad(),
-            observe_attention(teacher, family, last, keep),
+            observe_attention(teacher, last, keep),
         ):
             last_hidden(teacher, batch)
-        with self.clock.part("student"), observe_attention(self.model, family, last, keep):
+        with self.clock.part("student"), observe_attention(self.model, last, keep):
             hidden = last_hidden(self.model, batch)
         losses = self.distill.kl_and_lm_losses(None, hidden, batch, counts)
         with self.clock.part("loss"):

@@ -53,7 +53,7 @@ class PrunedStudent(PlainStudent):
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         kept = self.choose(calibration, progress)
         assert kept.shape == self.shape
-        write_kept(self.model, self.teacher.model, self.teacher.family, kept)
+        write_kept(self.model, self.teacher.model, kept)
         return StartReport()
 
     @abstractmethod

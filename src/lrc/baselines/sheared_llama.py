@@ -197,7 +197,7 @@ class ShearedLlama(PlainStudent, Staged):
 
     def _mask(self) -> None:
         """Start stage one."""
-        self.hooks = MaskHooks(self.model, self.teacher.family)
+        self.hooks = MaskHooks(self.model)
         weight = next(iter(super().parameters().values()))
         self.masks = LearnedMasks(
             teacher_shape(self.teacher),
@@ -208,7 +208,7 @@ class ShearedLlama(PlainStudent, Staged):
         )
 
     def _cut(self, kept: KeptUnits) -> PreTrainedModel:
-        return cut(self.model, self.teacher.family, kept, self._tied())
+        return cut(self.model, kept, self._tied())
 
     def _tied(self) -> bool:
         """Whether the student's LM head is its embedding."""

@@ -95,7 +95,7 @@ class TinyBert(RandomStudent):
         family = self.teacher.family
         layers = range(self.teacher.num_layers if self.section.attention_weight else 0)
         with (
-            observe_attention(model, family, layers, seen.keep_heads),
+            observe_attention(model, layers, seen.keep_heads),
             seen.streams(model, family.embedding, family.layers),
         ):
             return seen, last_hidden(model, batch)

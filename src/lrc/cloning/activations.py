@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.data.batch import Batch
-from lrc.model.families import Family
-
-LinearSite = tuple[int, str]
-"""Layer and name of a linear map (one of `lrc.model.families.LINEARS`)."""
+from lrc.model.layout import Layout, LinearSite
 
 Observer = Callable[[LinearSite, Tensor, Tensor], Tensor]
 """Called with the site and with the linear map's input and output, each [batch, sequence, width].
@@ -24,14 +21,14 @@ Returns the output that the model continues with."""
 
 @contextmanager
 def observe(
-    model: nn.Module, family: Family, places: Iterable[LinearSite], observer: Observer
+    model: nn.Module, layout: Layout, sites: Iterable[LinearSite], observer: Observer
 ) -> Iterator[None]:
     """While the context is open, observe every forward pass of the given linear maps."""
     handles = []
     try:
-        for layer, name in places:
-            module = model.get_submodule(family.linear(layer, name))
-            handles.append(module.register_forward_hook(_hook((layer, name), observer)))
+        for site in sites:
+            module = model.get_submodule(layout.linear(site))
+            handles.append(module.register_forward_hook(_hook(site, observer)))
         yield
     finally:
         for handle in handles:
@@ -39,10 +36,10 @@ def observe(
 
 
 def _hook(
-    place: LinearSite, observer: Observer
+    site: LinearSite, observer: Observer
 ) -> Callable[[nn.Module, tuple[Tensor], Tensor], Tensor]:
     def hook(_module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        return observer(place, inputs[0], output)
+        return observer(site, inputs[0], output)
 
     return hook
 

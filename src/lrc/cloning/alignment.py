@@ -6,9 +6,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import LinearSite
 from lrc.cloning.projection import projection_key
-from lrc.model.families import WRITERS
+from lrc.model.layout import LinearSite
 from lrc.model.teacher import Teacher
 
 STD = 0.02
@@ -31,17 +30,17 @@ def new_alignment(
 
 
 def writer_alignment(
-    teacher: Teacher, student: PreTrainedModel, places: Iterable[LinearSite], seed: int
+    teacher: Teacher, student: PreTrainedModel, sites: Iterable[LinearSite], seed: int
 ) -> dict[str, nn.Parameter]:
     """Alignment matrices for the linear maps that write to the residual stream."""
-    names = [_key(place) for place in places if place[1] in WRITERS]
+    names = [_key(site) for site in sites if teacher.layout.writes(site)]
     return new_alignment(teacher, student, names, seed)
 
 
-def align(output: Tensor, alignment: dict[str, nn.Parameter], place: LinearSite) -> Tensor:
+def align(output: Tensor, alignment: dict[str, nn.Parameter], site: LinearSite) -> Tensor:
     """Map the student's output [b, s, d_S] of a linear map to the teacher's width, [b, s, d_T]."""
-    return output @ alignment[_key(place)].to(output.dtype)
+    return output @ alignment[_key(site)].to(output.dtype)
 
 
-def _key(place: LinearSite) -> str:
-    return f"alignment.{projection_key(*place)}"
+def _key(site: LinearSite) -> str:
+    return f"alignment.{projection_key(site)}"

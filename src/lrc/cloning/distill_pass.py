@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import LinearSite, last_hidden
+from lrc.cloning.activations import last_hidden
 from lrc.cloning.method import Counts, StepLosses
 from lrc.cloning.objective import (
     VocabularyWeights,
@@ -35,7 +35,7 @@ from lrc.cloning.objective import (
 from lrc.cloning.recomputing import RecomputedFfn, recompute_layers
 from lrc.cloning.token_clipping import clip_output
 from lrc.data.batch import Batch
-from lrc.model.families import LINEARS
+from lrc.model.layout import LinearSite, layout_of
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection
 from lrc.system.clock import Clock
@@ -101,9 +101,7 @@ class DistillPass(nn.Module):
         self.alpha = objective.alpha if pair else 0.0
         """Weight of the clone terms in the present step. At 0 nothing is cloned."""
         self.terms = objective.clone.enabled() if self.alpha else ()
-        self.sites: list[LinearSite] = [
-            (layer, name) for layer in range(teacher.num_layers) for name in self.terms
-        ]
+        self.sites = [site for site in teacher.layout.sites() if site.name in self.terms]
         self._micro_batch: _MicroBatch | None = None
         self._hooks: list[RemovableHandle] = []
         if recomputes_layers:
@@ -200,20 +198,18 @@ class DistillPass(nn.Module):
 
     def _install(self) -> None:
         """Install all hooks, in the order that the module's docstring explains."""
-        family = self.teacher.family
-        layers = range(self.student.config.num_hidden_layers)
+        layout = layout_of(self.student)
 
         def at_linear(model: nn.Module, site: LinearSite, hook: Callable[..., object]) -> None:
-            linear = model.get_submodule(family.linear(*site))
+            linear = model.get_submodule(layout.linear(site))
             self._hooks.append(linear.register_forward_hook(hook))
 
         if self.token_grad_clip:
-            for layer in layers:
-                for name in LINEARS:
-                    at_linear(self.student, (layer, name), self._clip)
+            for site in layout.sites():
+                at_linear(self.student, site, self._clip)
         if self.pair and not self.recomputes_layers:
-            for layer in layers:
-                self._hooks += RecomputedFfn(self.student, family, layer).hooks
+            for layer in range(layout.num_layers):
+                self._hooks += RecomputedFfn(self.student, layout, layer).hooks
         for site in self.sites:
             at_linear(self.student, site, partial(self._compare, site))
             at_linear(self.teacher_model, site, partial(_keep, weakref.ref(self), site))

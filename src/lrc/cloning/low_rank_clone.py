@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import LinearSite
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
@@ -26,7 +25,7 @@ from lrc.cloning.method import Counts, Method, Progress, Staged, StartReport, St
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
-from lrc.model.families import WRITERS
+from lrc.model.layout import LinearSite
 from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
@@ -122,7 +121,7 @@ class LowRankClone(Method, Staged):
         if self.released:
             return dict(self.model.named_parameters()) | self.alignment
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}
-        for path in self.teacher.family.stream_norms(self.teacher.num_layers):
+        for path in self.teacher.layout.stream_norms():
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
         return named | self.alignment
 
@@ -161,7 +160,7 @@ class LowRankClone(Method, Staged):
         self.model.zero_grad()
         first = self.stage_ends()[0] if self.stage_ends() else self.steps
         cloned = self.distill.sites if self.objective.alpha_at(first / self.steps) else []
-        self.projections.freeze(projection_key(*p) for p in cloned if self._projects(p))
+        self.projections.freeze(projection_key(site) for site in cloned if self._projects(site))
 
     def begin_step(self, step: int) -> None:
         self.distill.alpha = self.objective.alpha_at(step / self.steps)
@@ -203,30 +202,29 @@ class LowRankClone(Method, Staged):
         )
         return sum(parts.values())
 
-    def _pair(self, place: LinearSite, inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
-        """What is compared at a place: the teacher's writers are projected as the student's are,
+    def _pair(self, site: LinearSite, inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
+        """What is compared at a site: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
-        layer, name = place
-        if not self._projects(place):
-            if name == "o" and self.objective.attn_out == "teacher":
-                output = self._teacher_output(place, inputs)
-            elif name in WRITERS:
-                output = align(output, self.alignment, place)
+        if not self._projects(site):
+            if site.name == "o" and self.objective.attn_out == "teacher":
+                output = self._teacher_output(site, inputs)
+            elif self.teacher.layout.writes(site):
+                output = align(output, self.alignment, site)
             return ClonePair(output, target)
-        projection = self.projections.values[projection_key(layer, name)]
+        projection = self.projections.values[projection_key(site)]
         factors = target.to(projection.dtype), projection
         with torch.no_grad():
             projected = factors[0] @ factors[1]
         return ClonePair(output, projected, factors)
 
-    def _projects(self, place: LinearSite) -> bool:
-        """Whether the teacher's side of a place is compared through the student's projection."""
-        _, name = place
-        in_teachers_space = name == "o" and self.objective.attn_out == "teacher"
-        return name in WRITERS and not (in_teachers_space or self.alignment)
+    def _projects(self, site: LinearSite) -> bool:
+        """Whether the teacher's side of a site is compared through the student's projection."""
+        in_teachers_space = site.name == "o" and self.objective.attn_out == "teacher"
+        writes = self.teacher.layout.writes(site)
+        return writes and not (in_teachers_space or self.alignment)
 
-    def _teacher_output(self, place: LinearSite, inputs: Tensor) -> Tensor:
-        """The teacher's own linear map at a place, applied to the student's input of it."""
-        module = self.teacher.model.get_submodule(self.teacher.family.linear(*place))
+    def _teacher_output(self, site: LinearSite, inputs: Tensor) -> Tensor:
+        """The teacher's own linear map at a site, applied to the student's input of it."""
+        module = self.teacher.model.get_submodule(self.teacher.layout.linear(site))
         bias = None if module.bias is None else module.bias.to(inputs.dtype)
         return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)

@@ -15,31 +15,31 @@ gradients keep their memory from step to step, because new allocations in every 
 the heap.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.model.families import LINEARS, READERS
+from lrc.model.layout import LinearSite
 from lrc.model.student import ties_projections
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
 
 
 @dataclass(frozen=True)
-class Site:
-    """One projected weight: its path in teacher and student, and its projection."""
+class ProjectedWeight:
+    """A parameter of the student that is projected from the teacher's."""
 
-    path: str
-    """Module path, the same in teacher and student."""
+    name: str
+    """Its name, the same in teacher and student."""
 
     projection: str
     """Key of its projection: `embedding`, `head` or `layers.<i>.<linear map>`."""
 
-    writes: bool = False
-    """Whether it writes to the residual stream (and is projected on its output side)."""
+    axis: int = -1
+    """The axis of the hidden size: -1 reads the residual stream, -2 writes to it."""
 
     norm: str | None = None
     """Module path of the norm whose output it reads, if it does not share its projection."""
@@ -48,62 +48,127 @@ class Site:
     """Whether the weight is multiplied by that norm's gain before it is projected."""
 
 
-def sites(teacher: Teacher, student: StudentSection) -> list[Site]:
+def projected_weights(teacher: Teacher, student: StudentSection) -> list[ProjectedWeight]:
     """All projected weights, embedding first.
 
     The LM head is omitted if the student ties it to the embedding.
     """
     family, fold = teacher.family, student.fold_gains
-    found = [Site(family.embedding, "embedding")]
-    for layer in range(teacher.num_layers):
-        for name in LINEARS:
-            path, key = family.linear(layer, name), projection_key(layer, name)
-            if name in READERS:
-                norm = family.norm_read_by(layer, name)
-                found.append(Site(path, key, norm=norm, folded=fold))
-            else:
-                found.append(Site(path, key, writes=True))
+    embedding, head = f"{family.embedding}.weight", f"{family.head}.weight"
+    found = [ProjectedWeight(embedding, "embedding"), *layer_weights(teacher, fold)]
     if not ties_projections(teacher, student):
-        found.append(Site(family.head, "head", norm=family.final_norm, folded=fold))
+        found.append(ProjectedWeight(head, "head", norm=family.final_norm, folded=fold))
     elif not teacher.config.tie_word_embeddings:
-        found.append(Site(family.head, "embedding"))
+        found.append(ProjectedWeight(head, "embedding"))
     return found
 
 
-def projection_key(layer: int, name: str) -> str:
-    """Key of the projection of linear map `name` in layer `layer`."""
-    return f"layers.{layer}.{name}"
+def layer_weights(teacher: Teacher, fold: bool, first: int = 0) -> list[ProjectedWeight]:
+    """The projected weights of the decoder layers from the first given one on.
+
+    Args:
+        teacher: the teacher.
+        fold: whether to fold the norms' gains into the readers.
+        first: index of the first layer.
+    """
+    return [
+        ProjectedWeight(p.name, projection_key(p.site), p.axis, p.norm, fold and p.norm is not None)
+        for p in teacher.layout.projected(teacher.model)
+        if p.site.layer >= first
+    ]
 
 
-def project(weight: Tensor, projection: Tensor, writes: bool, out: Tensor | None = None) -> Tensor:
+def projection_key(site: LinearSite) -> str:
+    """Key of the projection of a linear map."""
+    return f"layers.{site.layer}.{site.name}"
+
+
+def project(weight: Tensor, projection: Tensor, axis: int, out: Tensor | None = None) -> Tensor:
     """Project a teacher weight to the student's weight.
 
     Args:
-        weight: W_T; [out, d_T] for a reader, [d_T, in] (or a bias, [d_T]) for a writer.
+        weight: W_T; [out, d_T] with axis -1, [d_T, in] or a bias [d_T] with axis -2.
         projection: P_m, [d_T, d_S].
-        writes: whether the weight writes to the residual stream.
+        axis: the axis of the hidden size.
         out: the tensor to write to; None: a new one, differentiable with respect to the projection.
 
     Returns:
         W_T P_m [out, d_S], or P_m^T W_T [d_S, in] (or [d_S]).
     """
     weight = weight.to(projection.dtype)
-    factors = (projection.T, weight) if writes else (weight, projection)
+    factors = (weight, projection) if axis == -1 else (projection.T, weight)
     return torch.matmul(*factors, out=out)
 
 
-def projection_gradient(weight: Tensor, gradient: Tensor, writes: bool) -> Tensor:
+def projection_gradient(weight: Tensor, gradient: Tensor, axis: int) -> Tensor:
     """The gradient of `project` with respect to the projection, [d_T, d_S].
 
     Args:
         weight: W_T, as in `project`.
         gradient: the gradient of the student's weight, of the same shape.
-        writes: whether the weight writes to the residual stream.
+        axis: the axis of the hidden size.
     """
     weight = weight.to(gradient.dtype)
-    if writes:
-        return weight.view(len(weight), -1) @ gradient.view(len(gradient), -1).T
-    return weight.T @ gradient
+    if axis == -1:
+        return weight.T @ gradient
+    return weight.view(len(weight), -1) @ gradient.view(len(gradient), -1).T
+
+
+FindParameter = Callable[[str], nn.Parameter]
+"""Returns a parameter of the student by its name."""
+
+
+@torch.no_grad()
+def write_weights(
+    teacher: Teacher,
+    weights: Iterable[ProjectedWeight],
+    values: Mapping[str, Tensor],
+    find: FindParameter,
+) -> None:
+    """Write projected weights into a student's parameters.
+
+    Args:
+        teacher: the teacher.
+        weights: the weights to write.
+        values: the projections, each [d_T, d_S], by their keys.
+        find: finds the student's parameters.
+    """
+    with _full_precision(teacher):
+        for weight in weights:
+            projection = values[weight.projection].detach()
+            if weight.folded and weight.norm:
+                gain = teacher.gain(weight.norm, projection.dtype)
+                projection = gain[:, None] * projection
+            out = find(weight.name).data
+            project(teacher.parameter(weight.name), projection, weight.axis, out)
+
+
+@torch.no_grad()
+def add_projection_gradients(
+    teacher: Teacher,
+    weights: Iterable[ProjectedWeight],
+    values: Mapping[str, Tensor],
+    find: FindParameter,
+) -> None:
+    """Add the gradients of projections, from those of the student's weights.
+
+    Arguments are those of `write_weights`. Weights without a gradient are skipped.
+    """
+    with _full_precision(teacher):
+        for weight in weights:
+            gradient = find(weight.name).grad
+            if gradient is None:
+                continue
+            found = projection_gradient(teacher.parameter(weight.name), gradient, weight.axis)
+            value = values[weight.projection]
+            if weight.folded and weight.norm:
+                found *= teacher.gain(weight.norm, found.dtype)[:, None]
+            value.grad = found if value.grad is None else value.grad.add_(found)
+
+
+def _full_precision(teacher: Teacher) -> torch.autocast:
+    """Disable any surrounding autocast for the products of the projections."""
+    return torch.autocast(teacher.model.device.type, enabled=False)
 
 
 class Projections:
@@ -116,26 +181,20 @@ class Projections:
     def __init__(self, teacher: Teacher, student: StudentSection) -> None:
         self.teacher = teacher
         self.hidden_size = student.hidden_size
-        self.sites = sites(teacher, student)
+        self.weights = projected_weights(teacher, student)
         model = teacher.model
         dtype = torch.promote_types(model.dtype, torch.float32)
         self.values: dict[str, nn.Parameter] = {}
-        for site in self.sites:
-            if site.projection not in self.values:
+        for weight in self.weights:
+            if weight.projection not in self.values:
                 zero = torch.zeros(
                     teacher.hidden_size, student.hidden_size, dtype=dtype, device=model.device
                 )
-                self.values[site.projection] = nn.Parameter(zero)
+                self.values[weight.projection] = nn.Parameter(zero)
 
     def write_into(self, student: PreTrainedModel) -> None:
         """Write the projected weights into the student's parameters."""
-        with torch.no_grad(), self._full_precision():
-            for site, name, weight in self._weights():
-                projection: Tensor = self.values[site.projection]
-                if site.folded and site.norm:
-                    gain = self.teacher.gain(site.norm).to(projection.dtype)
-                    projection = gain[:, None] * projection
-                project(weight, projection, site.writes, out=student.get_parameter(name).data)
+        write_weights(self.teacher, self.weights, self.values, student.get_parameter)
 
     def freeze(self, keys: Iterable[str]) -> None:
         """Freeze the projections of the given keys, and drop all others."""
@@ -147,8 +206,8 @@ class Projections:
     def forget_gradients(self, student: PreTrainedModel) -> None:
         """Set the gradients of the student's projected weights to zero. Call it before the first
         backward pass of a step."""
-        for _, name, _ in self._weights():
-            parameter = student.get_parameter(name)
+        for weight in self.weights:
+            parameter = student.get_parameter(weight.name)
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
             else:
@@ -156,26 +215,4 @@ class Projections:
 
     def backward(self, student: PreTrainedModel) -> None:
         """Add the gradients of the projections, from those accumulated on the student's weights."""
-        with torch.no_grad(), self._full_precision():
-            for site, name, weight in self._weights():
-                gradient = student.get_parameter(name).grad
-                if gradient is None:
-                    continue
-                moved = projection_gradient(weight, gradient, site.writes)
-                value = self.values[site.projection]
-                if site.folded and site.norm:
-                    moved *= self.teacher.gain(site.norm).to(moved.dtype)[:, None]
-                value.grad = moved if value.grad is None else value.grad.add_(moved)
-
-    def _full_precision(self) -> torch.autocast:
-        """Disable any surrounding autocast for the products of the projections."""
-        return torch.autocast(self.teacher.model.device.type, enabled=False)
-
-    def _weights(self) -> Iterator[tuple[Site, str, Tensor]]:
-        """Every projected parameter: its site, its name in the student, the teacher's tensor."""
-        for site in self.sites:
-            module = self.teacher.model.get_submodule(site.path)
-            for name, _ in module.named_parameters(recurse=False):
-                if name == "weight" or site.writes:
-                    path = f"{site.path}.{name}"
-                    yield site, path, self.teacher.parameter(path)
+        add_projection_gradients(self.teacher, self.weights, self.values, student.get_parameter)

@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from lrc.model.families import Family
+from lrc.model.layout import Layout, LinearSite
 
 
 def recompute_layers(student: PreTrainedModel) -> None:
@@ -49,12 +49,12 @@ class RecomputedFfn:
 
     Args:
         student: the model. It must not use `recompute_layers` too.
-        family: its family.
+        layout: its layout.
         layer: the FFN's decoder layer.
     """
 
-    def __init__(self, student: PreTrainedModel, family: Family, layer: int) -> None:
-        up, down = (family.linear(layer, name) for name in ("up", "down"))
+    def __init__(self, student: PreTrainedModel, layout: Layout, layer: int) -> None:
+        up, down = (layout.linear(LinearSite(layer, name)) for name in ("up", "down"))
         ffn = student.get_submodule(down.rpartition(".")[0])
         (activation,) = (
             child for child in ffn.children() if next(child.parameters(), None) is None

@@ -25,7 +25,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lrc.exporting.gguf_vocabulary import add_vocabulary
 from lrc.exporting.plain import check_range
-from lrc.model.families import Family, family_of
+from lrc.model.families import family_of
+from lrc.model.layout import LinearSite, layout_of
 from lrc.model.shapes import head_dim_of
 from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
@@ -112,7 +113,7 @@ def write_gguf(
     family = family_of(model.config.model_type)
     if family.gguf is None:
         raise UserError(f"{family.model_type} models cannot be written as GGUF; use safetensors.")
-    tensors = dict(_tensors(model, family, kind))
+    tensors = dict(_tensors(model, kind))
     with new_file(path) as temporary:
         writer = GGUFWriter(temporary, family.gguf)
         try:
@@ -158,18 +159,17 @@ def kind_of(dtype: torch.dtype) -> Kind:
     return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
 
 
-def _tensors(
-    model: PreTrainedModel, family: Family, kind: Kind
-) -> Iterator[tuple[str, StoredPlace]]:
+def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPlace]]:
     """llama.cpp's name of every parameter and the tensor to store; tied parameters appear once."""
-    config = model.config
+    layout, config = layout_of(model), model.config
+    family = layout.family
     architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     heads = {}
     if family.gguf_neighbors:
-        for layer in range(config.num_hidden_layers):
-            heads[family.linear(layer, "q")] = config.num_attention_heads
-            heads[family.linear(layer, "k")] = config.num_key_value_heads
+        for layer in range(layout.num_layers):
+            heads[layout.linear(LinearSite(layer, "q"))] = config.num_attention_heads
+            heads[layout.linear(LinearSite(layer, "k"))] = config.num_key_value_heads
     for path, parameter in model.named_parameters():
         name = names.get_name(path, try_suffixes=(".weight", ".bias"))
         no_bias = family.gguf != "llama" and path.endswith(".bias")  # llama has all of them

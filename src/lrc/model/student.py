@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.families import LINEARS
+from lrc.model.shapes import head_dim_of
 from lrc.model.sizes import check_student_size
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
@@ -82,8 +82,7 @@ def forget_origin(config: Any) -> None:
 
 def head_dim(teacher: Teacher) -> int:
     """Width of an attention head, the same in teacher and student."""
-    rows = teacher.model.get_submodule(teacher.family.linear(0, "q")).weight.shape[0]
-    return int(rows) // int(teacher.config.num_attention_heads)
+    return head_dim_of(teacher.config)
 
 
 def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
@@ -123,21 +122,16 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
     Projected weights are left uninitialized, and residual norms have gain 1. Everything else
     (biases of q, k and v, norms inside the attention) is the teacher's, and frozen.
     """
-    family, source = teacher.family, teacher.model
-    model = empty_student(source, derive_config(teacher, student))
-
-    projected = {family.embedding, family.head}
-    projected |= {family.linear(i, m) for i in range(teacher.num_layers) for m in LINEARS}
-    norms = set(family.stream_norms(teacher.num_layers))
+    family, layout = teacher.family, teacher.layout
+    model = empty_student(teacher.model, derive_config(teacher, student))
+    projected = {f"{family.embedding}.weight", f"{family.head}.weight"}
+    projected |= {parameter.name for parameter in layout.projected(model)}
+    gains = {f"{norm}.weight" for norm in layout.stream_norms()}
     with torch.no_grad():
-        for path, module in model.named_modules():
-            if path in norms:
-                module.weight.fill_(1.0 - family.gain_offset)
-                continue
-            for name, parameter in module.named_parameters(recurse=False):
-                theirs = f"{path}.{name}"
-                if path in projected and parameter.shape != source.get_parameter(theirs).shape:
-                    continue
-                parameter.copy_(teacher.parameter(theirs))
+        for name, parameter in model.named_parameters():
+            if name in gains:
+                parameter.fill_(1.0 - family.gain_offset)
+            elif name not in projected:
+                parameter.copy_(teacher.parameter(name))
                 parameter.requires_grad_(False)
     return model

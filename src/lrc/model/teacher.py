@@ -16,6 +16,7 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lrc.model.families import Family, family_of
 from lrc.model.gguf import read_header
+from lrc.model.layout import Layout
 from lrc.model.loading import load_config, load_skeleton_of, load_weights
 from lrc.model.locate import PACKAGE_PREFIX, ModelFiles, locate, locate_locally, short_name
 from lrc.model.tokenizer import load_tokenizer_files
@@ -56,6 +57,11 @@ class Teacher:
     def config(self) -> Any:
         """The model's configuration."""
         return self.model.config
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Where the model's parts are."""
+        return Layout(self.family, self.config)
 
     @property
     def hidden_size(self) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 from torch._dynamo.exc import TorchDynamoException
 from transformers import PreTrainedModel
 
-from lrc.model.families import Family
+from lrc.model.layout import layout_of
 from lrc.system.errors import UserError
 
 VARIANTS = 64
@@ -20,28 +20,28 @@ VARIANTS = 64
 input. Qwen3's norms need 14; torch's default limit is 8."""
 
 
-def compile_small_modules(model: PreTrainedModel, family: Family) -> None:
+def compile_small_modules(model: PreTrainedModel) -> None:
     """Compile a model's RMSNorms and activation functions, for any batch and sequence length.
 
     Args:
-        model: a model of the family, changed in place. It compiles during its first passes.
-        family: the paths of its parts.
+        model: the model, changed in place. It compiles during its first passes.
     """
     limits = torch._dynamo.config  # only recent versions have an argument for it
     limits.recompile_limit = max(limits.recompile_limit, VARIANTS)
-    for module in small_modules(model, family):
+    for module in small_modules(model):
         module.compile(dynamic=True)
 
 
-def small_modules(model: PreTrainedModel, family: Family) -> Iterator[nn.Module]:
+def small_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
     """The final norm, and the leaf modules of the decoder layers that are not linear maps."""
-    layers = model.get_submodule(family.layers)
-    linears = tuple(f"{name}." for name in family.linears.values())  # and adapters inside them
-    for path, module in layers.named_modules():
-        linear = f"{path.partition('.')[2]}.".startswith(linears)
-        if not linear and next(module.children(), None) is None:
+    layout = layout_of(model)
+    linears = tuple(f"{layout.linear(site)}." for site in layout.sites())  # and adapters inside
+    for path, module in model.named_modules():
+        inside = path.startswith(f"{layout.family.layers}.")
+        linear = f"{path}.".startswith(linears)
+        if inside and not linear and next(module.children(), None) is None:
             yield module
-    yield model.get_submodule(family.final_norm)
+    yield model.get_submodule(layout.family.final_norm)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -214,5 +214,5 @@ def open_loop(
             starts.keep(setup, run.recipe, calibration)
     if run.recipe.train.compile:
         for model in (setup.teacher.model, setup.method.model):
-            compile_small_modules(model, setup.teacher.family)
+            compile_small_modules(model)
     return Loop(run, setup, text, console, *calibration)

@@ -38,7 +38,8 @@ def second_moments(seed: int, count: int, width: int) -> Tensor:
 
 def statistics(seed: int, count: int, width: int) -> StreamStatistics:
     fisher = width * second_moments(seed + 1, count, width)
-    return StreamStatistics(second_moments(seed, count, width), fisher, torch.ones(count).double())
+    moments, sizes = second_moments(seed, count, width), torch.ones(count).double()
+    return StreamStatistics(moments, fisher, sizes, [])
 
 
 @pytest.mark.parametrize("case", TINY_CASES)
@@ -51,11 +52,10 @@ def test_the_gradients_are_those_of_the_whole_model(
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = list(gradients(calibration))
 
-    norms = [getattr(teacher.family, name) for name in ("attention_norm", "ffn_norm")]
     paths = [
         f"{teacher.family.layers}.{layer}.{norm}"
         for layer in range(teacher.num_layers)
-        for norm in norms
+        for norm in NORMS
     ]
     read: list[Tensor] = []
     for path in (*paths, teacher.family.final_norm):
@@ -173,13 +173,15 @@ def test_the_basis_loses_less_than_principal_directions(seed: int) -> None:
 def test_where_all_norms_are_alike_the_best_basis_is_known() -> None:
     value = statistics(0, 4, 24)
     alike = StreamStatistics(
-        value.moments[:1].expand(4, -1, -1), value.fisher[:1].expand(4, -1, -1), value.sizes
+        value.moments[:1].expand(4, -1, -1), value.fisher[:1].expand(4, -1, -1), value.sizes, []
     )
     known = basis._best_for_the_mean(alike, value.sizes, 12)
     least, _ = torch.linalg.eigh(_product(alike.moments[0], alike.fisher[0]))
     assert lost(alike, known) == pytest.approx(4 * float(least[:12].sum()), rel=1e-4)
     assert lost(alike, predictive_basis(alike, 12)) == pytest.approx(lost(alike, known), rel=1e-3)
-    blind = StreamStatistics(alike.moments, torch.eye(24).double().expand(4, -1, -1), value.sizes)
+    blind = StreamStatistics(
+        alike.moments, torch.eye(24).double().expand(4, -1, -1), value.sizes, []
+    )
     known = basis._best_for_the_mean(blind, value.sizes, 12)
     principal = torch.linalg.eigh(value.moments[0]).eigenvectors[:, -12:]
     torch.testing.assert_close(known @ known.T, principal @ principal.T, rtol=0, atol=1e-9)

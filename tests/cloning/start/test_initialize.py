@@ -1,6 +1,7 @@
 """The closed-form start: exact where it can be, least squares where it cannot, and far ahead."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,19 +14,21 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.start import calibration
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Calibration
-from lrc.cloning.start.closed_form import least_squares, predictions, refine
+from lrc.cloning.start.closed_form import least_squares, predictions, refine, solve
+from lrc.cloning.start.closed_form.head import TiedHead
 from lrc.cloning.start.closed_form.least_squares import moments, regress, second_moment
 from lrc.cloning.start.closed_form.refine import RIDGE, square_roots
 from lrc.cloning.start.closed_form.solve import cut_sequences, solve_projections
 from lrc.cloning.start.pca import pca_projections
+from lrc.cloning.start.streams import ActivationStore
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
-from lrc.model.families import FAMILIES, READERS
+from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from starts import initialize_from_text, initialize_random
 from stories import sample
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import HIDDEN, READERS, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 
 def tokens(sequences: int, length: int = 12) -> Tensor:
@@ -55,6 +58,36 @@ def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool, epo
         ours = method.student()(ids).logits
     # transformers computes RMSNorm in float32, whatever the model's dtype.
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("case", TINY_CASES)
+def test_the_student_has_the_stream_that_was_solved(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the rotation of a tied student. At d_S = d_T no error of scale would show."""
+    solved: list[Tensor] = []
+    head = solve._solved_head
+
+    def kept(calibration: Calibration, basis: Tensor, stream: ActivationStore, *rest: Any) -> Any:
+        solved.append(torch.cat([stream[part].clone() for part in calibration.batches()]))
+        found = head(calibration, basis, stream, *rest)
+        if isinstance(found[0], TiedHead):
+            solved.append(found[0].rotation)
+        return found
+
+    monkeypatch.setattr(solve, "_solved_head", kept)
+    ids = tokens(24)
+    method = closed_form(case, STUDENT_HIDDEN, ids)
+    read: list[Tensor] = []
+    student = method.student()
+    norm = student.get_submodule(method.teacher.family.final_norm)
+    norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    with torch.no_grad():
+        student(ids, use_cache=False)
+    stream, *rotation = solved
+    expected = stream @ rotation[0] if rotation else stream
+    # transformers computes RMSNorm in float32, whatever the model's dtype.
+    assert (read[0] - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("case", TINY_CASES)

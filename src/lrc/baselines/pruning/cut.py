@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.baselines.pruning.shape import PrunedShape, group_size, pruned_config
-from lrc.model.families import Family
+from lrc.model.layout import layout_of
 from lrc.model.shapes import head_dim_of
 from lrc.model.student import empty_student
 
@@ -56,30 +56,25 @@ def keep_all(model: PreTrainedModel) -> KeptUnits:
     )
 
 
-def cut(
-    model: PreTrainedModel, family: Family, kept: KeptUnits, tied: bool | None = None
-) -> PreTrainedModel:
+def cut(model: PreTrainedModel, kept: KeptUnits, tied: bool | None = None) -> PreTrainedModel:
     """A model of the same class whose weights are the kept slices, in float32 at least.
 
     Args:
         model: the model to prune; it does not change.
-        family: its family.
         kept: the parts to keep.
         tied: whether the LM head is the embedding; None for the model's own setting.
     """
     config = pruned_config(model, kept.shape, kept.layers, tied)
     with torch.random.fork_rng(devices=[]):  # transformers draws weights that are not needed
         smaller = empty_student(model, config)
-    write_kept(smaller, model, family, kept)
+    write_kept(smaller, model, kept)
     return smaller
 
 
 @torch.no_grad()
-def write_kept(
-    smaller: PreTrainedModel, model: PreTrainedModel, family: Family, kept: KeptUnits
-) -> None:
+def write_kept(smaller: PreTrainedModel, model: PreTrainedModel, kept: KeptUnits) -> None:
     """Write the kept slices of a model into a smaller model of the shape of `kept`, in place."""
-    slices = kept_slices(model, family, kept)
+    slices = kept_slices(model, kept)
     for name, parameter in smaller.named_parameters():
         source, rows, columns = slices[name]
         value = model.get_parameter(source)
@@ -94,9 +89,10 @@ Slice = tuple[str, Tensor | None, Tensor | None]
 """Name of a parameter of the original model, and its kept rows and columns; None for all."""
 
 
-def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict[str, Slice]:
+def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
     """The source of every parameter of a pruned model, by its name in the pruned model."""
-    head_dim, size = head_dim_of(model.config), group_size(model.config)
+    layout, head_dim, size = layout_of(model), head_dim_of(model.config), group_size(model.config)
+    family = layout.family
     found: dict[str, Slice] = {}
 
     def take(
@@ -123,14 +119,15 @@ def kept_slices(model: PreTrainedModel, family: Family, kept: KeptUnits) -> dict
             "up": (neurons, hidden),
             "down": (hidden, neurons),
         }
-        prefix, theirs = f"{family.layers}.{layer}", f"{family.layers}.{number}"
+        prefix, theirs = layout.layer(layer), layout.layer(number)
         for path, _ in model.get_submodule(theirs).named_modules():  # includes the norms of a head
             if path:
                 take(f"{prefix}.{path}", None, None, f"{theirs}.{path}")
-        for norm in family.norms:
-            take(f"{prefix}.{norm}", hidden, None, f"{theirs}.{norm}")
-        for name, (rows, columns) in linears.items():
-            take(family.linear(layer, name), rows, columns, family.linear(number, name))
+        for branch in layout.branches[number]:
+            take(f"{prefix}.{branch.norm}", hidden, None, f"{theirs}.{branch.norm}")
+            for name, path in (*branch.readers.items(), *branch.writers.items()):
+                rows, columns = linears[name]
+                take(f"{prefix}.{path}", rows, columns, f"{theirs}.{path}")
     return found
 
 

@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.shape import PrunedShape
-from lrc.cloning.activations import LinearSite, last_hidden, observe
+from lrc.cloning.activations import last_hidden, observe
 from lrc.data.batch import Batch
+from lrc.model.layout import LinearSite
 from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import Aggregation
@@ -118,21 +119,19 @@ class _Watch:
     @contextmanager
     def open(self) -> Iterator[None]:
         """Watch forward passes while the context is open."""
-        model, family = self.teacher.model, self.teacher.family
-        layers = range(self.teacher.num_layers)
+        model, layout = self.teacher.model, self.teacher.layout
+        layers = range(layout.num_layers)
         hooks = [
             model.get_submodule(path).register_forward_hook(self._norm_hook(path))
-            for path in family.stream_norms(self.teacher.num_layers)
+            for path in layout.stream_norms()
         ]
         hooks += [
-            model.get_submodule(f"{family.layers}.{layer}").register_forward_hook(
-                self._layer_hook(layer)
-            )
+            model.get_submodule(layout.layer(layer)).register_forward_hook(self._layer_hook(layer))
             for layer in layers
         ]
-        places: list[LinearSite] = [(layer, name) for layer in layers for name in ("o", "down")]
+        sites = [LinearSite(layer, name) for layer in layers for name in ("o", "down")]
         try:
-            with observe(model, family, places, self._linear):
+            with observe(model, layout, sites, self._linear):
                 yield
         finally:
             for hook in hooks:
@@ -150,8 +149,8 @@ class _Watch:
 
         return hook
 
-    def _linear(self, place: LinearSite, inputs: Tensor, output: Tensor) -> Tensor:
-        layer, name = place
+    def _linear(self, site: LinearSite, inputs: Tensor, output: Tensor) -> Tensor:
+        layer, name = site
         if name == "down":
             self._score("neurons", layer, inputs)
         else:

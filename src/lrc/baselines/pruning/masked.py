@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lrc.model.families import WRITERS, Family
+from lrc.model.layout import Layout, LinearSite, layout_of
 
 
 @dataclass(frozen=True)
@@ -48,30 +48,29 @@ class MaskHooks:
 
     Args:
         model: the model.
-        family: its family.
     """
 
-    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.values = MaskValues()
         self._handles: list[RemovableHandle] = []
-        layers = int(model.config.num_hidden_layers)
-        stream = [family.embedding]
-        stream += [family.linear(layer, name) for layer in range(layers) for name in WRITERS]
+        layout = layout_of(model)
+        stream = [layout.family.embedding]
+        stream += [layout.linear(site) for site in layout.sites() if layout.writes(site)]
         for path in stream:
             self._after(model.get_submodule(path), self._mask_hidden)
-        for path in family.stream_norms(layers):
+        for path in layout.stream_norms():
             norm = model.get_submodule(path)
             self._before(norm, self._widen)
             self._after(norm, self._narrow)
-        for layer in range(layers):
-            self._mask_layer(model, family, layer)
+        for layer in range(layout.num_layers):
+            self._mask_layer(model, layout, layer)
 
     def remove(self) -> None:
         """Remove all hooks."""
         for handle in self._handles:
             handle.remove()
 
-    def _mask_layer(self, model: PreTrainedModel, family: Family, layer: int) -> None:
+    def _mask_layer(self, model: PreTrainedModel, layout: Layout, layer: int) -> None:
         """Add the hooks of a layer's own masks."""
 
         def groups(inputs: Tensor) -> Tensor:
@@ -89,9 +88,10 @@ class MaskHooks:
             values = self.values.layers
             return output if values is None else torch.lerp(inputs, output, values[layer])
 
-        self._before(model.get_submodule(family.linear(layer, "o")), groups)
-        self._before(model.get_submodule(family.linear(layer, "down")), neurons)
-        self._after(model.get_submodule(f"{family.layers}.{layer}"), whole)
+        o, down = (layout.linear(LinearSite(layer, name)) for name in ("o", "down"))
+        self._before(model.get_submodule(o), groups)
+        self._before(model.get_submodule(down), neurons)
+        self._after(model.get_submodule(layout.layer(layer)), whole)
 
     def _mask_hidden(self, _inputs: Tensor, output: Tensor) -> Tensor:
         values = self.values.hidden

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.model.families import READERS, WRITERS
+from lrc.cloning.projection import project
 from lrc.model.teacher import Teacher
 
 
@@ -46,27 +46,20 @@ def write_rotated(student: PreTrainedModel, teacher: Teacher, basis: Tensor) -> 
 
 def _rotated(teacher: Teacher, basis: Tensor, final_gain: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that a rotation changes, with their names."""
-    family, layers = teacher.family, teacher.num_layers
-    yield f"{family.embedding}.weight", _weight(teacher, family.embedding) @ basis
-    head = _weight(teacher, family.head) * teacher.gain(family.final_norm, torch.double)
-    yield f"{family.head}.weight", head @ basis
+    family, layout = teacher.family, teacher.layout
+    yield f"{family.embedding}.weight", _weight(teacher, f"{family.embedding}.weight") @ basis
+    head = f"{family.head}.weight"
+    yield head, _weight(teacher, head) * teacher.gain(family.final_norm, torch.double) @ basis
     unit = (basis.shape[0] / basis.shape[1]) ** 0.5
-    for norm in family.stream_norms(layers):
+    for norm in layout.stream_norms():
         gains = final_gain if norm == family.final_norm else torch.ones_like(final_gain)
         yield f"{norm}.weight", gains * unit - family.gain_offset
-    for layer in range(layers):
-        for name in READERS:
-            path = family.linear(layer, name)
-            gain = teacher.gain(family.norm_read_by(layer, name), torch.double)
-            fused = _weight(teacher, path) * gain
-            yield f"{path}.weight", fused @ basis
-        for name in WRITERS:
-            path = family.linear(layer, name)
-            yield f"{path}.weight", basis.T @ _weight(teacher, path)
-            bias = teacher.model.get_submodule(path).bias
-            if bias is not None:
-                yield f"{path}.bias", bias.double() @ basis
+    for parameter in layout.projected(teacher.model):
+        weight = _weight(teacher, parameter.name)
+        if parameter.norm is not None:
+            weight = weight * teacher.gain(parameter.norm, torch.double)
+        yield parameter.name, project(weight, basis, parameter.axis)
 
 
-def _weight(teacher: Teacher, path: str) -> Tensor:
-    return teacher.model.get_submodule(path).get_parameter("weight").double()
+def _weight(teacher: Teacher, name: str) -> Tensor:
+    return teacher.model.get_parameter(name).double()

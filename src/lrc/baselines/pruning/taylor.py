@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data.batch import Batch
-from lrc.model.families import LINEARS, READERS
+from lrc.model.layout import LinearSite
 from lrc.model.precision import upcast, upcast_dtype
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import Grouping, Taylor
@@ -80,7 +80,7 @@ def taylor_importance(
 
     def of_groups(layer: int, names: tuple[str, ...], groups: int) -> Tensor:
         shares = [
-            _vectors(teacher, layer, name, gradients, taylor).view(groups, -1).sum(1)
+            _vectors(teacher, LinearSite(layer, name), gradients, taylor).view(groups, -1).sum(1)
             for name in names
         ]
         return _together(torch.stack(shares).double(), grouping)
@@ -152,12 +152,11 @@ def lm_gradients(
 def _coupled_parameters(teacher: Teacher) -> dict[str, nn.Parameter]:
     """The parameters that belong to groups, by name."""
     found = {}
-    for layer in range(teacher.num_layers):
-        for name in LINEARS:
-            path = teacher.family.linear(layer, name)
-            for kind, value in teacher.model.get_submodule(path).named_parameters():
-                if kind == "weight" or name in READERS:
-                    found[f"{path}.{kind}"] = value
+    for site in teacher.layout.sites():
+        path = teacher.layout.linear(site)
+        for kind, value in teacher.model.get_submodule(path).named_parameters():
+            if kind == "weight" or not teacher.layout.writes(site):
+                found[f"{path}.{kind}"] = value
     return found
 
 
@@ -194,14 +193,12 @@ def _lm_loss(teacher: Teacher, batch: Batch, labels: int) -> Tensor:
     ).weighted
 
 
-def _vectors(
-    teacher: Teacher, layer: int, name: str, gradients: Gradients, taylor: Taylor
-) -> Tensor:
+def _vectors(teacher: Teacher, site: LinearSite, gradients: Gradients, taylor: Taylor) -> Tensor:
     """Importance of the rows of a reader, or of the columns of a writer."""
-    path = teacher.family.linear(layer, name)
+    path = teacher.layout.linear(site)
     module = teacher.model.get_submodule(path)
     salience = _salience(module.get_parameter("weight"), f"{path}.weight", gradients, taylor)
-    salience = salience if name in READERS else salience.T
+    salience = salience.T if teacher.layout.writes(site) else salience
     if f"{path}.bias" in gradients.mean:
         bias = _salience(module.get_parameter("bias"), f"{path}.bias", gradients, taylor)
         salience = torch.cat([salience, bias[:, None]], 1)

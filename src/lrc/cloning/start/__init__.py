@@ -77,11 +77,11 @@ def initialize(
     projections, teacher = method.projections, method.teacher
     start = STARTS[section.method].solve(projections, section, ids, progress)
     with torch.no_grad():
-        for site in projections.sites:
-            value = start.projections[site.projection]
-            if start.folded and site.norm and not site.folded:
-                value = teacher.gain(site.norm)[:, None] * value
-            projections.values[site.projection].copy_(value)
+        for weight in projections.weights:
+            value = start.projections[weight.projection]
+            if start.folded and weight.norm and not weight.folded:
+                value = teacher.gain(weight.norm, value.dtype)[:, None] * value
+            projections.values[weight.projection].copy_(value)
         if start.final_gain is not None:
             norm = method.model.get_submodule(teacher.family.final_norm)
             final = norm.get_parameter("weight")

@@ -14,6 +14,7 @@ head can only read what it also embeds, so it has a different term (`_lost_by_a_
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -66,12 +67,14 @@ class StreamStatistics:
     """F, with trace d_T, [groups + 1, d_T, d_T]."""
     sizes: Tensor
     """Norms in each group, [groups + 1]."""
+    after_layers: list[int]
+    """Index of the norm that follows each layer."""
 
     def fisher_after_layers(self, basis: Tensor) -> list[Tensor]:
         """B^T F B [d_S, d_S] at the norm that follows each layer, for B [d_T, d_S]."""
         inside, groups = int(self.sizes[:-1].sum()), len(self.sizes) - 1
         metrics = [basis.T @ fisher @ basis for fisher in self.fisher]
-        return [metrics[site * groups // inside] for site in range(2, inside + 1, 2)]
+        return [metrics[site * groups // inside] for site in self.after_layers]
 
 
 @torch.no_grad()
@@ -99,7 +102,8 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
     """Collect statistics from a forward pass of the teacher over `MOMENT_TOKENS`, and a forward and
     backward pass over `GRADIENT_TOKENS`."""
     stop = min(len(calibration.ids), max(1, MOMENT_TOKENS // calibration.ids.shape[1]))
-    inside = 2 * calibration.teacher.num_layers
+    after_layers = list(accumulate(map(len, calibration.branches)))
+    inside = after_layers[-1]
     groups = min(GROUPS, inside)
     width = calibration.teacher.hidden_size
     shape = groups + 1, width, width
@@ -122,7 +126,7 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
     moments /= sizes[:, None, None]
     fisher /= sizes[:, None, None]
     fisher += (1 - FISHER_SHARE) * identity
-    return StreamStatistics(moments, fisher, sizes)
+    return StreamStatistics(moments, fisher, sizes, after_layers)
 
 
 @torch.no_grad()
@@ -174,7 +178,7 @@ def gradients(calibration: Calibration) -> Iterator[Tensor]:
     They cover the first sequences, [tokens, d_T]. Autograd differentiates with respect to x; rms(x)
     times that gradient stands for the gradient with respect to h.
     """
-    family, ids = calibration.family, calibration.ids
+    ids = calibration.ids
     sequences = slice(0, min(len(ids), max(1, GRADIENT_TOKENS // ids.shape[1])))
     states = list(calibration.teacher_states(sequences))
 
@@ -186,17 +190,12 @@ def gradients(calibration: Calibration) -> Iterator[Tensor]:
     yield scaled(final, gradient)
     for index, before in reversed(list(enumerate(states))):
         layer = calibration.layer(index)
-        middle: list[Tensor] = []
-        hook = layer.get_submodule(family.ffn_norm).register_forward_pre_hook(
-            lambda _, inputs, middle=middle: middle.append(inputs[0])
-        )
-        with torch.enable_grad():
-            x = before.detach().requires_grad_()
-            after = calibration.run(layer, index, x)
-            hook.remove()
-            inside, gradient = torch.autograd.grad(after, (middle[0], x), gradient)
-        yield scaled(middle[0].detach(), inside)
-        yield scaled(before, gradient)
+        with torch.enable_grad(), calibration.branch_inputs(layer, index) as inputs:
+            after = calibration.run(layer, index, before.detach().requires_grad_())
+            found = torch.autograd.grad(after, inputs, gradient)
+        for x, of_input in reversed(list(zip(inputs, found, strict=True))):
+            yield scaled(x.detach(), of_input)
+        gradient = found[0]
 
 
 def _gradient_of_predictions(calibration: Calibration, final: Tensor) -> Tensor:
@@ -221,10 +220,8 @@ def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[
 
     The sum is over the sequences before `stop`.
     """
-    read = [layer.before, layer.middle]
-    if layer.index == calibration.teacher.num_layers - 1:
-        read.append(layer.after)
-    for stream in read:
+    last = layer.index == calibration.teacher.num_layers - 1
+    for stream in layer.streams if last else layer.streams[:-1]:
         total: Tensor = torch.zeros(())
         for part in calibration.batches(0, stop):
             total = total + second_moment(calibration.normalize(stream[part]))

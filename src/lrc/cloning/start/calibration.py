@@ -1,25 +1,27 @@
 """Layer-by-layer runs of teacher and student over the calibration tokens.
 
-transformers' own code runs the teacher's decoder layers in full, and the student's up to the
-requested tensor, so attention and FFN are not reimplemented here. One layer of each model is in
-memory, in float32 (float64 if the teacher is), whatever the dtype and location of the teacher's
-weights. The residual streams of all tokens are in memory, or in files if they are large.
+transformers' own code runs the teacher's decoder layers, and their blocks alone for the student, so
+attention and FFN are not reimplemented here. One layer is in memory, in float32 (float64 if the
+teacher is), whatever the dtype and location of the teacher's weights. The residual streams of all
+tokens are in memory, or in files if they are large.
 """
 
-import copy
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional
 
 from lrc.cloning.start.streams import ActivationStore
-from lrc.model.student import head_dim
+from lrc.model.families import Branch
+from lrc.model.student import derive_config
 from lrc.model.teacher import Teacher
+from lrc.recipe.sections import StudentSection
 
 BATCH_TOKENS = 2048
 """Tokens that run at a time, in whole sequences."""
@@ -35,17 +37,19 @@ HELD_OUT = 1 / 8
 
 @dataclass(frozen=True)
 class TeacherLayer:
-    """A decoder layer of the teacher, and its residual stream around it."""
+    """A decoder layer of the teacher, and its residual stream around its branches."""
 
     index: int
     module: nn.Module
     """The layer, in the calibration's dtype."""
-    before: ActivationStore
-    """The stream before the layer, [sequences, length, d_T]. It may be overwritten."""
-    middle: ActivationStore
-    """The stream between its attention and its FFN."""
-    after: ActivationStore
-    """The stream after the layer."""
+    streams: list[ActivationStore]
+    """The stream before each branch and after the last, [sequences, length, d_T]. Those before a
+    branch may be overwritten."""
+
+    @property
+    def after(self) -> ActivationStore:
+        """The stream after the layer."""
+        return self.streams[-1]
 
 
 class Calibration:
@@ -63,6 +67,8 @@ class Calibration:
 
     def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int, restart: int = 0) -> None:
         self.teacher, self.family, self.ids = teacher, teacher.family, ids
+        self.branches = teacher.layout.branches
+        """The branches of each layer."""
         self.hidden_size = hidden_size
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
         self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device, restart)
@@ -71,14 +77,13 @@ class Calibration:
         self.forward_seconds = 0.0
         """Seconds that the teacher's layers alone take to run once over all tokens."""
         self._batch = max(1, BATCH_TOKENS // ids.shape[1])
-        widths = 3 * teacher.hidden_size + 2 * hidden_size
+        self._streams_of_layer = 1 + max(map(len, self.branches))
+        widths = self._streams_of_layer * teacher.hidden_size + 2 * hidden_size
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
         self._opened = ExitStack()
         self._teacher_streams: list[ActivationStore] = []
         self._eps = float(teacher.config.rms_norm_eps)
-        self._config = copy.deepcopy(teacher.config)
-        self._config.head_dim = head_dim(teacher)
-        self._config.hidden_size = hidden_size
+        self._config = derive_config(teacher, StudentSection(hidden_size=hidden_size))
 
     def __enter__(self) -> "Calibration":
         return self
@@ -134,29 +139,26 @@ class Calibration:
         The next layer and the next pass reuse the streams.
         """
         if not self._teacher_streams:
-            self._teacher_streams = [self.stream(self.teacher.hidden_size) for _ in range(3)]
-        before, middle, after = self._teacher_streams
+            width = self.teacher.hidden_size
+            self._teacher_streams = [self.stream(width) for _ in range(self._streams_of_layer)]
+        streams = self._teacher_streams
         parts = list(self.batches(0, stop))
         for part in parts:
-            before[part] = self._embedded(part)
+            streams[0][part] = self._embedded(part)
         self.forward_seconds = 0.0
         for index in range(self.teacher.num_layers):
-            layer = self.layer(index)
-            norm = layer.get_submodule(self.family.ffn_norm)
+            layer, count = self.layer(index), len(self.branches[index])
             for part in parts:
-                kept: list[Tensor] = []
-                hook = norm.register_forward_pre_hook(
-                    lambda _, inputs, kept=kept: kept.append(inputs[0])
-                )
-                states = before[part]
-                started = self._now()
-                result = self.run(layer, index, states)
-                self.forward_seconds += self._now() - started
-                hook.remove()
-                after[part] = result
-                middle[part] = kept[0]
-            yield TeacherLayer(index, layer, before, middle, after)
-            before, after = after, before
+                states = streams[0][part]
+                with self.branch_inputs(layer, index) as inputs:
+                    started = self._now()
+                    result = self.run(layer, index, states)
+                    self.forward_seconds += self._now() - started
+                for stream, found in zip(streams[1:count], inputs[1:], strict=True):
+                    stream[part] = found
+                streams[count][part] = result
+            yield TeacherLayer(index, layer, streams[: count + 1])
+            streams = [streams[count], *streams[:count], *streams[count + 1 :]]
 
     def teacher_states(self, part: slice) -> Iterator[Tensor]:
         """The teacher's residual stream [b, length, d_T] of a few sequences, before every layer and
@@ -173,30 +175,58 @@ class Calibration:
         states = result[0] if isinstance(result, tuple) else result
         return states
 
-    def student_layer(self, index: int, teacher: nn.Module) -> nn.Module:
-        """A decoder layer of the student with gains of 1. Biases of q, k, v and norms inside the
-        attention are the teacher's. The projected weights are not filled yet."""
-        layer = type(teacher)(self._config, index)
+    @contextmanager
+    def branch_inputs(self, layer: nn.Module, index: int) -> Iterator[list[Tensor]]:
+        """Collect what each branch of a layer reads before its norm, [b, length, d_T], while the
+        layer runs in the context."""
+        found: list[Tensor] = []
+        hooks = [
+            layer.get_submodule(branch.norm).register_forward_pre_hook(
+                lambda _, inputs: found.append(inputs[0])
+            )
+            for branch in self.branches[index]
+        ]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def block(self, layer: nn.Module, index: int, branch: Branch) -> "Block":
+        """A block of a layer of the teacher, as the layer calls it on a calibration sequence."""
+        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        module = layer.get_submodule(branch.block)
+        hook = module.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+        )
+        width = self.teacher.hidden_size
+        states = torch.zeros(1, self.ids.shape[1], width, dtype=self.dtype, device=self.ids.device)
+        self.run(layer, index, states)
+        hook.remove()
+        return Block(module, *calls[0])
+
+    def student_layer(self, index: int) -> nn.Module:
+        """A decoder layer of the student with gains of 1. What is not projected is the teacher's.
+        The projected weights are not filled yet."""
+        teacher, prefix = self.layer(index), self.teacher.layout.layer(index)
         theirs = dict(teacher.named_parameters())
+        layer = type(teacher)(self._config, index)
         layer = layer.to(next(iter(theirs.values()))).eval().requires_grad_(False)
+        layout = self.teacher.layout
+        gains = {f"{norm}.weight" for norm in layout.stream_norms()}
         for name, own in layer.named_parameters():
-            if name.removesuffix(".weight") in self.family.norms:
+            if f"{prefix}.{name}" in gains:
                 own.fill_(1 - self.family.gain_offset)
             elif own.shape == theirs[name].shape:
                 own.copy_(theirs[name])
         return layer
 
-    def folded_reader(self, index: int, module: nn.Module, name: str) -> Tensor:
-        """W_T diag(gain) [out, d_T] of a reader of the teacher's layer, `module`."""
-        gain = self.gain(self.family.norm_read_by(index, name))
-        return module.get_parameter(f"{self.family.linears[name]}.weight") * gain
-
-    def fill_reader(
-        self, student: nn.Module, teacher: TeacherLayer, name: str, projection: Tensor
-    ) -> None:
-        """Write the reader W_T diag(gain) P into a linear map of a student's layer."""
-        weight = student.get_parameter(f"{self.family.linears[name]}.weight")
-        weight.copy_(self.folded_reader(teacher.index, teacher.module, name) @ projection)
+    def folded_weight(self, index: int, branch: Branch, name: str) -> Tensor:
+        """W_T diag(gain) [out, d_T] of a reader of the teacher."""
+        prefix = self.teacher.layout.layer(index)
+        return self.weight(f"{prefix}.{branch.readers[name]}") * self.gain(
+            f"{prefix}.{branch.norm}"
+        )
 
     def layer(self, index: int) -> nn.Module:
         """The teacher's layer itself if it is in memory in the calibration's dtype, otherwise a
@@ -257,20 +287,28 @@ def layer_arguments(
     return [layer.arguments for layer in stand_ins]
 
 
-class _Reached(Exception):
-    """Ends a module's forward pass once the requested tensor is available."""
+@dataclass(frozen=True)
+class Block:
+    """A block of a layer of the teacher with the arguments that the layer passes to it. These do
+    not depend on the residual stream."""
 
+    module: nn.Module
+    args: tuple[Any, ...]
+    """The positional arguments. If there are any, the first is the residual stream."""
+    kwargs: dict[str, Any]
+    """The others."""
 
-def input_of(inner: nn.Module, outer: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Run `outer` until it calls `inner`, and return the input of `inner`."""
-    got: list[Tensor] = []
+    def __call__(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
+        """What the block writes, [b, length, d].
 
-    def stop(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        got.append(inputs[0])
-        raise _Reached
-
-    hook = inner.register_forward_pre_hook(stop)
-    with suppress(_Reached):
-        outer(*args, **kwargs)
-    hook.remove()
-    return got[0]
+        Args:
+            states: what it reads, [b, length, d].
+            weights: values for some parameters, by their names in the block.
+        """
+        if self.args:
+            args, kwargs = (states, *self.args[1:]), self.kwargs
+        else:
+            args, kwargs = (), {**self.kwargs, "hidden_states": states}
+        output = functional_call(self.module, dict(weights or {}), args, kwargs)
+        written: Tensor = output[0] if isinstance(output, tuple) else output
+        return written

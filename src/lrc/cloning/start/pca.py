@@ -18,7 +18,6 @@ from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.start import Start
-from lrc.model.families import LINEARS, READERS
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
 
@@ -48,11 +47,10 @@ def pca_projections(
     with Calibration(teacher, ids, hidden_size) as calibration:
         basis = principal_basis(calibration, progress)
     scale = (teacher.hidden_size / hidden_size) ** 0.5
-    layers = range(teacher.num_layers)
+    layout = teacher.layout
     solved = {
-        projection_key(layer, name): scale * basis if name in READERS else basis
-        for layer in layers
-        for name in LINEARS
+        projection_key(site): basis if layout.writes(site) else scale * basis
+        for site in layout.sites()
     }
     solved["embedding"] = basis
     if not shared_head:

@@ -4,7 +4,7 @@ Nothing else in the project asks which family it works on. To add a family, writ
 `llama.py` and add it to `FAMILIES`.
 """
 
-from lrc.model.families.base import LINEARS, READERS, WRITERS, Family
+from lrc.model.families.base import Branch, Family
 from lrc.model.families.llama import LLAMA
 from lrc.model.families.mistral import MISTRAL
 from lrc.model.families.qwen2 import QWEN2
@@ -13,7 +13,7 @@ from lrc.system.errors import UserError
 
 FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
 
-__all__ = ["FAMILIES", "LINEARS", "READERS", "WRITERS", "Family", "family_of"]
+__all__ = ["FAMILIES", "Branch", "Family", "family_of"]
 
 
 def family_of(model_type: str) -> Family:

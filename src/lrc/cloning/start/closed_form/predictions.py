@@ -12,19 +12,18 @@ tokens that no solve sees is measured, and the best projections are kept, possib
 a student as wide as its teacher remains the teacher.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lrc.cloning.objective import VocabularyLosses, VocabularyWeights, vocabulary_losses
-from lrc.cloning.projection import project, projection_gradient, projection_key
+from lrc.cloning.projection import add_projection_gradients, layer_weights, write_weights
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form.descent import descend
 from lrc.cloning.start.closed_form.head import CHUNK, StudentHead, folded_head
 from lrc.cloning.start.streams import ActivationStore
 from lrc.data.batch import Batch
-from lrc.model.families import LINEARS, READERS
 
 SHARE = 1 / 2
 """Share of the layers, counted from the last, that are refined."""
@@ -55,17 +54,23 @@ class LastLayers:
         """Index of the first of them."""
         self._before = calibration.stream(calibration.hidden_size)
         self._layers: list[nn.Module] = []
+        self._parameters: dict[str, nn.Parameter] = {}
+        """The layers' parameters by their names in the student."""
+        self._weights = layer_weights(calibration.teacher, fold=True, first=self.first)
 
     def begin(self, stream: ActivationStore) -> None:
         """Keep the student's residual stream before the first of the layers."""
         calibration = self.calibration
         for part in calibration.batches():
             self._before[part] = stream[part]
-        for index in range(self.first, calibration.teacher.num_layers):
-            layer = calibration.student_layer(index, calibration.layer(index))
+        layout = calibration.teacher.layout
+        for index in range(self.first, layout.num_layers):
+            layer = calibration.student_layer(index)
             self._layers.append(layer)
-        for parameter, *_ in self._weights():
-            parameter.requires_grad_()
+            for name, parameter in layer.named_parameters():
+                self._parameters[f"{layout.layer(index)}.{name}"] = parameter
+        for weight in self._weights:
+            self._parameters[weight.name].requires_grad_()
 
     def refine(
         self,
@@ -110,7 +115,8 @@ class LastLayers:
                 for part in calibration.batches(calibration.solved_on)
             )
 
-        start = {key: solved[key] for key in self._keys()} | {head.key: value}
+        keys = dict.fromkeys(weight.projection for weight in self._weights)
+        start = {key: solved[key] for key in keys} | {head.key: value}
         values = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
         return descend(
             calibration,
@@ -139,37 +145,14 @@ class LastLayers:
             states = self.calibration.run(layer, index, states)
         return states
 
-    @torch.no_grad()
     def _project(self, values: Mapping[str, Tensor]) -> None:
         """Write the layers' weights from projections by their keys."""
-        for parameter, key, weight, writes in self._weights():
-            project(weight, values[key].detach(), writes, out=parameter.data)
+        write_weights(self.calibration.teacher, self._weights, values, self._parameters.__getitem__)
 
-    @torch.no_grad()
     def _gather(self, values: Mapping[str, Tensor]) -> None:
         """Add the gradients of the layers' weights to those of the projections, by their keys."""
-        for parameter, key, weight, writes in self._weights():
-            assert parameter.grad is not None
-            moved = projection_gradient(weight, parameter.grad, writes)
-            before = values[key].grad
-            values[key].grad = moved if before is None else before.add_(moved)
-            parameter.grad = None
-
-    def _keys(self) -> list[str]:
-        count = self.calibration.teacher.num_layers
-        return [projection_key(i, name) for i in range(self.first, count) for name in LINEARS]
-
-    def _weights(self) -> Iterator[tuple[nn.Parameter, str, Tensor, bool]]:
-        """Every projected parameter of the layers: the parameter, the key of its projection, the
-        teacher's weight, and whether it writes to the residual stream."""
-        calibration = self.calibration
-        for index, layer in enumerate(self._layers, self.first):
-            theirs = calibration.layer(index)
-            for name, path in calibration.family.linears.items():
-                key = projection_key(index, name)
-                if name in READERS:
-                    weight = calibration.folded_reader(index, theirs, name)
-                    yield layer.get_parameter(f"{path}.weight"), key, weight, False
-                    continue
-                for own, weight in theirs.get_submodule(path).named_parameters():
-                    yield layer.get_parameter(f"{path}.{own}"), key, weight, True
+        add_projection_gradients(
+            self.calibration.teacher, self._weights, values, self._parameters.__getitem__
+        )
+        for weight in self._weights:
+            self._parameters[weight.name].grad = None

@@ -20,15 +20,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
-from torch.nn import functional
+from torch import Tensor
 
 from lrc.cloning.projection import project
-from lrc.cloning.start.calibration import Calibration, input_of
+from lrc.cloning.start.calibration import Block, Calibration
 from lrc.cloning.start.closed_form.descent import descend
 from lrc.cloning.start.closed_form.least_squares import second_moment
 from lrc.cloning.start.streams import ActivationStore
+from lrc.model.families import Branch
 
 LEARNING_RATE = 0.04
 """Learning rate of Adam, times (d_T d_S)^(-1/4), in whitened coordinates, where the singular values
@@ -41,20 +40,34 @@ RIDGE = 1e-2
 """Added to the second moments, in units of their mean eigenvalue."""
 
 
-@dataclass(frozen=True)
 class Ffn:
-    """The FFN of a layer, in teacher and student."""
+    """The FFN of a layer: the teacher's own module with the student's weights.
 
-    student: nn.Module
-    """The student's FFN; the weights of its readers are not used."""
-    inner: nn.Module
-    """Its down projection."""
-    names: Mapping[str, str]
-    """Parameters of the readers in `student`, by linear map."""
-    weights: Mapping[str, Tensor]
-    """The teacher's readers with the gain of their norm folded in, [d_ffn, d_T], by linear map."""
-    down: nn.Module
-    """The teacher's down projection."""
+    Args:
+        calibration: the calibration.
+        index: index of the layer.
+        branch: its FFN, with one writer.
+        block: the FFN as the layer calls it.
+    """
+
+    def __init__(self, calibration: Calibration, index: int, branch: Branch, block: Block) -> None:
+        prefix = f"{branch.block}."
+        (self.writer,) = branch.writers
+        self.block = block
+        self.names = {
+            name: f"{path.removeprefix(prefix)}.weight" for name, path in branch.readers.items()
+        }
+        """Parameters of the readers in the block, by linear map."""
+        self.weights = {
+            name: calibration.folded_weight(index, branch, name) for name in branch.readers
+        }
+        """The teacher's readers with the gain of their norm folded in, [d_ffn, d_T], by linear
+        map."""
+        writer = branch.writers[self.writer].removeprefix(prefix)
+        self.writer_parameters = {
+            f"{writer}.{name}": value
+            for name, value in block.module.get_submodule(writer).named_parameters()
+        }
 
     def readers(self, projections: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The student's readers [d_ffn, d_S] by their parameters, from projections [d_T, d_S] by
@@ -62,34 +75,28 @@ class Ffn:
         return {self.names[name]: self.weights[name] @ projections[name] for name in self.weights}
 
     def written(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
-        """Output of the teacher's down projection on the student's activations, [..., d_T].
+        """Output of the teacher's writer on the student's activations, [..., d_T].
 
         Args:
             z: the student's normalized stream, [..., d_S].
             readers: the student's readers, as returned by `Ffn.readers`.
         """
-
-        written: Tensor = self.down(self._neurons(z, readers))
-        return written
+        return self.block(z, readers)
 
     def output(self, z: Tensor, readers: Mapping[str, Tensor], projection: Tensor) -> Tensor:
-        """Output of the student's own down projection, [..., d_S]. Its weight is projected, which
-        costs less than projecting the output of the teacher's.
+        """Output of the student's own writer, [..., d_S]. Its weight is projected, which costs less
+        than projecting the output of the teacher's.
 
         Args:
             z: the student's normalized stream, [..., d_S].
             readers: the student's readers, as returned by `Ffn.readers`.
-            projection: the projection of down, [d_T, d_S].
+            projection: the projection of the writer, [d_T, d_S].
         """
         own = {
-            name: project(value, projection, writes=True)
-            for name, value in self.down.named_parameters()
+            name: project(value, projection, axis=-2)
+            for name, value in self.writer_parameters.items()
         }
-        return functional.linear(self._neurons(z, readers), own["weight"], own.get("bias"))
-
-    def _neurons(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
-        """Input of the student's down projection, [..., d_ffn]."""
-        return input_of(self.inner, lambda: functional_call(self.student, dict(readers), (z,)))
+        return self.block(z, {**readers, **own})
 
 
 @dataclass(frozen=True)
@@ -120,13 +127,13 @@ def refine_ffn(
         calibration: the tokens.
         ffn: the FFN.
         stream: the student's residual stream before it.
-        wrote: the output of the teacher's down projection on the student's solved FFN.
+        wrote: the output of the teacher's writer on the student's solved FFN.
         target: the target of the stream after it.
-        start: solved projections of gate, up and down, [d_T, d_S].
+        start: the FFN's solved projections, [d_T, d_S], by linear map.
         epochs: passes over the tokens.
 
     Returns:
-        The projections of gate and up, [d_T, d_S].
+        The projections of the readers, [d_T, d_S], by linear map.
     """
     solved_on = calibration.solved_on
 
@@ -155,29 +162,29 @@ def refine_ffn(
         whiten_wrote, color_wrote = roots(written)
         left = {name: roots(second_moment(weight)) for name, weight in ffn.weights.items()}
         values = {name: left[name][1] @ start[name] @ color_read for name in left}
-        values["down"] = color_wrote @ start["down"]
+        values[ffn.writer] = color_wrote @ start[ffn.writer]
     for value in values.values():
         value.requires_grad_()
 
     def projections() -> dict[str, Tensor]:
         moved = {name: left[name][0] @ values[name] @ whiten_read for name in left}
-        return moved | {"down": whiten_wrote @ values["down"]}
+        return moved | {ffn.writer: whiten_wrote @ values[ffn.writer]}
 
-    def errors(part: slice, readers: Mapping[str, Tensor], down: Tensor) -> Tensor:
+    def errors(part: slice, readers: Mapping[str, Tensor], writer: Tensor) -> Tensor:
         """Weighted errors of the FFN's output in the metric, [..., d_S]."""
         z, wanted, root = rows(part)
-        return ((ffn.output(z, readers, down) - wanted) * root) @ metric_root
+        return ((ffn.output(z, readers, writer) - wanted) * root) @ metric_root
 
     def differentiate(part: slice, _epoch: int) -> None:
         moved = projections()
         share = (part.stop - part.start) / solved_on
-        wrong = errors(part, ffn.readers(moved), moved["down"])
+        wrong = errors(part, ffn.readers(moved), moved[ffn.writer])
         (wrong.square().sum() / (share * max(energy, 1e-30))).backward()
 
     def judge(moved: Mapping[str, Tensor]) -> float:
-        readers = ffn.readers(moved)
+        readers, writer = ffn.readers(moved), moved[ffn.writer]
         parts = calibration.batches(solved_on)
-        return sum(float(errors(part, readers, moved["down"]).norm(dim=-1).sum()) for part in parts)
+        return sum(float(errors(part, readers, writer).norm(dim=-1).sum()) for part in parts)
 
     rate = LEARNING_RATE * float(target.basis.numel()) ** -0.25
     best = descend(

@@ -30,13 +30,13 @@ take 3 d_T + 2 d_S numbers per calibration token, in memory, or in temporary fil
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
-from lrc.cloning.start.calibration import Calibration, TeacherLayer, input_of
+from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
 from lrc.cloning.start.closed_form.head import (
     OwnHead,
     StudentHead,
@@ -51,10 +51,10 @@ from lrc.cloning.start.closed_form.predictions import LastLayers
 from lrc.cloning.start.closed_form.refine import Ffn, Target, refine_ffn
 from lrc.cloning.start.start import Start
 from lrc.cloning.start.streams import ActivationStore
+from lrc.model.families import Branch
+from lrc.model.layout import LinearSite
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
-
-FFN_READERS = "gate", "up"
 
 LENGTH = 128
 """Tokens of a calibration sequence, unless the text's sequences are shorter. The rest of a sequence
@@ -195,67 +195,59 @@ class _Solver:
             self.stream[part] = functional.embedding(calibration.ids[part], embedding)
 
     def layer(self, teacher: TeacherLayer) -> dict[str, Tensor]:
-        """The seven projections of a layer."""
-        calibration, family = self.calibration, self.calibration.family
-        layer = calibration.student_layer(teacher.index, teacher.module)
+        """The projections of a layer.
 
-        solved = dict.fromkeys(("q", "k", "v"), self.reader(teacher.before))
-        for name, projection in solved.items():
-            calibration.fill_reader(layer, teacher, name, projection)
-        o = layer.get_submodule(family.linears["o"])
-        their_o = teacher.module.get_submodule(family.linears["o"])
-        written = teacher.before  # no longer needed
-        for part in calibration.batches():
-            arguments = calibration.arguments[teacher.index]
-            written[part] = their_o(input_of(o, layer, self.stream[part], **arguments))
-        solved["o"] = self.writer(written, teacher.middle)
-        self._add(written, solved["o"])
+        The readers of a branch share their P. So the teacher's own block, fed with gain * (P z),
+        is the student's block with the teacher's writer.
+        """
+        calibration, index = self.calibration, teacher.index
+        prefix = calibration.teacher.layout.layer(index)
+        solved: dict[str, Tensor] = {}
+        for number, branch in enumerate(calibration.branches[index]):
+            before, after = teacher.streams[number : number + 2]
+            read = self.reader(before)
+            block = calibration.block(teacher.module, index, branch)
+            gain = calibration.gain(f"{prefix}.{branch.norm}")
+            written = before  # no longer needed
+            for part in calibration.batches():
+                written[part] = block(gain * (self._normalized(part) @ read.T))
+            found = dict.fromkeys(branch.readers, read)
+            found |= dict.fromkeys(branch.writers, self.writer(written, after))
+            if index < self.refined and after is teacher.after:
+                found |= self._refined(index, branch, block, written, after, found)
+            projection = found[next(iter(branch.writers))]  # all writers have the same
+            for part in calibration.batches():
+                self.stream[part] += written[part] @ projection
+            solved |= {projection_key(LinearSite(index, name)): p for name, p in found.items()}
+        return solved
 
-        solved |= dict.fromkeys(FFN_READERS, self.reader(teacher.middle))
-        ffn = self._ffn(layer, teacher)
-        self._write_ffn(written, ffn, solved)
-        solved["down"] = self.writer(written, teacher.after)
-        if teacher.index < self.refined:
-            target = Target(teacher.after, self.basis, self.metrics[teacher.index])
-            solved |= refine_ffn(
-                calibration, ffn, self.stream, written, target, solved, self.refine_epochs
-            )
-            self._write_ffn(written, ffn, solved)
-            solved["down"] = self.writer(written, teacher.after)
-        self._add(written, solved["down"])
-        return {projection_key(teacher.index, name): value for name, value in solved.items()}
-
-    def _ffn(self, layer: nn.Module, teacher: TeacherLayer) -> Ffn:
-        """The FFN of a layer of the student and of the teacher."""
-        family = self.calibration.family
-        path = family.linears["down"].rpartition(".")[0]
-        return Ffn(
-            layer.get_submodule(path),
-            layer.get_submodule(family.linears["down"]),
-            {
-                name: family.linears[name].removeprefix(f"{path}.") + ".weight"
-                for name in FFN_READERS
-            },
-            {
-                name: self.calibration.folded_reader(teacher.index, teacher.module, name)
-                for name in FFN_READERS
-            },
-            teacher.module.get_submodule(family.linears["down"]),
+    def _refined(
+        self,
+        index: int,
+        branch: Branch,
+        block: Block,
+        written: ActivationStore,
+        after: ActivationStore,
+        solved: dict[str, Tensor],
+    ) -> dict[str, Tensor]:
+        """The refined projections of an FFN by linear map, if any. `written` gets its new output."""
+        calibration = self.calibration
+        ffn = Ffn(calibration, index, branch, block)
+        target = Target(after, self.basis, self.metrics[index])
+        found = refine_ffn(
+            calibration, ffn, self.stream, written, target, solved, self.refine_epochs
         )
+        if all(found[name] is solved[name] for name in found):
+            return {}  # no step was an improvement
+        readers = ffn.readers(found)
+        for part in calibration.batches():
+            written[part] = ffn.written(self._normalized(part), readers)
+        return found | {ffn.writer: self.writer(written, after)}
 
-    def _write_ffn(
-        self, written: ActivationStore, ffn: Ffn, projections: dict[str, Tensor]
-    ) -> None:
-        """Fill a stream with the output of the teacher's down projection on the student's FFN."""
-        readers = ffn.readers(projections)
-        for part in self.calibration.batches():
-            stream = self.stream[part]
-            written[part] = ffn.written(stream / self.calibration.rms(stream), readers)
-
-    def _add(self, written: ActivationStore, projection: Tensor) -> None:
-        """Add the output of a solved writer to the student's stream."""
-        for part in self.calibration.batches():
-            self.stream[part] += written[part] @ projection
+    def _normalized(self, part: slice) -> Tensor:
+        """z [b, length, d_S] of some sequences."""
+        stream = self.stream[part]
+        return stream / self.calibration.rms(stream)
 
     def reader(self, teacher: ActivationStore) -> Tensor:
         """P [d_T, d_S] that maps the student's z to the teacher's h."""
