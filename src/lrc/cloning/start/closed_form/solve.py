@@ -230,7 +230,7 @@ class _Solver:
         after: ActivationStore,
         solved: dict[str, Tensor],
     ) -> dict[str, Tensor]:
-        """The refined projections of an FFN by linear map, if any. `written` gets its new output."""
+        """The refined projections of an FFN, if any; `written` gets its new output."""
         calibration = self.calibration
         ffn = Ffn(calibration, index, branch, block)
         target = Target(after, self.basis, self.metrics[index])
