@@ -38,7 +38,72 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 
-QUIRKS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 5}}
+DROPOUTS = {
+    "phi3": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    "seed_oss": ("attention_dropout", "residual_dropout"),
+}
+"""Settings for dropout in a family's configuration, if there are more than attention_dropout."""
+
+LLAMAS = ("llama", "mistral", "qwen2", "qwen3")
+"""Families whose layers are Llama's, as the formulas below have them."""
+
+KINDS = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 5}
+GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.4,
+    "logits_scaling": 2.0,
+    "attention_multiplier": 0.3,
+}
+DELTA_NET = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 3,
+    "linear_conv_kernel_dim": 3,
+    "head_dim": 8,
+}
+LATENT = {
+    "q_lora_rank": 6,
+    "kv_lora_rank": 5,
+    "qk_nope_head_dim": 5,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 3,
+    "num_key_value_heads": 2,
+    "head_dim": None,
+}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 12}
+DENSE_FIRST = {**EXPERTS, "n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
+SHARED = {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 7}
+GEMMA = {**KINDS, "query_pre_attn_scalar": 6, "final_logit_softcapping": 3.0}
+
+QUIRKS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 5},
+    "ministral": KINDS,
+    "qwen3_moe": {**EXPERTS, "num_experts": 4},
+    "qwen3_next": {**DELTA_NET, **SHARED},
+    "qwen3_5_text": DELTA_NET,
+    "qwen3_5_moe_text": {**DELTA_NET, **SHARED},
+    "gemma2": {**GEMMA, "attn_logit_softcapping": 4.0},
+    "gemma3_text": GEMMA,
+    "gemma4_unified_text": {
+        **GEMMA,
+        "attention_k_eq_v": True,
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 1,
+    },
+    "gpt_oss": {**KINDS, "num_experts_per_tok": 2, "num_local_experts": 4},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "olmo3": KINDS,
+    "granite": GRANITE,
+    "granite_swa": {**GRANITE, **KINDS},
+    "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "deepseek_v3": {**LATENT, **DENSE_FIRST, "n_group": 2, "topk_group": 1},
+    "youtu": LATENT,
+    "glm4_moe": {**DENSE_FIRST, "n_group": 1, "topk_group": 1},
+    "exaone4": KINDS,
+    "cwm": KINDS,
+}
 """What a family's configuration takes besides `SHAPE`."""
 
 READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
@@ -49,10 +114,10 @@ NORM_BEFORE |= dict.fromkeys(("gate", "up"), "post_attention_layernorm")
 
 TINY_CASES = [
     pytest.param((family, tied, {}), id=f"{family}-{'tied' if tied else 'untied'}")
-    for family in FAMILIES
+    for family in LLAMAS
     for tied in (False, True)
 ]
-"""Every family tied and untied, and Llama with a bias on all linear maps."""
+"""Every family of `LLAMAS` tied and untied, and Llama with a bias on all linear maps."""
 TINY_CASES.append(
     pytest.param(("llama", False, {"attention_bias": True, "mlp_bias": True}), id="llama-biases")
 )
@@ -85,11 +150,14 @@ def tiny_teacher(
         **settings, bos_token_id=0, eos_token_id=1, pad_token_id=None
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")  # others take no float64
+    offset = FAMILIES[model_type].gain_offset
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            mean = 1.0 if "norm" in name else 0.0
+            mean = 1.0 - offset if "norm" in name else 0.0
             parameter.copy_(mean + 0.3 * noise)
     model.generation_config.update(eos_token_id=[1, 2], top_k=7, do_sample=True)
     return as_teacher(model, tiny_tokenizer(), "tiny")
@@ -165,7 +233,10 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
     for batch in batches:
         losses = method.losses(batch, counts)
         losses.loss.backward()
-        for name, value in losses.logged().items():
+        found = losses.scalars()
+        if losses.clone_layers is not None:
+            found["clone_layers"] = torch.stack(list(losses.clone_layers.values()), 1)
+        for name, value in found.items():
             sums[name] = sums.get(name, torch.zeros(())) + value
     method.end_step()
     return sums, {name: p.grad.clone() for name, p in method.parameters().items()}
@@ -256,7 +327,7 @@ def use_exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
         variance = hidden.pow(2).mean(-1, keepdim=True)
         return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
 
-    for family in FAMILIES:
+    for family in LLAMAS:
         module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
         for name in dir(module):
             if name.endswith("RMSNorm"):

@@ -24,9 +24,8 @@ from lrc.cli import main
 from lrc.data.batch import Batch
 from lrc.evaluation.harness import evaluate_rows, evaluate_task, harness_model, open_tasks
 from lrc.evaluation.local_data import use_folder
-from lrc.model.families import FAMILIES
 from lrc.system.errors import UserError
-from tiny import FFN, LAYERS, tiny_batch, tiny_teacher, watch
+from tiny import FFN, LAYERS, LLAMAS, tiny_batch, tiny_teacher, watch
 
 RIGHT, WRONG = "w9", "w10"
 PLANTED = (1, 7)
@@ -36,7 +35,7 @@ PLANTED = (1, 7)
 # ------------------------------------------------------------------------------------- masks
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
     teacher = tiny_teacher(family)
     neurons = torch.rand(LAYERS, FFN, generator=torch.Generator().manual_seed(3)) < 0.4
@@ -62,7 +61,7 @@ def test_a_mask_goes_when_the_model_fails() -> None:
 
 
 @pytest.mark.parametrize("positions", ["all", "last"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_activity_is_that_of_prompts_alone(family: str, positions: Any) -> None:
     teacher = tiny_teacher(family)
     lengths = [4, 9, 1, 6]

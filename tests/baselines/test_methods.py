@@ -18,7 +18,6 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Method
 from lrc.data.batch import Batch
 from lrc.methods import METHODS, unused_settings
-from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.sections import StudentSection
@@ -29,6 +28,7 @@ from tiny import (
     HEAD_DIM,
     HIDDEN,
     LAYERS,
+    LLAMAS,
     QUIRKS,
     STUDENT_HIDDEN,
     TOKENS,
@@ -299,7 +299,7 @@ RECIPES = {
 }
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("batches", list(BATCHES))
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_losses_and_gradients(family: str, batches: str, name: str) -> None:

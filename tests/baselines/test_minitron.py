@@ -15,11 +15,10 @@ from lrc.baselines.pruning.importance import ActivationImportance, measure_impor
 from lrc.baselines.pruning.shape import PrunedShape, shape_of_config
 from lrc.data.batch import Batch
 from lrc.methods import METHODS
-from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
 from stories import sample
-from tiny import FFN, HEAD_DIM, tiny_batch, tiny_teacher
+from tiny import FFN, HEAD_DIM, LLAMAS, tiny_batch, tiny_teacher
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
 """PrunedShape of the teachers here; QUERIES are the query heads of a key/value head."""
@@ -112,7 +111,7 @@ class Reference:
         )
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("batch", list(BATCHES))
 @pytest.mark.parametrize("how", [("mean", "l2"), ("l2", "mean")])
 def test_importance(family: str, batch: str, how: tuple[Any, Any]) -> None:

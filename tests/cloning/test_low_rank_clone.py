@@ -10,10 +10,10 @@ from torch.nn import functional
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts
 from lrc.data.batch import Batch
-from lrc.model.families import FAMILIES
 from lrc.train.loop import count
 from tiny import (
     LAYERS,
+    LLAMAS,
     READERS,
     TINY_CASES,
     TOKENS,
@@ -287,7 +287,7 @@ def test_documents_without_positions_do_see_each_other() -> None:
     assert abs(open_row["kl"] - apart["kl"]) > 1e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("objective", [{}, {"attn_out": "teacher"}, {"alpha": 0.0}])
 @pytest.mark.parametrize("documents", [None, [[5, 4], [2, 7]]])
 def test_gradient_checkpointing_changes_nothing(
@@ -326,7 +326,7 @@ def test_chunk_tokens_do_not_matter() -> None:
 @pytest.mark.parametrize("space", ["student", "teacher"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_low_precision_teachers(
     family: str, dtype: torch.dtype, precision: str, space: str
 ) -> None:

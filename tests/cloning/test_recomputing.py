@@ -9,8 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.cloning.recomputing import RecomputedFfn
-from lrc.model.families import FAMILIES
-from tiny import FFN, LAYERS, tiny_batch, tiny_teacher
+from tiny import FFN, LAYERS, LLAMAS, tiny_batch, tiny_teacher
 
 Pair = tuple[PreTrainedModel, PreTrainedModel]
 
@@ -48,7 +47,7 @@ def ffn_of(model: PreTrainedModel, layer: int = 0) -> nn.Module:
     return model.model.layers[layer].mlp
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_losses_and_gradients_are_the_same(
     family: str, student_and_twin: Callable[[str], Pair]
 ) -> None:

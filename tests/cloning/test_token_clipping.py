@@ -12,10 +12,9 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts
 from lrc.cloning.token_clipping import clip_tokens
 from lrc.data.batch import Batch
-from lrc.model.families import FAMILIES
 from lrc.model.layout import LinearSite
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
+from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher
 from tiny_runs import go, new_run
 
 LIMIT = 1.2
@@ -111,7 +110,7 @@ def learn(method: LowRankClone, batch: Batch) -> dict[LinearSite, Tensor]:
 
 @pytest.mark.parametrize(
     ("family", "checkpointing"),
-    [*((family, False) for family in FAMILIES), ("llama", True)],
+    [*((family, False) for family in LLAMAS), ("llama", True)],
 )
 @pytest.mark.parametrize("kind", ["plain", "padded", "documents"])
 def test_gradients_of_a_pass(family: str, kind: str, checkpointing: bool) -> None:

@@ -31,9 +31,8 @@ from gguf_helpers import (
 from lrc.cli import main
 from lrc.exporting import gguf_file
 from lrc.exporting.gguf_file import About, convert_to_gguf, write_gguf
-from lrc.model.families import FAMILIES
 from lrc.system.errors import UserError
-from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, tiny_teacher, tiny_tokenizer
+from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, LLAMAS, tiny_teacher, tiny_tokenizer
 
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -55,7 +54,7 @@ ABOUT = About("tiny", "mit", "maker/teacher", ("low-rank-clone",))
 CASES = [
     pytest.param(family, tied, changes, id=f"{family}-{'tied' if tied else 'untied'}{name}")
     for family, tied, changes, name in [
-        *((family, tied, {}, "") for family in FAMILIES for tied in (False, True)),
+        *((family, tied, {}, "") for family in LLAMAS for tied in (False, True)),
         ("llama", False, BIASES, "-biases"),
     ]
 ]
@@ -122,7 +121,7 @@ def test_every_tensor_is_in_its_place(
         np.testing.assert_array_equal(stored, value, err_msg=name)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_the_shape_is_explicit(family: str, tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_student(family, tokenizer)
     write_gguf(student, tokenizer, tmp_path / "tiny.gguf", Kind.F16, ABOUT)
@@ -163,7 +162,7 @@ def test_it_says_what_it_is(tokenizer: Any, tmp_path: Path) -> None:
     assert fields["tokenizer.chat_template"] == CHAT_TEMPLATE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_transformers_reads_the_same_model(family: str, tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_student(family, tokenizer, tied=True)
     write_gguf(student, tokenizer, tmp_path / "f32.gguf", Kind.F32, ABOUT)

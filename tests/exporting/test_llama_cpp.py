@@ -28,9 +28,9 @@ from gguf_helpers import (
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
-from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_model
 from lrc.system.errors import UserError
+from tiny import LLAMAS
 
 llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ NEW_TOKENS = 32
 CASES = [
     pytest.param(family, tied, changes, id=f"{family}-{'tied' if tied else 'untied'}{name}")
     for family, tied, changes, name in [
-        *((family, tied, {}, "") for family in FAMILIES for tied in (False, True)),
+        *((family, tied, {}, "") for family in LLAMAS for tied in (False, True)),
         ("llama", False, BIASES, "-biases"),
         ("llama", False, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("qwen2", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),

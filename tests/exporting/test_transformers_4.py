@@ -11,8 +11,7 @@ import torch
 
 from gguf_helpers import byte_level_bpe
 from lrc.exporting.plain import export_student
-from lrc.model.families import FAMILIES
-from tiny import tiny_method, tiny_teacher
+from tiny import LLAMAS, tiny_method, tiny_teacher
 
 pytestmark = pytest.mark.slow
 
@@ -61,7 +60,7 @@ def test_it_is_the_same_model(transformers_4: Path, tmp_path: Path) -> None:
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     ids = tokenizer.encode(TEXT)
     students = {}
-    for family in FAMILIES:
+    for family in LLAMAS:
         for name, rope in ROPES.items():
             teacher = tiny_teacher(
                 family, dtype=torch.float32, vocab_size=len(tokenizer) + 3, rope_parameters=rope

@@ -16,6 +16,7 @@ from tiny import (
     HIDDEN,
     KV_HEADS,
     LAYERS,
+    LLAMAS,
     READERS,
     ROWS,
     STUDENT_HIDDEN,
@@ -87,7 +88,7 @@ def test_what_each_family_keeps(family: str, kept: set[str]) -> None:
 
 def test_every_family_is_tried() -> None:
     assert {case.values[0][:2] for case in TINY_CASES} >= {
-        (family, tied) for family in FAMILIES for tied in (False, True)
+        (family, tied) for family in LLAMAS for tied in (False, True)
     }
 
 
@@ -190,7 +191,7 @@ def test_llama_hidden_size_not_divided_by_heads(hidden_size: int, nearest: int) 
     assert student_config(teacher, StudentSection(hidden_size=nearest)).hidden_size == nearest
 
 
-@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "llama"])
+@pytest.mark.parametrize("family", [name for name in LLAMAS if name != "llama"])
 def test_other_families_need_no_division_by_heads(family: str) -> None:
     teacher = tiny_teacher(family, hidden_size=18, num_attention_heads=3)
     assert tiny_method(teacher, {"hidden_size": 8}).student().config.hidden_size == 8

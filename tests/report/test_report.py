@@ -186,13 +186,13 @@ def test_heat_maps_show_the_values_of_their_time(
     story.metrics[:] = kept
     contents.clone_maps(story)
     assert tuple(drawn) == TERMS
-    smallest = np.quantile([line["clone_layers"] for line in kept], 0.01)
-    for term, values in enumerate(drawn.values()):
+    smallest = np.quantile([list(line["clone_layers"].values()) for line in kept], 0.01)
+    for term, values in drawn.items():
         assert values.shape == (LAYERS, 5)
         for column, step in enumerate((4, 4, 6, 8, 10)):  # of 2, 4, 6, 8, 10
             line = next(line for line in kept if line["step"] == step)
             for layer in range(LAYERS):
-                expected = max(line["clone_layers"][layer][term], smallest)
+                expected = max(line["clone_layers"][term][layer], smallest)
                 assert values[layer, column] == pytest.approx(expected)
 
 

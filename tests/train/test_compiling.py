@@ -9,14 +9,13 @@ from safetensors.torch import load_file
 from torch._inductor import config as inductor
 
 from lrc.baselines.lora import add_adapters
-from lrc.model.families import FAMILIES
 from lrc.system.errors import UserError
 from lrc.train.compiling import check_compiler, small_modules
-from tiny import tiny_teacher
+from tiny import LLAMAS, tiny_teacher
 from tiny_runs import go, new_run
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_the_small_modules_are_norms_and_activation_functions(family: str) -> None:
     teacher = tiny_teacher(family)
     paths = {module: path for path, module in teacher.model.named_modules()}

@@ -66,15 +66,15 @@ def test_values() -> None:
         "loss": 2.0,
         "held_out_lm": 3.0,
         "held_out_lm_by_source": {"web": 2.0, "code": 4.0},
-        "clone_layers": [[1.0, 10.0], [2.0, 20.0]],
+        "clone_layers": {"q": [1.0, 2.0], "router": [None, 30.0]},
     }
-    assert tracked_values(line, ("q", "k")) == {
+    assert tracked_values(line) == {
         "train/loss": 2.0,
         "eval/held_out_lm": 3.0,
         "eval/held_out_lm_by_source/web": 2.0,
         "eval/held_out_lm_by_source/code": 4.0,
         "clone/q": 3.0,
-        "clone/k": 30.0,
+        "clone/router": 30.0,
     }
 
 
@@ -105,9 +105,9 @@ def test_tensorboard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [event.step for event in events.Scalars("eval/held_out_lm")] == [0, 4, 8, 10]
     assert [event.step for event in events.Scalars("eval/teacher_held_out_lm")] == [0]
     by_layer = lines[4]["clone_layers"]
-    assert len(by_layer) == LAYERS
+    assert {len(values) for values in by_layer.values()} == {LAYERS}
     clone = {event.step: event.value for event in events.Scalars("clone/q")}
-    assert clone[4] == pytest.approx(sum(layer[0] for layer in by_layer), rel=1e-5)
+    assert clone[4] == pytest.approx(sum(by_layer["q"]), rel=1e-5)
     (text,) = events.Tensors("recipe/text_summary")
     assert b"hidden_size: 8" in text.tensor_proto.string_val[0]
 

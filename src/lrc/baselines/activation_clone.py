@@ -35,7 +35,7 @@ class ActivationClone(RandomStudent):
         self.alignment = writer_alignment(teacher, self.model, self.distill.sites, seed)
 
     def loss_weights(self) -> list[float]:
-        clones = self.objective.alpha_at(1) if self.objective.clone.enabled() else 0.0
+        clones = self.objective.alpha_at(1) if self.objective.clone.any_enabled() else 0.0
         return [*super().loss_weights(), clones]
 
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.data.batch import Batch
+from lrc.model.families import family_of
 from lrc.model.layout import Layout, LinearSite
 
 Observer = Callable[[LinearSite, Tensor, Tensor], Tensor]
@@ -44,12 +45,28 @@ def _hook(
     return hook
 
 
+Output = Tensor | tuple[Tensor, ...]
+"""What a linear map returns. Routers return more than their logits."""
+
+
+def activation_of(output: Output) -> Tensor:
+    """The activation in the output of a linear map, [batch, sequence, width]. Inside a mixture of
+    experts it is [batch * sequence, width]."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """The hidden state after the final norm, [batch, sequence, hidden size]."""
+    """The hidden state after the final norm, [batch, sequence, hidden size].
+
+    It includes the model's logit scale: its products with the rows of the LM head are the logits,
+    before the softcap if the model has one.
+    """
     output = model.base_model(
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         position_ids=batch.position_ids,
         use_cache=False,
     )
-    return output.last_hidden_state
+    hidden: Tensor = output.last_hidden_state
+    scale = family_of(model.config.model_type).logit_scale(model.config)
+    return hidden if scale == 1 else hidden * scale

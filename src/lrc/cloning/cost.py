@@ -75,7 +75,8 @@ def step_flops(
         matrices, halved because a causal kernel needs half of them."""
         return 2 * sequence * widths.attention * widths.layers
 
-    terms = set(objective.clone.enabled()) if objective.alpha else set()
+    llamas = ("q", "k", "v", "o", "gate", "up", "down")
+    terms = {name for name in llamas if objective.alpha and objective.clone.enables(name)}
     # Projection of the teacher's outputs: forward, and the gradient of the projection.
     written = (2 if released else 4) * teacher.hidden * student.hidden
     clone = written if "down" in terms else 0

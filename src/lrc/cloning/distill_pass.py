@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from lrc.cloning.activations import last_hidden
+from lrc.cloning.activations import Output, activation_of, last_hidden
 from lrc.cloning.method import Counts, StepLosses
 from lrc.cloning.objective import (
     VocabularyWeights,
@@ -32,13 +32,14 @@ from lrc.cloning.objective import (
     relative_weight,
     vocabulary_losses,
 )
-from lrc.cloning.recomputing import RecomputedFfn, recompute_layers
+from lrc.cloning.recomputing import recompute_ffns, recompute_layers
 from lrc.cloning.token_clipping import clip_output
 from lrc.data.batch import Batch
 from lrc.model.layout import LinearSite, layout_of
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection
 from lrc.system.clock import Clock
+from lrc.system.errors import UserError
 
 
 class ClonePair(NamedTuple):
@@ -100,8 +101,18 @@ class DistillPass(nn.Module):
         self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
         self.alpha = objective.alpha if pair else 0.0
         """Weight of the clone terms in the present step. At 0 nothing is cloned."""
-        self.terms = objective.clone.enabled() if self.alpha else ()
-        self.sites = [site for site in teacher.layout.sites() if site.name in self.terms]
+        self.sites = [
+            site
+            for site in teacher.layout.observable()
+            if self.alpha and objective.clone.enables(site.name)
+        ]
+        """Where something is compared."""
+        names, family = teacher.layout.names(), teacher.family.model_type
+        if unknown := sorted(objective.clone.needed().difference(names)):
+            raise UserError(
+                f"objective.clone names '{unknown[0]}', but {family} models have no such linear "
+                f"map: choose from {', '.join(names)}."
+            )
         self._micro_batch: _MicroBatch | None = None
         self._hooks: list[RemovableHandle] = []
         if recomputes_layers:
@@ -130,8 +141,16 @@ class DistillPass(nn.Module):
             losses,
             loss=losses.loss + self.alpha * clone,
             terms={**losses.terms, "clone": clone.detach()},
-            clone_layers=by_site.detach().view(-1, len(self.terms)),
+            clone_layers=self._by_layer(by_site.detach()),
         )
+
+    def _by_layer(self, by_site: Tensor) -> dict[str, Tensor]:
+        """The clone terms [layers] by name, NaN in layers without such a linear map."""
+        empty = by_site.new_full((self.teacher.num_layers,), torch.nan)
+        found: dict[str, Tensor] = {}
+        for site, value in zip(self.sites, by_site, strict=True):
+            found.setdefault(site.name, empty.clone())[site.layer] = value
+        return found
 
     def begin(self, batch: Batch, counts: Counts, compares: bool = False) -> None:
         """Let the hooks work on a micro-batch. The activations of the one before are released."""
@@ -179,6 +198,7 @@ class DistillPass(nn.Module):
                     objective.chunk_tokens,
                     objective.divergence,
                     objective.jsd_beta,
+                    self.teacher.logit_softcap,
                 ),
                 None if token_lm is None else token_lm.view(-1),
             )
@@ -205,25 +225,25 @@ class DistillPass(nn.Module):
             self._hooks.append(linear.register_forward_hook(hook))
 
         if self.token_grad_clip:
-            for site in layout.sites():
+            for site in layout.observable():
                 at_linear(self.student, site, self._clip)
         if self.pair and not self.recomputes_layers:
-            for layer in range(layout.num_layers):
-                self._hooks += RecomputedFfn(self.student, layout, layer).hooks
+            self._hooks += recompute_ffns(self.student, layout)
         for site in self.sites:
             at_linear(self.student, site, partial(self._compare, site))
             at_linear(self.teacher_model, site, partial(_keep, weakref.ref(self), site))
         # Other passes may use the same teacher: its hooks end with this pass.
         weakref.finalize(self, _remove, self._hooks)
 
-    def _clip(self, _linear: nn.Module, _inputs: tuple[Tensor], output: Tensor) -> None:
+    def _clip(self, _linear: nn.Module, _inputs: tuple[Tensor], output: Output) -> None:
         batch = self._micro_batch
         if batch is not None and batch.spared is not None:
-            clip_output(output, batch.spared, self.token_grad_clip)
+            activation = activation_of(output)
+            clip_output(activation, batch.spared.view(activation.shape[:-1]), self.token_grad_clip)
 
     def _compare(
-        self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Tensor
-    ) -> Tensor | None:
+        self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Output
+    ) -> Output | None:
         """Compute a clone term. The teacher's activation is released at once, unless the layer runs
         again in the backward pass."""
         batch = self._micro_batch
@@ -233,10 +253,10 @@ class DistillPass(nn.Module):
         with self.clock.part("loss"):
             again = self.recomputes_layers
             target = batch.targets[site] if again else batch.targets.pop(site)
-            pair = self.pair(site, inputs[0], output, target)
-            weight = batch.mask
+            pair = self.pair(site, inputs[0], activation_of(output), target)
+            weight = None if batch.mask is None else batch.mask.view(target.shape[:-1])
             if self.objective.clone_scale == "relative":
-                weight = relative_weight(pair.teacher, batch.mask)
+                weight = relative_weight(pair.teacher, weight)
             compared, batch.terms[site] = clone_term(
                 pair.student,
                 pair.teacher,
@@ -253,13 +273,13 @@ def _keep(
     site: LinearSite,
     _linear: nn.Module,
     _inputs: tuple[Tensor],
-    output: Tensor,
+    output: Output,
 ) -> None:
     """Keep the teacher's output for the comparison."""
     distill = owner()
     batch = distill._micro_batch if distill else None
     if batch is not None and batch.compares:
-        batch.targets[site] = output
+        batch.targets[site] = activation_of(output)
 
 
 def _remove(hooks: list[RemovableHandle]) -> None:

@@ -42,17 +42,16 @@ class StepLosses:
     terms: dict[str, Tensor]
     """Its parts and other scalars to log, by name, without weights and gradients."""
 
-    clone_layers: Tensor | None = None
-    """The clone terms, [layers, enabled terms], without gradients."""
+    clone_layers: dict[str, Tensor] | None = None
+    """The clone terms [layers] by name, without gradients; NaN in layers that lack the term."""
 
     token_lm: Tensor | None = None
     """The cross-entropy of each token, [batch, sequence], 0 without a label; only where the batch
     knows its sources."""
 
-    def logged(self) -> dict[str, Tensor]:
-        """What the metrics hold, by name, without gradients."""
-        found = {"loss": self.loss.detach(), **self.terms}
-        return found if self.clone_layers is None else {**found, CLONE_LAYERS: self.clone_layers}
+    def scalars(self) -> dict[str, Tensor]:
+        """The loss and its parts by name, without gradients."""
+        return {"loss": self.loss.detach(), **self.terms}
 
 
 CLONE_LAYERS = "clone_layers"

@@ -87,13 +87,14 @@ def project(weight: Tensor, projection: Tensor, axis: int, out: Tensor | None = 
     """Project a teacher weight to the student's weight.
 
     Args:
-        weight: W_T; [out, d_T] with axis -1, [d_T, in] or a bias [d_T] with axis -2.
+        weight: W_T; [out, d_T] with axis -1, [d_T, in] or a bias [d_T] with axis -2. Stacked
+            weights of experts have one more dimension in front.
         projection: P_m, [d_T, d_S].
         axis: the axis of the hidden size.
         out: the tensor to write to; None: a new one, differentiable with respect to the projection.
 
     Returns:
-        W_T P_m [out, d_S], or P_m^T W_T [d_S, in] (or [d_S]).
+        W_T P_m [out, d_S], or P_m^T W_T [d_S, in] (or [d_S]), stacked as W_T.
     """
     weight = weight.to(projection.dtype)
     factors = (weight, projection) if axis == -1 else (projection.T, weight)
@@ -110,7 +111,9 @@ def projection_gradient(weight: Tensor, gradient: Tensor, axis: int) -> Tensor:
     """
     weight = weight.to(gradient.dtype)
     if axis == -1:
-        return weight.T @ gradient
+        return weight.flatten(0, -2).T @ gradient.flatten(0, -2)
+    if weight.ndim == 3:
+        weight, gradient = (value.transpose(0, 1).flatten(1) for value in (weight, gradient))
     return weight.view(len(weight), -1) @ gradient.view(len(gradient), -1).T
 
 

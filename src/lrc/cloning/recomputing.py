@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -40,6 +41,20 @@ class _Kept:
         """The activation. If the product is needed too, it is computed first."""
         activated, self._activated = self._activated, None
         return self.activation(self.gate) if activated is None else activated
+
+
+def recompute_ffns(student: PreTrainedModel, layout: Layout) -> list[RemovableHandle]:
+    """Make the gated FFNs of a student recompute their activations, where it has such FFNs.
+
+    Returns:
+        The hooks that do it.
+    """
+    hooks: list[RemovableHandle] = []
+    for layer, branches in enumerate(layout.branches):
+        names = list(branches[-1].linears)
+        if names == ["gate", "up", "down"] and not branches[-1].has_experts:
+            hooks += RecomputedFfn(student, layout, layer).hooks
+    return hooks
 
 
 class RecomputedFfn:

@@ -10,8 +10,10 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lrc.cloning.activations import last_hidden
+from lrc.cloning.objective import cap_logits
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
+from lrc.model.families import family_of
 from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
 
@@ -135,6 +137,8 @@ def _chunks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits [chunk, vocab], in at least float32, with their labels [chunk]."""
     head = model.get_output_embeddings().weight[:vocab]
+    softcap = family_of(model.config.model_type).logit_softcap(model.config)
     for states, target in zip(torch.split(hidden, CHUNK), torch.split(labels, CHUNK), strict=True):
-        logits = states.to(head.dtype) @ head.T
-        yield upcast(logits), target
+        logits = upcast(states.to(head.dtype) @ head.T)
+        cap_logits(logits, softcap)
+        yield logits, target

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from lrc.model.families import Family, family_of
-from lrc.model.families.base import ATTENTION, FFN
+from lrc.model.families.base import ATTENTION, FFN, Branch, Experts
 
 
 class LinearSite(NamedTuple):
@@ -29,10 +29,10 @@ class ProjectedParameter:
 
     axis: int
     """The axis of the hidden size: -1 in a reader's weight [out, d], -2 in a writer's [d, in] and
-    its bias [d]."""
+    its bias [d]. Experts, [experts, ., .], may have it otherwise."""
 
     norm: str | None
-    """Module path of the norm whose output a reader reads."""
+    """Module path of the norm whose output a reader reads, if there is one."""
 
 
 class Layout:
@@ -45,6 +45,7 @@ class Layout:
 
     def __init__(self, family: Family, config: Any) -> None:
         self.family = family
+        self.config = config
         self.num_layers = int(config.num_hidden_layers)
         self.branches = [family.branches(config, layer) for layer in range(self.num_layers)]
         """The branches of each layer."""
@@ -53,34 +54,52 @@ class Layout:
         """Module path of a layer."""
         return f"{self.family.layers}.{layer}"
 
+    def branch(self, site: LinearSite) -> Branch:
+        """The branch of a linear map.
+
+        Raises:
+            KeyError: if the layer has no linear map of this name.
+        """
+        for branch in self.branches[site.layer]:
+            if site.name in branch.linears:
+                return branch
+        raise KeyError(f"layer {site.layer} has no linear map '{site.name}'")
+
     def sites(self) -> list[LinearSite]:
         """All linear maps of the layers, in the order in which the model uses them."""
         return [
             LinearSite(layer, name)
             for layer, branches in enumerate(self.branches)
             for branch in branches
-            for name in (*branch.readers, *branch.writers)
+            for name in branch.linears
         ]
 
     def names(self) -> list[str]:
         """The names of the linear maps, in the order of their first use."""
         return list(dict.fromkeys(site.name for site in self.sites()))
 
+    def observable(self) -> list[LinearSite]:
+        """The linear maps whose outputs belong to tokens: all but the readers of experts, which see
+        only the tokens that are routed to them."""
+        return [
+            site
+            for site in self.sites()
+            if self.writes(site) or not isinstance(self.branch(site).linears[site.name], Experts)
+        ]
+
     def linear(self, site: LinearSite) -> str:
-        """Module path of a linear map.
+        """Module path of a linear map. That of experts is the module that adds up their outputs.
 
         Raises:
             KeyError: if the layer has no linear map of this name.
         """
-        for branch in self.branches[site.layer]:
-            for maps in (branch.readers, branch.writers):
-                if site.name in maps:
-                    return f"{self.layer(site.layer)}.{maps[site.name]}"
-        raise KeyError(f"layer {site.layer} has no linear map '{site.name}'")
+        linear = self.branch(site).linears[site.name]
+        path = linear.module if isinstance(linear, Experts) else linear
+        return f"{self.layer(site.layer)}.{path}"
 
     def writes(self, site: LinearSite) -> bool:
         """Whether a linear map writes to the residual stream."""
-        return any(site.name in branch.writers for branch in self.branches[site.layer])
+        return site.name in self.branch(site).writers
 
     def attention(self, layer: int) -> str:
         """Module path of the attention block of a layer."""
@@ -90,31 +109,46 @@ class Layout:
         """Module paths of all norms that are as wide as the hidden size, the final one last."""
         for layer, branches in enumerate(self.branches):
             for branch in branches:
-                yield f"{self.layer(layer)}.{branch.norm}"
+                for norm in (branch.norm, branch.after):
+                    if norm is not None:
+                        yield f"{self.layer(layer)}.{norm}"
         yield self.family.final_norm
+
+    def after_norms(self, first: int = 0) -> list[str]:
+        """Module paths of the norms after blocks, from a layer on."""
+        return [
+            f"{self.layer(layer)}.{branch.after}"
+            for layer, branches in enumerate(self.branches)
+            for branch in branches
+            if branch.after is not None and layer >= first
+        ]
 
     def projected(self, model: PreTrainedModel) -> Iterator[ProjectedParameter]:
         """The projected parameters of the layers of a model."""
-        for layer, branches in enumerate(self.branches):
-            prefix = self.layer(layer)
-            for branch in branches:
-                norm = f"{prefix}.{branch.norm}"
-                for name, path in branch.readers.items():
-                    weight = f"{prefix}.{path}.weight"
-                    yield ProjectedParameter(weight, LinearSite(layer, name), -1, norm)
-                for name, path in branch.writers.items():
-                    own = model.get_submodule(f"{prefix}.{path}")
-                    for kind, _ in own.named_parameters(recurse=False):
-                        parameter = f"{prefix}.{path}.{kind}"
-                        yield ProjectedParameter(parameter, LinearSite(layer, name), -2, None)
+        for site in self.sites():
+            branch, prefix = self.branch(site), self.layer(site.layer)
+            linear, writes = branch.linears[site.name], self.writes(site)
+            norm = None if writes or branch.norm is None else f"{prefix}.{branch.norm}"
+            if isinstance(linear, Experts):
+                yield ProjectedParameter(f"{prefix}.{linear.path}", site, linear.axis, norm)
+                if linear.bias is not None:
+                    yield ProjectedParameter(f"{prefix}.{linear.bias}", site, -1, None)
+                continue
+            path = f"{prefix}.{linear}"
+            for kind, _ in model.get_submodule(path).named_parameters(recurse=False):
+                if kind == "weight" or writes:
+                    axis = -2 if writes else -1
+                    yield ProjectedParameter(f"{path}.{kind}", site, axis, norm)
 
     @property
     def is_llamas(self) -> bool:
         """Whether every layer has Llama's attention and FFN, which pruning by heads and neurons
         takes for granted."""
-        names = [{*b.readers, *b.writers} for b in (ATTENTION, FFN)]
+        standard = [list(branch.linears) for branch in (ATTENTION, FFN)]
         return all(
-            [{*b.readers, *b.writers} for b in branches] == names for branches in self.branches
+            [list(branch.linears) for branch in branches] == standard
+            and not any(branch.has_experts or branch.after for branch in branches)
+            for branches in self.branches
         )
 
 

@@ -38,7 +38,17 @@ def shape_of(model: PreTrainedModel) -> Shape:
     )
 
 
+def layers_differ(config: Any) -> bool:
+    """Whether settings such as head_dim differ between the layers of a model."""
+    return bool(getattr(config, "is_heterogeneous", False))
+
+
 def head_dim_of(config: Any) -> int:
-    """Width of an attention head in a model's configuration, explicit or derived."""
+    """Width of an attention head in a model's configuration, explicit or derived.
+
+    The widest one if the layers differ.
+    """
+    if layers_differ(config):
+        return max(int(layer.head_dim) for layer in config.per_layer_config)
     explicit = getattr(config, "head_dim", None)
     return int(explicit or config.hidden_size // config.num_attention_heads)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.shapes import head_dim_of
+from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.model.sizes import check_student_size
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
@@ -66,7 +66,8 @@ def derive_config(teacher: Teacher, student: StudentSection) -> Any:
     """Return the student's configuration without checking its hidden size."""
     source = teacher.config
     config = copy.deepcopy(source)
-    config.head_dim = head_dim(teacher)
+    if not layers_differ(config):
+        config.head_dim = head_dim_of(source)
     config.hidden_size = student.hidden_size
     config.tie_word_embeddings = ties_weights(teacher, student)
     forget_origin(config)
@@ -78,11 +79,6 @@ def forget_origin(config: Any) -> None:
     for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
         if hasattr(config, left_over):
             delattr(config, left_over)
-
-
-def head_dim(teacher: Teacher) -> int:
-    """Width of an attention head, the same in teacher and student."""
-    return head_dim_of(teacher.config)
 
 
 def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
@@ -134,4 +130,13 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
             elif name not in projected:
                 parameter.copy_(teacher.parameter(name))
                 parameter.requires_grad_(False)
+        copy_buffers(teacher.model, model)
     return model
+
+
+def copy_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Copy what is saved with a module but is not trained, such as the bias of a router."""
+    saved = target.state_dict(keep_vars=True)
+    for name, buffer in target.named_buffers():
+        if name in saved:
+            buffer.copy_(source.get_buffer(name))

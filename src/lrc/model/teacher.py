@@ -73,6 +73,11 @@ class Teacher:
         """Number of decoder layers."""
         return int(self.config.num_hidden_layers)
 
+    @property
+    def logit_softcap(self) -> float | None:
+        """c if the logits are c tanh(logits / c), also the student's; None if they are not."""
+        return self.family.logit_softcap(self.config)
+
     @cached_property
     def vocab_size(self) -> int:
         """Number of token ids in use; further rows of the embedding are padding."""

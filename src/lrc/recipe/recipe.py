@@ -70,7 +70,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective
-        weights = loss.kl_weight, loss.lm_weight, loss.clone.enabled() and loss.alpha_at(1)
+        weights = loss.kl_weight, loss.lm_weight, loss.clone.any_enabled() and loss.alpha_at(1)
         if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError(
                 "every loss is off, at least at the end of the run: set kl_weight, lm_weight or "

@@ -93,7 +93,12 @@ class InitializeSection(Section):
 
 
 class CloneTerms(Section):
-    """Which activations are cloned, named by the linear map that produces them."""
+    """Which activations are cloned, named by the linear map that produces them. Families with other
+    linear maps name them here too (`router: false`); docs/families.md lists their names. All that
+    exist are cloned by default."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, bool]
 
     q: bool = True
     """Query pre-activations."""
@@ -110,9 +115,19 @@ class CloneTerms(Section):
     down: bool = True
     """Outputs of the FFN."""
 
-    def enabled(self) -> tuple[str, ...]:
-        """Names of the terms that are on, in layer order."""
-        return tuple(name for name in type(self).model_fields if getattr(self, name))
+    def enables(self, name: str) -> bool:
+        """Whether a term is on, by the name of its linear map."""
+        known = name in type(self).model_fields
+        return bool(getattr(self, name) if known else self.__pydantic_extra__.get(name, True))
+
+    def any_enabled(self) -> bool:
+        """Whether a term of Llama's linear maps, or one that the recipe names, is on."""
+        return any(self.model_dump().values())
+
+    def needed(self) -> set[str]:
+        """The names that must exist: those that are off, and those that Llama lacks."""
+        off = {name for name in type(self).model_fields if not getattr(self, name)}
+        return off | set(self.__pydantic_extra__)
 
 
 ALPHA_ZERO_AT = 1 / 3

@@ -120,7 +120,10 @@ def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
     if not lines:
         return None
     tokens = np.array([line["tokens"] for line in lines], float)
-    values = np.array([line[CLONE_LAYERS] for line in lines])  # [lines, layers, terms]
+    terms = list(lines[0][CLONE_LAYERS])
+    values = np.array(
+        [[line[CLONE_LAYERS][term] for term in terms] for line in lines], float
+    )  # [lines, terms, layers], NaN in layers without the term
     positive = values[np.isfinite(values) & (values > 0)]
     if not len(positive):
         return None
@@ -129,9 +132,8 @@ def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
     # Lines may be unevenly spaced: each column shows the first line at or after its position.
     places = np.linspace(0, tokens[-1], min(COLUMNS, len(lines)) + 1)[1:]
     values = values[np.searchsorted(tokens, places - 1e-9).clip(max=len(lines) - 1)]
-    terms = story.run.recipe.objective.clone.enabled()
     charts = [
-        heat_map(term, np.maximum(values[:, :, i].T, low), tokens[-1], norm, "training tokens")
+        heat_map(term, np.maximum(values[:, i].T, low), tokens[-1], norm, "training tokens")
         for i, term in enumerate(terms)
     ]
     scale = "relative " if story.run.recipe.objective.clone_scale == "relative" else ""

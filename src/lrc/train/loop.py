@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from lrc.cloning.method import Counts, WeighsSources, stages_of
+from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
@@ -135,6 +135,7 @@ class Loop:
             counts = count(batches)
         method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
+        clone_layers: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
         for batch in batches:
             with autocast(train, setup.device):
@@ -142,8 +143,9 @@ class Loop:
             with method.clock.part("student"):
                 losses.loss.backward()  # type: ignore[no-untyped-call]
             by_source.add_batch(losses.token_lm, batch)
-            for name, value in losses.logged().items():
-                sums[name] = sums.get(name, 0) + value
+            for total, found in ((sums, losses.scalars()), (clone_layers, losses.clone_layers)):
+                for name, value in (found or {}).items():
+                    total[name] = total.get(name, 0) + value
         method.end_step()
         with method.clock.part("optimizer"):
             norm = self._clip()
@@ -156,15 +158,16 @@ class Loop:
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
         self.step_seconds += seconds
-        values = {name: _rounded(value.tolist()) for name, value in sums.items()}
-        scalars = {name: values[name] for name, value in sums.items() if value.ndim == 0}
+        scalars = {name: value.item() for name, value in sums.items()}
         progress.step(scalars, tokens_per_second)
+        layers = {name: _rounded(values.tolist()) for name, values in clone_layers.items()}
         return {
             "step": state.step,
             "tokens": self.tokens(),
             "seconds": round(self.seconds(), 3),
             "step_seconds": round(self.step_seconds, 3),
-            **values,
+            **scalars,
+            **({CLONE_LAYERS: layers} if layers else {}),
             "grad_norm": norm,
             "learning_rate": rate,
             "tokens_per_second": round(tokens_per_second, 1),
@@ -318,7 +321,7 @@ class Loop:
         path = self.run.metrics_file
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        values = tracked_values(line, self.run.recipe.objective.clone.enabled())
+        values = tracked_values(line)
         for tracker in self.trackers:
             tracker.log(values, line["step"])
 
@@ -345,8 +348,6 @@ def count(batches: Sequence[Batch]) -> Counts:
     return Counts(tokens, sum(int((b.labels() >= 0).sum()) for b in batches))
 
 
-def _rounded(value: Any) -> Any:
-    """Round the numbers of a list to five digits, more than a plot shows; keep a scalar."""
-    if isinstance(value, list):
-        return [float(f"{v:.5g}") if isinstance(v, float) else _rounded(v) for v in value]
-    return value
+def _rounded(values: list[float]) -> list[float | None]:
+    """Values with five digits, more than a plot shows, and None for NaN."""
+    return [None if math.isnan(value) else float(f"{value:.5g}") for value in values]

@@ -8,7 +8,7 @@ always written. A resumed run continues in the same log. Each service's own envi
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -48,7 +48,7 @@ def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
             tracker.close()
 
 
-def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, float]:
+def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:
     """The values to send of a line of metrics.jsonl: its numbers in groups, named as in
     transformers, one number per source, and the clone loss by term."""
     values: dict[str, float] = {}
@@ -60,8 +60,8 @@ def tracked_values(line: Mapping[str, Any], terms: Sequence[str]) -> dict[str, f
             values |= {f"{key}/{source}": number for source, number in value.items()}
         else:
             values[key] = value
-    for name, column in zip(terms, zip(*line.get(CLONE_LAYERS, ()), strict=True), strict=False):
-        values[f"clone/{name}"] = sum(column)
+    for name, layers in line.get(CLONE_LAYERS, {}).items():
+        values[f"clone/{name}"] = sum(value for value in layers if value is not None)
     return values
 
 

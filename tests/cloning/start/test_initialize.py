@@ -23,12 +23,11 @@ from lrc.cloning.start.pca import pca_projections
 from lrc.cloning.start.streams import ActivationStore
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
-from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from starts import initialize_from_text, initialize_random
 from stories import sample
-from tiny import HIDDEN, READERS, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import HIDDEN, LLAMAS, READERS, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 
 def tokens(sequences: int, length: int = 12) -> Tensor:
@@ -129,7 +128,7 @@ def test_readers_are_least_squares_of_the_students_own_stream() -> None:
     assert least < ours < 1.1 * least
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
     """Teacher and student run on them as if they were a sequence of their own."""
     teacher, ids, restart = tiny_teacher(family), tokens(6), 4

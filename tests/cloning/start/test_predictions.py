@@ -14,11 +14,10 @@ from lrc.cloning.start.closed_form import predictions
 from lrc.cloning.start.closed_form import solve as closed_form
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
-from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from starts import initialize_from_text
-from tiny import STUDENT_HIDDEN, TOKENS, tiny_teacher
+from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher
 
 LAYERS = 4
 REFINED = 2
@@ -51,7 +50,7 @@ def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClon
     return method
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("tied", [False, True])
 def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the tokens that no solve sees, by the exported student; and nothing before the last
@@ -71,7 +70,7 @@ def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.Mo
         assert same == (site.layer < LAYERS - REFINED)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("biases", [False, True])
 def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> None:
     """The stream that refining sees is that of the student with the same projections."""

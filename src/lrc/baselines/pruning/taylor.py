@@ -189,7 +189,9 @@ def _lm_loss(teacher: Teacher, batch: Batch, labels: int) -> Tensor:
         nothing,
         batch.labels().flatten(),
         None,
-        VocabularyWeights(0.0, 1.0, 1.0, labels, labels, teacher.vocab_size, CHUNK),
+        VocabularyWeights(
+            0.0, 1.0, 1.0, labels, labels, teacher.vocab_size, CHUNK, softcap=teacher.logit_softcap
+        ),
     ).weighted
 
 

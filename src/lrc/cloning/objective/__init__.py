@@ -21,12 +21,14 @@ from lrc.cloning.objective.clone import clone_term, relative_weight
 from lrc.cloning.objective.vocabulary import (
     VocabularyLosses,
     VocabularyWeights,
+    cap_logits,
     vocabulary_losses,
 )
 
 __all__ = [
     "VocabularyLosses",
     "VocabularyWeights",
+    "cap_logits",
     "clone_term",
     "relative_weight",
     "vocabulary_losses",

@@ -50,6 +50,8 @@ class VocabularyWeights(NamedTuple):
     """Name of D_T (`lrc.recipe.sections.Divergence`); its weight is kl_weight."""
     jsd_beta: float = 0.5
     """Weight of the teacher in the mixture of `jsd`."""
+    softcap: float | None = None
+    """c if the logits of both models are c tanh(logits / c)."""
 
 
 def vocabulary_losses(
@@ -79,6 +81,17 @@ def vocabulary_losses(
         student_hidden, student_head, teacher_hidden, teacher_head, labels, mask, weights, token_lm
     )
     return VocabularyLosses(*losses)
+
+
+def cap_logits(logits: Tensor, softcap: float | None) -> Tensor | None:
+    """Replace logits by c tanh(logits / c), in place, and return the slope of that; with no c, do
+    nothing and return None."""
+    if softcap is None:
+        return None
+    tanh = logits.div_(softcap).tanh_()
+    slope = 1 - tanh.square()
+    tanh.mul_(softcap)
+    return slope
 
 
 class _Vocabulary(torch.autograd.Function):
@@ -111,10 +124,12 @@ class _Vocabulary(torch.autograd.Function):
                 rows = slice(start, start + weights.chunk_tokens)
                 hidden = student_hidden[rows].to(dtype)
                 logits = upcast(hidden @ head.T)
+                slope = cap_logits(logits, weights.softcap)
                 scaled = None
                 if weights.kl_weight:
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
                     scaled = upcast(scaled @ frozen_head.T)
+                    cap_logits(scaled, weights.softcap and weights.softcap / weights.temperature)
                 chunk_mask = None if mask is None else mask[rows]
                 chunk_token_lm = None if token_lm is None else token_lm[rows]
                 chunk_kl, chunk_lm = _differentiate(
@@ -122,13 +137,15 @@ class _Vocabulary(torch.autograd.Function):
                 )
                 kl += chunk_kl
                 lm += chunk_lm
+                if slope is not None:
+                    logits *= slope
                 grad_logits = logits.to(dtype)
                 grad_hidden[rows] = grad_logits @ head
                 if dtype == grad_head.dtype:
                     grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
                 else:
                     grad_head[: weights.vocab] += grad_logits.T @ hidden
-                del logits, scaled, grad_logits  # so that the next chunk can use their memory
+                del logits, scaled, slope, grad_logits  # the next chunk can use their memory
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(kl, lm)
         weighted = weights.kl_weight * kl + weights.lm_weight * lm
@@ -206,6 +223,8 @@ def naive_vocabulary_losses(
     t = weights.temperature
     student = (student_hidden @ student_head.T)[:, : weights.vocab]
     teacher = (teacher_hidden @ teacher_head.T)[:, : weights.vocab]
+    if (c := weights.softcap) is not None:
+        student, teacher = c * (student / c).tanh(), c * (teacher / c).tanh()
     log_p, log_q = (teacher / t).log_softmax(-1), (student / t).log_softmax(-1)
     by_token = find_reference(weights.divergence)(log_p, log_q, weights.jsd_beta)
     if mask is not None:

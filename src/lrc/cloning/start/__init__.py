@@ -82,8 +82,10 @@ def initialize(
             if start.folded and weight.norm and not weight.folded:
                 value = teacher.gain(weight.norm, value.dtype)[:, None] * value
             projections.values[weight.projection].copy_(value)
+        gains = dict(start.gains)
         if start.final_gain is not None:
-            norm = method.model.get_submodule(teacher.family.final_norm)
-            final = norm.get_parameter("weight")
-            final.copy_(start.final_gain - teacher.family.gain_offset)
+            gains[teacher.family.final_norm] = start.final_gain
+        for norm, gain in gains.items():
+            weight = method.model.get_submodule(norm).get_parameter("weight")
+            weight.copy_(gain - teacher.family.gain_offset)
     return StartReport(start.forward_seconds)

@@ -207,7 +207,7 @@ def _gradient_of_predictions(calibration: Calibration, final: Tensor) -> Tensor:
         part = slice(start, start + CHUNK)
         with torch.enable_grad():
             x = final[part].detach().requires_grad_()
-            logits = calibration.normalize(x) @ head.T
+            logits = calibration.cap(calibration.normalize(x) @ head.T)
             drawn = torch.multinomial(logits.detach().softmax(-1), 1, generator=generator)[:, 0]
             loss = functional.cross_entropy(logits, drawn, reduction="sum")
         (gradient[part],) = torch.autograd.grad(loss, x)

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.families import Branch
-from lrc.model.student import derive_config
+from lrc.model.student import copy_buffers, derive_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
 
@@ -71,6 +71,17 @@ class Calibration:
         """The branches of each layer."""
         self.hidden_size = hidden_size
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
+        config, self.student_config = (
+            teacher.config,
+            derive_config(teacher, StudentSection(hidden_size=hidden_size)),
+        )
+        self.residual_scale = self.family.residual_scale(config)
+        """Factor of what a branch adds to the stream."""
+        self.logit_scale = self.family.logit_scale(config)
+        """Factor of the logits, before the softcap."""
+        scales = map(self.family.embedding_scale, (config, self.student_config))
+        self.embedding_ratio = next(scales) / next(scales)
+        """The teacher's factor of the embedding in units of the student's."""
         self.arguments = layer_arguments(teacher, ids.shape[1], self.dtype, ids.device, restart)
         self.solved_on = len(ids) - max(1, round(len(ids) * HELD_OUT))
         """Number of sequences that the solves use, from the first; the others measure."""
@@ -83,7 +94,6 @@ class Calibration:
         self._opened = ExitStack()
         self._teacher_streams: list[ActivationStore] = []
         self._eps = float(teacher.config.rms_norm_eps)
-        self._config = derive_config(teacher, StudentSection(hidden_size=hidden_size))
 
     def __enter__(self) -> "Calibration":
         return self
@@ -99,6 +109,11 @@ class Calibration:
         """Gain [d_T] of the teacher's norm at a module path."""
         return self.teacher.gain(path, self.dtype)
 
+    def cap(self, logits: Tensor) -> Tensor:
+        """The model's logits, from products of states and rows of the head."""
+        softcap = self.teacher.logit_softcap
+        return logits if softcap is None else softcap * (logits / softcap).tanh()
+
     def rms(self, rows: Tensor) -> Tensor:
         """Root mean square of rows [tokens, d], as [tokens, 1]."""
         return (rows.pow(2).mean(-1, keepdim=True) + self._eps).sqrt()
@@ -112,6 +127,11 @@ class Calibration:
         """
         ours = student.norm(dim=-1, keepdim=True) * teacher.shape[-1] ** -0.5
         return 1 / self.rms(teacher).maximum(ours)
+
+    def layer_scale(self, layer: nn.Module) -> float:
+        """Factor of the stream at the end of a layer of the teacher."""
+        name = self.family.layer_scale
+        return 1.0 if name is None else float(layer.get_buffer(name))
 
     def normalize(self, stream: Tensor) -> Tensor:
         """Rows [tokens, d] that an RMSNorm with gain 1 makes of a residual stream [..., d]."""
@@ -171,7 +191,8 @@ class Calibration:
 
     def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
         """Run a decoder layer of teacher or student on a residual stream [b, length, d]."""
-        result = layer(states, **self.arguments[index])
+        others, arguments = self.arguments[index]
+        result = layer(states, *others, **arguments)
         states = result[0] if isinstance(result, tuple) else result
         return states
 
@@ -180,9 +201,13 @@ class Calibration:
         """Collect what each branch of a layer reads before its norm, [b, length, d_T], while the
         layer runs in the context."""
         found: list[Tensor] = []
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found.append(args[0] if args else kwargs["hidden_states"])
+
         hooks = [
-            layer.get_submodule(branch.norm).register_forward_pre_hook(
-                lambda _, inputs: found.append(inputs[0])
+            layer.get_submodule(branch.norm or branch.block).register_forward_pre_hook(
+                keep, with_kwargs=True
             )
             for branch in self.branches[index]
         ]
@@ -210,7 +235,7 @@ class Calibration:
         The projected weights are not filled yet."""
         teacher, prefix = self.layer(index), self.teacher.layout.layer(index)
         theirs = dict(teacher.named_parameters())
-        layer = type(teacher)(self._config, index)
+        layer = type(teacher)(self.student_config, index)
         layer = layer.to(next(iter(theirs.values()))).eval().requires_grad_(False)
         layout = self.teacher.layout
         gains = {f"{norm}.weight" for norm in layout.stream_norms()}
@@ -219,14 +244,14 @@ class Calibration:
                 own.fill_(1 - self.family.gain_offset)
             elif own.shape == theirs[name].shape:
                 own.copy_(theirs[name])
+        copy_buffers(teacher, layer)
         return layer
 
     def folded_weight(self, index: int, branch: Branch, name: str) -> Tensor:
         """W_T diag(gain) [out, d_T] of a reader of the teacher."""
         prefix = self.teacher.layout.layer(index)
-        return self.weight(f"{prefix}.{branch.readers[name]}") * self.gain(
-            f"{prefix}.{branch.norm}"
-        )
+        weight = self.weight(f"{prefix}.{branch.readers[name]}")
+        return weight if branch.norm is None else weight * self.gain(f"{prefix}.{branch.norm}")
 
     def layer(self, index: int) -> nn.Module:
         """The teacher's layer itself if it is in memory in the calibration's dtype, otherwise a
@@ -241,13 +266,17 @@ class Calibration:
         weights = {
             name: self.teacher.parameter(f"{path}.{name}").to(self.dtype) for name in parameters
         }
-        layer.load_state_dict(weights, assign=True)
+        layer.load_state_dict(weights, strict=False, assign=True)
+        for name, buffer in own.named_buffers():
+            path, _, attribute = name.rpartition(".")
+            setattr(layer.get_submodule(path), attribute, buffer)
         return layer.eval().requires_grad_(False)
 
     def _embedded(self, part: slice) -> Tensor:
         """The teacher's residual stream [b, length, d_T] before its first layer."""
         embedding = self.teacher.parameter(f"{self.family.embedding}.weight")
-        return functional.embedding(self.ids[part], embedding).to(self.dtype)
+        embedded = functional.embedding(self.ids[part], embedding).to(self.dtype)
+        return embedded * self.family.embedding_scale(self.teacher.config)
 
     def _now(self) -> float:
         """Time in seconds, after the device has finished its queued work."""
@@ -259,19 +288,21 @@ class Calibration:
 class _Passed(nn.Module):
     """Stand-in for a decoder layer that records its arguments other than the stream."""
 
+    others: tuple[Any, ...]
     arguments: dict[str, Any]
 
-    def forward(self, hidden_states: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
+    def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
+        self.others, self.arguments = others, arguments
         return hidden_states
 
 
 def layer_arguments(
     teacher: Teacher, length: int, dtype: torch.dtype, device: torch.device, restart: int = 0
-) -> list[dict[str, Any]]:
-    """The arguments that the model passes to each decoder layer besides the stream (rotary
-    embedding, mask), for one sequence of this length. Its last `restart` tokens restart at position
-    0. The arguments broadcast over a batch of sequences of equal length. No layer runs."""
+) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """The positional and named arguments that the model passes to each decoder layer besides the
+    stream (rotary embedding, mask), for one sequence of this length. Its last `restart` tokens
+    restart at position 0. The arguments broadcast over a batch of sequences of equal length. No
+    layer runs."""
     parent, _, name = teacher.family.layers.rpartition(".")
     base = teacher.model.get_submodule(parent)
     layers = base.get_submodule(name)
@@ -284,7 +315,7 @@ def layer_arguments(
         base(inputs_embeds=states, use_cache=False, position_ids=positions)
     finally:
         setattr(base, name, layers)
-    return [layer.arguments for layer in stand_ins]
+    return [(layer.others, layer.arguments) for layer in stand_ins]
 
 
 @dataclass(frozen=True)

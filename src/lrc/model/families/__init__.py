@@ -4,14 +4,79 @@ Nothing else in the project asks which family it works on. To add a family, writ
 `llama.py` and add it to `FAMILIES`.
 """
 
+from lrc.model.families.apertus import APERTUS
+from lrc.model.families.arcee import ARCEE
 from lrc.model.families.base import Branch, Family
+from lrc.model.families.cwm import CWM
+from lrc.model.families.deepseek_v3 import DEEPSEEK_V3
+from lrc.model.families.ernie4_5 import ERNIE4_5
+from lrc.model.families.exaone4 import EXAONE4
+from lrc.model.families.gemma import GEMMA
+from lrc.model.families.gemma2 import GEMMA2
+from lrc.model.families.gemma3 import GEMMA3
+from lrc.model.families.gemma4 import GEMMA4
+from lrc.model.families.glm4 import GLM4
+from lrc.model.families.glm4_moe import GLM4_MOE
+from lrc.model.families.gpt_oss import GPT_OSS
+from lrc.model.families.granite import GRANITE
+from lrc.model.families.granite_swa import GRANITE_SWA
+from lrc.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from lrc.model.families.llama import LLAMA
+from lrc.model.families.ministral import MINISTRAL
+from lrc.model.families.ministral3 import MINISTRAL3
 from lrc.model.families.mistral import MISTRAL
+from lrc.model.families.mixtral import MIXTRAL
+from lrc.model.families.olmo2 import OLMO2
+from lrc.model.families.olmo3 import OLMO3
+from lrc.model.families.phi3 import PHI3
 from lrc.model.families.qwen2 import QWEN2
 from lrc.model.families.qwen3 import QWEN3
+from lrc.model.families.qwen3_5 import QWEN3_5
+from lrc.model.families.qwen3_5_moe import QWEN3_5_MOE
+from lrc.model.families.qwen3_moe import QWEN3_MOE
+from lrc.model.families.qwen3_next import QWEN3_NEXT
+from lrc.model.families.seed_oss import SEED_OSS
+from lrc.model.families.smollm3 import SMOLLM3
+from lrc.model.families.youtu import YOUTU
 from lrc.system.errors import UserError
 
-FAMILIES: dict[str, Family] = {f.model_type: f for f in (LLAMA, MISTRAL, QWEN2, QWEN3)}
+_FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    MINISTRAL,
+    MINISTRAL3,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    QWEN3_NEXT,
+    QWEN3_5,
+    QWEN3_5_MOE,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    GEMMA4,
+    PHI3,
+    GPT_OSS,
+    SMOLLM3,
+    OLMO2,
+    OLMO3,
+    GRANITE,
+    GRANITE_SWA,
+    MIXTRAL,
+    DEEPSEEK_V3,
+    YOUTU,
+    GLM4,
+    GLM4_MOE,
+    EXAONE4,
+    ERNIE4_5,
+    SEED_OSS,
+    HUNYUAN_V1_DENSE,
+    APERTUS,
+    ARCEE,
+    CWM,
+)
+
+FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 
 __all__ = ["FAMILIES", "Branch", "Family", "family_of"]
 

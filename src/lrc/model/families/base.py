@@ -2,15 +2,39 @@
 
 A decoder layer adds the output of each of its branches to the residual stream x:
 
-    x <- x + after(block(norm(x)))
+    x <- x + scale * after(block(norm(x)))
 
-The linear maps inside a block that read norm(x) are its readers, those that write its output are
-its writers. Only they have an axis as long as the hidden size, so only they are projected.
+`norm` or `after` may be absent, and the scale is 1 in most families. The linear maps inside a block
+that read norm(x) are its readers, those that write its output are its writers. Only they have an
+axis as long as the hidden size, so only they are projected.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The stacked weights of a layer's experts, one parameter. All experts share a projection."""
+
+    path: str
+    """Path of the parameter, relative to the layer."""
+
+    axis: int
+    """Its axis as long as the hidden size, -1 or -2."""
+
+    bias: str | None = None
+    """Path of a writer's bias, [experts, hidden size]."""
+
+    @property
+    def module(self) -> str:
+        """Path of the module that the parameter belongs to."""
+        return self.path.rpartition(".")[0]
+
+
+LinearMap = str | Experts
+"""A linear map's module path, relative to the layer, or its experts."""
 
 
 @dataclass(frozen=True)
@@ -20,14 +44,27 @@ class Branch:
     block: str
     """Path of the module that maps norm(x) to what is added to x."""
 
-    readers: Mapping[str, str]
-    """Module paths, by name, of the linear maps that read norm(x)."""
+    readers: Mapping[str, LinearMap]
+    """The linear maps that read norm(x), by name."""
 
-    writers: Mapping[str, str]
-    """Module paths, by name, of the linear maps that write the block's output."""
+    writers: Mapping[str, LinearMap]
+    """The linear maps that write the block's output, by name."""
 
-    norm: str
-    """Path of the RMSNorm before the block."""
+    norm: str | None
+    """Path of the RMSNorm before the block; None: the block reads x."""
+
+    after: str | None = None
+    """Path of an RMSNorm after the block."""
+
+    @property
+    def linears(self) -> dict[str, LinearMap]:
+        """Readers and writers."""
+        return {**self.readers, **self.writers}
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether some linear maps are stacked experts."""
+        return any(isinstance(linear, Experts) for linear in self.linears.values())
 
 
 ATTENTION = Branch(
@@ -44,9 +81,62 @@ FFN = Branch(
 )
 
 
+def latent_attention(config: Any) -> Branch:
+    """Multi-head latent attention, which reads the stream through two narrow linear maps."""
+    query = {"q": "self_attn.q_proj"}
+    if config.q_lora_rank is not None:
+        query = {"q_a": "self_attn.q_a_proj"}
+    return replace(ATTENTION, readers={**query, "kv_a": "self_attn.kv_a_proj_with_mqa"})
+
+
+EXPERTS = Branch(
+    "mlp",
+    {"router": "mlp.gate", "gate_up": Experts("mlp.experts.gate_up_proj", axis=-1)},
+    {"down": Experts("mlp.experts.down_proj", axis=-2)},
+    FFN.norm,
+)
+"""A mixture of experts."""
+
+
+def with_shared(branch: Branch, path: str, router: str | None = None) -> Branch:
+    """A mixture of experts beside an FFN that sees every token.
+
+    Args:
+        branch: the mixture.
+        path: path of the FFN.
+        router: path of the linear map that weighs its output, if there is one.
+    """
+    readers = {"shared_gate": f"{path}.gate_proj", "shared_up": f"{path}.up_proj"}
+    weigher = {} if router is None else {"shared_router": router}
+    return replace(
+        branch,
+        readers={**branch.readers, **readers, **weigher},
+        writers={**branch.writers, "shared_down": f"{path}.down_proj"},
+    )
+
+
 def llama_branches(_config: Any, _layer: int) -> tuple[Branch, ...]:
     """The branches of Llama's layers."""
     return ATTENTION, FFN
+
+
+Branches = Callable[[Any, int], tuple[Branch, ...]]
+"""The branches of a layer, in their order, from the model's configuration and the layer's index."""
+
+
+def always(*branches: Branch) -> Branches:
+    """The same branches in every layer."""
+    return lambda _config, _layer: branches
+
+
+def one(_config: Any) -> float:
+    """The scale of families that do not scale."""
+    return 1.0
+
+
+def softcap(config: Any) -> float | None:
+    """The bound of the logits, as Gemma's configurations name it."""
+    return getattr(config, "final_logit_softcapping", None)
 
 
 @dataclass(frozen=True)
@@ -59,9 +149,8 @@ class Family:
     model_type: str
     """`config.model_type` of the teachers that this family describes."""
 
-    branches: Callable[[Any, int], tuple[Branch, ...]] = llama_branches
-    """The branches of a layer, in their order, from the model's configuration and the layer's
-    index."""
+    branches: Branches = llama_branches
+    """The branches of a layer."""
 
     embedding: str = "model.embed_tokens"
     layers: str = "model.layers"
@@ -71,6 +160,25 @@ class Family:
     gain_offset: float = 0.0
     """What the norm adds to its stored weight to get the gain (1 if the weight is stored around
     zero, as in Gemma)."""
+
+    embedding_scale: Callable[[Any], float] = one
+    """Factor of the embedding, from the configuration."""
+
+    residual_scale: Callable[[Any], float] = one
+    """Factor of what a branch adds to the residual stream, from the configuration."""
+
+    layer_scale: str | None = None
+    """Name of a layer's buffer by which it multiplies the stream at its end."""
+
+    logit_scale: Callable[[Any], float] = one
+    """Factor of the logits, from the configuration."""
+
+    logit_softcap: Callable[[Any], float | None] = softcap
+    """c if the logits are c tanh(logits / c), from the configuration; None if they are not."""
+
+    keeps_documents_apart: bool = True
+    """Whether the model, given position ids that restart, computes packed documents as if each
+    were alone."""
 
     divides_by_heads: bool = False
     """Whether the family's config refuses a hidden size that is not a multiple of the number of

@@ -49,23 +49,25 @@ class TiedHead:
 
     key: ClassVar[str] = "final gain"
     """Name of the solved and refined value; R is solved too."""
-    rotation: Tensor
-    """R [d_S, d_S]."""
+    rotation: Tensor | None
+    """R [d_S, d_S]; None: the basis stays as it is."""
     rows: Tensor
-    """H_T B R [vocabulary, d_S]."""
+    """H_T B R [vocabulary, d_S], times the scale of the logits."""
 
     def __call__(self, value: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """As for `OwnHead`, except that `value` is s [d_S]. z is not rotated yet."""
-        return z @ self.rotation * value, self.rows
+        turned = z if self.rotation is None else z @ self.rotation
+        return turned * value, self.rows
 
 
 StudentHead = OwnHead | TiedHead
 
 
 def folded_head(calibration: Calibration) -> Tensor:
-    """H_T diag(final gain), [vocabulary, d_T]."""
+    """H_T diag(final gain), [vocabulary, d_T], times the scale of the logits."""
     family = calibration.family
-    return calibration.weight(family.head) * calibration.gain(family.final_norm)
+    head = calibration.weight(family.head) * calibration.gain(family.final_norm)
+    return head if calibration.logit_scale == 1 else head * calibration.logit_scale
 
 
 def head_metric(calibration: Calibration, final: ActivationStore) -> Tensor:
@@ -85,7 +87,7 @@ def head_metric(calibration: Calibration, final: ActivationStore) -> Tensor:
     rows = torch.cat(list(_spread_rows(calibration, final)))
     mass, outer = torch.zeros_like(head[:, 0]), torch.zeros_like(head.T @ head)
     for start in range(0, len(rows), CHUNK):
-        p = torch.softmax(rows[start : start + CHUNK] @ head.T, -1)
+        p = torch.softmax(calibration.cap(rows[start : start + CHUNK] @ head.T), -1)
         mass += p.sum(0)
         mean = p @ head
         outer += mean.T @ mean
@@ -121,9 +123,10 @@ def logit_scale(
     for start in range(0, len(states), CHUNK):
         logits = states[start : start + CHUNK] @ rows.T
         h = h_all[start : start + CHUNK]
-        expected = (torch.softmax(h @ teacher_head.T, -1) * logits).sum(-1)
+        p = torch.softmax(calibration.cap(h @ teacher_head.T), -1)
         for i, scale in enumerate(LOGIT_SCALES):  # KL up to the teacher's entropy
-            divergence[i] += float(((scale * logits).logsumexp(-1) - scale * expected).sum())
+            scaled = calibration.cap(scale * logits)
+            divergence[i] += float((scaled.logsumexp(-1) - (p * scaled).sum(-1)).sum())
     return LOGIT_SCALES[int(divergence.argmin())]
 
 
@@ -176,3 +179,19 @@ def tied_head(
     inner = (m.T @ (g + g.T) @ m) / (alpha[:, None] + alpha[None, :])
     gains, rotation = torch.linalg.eigh(m @ inner @ m.T)
     return rotation.to(basis.dtype), gains.to(basis.dtype)
+
+
+def diagonal_gains(
+    calibration: Calibration, basis: Tensor, stream: ActivationStore, read: Tensor, metric: Tensor
+) -> Tensor:
+    """The final gain s [d_S] of a tied student whose basis must not be rotated: that with
+    E |P z - Q diag(s) z|_K^2 minimal. Arguments and notation are those of `tied_head`."""
+    wide = basis.double()
+    second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
+    for part in calibration.batches():
+        second += second_moment(calibration.normalize(stream[part]))
+    gain = calibration.gain(calibration.family.final_norm).double()
+    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide
+    cross = (q.T @ metric @ read.double() @ second).diagonal()
+    solved: Tensor = torch.linalg.solve((q.T @ metric @ q) * second, cross)
+    return solved.to(basis.dtype)

@@ -57,6 +57,8 @@ class LastLayers:
         self._parameters: dict[str, nn.Parameter] = {}
         """The layers' parameters by their names in the student."""
         self._weights = layer_weights(calibration.teacher, fold=True, first=self.first)
+        self._gains = calibration.teacher.layout.after_norms(self.first)
+        """Module paths of the layers' norms after blocks, whose gains are refined too."""
 
     def begin(self, stream: ActivationStore) -> None:
         """Keep the student's residual stream before the first of the layers."""
@@ -69,8 +71,8 @@ class LastLayers:
             self._layers.append(layer)
             for name, parameter in layer.named_parameters():
                 self._parameters[f"{layout.layer(index)}.{name}"] = parameter
-        for weight in self._weights:
-            self._parameters[weight.name].requires_grad_()
+        for name in (*(weight.name for weight in self._weights), *map(_weight_of, self._gains)):
+            self._parameters[name].requires_grad_()
 
     def refine(
         self,
@@ -80,10 +82,11 @@ class LastLayers:
         value: Tensor,
         epochs: int,
     ) -> dict[str, Tensor]:
-        """These layers' projections by their keys, and the head's value by its own key, refined.
+        """These layers' projections by their keys, the gains of norms after their blocks by path,
+        and the head's value by its own key, refined.
 
         Args:
-            solved: the projections [d_T, d_S] by their keys, including those of these layers.
+            solved: the projections [d_T, d_S] and gains, including those of these layers.
             final: the teacher's last residual stream, [sequences, length, d_T].
             head: the student's head.
             value: the head's value.
@@ -99,7 +102,10 @@ class LastLayers:
             h = calibration.normalize(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
             learnt = int((labels >= 0).sum())
-            weights = VocabularyWeights(1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK)
+            cap = calibration.teacher.logit_softcap
+            weights = VocabularyWeights(
+                1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK, softcap=cap
+            )
             return vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
 
         def differentiate(part: slice, epoch: int) -> None:
@@ -115,7 +121,7 @@ class LastLayers:
                 for part in calibration.batches(calibration.solved_on)
             )
 
-        keys = dict.fromkeys(weight.projection for weight in self._weights)
+        keys = dict.fromkeys((*(weight.projection for weight in self._weights), *self._gains))
         start = {key: solved[key] for key in keys} | {head.key: value}
         values = {key: tensor.clone().requires_grad_() for key, tensor in start.items()}
         return descend(
@@ -145,14 +151,27 @@ class LastLayers:
             states = self.calibration.run(layer, index, states)
         return states
 
+    @torch.no_grad()
     def _project(self, values: Mapping[str, Tensor]) -> None:
-        """Write the layers' weights from projections by their keys."""
+        """Write the layers' weights and gains, from projections by their keys and gains by path."""
         write_weights(self.calibration.teacher, self._weights, values, self._parameters.__getitem__)
+        for norm in self._gains:
+            parameter = self._parameters[_weight_of(norm)]
+            parameter.copy_(values[norm] - self.calibration.family.gain_offset)
 
     def _gather(self, values: Mapping[str, Tensor]) -> None:
         """Add the gradients of the layers' weights to those of the projections, by their keys."""
         add_projection_gradients(
             self.calibration.teacher, self._weights, values, self._parameters.__getitem__
         )
-        for weight in self._weights:
-            self._parameters[weight.name].grad = None
+        for norm in self._gains:
+            gradient = self._parameters[_weight_of(norm)].grad
+            assert gradient is not None
+            values[norm].grad = gradient.clone()
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
+def _weight_of(norm: str) -> str:
+    """Name of the weight of a norm."""
+    return f"{norm}.weight"

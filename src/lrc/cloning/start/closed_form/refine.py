@@ -36,6 +36,9 @@ of Q are about 1. Close to the best rate tried with 64 to 32 and with 576 to 288
 STEP_TOKENS = 1024
 """Tokens of a step, in whole sequences."""
 
+AFTER = "after"
+"""Name of the gain of a norm after a block among its projections."""
+
 RIDGE = 1e-2
 """Added to the second moments, in units of their mean eigenvalue."""
 
@@ -46,24 +49,27 @@ class Ffn:
     Args:
         calibration: the calibration.
         index: index of the layer.
-        branch: its FFN, with one writer.
+        branch: its FFN, with one writer and without experts.
         block: the FFN as the layer calls it.
     """
 
     def __init__(self, calibration: Calibration, index: int, branch: Branch, block: Block) -> None:
-        prefix = f"{branch.block}."
         (self.writer,) = branch.writers
+        self.normalizes = branch.norm is not None
+        """Whether a norm is before the FFN."""
         self.block = block
-        self.names = {
-            name: f"{path.removeprefix(prefix)}.weight" for name, path in branch.readers.items()
+        paths = {
+            name: str(path).removeprefix(f"{branch.block}.")
+            for name, path in branch.linears.items()
         }
+        self.names = {name: f"{paths[name]}.weight" for name in branch.readers}
         """Parameters of the readers in the block, by linear map."""
         self.weights = {
             name: calibration.folded_weight(index, branch, name) for name in branch.readers
         }
         """The teacher's readers with the gain of their norm folded in, [d_ffn, d_T], by linear
         map."""
-        writer = branch.writers[self.writer].removeprefix(prefix)
+        writer = paths[self.writer]
         self.writer_parameters = {
             f"{writer}.{name}": value
             for name, value in block.module.get_submodule(writer).named_parameters()
@@ -74,21 +80,12 @@ class Ffn:
         linear map."""
         return {self.names[name]: self.weights[name] @ projections[name] for name in self.weights}
 
-    def written(self, z: Tensor, readers: Mapping[str, Tensor]) -> Tensor:
-        """Output of the teacher's writer on the student's activations, [..., d_T].
-
-        Args:
-            z: the student's normalized stream, [..., d_S].
-            readers: the student's readers, as returned by `Ffn.readers`.
-        """
-        return self.block(z, readers)
-
     def output(self, z: Tensor, readers: Mapping[str, Tensor], projection: Tensor) -> Tensor:
         """Output of the student's own writer, [..., d_S]. Its weight is projected, which costs less
         than projecting the output of the teacher's.
 
         Args:
-            z: the student's normalized stream, [..., d_S].
+            z: what the student's FFN reads, [..., d_S].
             readers: the student's readers, as returned by `Ffn.readers`.
             projection: the projection of the writer, [d_T, d_S].
         """
@@ -101,7 +98,7 @@ class Ffn:
 
 @dataclass(frozen=True)
 class Target:
-    """Target of the student's residual stream after an FFN."""
+    """Target of the student's residual stream after a branch."""
 
     stream: ActivationStore
     """The teacher's stream, [sequences, length, d_T]."""
@@ -110,6 +107,20 @@ class Target:
     metric: Tensor
     """F [d_S, d_S] of the errors, up to a factor: the Fisher information that the teacher's
     predictions hold about them."""
+    residual_scale: float = 1.0
+    """Factor of what the branch adds."""
+    layer_scale: float = 1.0
+    """Factor of the stream after that."""
+
+    def lacking(
+        self, calibration: Calibration, part: slice, student: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What the branch should add to the student's stream [b, length, d_S] of some sequences,
+        and the weights [b, length, 1] of errors in it."""
+        teacher = self.stream[part]
+        if self.layer_scale != 1:
+            teacher = teacher / self.layer_scale
+        return teacher @ self.basis - student, calibration.weights(teacher, student)
 
 
 def refine_ffn(
@@ -129,7 +140,8 @@ def refine_ffn(
         stream: the student's residual stream before it.
         wrote: the output of the teacher's writer on the student's solved FFN.
         target: the target of the stream after it.
-        start: the FFN's solved projections, [d_T, d_S], by linear map.
+        start: the FFN's solved projections, [d_T, d_S], by linear map, and the gain of a norm after
+            it.
         epochs: passes over the tokens.
 
     Returns:
@@ -143,10 +155,11 @@ def refine_ffn(
     _, metric_root = roots(target.metric.double())
 
     def rows(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        """The student's normalized stream, the writer's target and the root of its weight."""
-        student, teacher = stream[part], target.stream[part]
-        root = calibration.weights(teacher, student).sqrt()
-        return student / calibration.rms(student), teacher @ target.basis - student, root
+        """What the student's FFN reads, the writer's target and the root of its weight."""
+        student = stream[part]
+        lacking, weights = target.lacking(calibration, part, student)
+        read = student / calibration.rms(student) if ffn.normalizes else student
+        return read, lacking, weights.sqrt()
 
     read: Tensor = torch.zeros(())
     written: Tensor = torch.zeros(())
@@ -154,8 +167,9 @@ def refine_ffn(
     with torch.no_grad():
         for part in calibration.batches(0, solved_on):
             z, wanted, root = rows(part)
+            u = wrote[part] / calibration.rms(wrote[part]) if AFTER in start else wrote[part]
             read = read + second_moment(z)
-            written = written + second_moment(wrote[part] * root)
+            written = written + second_moment(u * root)
             energy += float((wanted * root @ metric_root).square().sum())
 
         whiten_read, color_read = roots(read)
@@ -163,28 +177,34 @@ def refine_ffn(
         left = {name: roots(second_moment(weight)) for name, weight in ffn.weights.items()}
         values = {name: left[name][1] @ start[name] @ color_read for name in left}
         values[ffn.writer] = color_wrote @ start[ffn.writer]
+        if AFTER in start:
+            values[AFTER] = start[AFTER].clone()
     for value in values.values():
         value.requires_grad_()
 
     def projections() -> dict[str, Tensor]:
         moved = {name: left[name][0] @ values[name] @ whiten_read for name in left}
-        return moved | {ffn.writer: whiten_wrote @ values[ffn.writer]}
+        moved[ffn.writer] = whiten_wrote @ values[ffn.writer]
+        return moved | ({AFTER: values[AFTER].clone()} if AFTER in values else {})
 
-    def errors(part: slice, readers: Mapping[str, Tensor], writer: Tensor) -> Tensor:
+    def errors(part: slice, readers: Mapping[str, Tensor], moved: Mapping[str, Tensor]) -> Tensor:
         """Weighted errors of the FFN's output in the metric, [..., d_S]."""
         z, wanted, root = rows(part)
-        return ((ffn.output(z, readers, writer) - wanted) * root) @ metric_root
+        output = ffn.output(z, readers, moved[ffn.writer])
+        if AFTER in moved:
+            output = moved[AFTER] * output / calibration.rms(output)
+        return ((target.residual_scale * output - wanted) * root) @ metric_root
 
     def differentiate(part: slice, _epoch: int) -> None:
         moved = projections()
         share = (part.stop - part.start) / solved_on
-        wrong = errors(part, ffn.readers(moved), moved[ffn.writer])
+        wrong = errors(part, ffn.readers(moved), moved)
         (wrong.square().sum() / (share * max(energy, 1e-30))).backward()
 
     def judge(moved: Mapping[str, Tensor]) -> float:
-        readers, writer = ffn.readers(moved), moved[ffn.writer]
+        readers = ffn.readers(moved)
         parts = calibration.batches(solved_on)
-        return sum(float(errors(part, readers, writer).norm(dim=-1).sum()) for part in parts)
+        return sum(float(errors(part, readers, moved).norm(dim=-1).sum()) for part in parts)
 
     rate = LEARNING_RATE * float(target.basis.numel()) ** -0.25
     best = descend(

@@ -41,14 +41,16 @@ from lrc.cloning.start.closed_form.head import (
     OwnHead,
     StudentHead,
     TiedHead,
+    diagonal_gains,
     folded_head,
     head_metric,
     logit_scale,
     tied_head,
 )
 from lrc.cloning.start.closed_form.least_squares import Rows, regress
+from lrc.cloning.start.closed_form.normed_writer import diagonal_basis, writer_through_norm
 from lrc.cloning.start.closed_form.predictions import LastLayers
-from lrc.cloning.start.closed_form.refine import Ffn, Target, refine_ffn
+from lrc.cloning.start.closed_form.refine import AFTER, Ffn, Target, refine_ffn
 from lrc.cloning.start.start import Start
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.families import Branch
@@ -110,11 +112,13 @@ def solve_projections(
         gain = calibration.gain(teacher.family.final_norm) if shared_head else None
         statistics = stream_statistics(calibration)
         basis = predictive_basis(statistics, hidden_size, gain)
+        if after_norms := teacher.layout.after_norms():
+            basis = diagonal_basis(basis, map(calibration.gain, after_norms))
         metrics = statistics.fisher_after_layers(basis)
         del statistics
         last = LastLayers(calibration) if refine_epochs else None
         solver = _Solver(calibration, basis, metrics, refine_epochs, last.first if last else 0)
-        solved = {"embedding": basis}
+        solved = {"embedding": basis * calibration.embedding_ratio}
         for layer in calibration.teacher_layers():
             if last and layer.index == last.first:
                 last.begin(solver.stream)
@@ -133,9 +137,11 @@ def solve_projections(
             value = value * logit_scale(calibration, head, value, solver.stream, after)
         if isinstance(head, OwnHead):
             solved[head.key] = value
-            return Start(solved, torch.ones(hidden_size, dtype=basis.dtype), seconds)
-        turned = {key: projection @ head.rotation for key, projection in solved.items()}
-        return Start(turned, value, seconds)
+            value = torch.ones(hidden_size, dtype=basis.dtype)
+        elif head.rotation is not None:
+            solved = {key: projection @ head.rotation for key, projection in solved.items()}
+        gains = {norm: solved.pop(norm) for norm in after_norms}
+        return Start(solved, value, seconds, gains=gains)
 
 
 def cut_sequences(ids: Tensor) -> tuple[Tensor, int]:
@@ -167,9 +173,15 @@ def _solved_head(
     if not shared:
         return OwnHead(folded_head(calibration)), read
     metric = head_metric(calibration, after)
-    rotation, gains = tied_head(calibration, basis, stream, read, metric)
-    rows = calibration.weight(calibration.family.head) @ (basis @ rotation)
-    return TiedHead(rotation, rows), gains
+    rotation = None
+    if calibration.teacher.layout.after_norms():  # their gains fix the student's channels
+        gains = diagonal_gains(calibration, basis, stream, read, metric)
+    else:
+        rotation, gains = tied_head(calibration, basis, stream, read, metric)
+    scale = calibration.logit_scale * calibration.embedding_ratio
+    turned = basis if rotation is None else basis @ rotation
+    rows = calibration.weight(calibration.family.head) @ turned
+    return TiedHead(rotation, rows * scale), gains / calibration.embedding_ratio
 
 
 class _Solver:
@@ -190,12 +202,13 @@ class _Solver:
         """Number of layers, from the first, whose FFNs are refined on their output."""
         self.basis = basis
         self.stream = calibration.stream(calibration.hidden_size)
-        embedding = calibration.weight(calibration.family.embedding) @ basis
+        scale = calibration.family.embedding_scale(calibration.teacher.config)
+        embedding = calibration.weight(calibration.family.embedding) @ basis * scale
         for part in calibration.batches():
             self.stream[part] = functional.embedding(calibration.ids[part], embedding)
 
     def layer(self, teacher: TeacherLayer) -> dict[str, Tensor]:
-        """The projections of a layer.
+        """The projections of a layer by their keys, and the gains of norms after blocks by path.
 
         The readers of a branch share their P. So the teacher's own block, fed with gain * (P z),
         is the student's block with the teacher's writer.
@@ -205,19 +218,29 @@ class _Solver:
         solved: dict[str, Tensor] = {}
         for number, branch in enumerate(calibration.branches[index]):
             before, after = teacher.streams[number : number + 2]
-            read = self.reader(before)
+            last = after is teacher.after
+            target = Target(
+                after,
+                self.basis,
+                self.metrics[index],
+                calibration.residual_scale,
+                calibration.layer_scale(teacher.module) if last else 1.0,
+            )
+            read = self.reader(before, normalized=branch.norm is not None)
             block = calibration.block(teacher.module, index, branch)
-            gain = calibration.gain(f"{prefix}.{branch.norm}")
+            gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
             written = before  # no longer needed
             for part in calibration.batches():
-                written[part] = block(gain * (self._normalized(part) @ read.T))
-            found = dict.fromkeys(branch.readers, read)
-            found |= dict.fromkeys(branch.writers, self.writer(written, after))
-            if index < self.refined and after is teacher.after:
-                found |= self._refined(index, branch, block, written, after, found)
-            projection = found[next(iter(branch.writers))]  # all writers have the same
-            for part in calibration.batches():
-                self.stream[part] += written[part] @ projection
+                written[part] = block(gain * (self._read(part, branch) @ read.T))
+            found = dict.fromkeys(branch.readers, read) | self._writers(
+                index, branch, written, target
+            )
+            refinable = len(branch.writers) == 1 and not branch.has_experts
+            if index < self.refined and last and refinable:
+                found |= self._refined(index, branch, block, written, target, found)
+            self._add(branch, written, found, target)
+            if branch.after is not None:
+                solved[f"{prefix}.{branch.after}"] = found.pop(AFTER)
             solved |= {projection_key(LinearSite(index, name)): p for name, p in found.items()}
         return solved
 
@@ -227,13 +250,12 @@ class _Solver:
         branch: Branch,
         block: Block,
         written: ActivationStore,
-        after: ActivationStore,
+        target: Target,
         solved: dict[str, Tensor],
     ) -> dict[str, Tensor]:
         """The refined projections of an FFN, if any; `written` gets its new output."""
         calibration = self.calibration
         ffn = Ffn(calibration, index, branch, block)
-        target = Target(after, self.basis, self.metrics[index])
         found = refine_ffn(
             calibration, ffn, self.stream, written, target, solved, self.refine_epochs
         )
@@ -241,39 +263,78 @@ class _Solver:
             return {}  # no step was an improvement
         readers = ffn.readers(found)
         for part in calibration.batches():
-            written[part] = ffn.written(self._normalized(part), readers)
-        return found | {ffn.writer: self.writer(written, after)}
+            written[part] = block(self._read(part, branch), readers)
+        return found | self._writers(index, branch, written, target)
 
-    def _normalized(self, part: slice) -> Tensor:
-        """z [b, length, d_S] of some sequences."""
+    def _read(self, part: slice, branch: Branch) -> Tensor:
+        """What the student's block reads of some sequences, [b, length, d_S], before a gain."""
         stream = self.stream[part]
-        return stream / self.calibration.rms(stream)
+        return stream if branch.norm is None else stream / self.calibration.rms(stream)
 
-    def reader(self, teacher: ActivationStore) -> Tensor:
-        """P [d_T, d_S] that maps the student's z to the teacher's h."""
+    def _writers(
+        self, index: int, branch: Branch, written: ActivationStore, target: Target
+    ) -> dict[str, Tensor]:
+        """The projection of a branch's writers, by linear map, and the gain of the norm after them
+        if there is one."""
+        if branch.after is None:
+            return dict.fromkeys(branch.writers, self.writer(written, target))
+        calibration = self.calibration
+        solved_on = calibration.solved_on
+
+        def rows(unseen: bool) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            span = (solved_on, None) if unseen else (0, solved_on)
+            for part in calibration.batches(*span):
+                lacking, weights = target.lacking(calibration, part, self.stream[part])
+                values = written[part], lacking, weights
+                yield tuple(value.flatten(0, 1) for value in values)  # type: ignore[misc]
+
+        path = f"{calibration.teacher.layout.layer(index)}.{branch.after}"
+        projection, gain = writer_through_norm(
+            rows, calibration.rms, calibration.gain(path), self.basis
+        )
+        return dict.fromkeys(branch.writers, projection) | {AFTER: gain}
+
+    def _add(
+        self, branch: Branch, written: ActivationStore, solved: dict[str, Tensor], target: Target
+    ) -> None:
+        """Add the output of a solved block to the student's stream."""
+        projection = solved[next(iter(branch.writers))]  # all writers have the same
+        for part in self.calibration.batches():
+            output = written[part] @ projection
+            if branch.after is not None:
+                output = solved[AFTER] * output / self.calibration.rms(output)
+            added = self.stream[part] + target.residual_scale * output
+            self.stream[part] = added * target.layer_scale
+
+    def reader(self, teacher: ActivationStore, normalized: bool = True) -> Tensor:
+        """P [d_T, d_S] that maps the student's z to the teacher's h, or, if not normalized, the
+        student's stream to the teacher's."""
         calibration = self.calibration
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
             for part in calibration.batches(start, stop):
-                z = calibration.normalize(self.stream[part])
-                yield z, calibration.normalize(teacher[part]), None
+                theirs, ours = teacher[part].flatten(0, 1), self.stream[part].flatten(0, 1)
+                if normalized:
+                    yield calibration.normalize(ours), calibration.normalize(theirs), None
+                else:
+                    yield ours, theirs, calibration.weights(theirs, ours).square()
 
         solved_on = calibration.solved_on
         prior = self.basis.double().T
         solved = regress(rows(0, solved_on), rows(solved_on, None), prior, scale_prior=True)
         return solved.T.to(teacher.dtype).contiguous()
 
-    def writer(self, written: ActivationStore, teacher: ActivationStore) -> Tensor:
-        """P [d_T, d_S] that fits written @ P to teacher @ B - stream."""
-        calibration = self.calibration
+    def writer(self, written: ActivationStore, target: Target) -> Tensor:
+        """P [d_T, d_S] that fits scale * written @ P to what the student's stream lacks."""
+        calibration, scale = self.calibration, target.residual_scale
 
         def rows(start: int, stop: int | None) -> Iterator[Rows]:
             for part in calibration.batches(start, stop):
-                theirs, ours = teacher[part].flatten(0, 1), self.stream[part].flatten(0, 1)
-                weights = calibration.weights(theirs, ours)
-                yield written[part].flatten(0, 1), theirs @ self.basis - ours, weights
+                lacking, weights = target.lacking(calibration, part, self.stream[part])
+                ours = scale * written[part]
+                yield ours.flatten(0, 1), lacking.flatten(0, 1), weights.flatten(0, 1)
 
         solved_on = calibration.solved_on
         prior = self.basis.double()
         solved = regress(rows(0, solved_on), rows(solved_on, None), prior)
-        return solved.to(teacher.dtype)
+        return solved.to(written.dtype)

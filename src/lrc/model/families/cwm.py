@@ -1,0 +1,5 @@
+"""Code World Model: Llama's layout, with sliding-window attention in most layers."""
+
+from lrc.model.families.base import Family
+
+CWM = Family("cwm", divides_by_heads=True)

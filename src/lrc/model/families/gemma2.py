@@ -1,0 +1,13 @@
+"""Gemma 2: Gemma with a norm after each block, too, and a softcap of the logits."""
+
+from dataclasses import replace
+
+from lrc.model.families.base import ATTENTION, FFN, always
+from lrc.model.families.gemma import GEMMA
+
+BETWEEN_NORMS = (
+    replace(ATTENTION, after="post_attention_layernorm"),
+    replace(FFN, norm="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
+)
+
+GEMMA2 = replace(GEMMA, model_type="gemma2", branches=always(*BETWEEN_NORMS))

@@ -1,0 +1,29 @@
+"""Gemma 4, text, dense: Gemma 2's layout. The widths of heads differ between layers, some layers
+use their keys as values, and every layer ends with a scale.
+
+Not here: the variants that add embeddings to every layer (E2B, E4B), and those with experts.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+from lrc.model.families.base import Branch, Family
+from lrc.model.families.gemma import root_of_width
+from lrc.model.families.gemma2 import BETWEEN_NORMS
+
+
+def branches(config: Any, layer: int) -> tuple[Branch, ...]:
+    """Gemma 2's, without v where the keys are the values."""
+    attention, ffn = BETWEEN_NORMS
+    if config.attention_k_eq_v and config.layer_types[layer] == "full_attention":
+        readers = {name: path for name, path in attention.readers.items() if name != "v"}
+        attention = replace(attention, readers=readers)
+    return attention, ffn
+
+
+GEMMA4 = Family(
+    "gemma4_unified_text",
+    branches=branches,
+    embedding_scale=root_of_width,
+    layer_scale="layer_scalar",
+)

@@ -1,0 +1,5 @@
+"""Seed-OSS: Llama's layout with biases on q, k and v."""
+
+from lrc.model.families.base import Family
+
+SEED_OSS = Family("seed_oss")

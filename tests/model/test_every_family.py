@@ -1,0 +1,240 @@
+"""What must hold for every family, whatever its layers are made of."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from lrc.cloning.activations import activation_of, last_hidden
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.projection import project
+from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form import solve
+from lrc.cloning.start.streams import ActivationStore
+from lrc.data.batch import Batch
+from lrc.evaluation.held_out import measure_agreement
+from lrc.model.families import FAMILIES
+from lrc.model.layout import LinearSite
+from lrc.model.student import build_student
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import ObjectiveSection, StudentSection
+from starts import initialize_from_text
+from tiny import (
+    DROPOUTS,
+    HIDDEN,
+    STUDENT_HIDDEN,
+    TOKENS,
+    gradients,
+    tiny_batch,
+    tiny_method,
+    tiny_teacher,
+)
+
+CASES = [
+    pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
+    for family in FAMILIES
+    for tied in (False, True)
+]
+
+
+@pytest.fixture
+def teacher(request: pytest.FixtureRequest) -> Teacher:
+    family, tied = request.param
+    return tiny_teacher(family, tied)
+
+
+def tokens(sequences: int, length: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randint(3, TOKENS, (sequences, length), generator=generator)
+
+
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False).logits
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_identity_projections_give_the_teacher(family: str, tied: bool) -> None:
+    teacher = tiny_teacher(family, tied)
+    method = tiny_method(teacher, {"hidden_size": HIDDEN})
+    with torch.no_grad():
+        for value in method.projections.values.values():
+            value.copy_(torch.eye(HIDDEN))
+        for norm in teacher.layout.stream_norms():
+            method.model.get_submodule(norm).weight.copy_(teacher.parameter(f"{norm}.weight"))
+    ids = tokens(3)
+    torch.testing.assert_close(
+        logits(method.student(), ids), logits(teacher.model, ids), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_losses_and_gradients_equal_autograds(family: str, tied: bool) -> None:
+    """Of the whole objective, written out: the weights are functions of the projections, all logits
+    exist at once, and every clone term is a mean of squares."""
+    teacher = tiny_teacher(family, tied)
+    method = tiny_method(teacher, {"fold_gains": True})
+    batch = tiny_batch(lengths=[9, 6])
+    losses, found = gradients(method, batch)
+    expected = naive_losses(method, batch)
+    for name in ("loss", "kl", "lm", "clone"):
+        torch.testing.assert_close(losses[name], expected[name], rtol=1e-6, atol=1e-8)
+    parameters = method.parameters()
+    wanted = torch.autograd.grad(expected["loss"], list(parameters.values()))
+    for name, gradient in zip(parameters, wanted, strict=True):
+        assert relative_error(found[name], gradient) < 1e-5, name
+
+
+def naive_losses(method: LowRankClone, batch: Batch) -> dict[str, Tensor]:
+    """The objective as a function of the method's parameters."""
+    teacher, student, layout = method.teacher, method.model, method.teacher.layout
+    weights = {name: p for name, p in method.parameters().items() if "projections" not in name}
+    for weight in method.projections.weights:
+        projection = method.projections.values[weight.projection]
+        if weight.folded and weight.norm:
+            projection = teacher.gain(weight.norm)[:, None] * projection
+        weights[weight.name] = project(teacher.parameter(weight.name), projection, weight.axis)
+    mask = batch.token_mask()
+    assert mask is not None
+    seen: dict[str, dict[LinearSite, Tensor]] = {"teacher": {}, "student": {}}
+
+    def watch(model: nn.Module, kept: dict[LinearSite, Tensor]) -> Callable[[], None]:
+        def hook(site: LinearSite) -> Any:
+            return lambda _m, _i, output: kept.__setitem__(site, activation_of(output))
+
+        hooks = [
+            model.get_submodule(layout.linear(site)).register_forward_hook(hook(site))
+            for site in layout.observable()
+        ]
+        return lambda: [h.remove() for h in hooks] and None
+
+    def run(call: Callable[..., Any]) -> Tensor:
+        result: Tensor = call(batch.input_ids, attention_mask=batch.attention_mask).logits
+        return result[..., :TOKENS]
+
+    ends = watch(teacher.model, seen["teacher"]), watch(student, seen["student"])
+    with torch.no_grad():
+        theirs = run(teacher.model)
+    ours = run(lambda ids, **kw: functional_call(student, weights, (ids,), kw))
+    for end in ends:
+        end()
+    log_p, log_q = theirs.log_softmax(-1), ours.log_softmax(-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[mask].mean()
+    lm = functional.cross_entropy(ours.flatten(0, 1), batch.labels().flatten(), ignore_index=-100)
+    clone = torch.zeros(())
+    for site in layout.observable():
+        target, output = seen["teacher"][site], seen["student"][site]
+        if layout.writes(site):
+            key = f"layers.{site.layer}.{site.name}"
+            target = target @ method.projections.values[key]
+        counted = mask.view(output.shape[:-1])
+        clone = clone + (output - target)[counted].square().mean()
+    return {"kl": kl, "lm": lm, "clone": clone, "loss": kl + lm + method.objective.alpha * clone}
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_the_closed_form_at_full_width_is_the_teacher(family: str, tied: bool) -> None:
+    teacher = tiny_teacher(family, tied)
+    method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
+    initialize_from_text(method, "closed-form", tokens(24), refine_epochs=1)
+    ids = tokens(3)
+    # transformers computes RMSNorm in float32, whatever the model's dtype.
+    assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
+
+
+@pytest.mark.parametrize(("family", "tied"), CASES)
+def test_the_student_has_the_stream_that_was_solved(
+    family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it starts nearer to the teacher than a random one."""
+    streams: list[Tensor] = []
+    rotations: list[Tensor] = []
+    head = solve._solved_head
+
+    def kept(calibration: Calibration, basis: Tensor, stream: ActivationStore, *rest: Any) -> Any:
+        streams.append(torch.cat([stream[part].clone() for part in calibration.batches()]))
+        found = head(calibration, basis, stream, *rest)
+        rotations.extend(r for r in [getattr(found[0], "rotation", None)] if r is not None)
+        return found
+
+    monkeypatch.setattr(solve, "_solved_head", kept)
+    teacher, ids = tiny_teacher(family, tied), tokens(24)
+    method = LowRankClone(teacher, StudentSection(hidden_size=STUDENT_HIDDEN), ObjectiveSection())
+    initialize_from_text(method, "closed-form", ids, refine_epochs=0)
+    read: list[Tensor] = []
+    student = method.student()
+    norm = student.get_submodule(teacher.family.final_norm)
+    norm.register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
+    logits(student, ids)
+    expected = streams[0] @ rotations[0] if rotations else streams[0]
+    assert relative_error(read[0], expected) < 1e-5
+    batches = [Batch(ids)]
+    solved = measure_agreement(teacher, student, batches).kl
+    initialize_from_text(method, "random", ids)
+    assert solved < measure_agreement(teacher, method.student(), batches).kl
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_last_hidden_state_gives_the_logits(family: str) -> None:
+    teacher, ids = tiny_teacher(family), tokens(2)
+    with torch.no_grad():
+        hidden = last_hidden(teacher.model, Batch(ids))
+        found = hidden @ teacher.model.get_output_embeddings().weight.T
+    if (cap := teacher.logit_softcap) is not None:
+        found = cap * (found / cap).tanh()
+    torch.testing.assert_close(found, logits(teacher.model, ids))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_of_a_sequence_stay_apart_where_the_family_says_so(family: str) -> None:
+    teacher = tiny_teacher(family)
+    ids = tokens(1)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    with torch.no_grad():
+        packed = teacher.model(ids, position_ids=positions, use_cache=False).logits[:, 5:]
+    error = relative_error(packed, logits(teacher.model, ids[:, 5:]))
+    assert (error < 1e-5) == teacher.family.keeps_documents_apart
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off(family: str, checkpointing: bool) -> None:
+    """Whatever a configuration says: the student is in evaluation mode throughout training."""
+    batch = tiny_batch()
+    found = []
+    for rate in (0.0, 0.5):
+        settings = DROPOUTS.get(family, ("attention_dropout",))
+        teacher = tiny_teacher(family, **dict.fromkeys(settings, rate))
+        method = tiny_method(teacher, gradient_checkpointing=checkpointing)
+        found.append(gradients(method, batch))
+    assert torch.equal(found[0][0]["loss"], found[1][0]["loss"])
+    for name, gradient in found[0][1].items():
+        assert torch.equal(gradient, found[1][1][name]), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_projected_is_the_teachers(family: str) -> None:
+    """Parameters and saved buffers: biases, norms inside blocks, sinks, scales of layers."""
+    teacher = tiny_teacher(family)
+    for number, buffer in enumerate(teacher.model.buffers()):
+        if buffer.is_floating_point() and buffer.ndim == 1 and len(buffer) < 5:
+            buffer.copy_(torch.linspace(0.5, 0.7, len(buffer)) + number / 100)
+    student = build_student(teacher, StudentSection(hidden_size=STUDENT_HIDDEN))
+    theirs, ours = teacher.model.state_dict(), student.state_dict()
+    changed = {p.name for p in teacher.layout.projected(teacher.model)}
+    changed |= {f"{norm}.weight" for norm in teacher.layout.stream_norms()}
+    changed |= {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, value in theirs.items():
+        assert (name in changed) == (ours[name].shape != value.shape), name
+        if name not in changed:
+            assert torch.equal(ours[name], value), name
+    rest = [name for name, p in student.named_parameters() if not p.requires_grad]
+    assert not changed & set(rest)
