@@ -16,13 +16,19 @@ from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
 
 
-def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = None) -> Reader:
+def open_text(
+    recipe: Recipe,
+    tokenizer: Tokenizer,
+    progress: Progress | None = None,
+    first_token: int | None = None,
+) -> Reader:
     """Open the text of a recipe: shards, a stream, or files that are tokenized first.
 
     Args:
         recipe: the recipe.
         tokenizer: the teacher's tokenizer.
         progress: callback that receives the number of tokens prepared so far.
+        first_token: token that every sequence starts with (`Teacher.first_token`); None: any.
 
     Raises:
         UserError: if the text cannot be read, is too short for one training or held-out sequence,
@@ -30,7 +36,9 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
     """
     data, train = recipe.data, recipe.train
     if data.stream is not None:
-        return StreamedText(data, tokenizer, train.seed, train.eval_sequences, progress)
+        return StreamedText(
+            data, tokenizer, train.seed, train.eval_sequences, progress, first_token
+        )
     if data.shards:
         folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]
         for folder in folders:
@@ -43,7 +51,9 @@ def open_text(recipe: Recipe, tokenizer: Tokenizer, progress: Progress | None = 
         for shard in folder.shards:
             shard.check(vocabulary, len(folder.sources))
     sequences: dict[Split, Sequences] = {
-        split: Sequences(_tokens(folders, split), data.sequence_length, data.document_mask)
+        split: Sequences(
+            _tokens(folders, split), data.sequence_length, data.document_mask, first_token
+        )
         for split in SPLITS
     }
     for split, text in sequences.items():

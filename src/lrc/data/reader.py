@@ -69,12 +69,20 @@ class Sequences:
         tokens: the packed text.
         sequence_length: tokens per sequence.
         document_mask: whether batches have the positions that prevent attention across documents.
+        first_token: token that takes the place of every sequence's first; None: it stays.
     """
 
-    def __init__(self, tokens: Tokens, sequence_length: int, document_mask: bool = False) -> None:
+    def __init__(
+        self,
+        tokens: Tokens,
+        sequence_length: int,
+        document_mask: bool = False,
+        first_token: int | None = None,
+    ) -> None:
         self.tokens = tokens
         self.sequence_length = sequence_length
         self.document_mask = document_mask
+        self.first_token = first_token
 
     def __len__(self) -> int:
         """Number of complete sequences."""
@@ -96,7 +104,7 @@ class Sequences:
             raise IndexError(f"sequence indices {list(indices)} are not all in [0, {len(self)})")
         starts = [index * self.sequence_length for index in indices]
         spans = [self.tokens.read(start, start + self.sequence_length) for start in starts]
-        return make_batch(spans, self.document_mask)
+        return make_batch(spans, self.document_mask, self.first_token)
 
     def first(self, count: int, batch_size: int = 8) -> Iterator[Batch]:
         """The first `count` sequences (or all, if fewer) in order, in batches."""
@@ -195,9 +203,11 @@ class TrainingText:
             self._order.load_state(state["by_source"])
 
 
-def make_batch(spans: Sequence[Span], document_mask: bool) -> Batch:
-    """Build a batch from spans of equal length."""
+def make_batch(spans: Sequence[Span], document_mask: bool, first_token: int | None = None) -> Batch:
+    """Build a batch from spans of equal length, as `Sequences` does."""
     ids = np.stack([span.ids for span in spans])
+    if first_token is not None:
+        ids[:, 0] = first_token
     positions = sources = None
     if document_mask:
         positions = torch.from_numpy(np.stack([_positions(span) for span in spans]))

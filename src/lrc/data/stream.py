@@ -104,6 +104,7 @@ class StreamedText:
         seed: seed of the order of files and documents.
         held_out: number of held-out sequences wanted.
         progress: callback that receives the number of held-out tokens read so far.
+        first_token: as in `lrc.data.reader.Sequences`.
 
     Raises:
         UserError: if the data set cannot be read or lacks the text field, the held-out text does
@@ -121,7 +122,9 @@ class StreamedText:
         seed: int,
         held_out: int,
         progress: Progress | None = None,
+        first_token: int | None = None,
     ) -> None:
+        self._first_token = first_token
         assert data.stream is not None
         tokenizer_identity(tokenizer)  # Rejects a tokenizer that does not fit.
         self._data, self._stream = data, data.stream
@@ -146,13 +149,14 @@ class StreamedText:
             next(self._packer)
         spans = [next(self._packer) for _ in range(count)]
         self._position = position + count
-        return make_batch(spans, self._data.document_mask)
+        return make_batch(spans, self._data.document_mask, self._first_token)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
         """The first `count` held-out sequences in batches, the same on every call."""
         spans = self._held_out[:count]
         for start in range(0, len(spans), batch_size):
-            yield make_batch(spans[start : start + batch_size], self._data.document_mask)
+            some = spans[start : start + batch_size]
+            yield make_batch(some, self._data.document_mask, self._first_token)
 
     def shares(self) -> dict[str, float]:
         """Return no shares: a stream has no named sources."""

@@ -48,14 +48,18 @@ class HeldOut:
     def _sources(self) -> list[str]:
         return self.data.text + self.data.held_out
 
-    def batches(self, tokenizer: Tokenizer) -> list[Batch]:
+    def batches(self, tokenizer: Tokenizer, first_token: int | None = None) -> list[Batch]:
         """The sequences, packed as for training.
+
+        Args:
+            tokenizer: the teacher's tokenizer.
+            first_token: token that takes the place of every sequence's first; None: it stays.
 
         Raises:
             UserError: if the text cannot be read or is too short.
         """
         if self.recipe is not None:
-            text = open_text(self.recipe, tokenizer)
+            text = open_text(self.recipe, tokenizer, first_token=first_token)
             return list(text.held_out_batches(self.sequences, self.batch_size))
         rows = list(islice(pack(self.data, tokenizer), self.sequences))
         if not rows:
@@ -63,7 +67,10 @@ class HeldOut:
                 f"{', '.join(self.data.text)} has less than one sequence of "
                 f"{self.data.sequence_length} tokens; give --text more text."
             )
-        return [Batch(part) for part in torch.split(torch.tensor(rows), self.batch_size)]
+        ids = torch.tensor(rows)
+        if first_token is not None:
+            ids[:, 0] = first_token
+        return [Batch(part) for part in torch.split(ids, self.batch_size)]
 
 
 def held_out_of(
@@ -133,7 +140,7 @@ def measure(
             f"The model and the teacher {teacher.name} have different vocabularies, so their "
             "predictions cannot be compared; give --teacher a model with the same tokenizer."
         )
-    batches = held_out.batches(teacher.tokenizer)
+    batches = held_out.batches(teacher.tokenizer, teacher.first_token)
 
     def counted() -> Iterator[Batch]:
         for done, batch in enumerate(batches):

@@ -74,6 +74,11 @@ class Teacher:
         return int(self.config.num_hidden_layers)
 
     @property
+    def first_token(self) -> int | None:
+        """The token that every sequence must start with; None if any will do."""
+        return self.tokenizer.bos_token_id if self.family.needs_bos else None
+
+    @property
     def logit_softcap(self) -> float | None:
         """c if the logits are c tanh(logits / c), also the student's; None if they are not."""
         return self.family.logit_softcap(self.config)

@@ -194,7 +194,10 @@ def open_loop(
         setup = set_up(run, console, teacher)
     with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:
         text = open_text(
-            run.recipe, setup.teacher.tokenizer, lambda _, tokens: detail(f"{tokens:,} tokens")
+            run.recipe,
+            setup.teacher.tokenizer,
+            lambda _, tokens: detail(f"{tokens:,} tokens"),
+            setup.teacher.first_token,
         )
     for note in text_notes(run.recipe):
         console.print(note)

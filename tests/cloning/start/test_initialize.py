@@ -157,7 +157,7 @@ def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     for key, value in starts[0].items():
         assert torch.equal(value, starts[1][key])
     assert not torch.equal(starts[0]["layers.1.q"], before["layers.1.q"])
-    sequences, restart = cut_sequences(torch.arange(3 * 7).view(3, 7))
+    sequences, restart = cut_sequences(torch.arange(3 * 7).view(3, 7), teacher)
     assert (sequences.tolist(), restart) == (torch.arange(3 * length).view(3, -1).tolist(), 2)
 
 

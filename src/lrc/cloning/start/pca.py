@@ -3,9 +3,9 @@
 B [d_T, d_S] holds the leading principal directions of the teacher's normalized residual stream.
 This follows SliceGPT (arXiv 2401.15024), but with one basis for all layers, since the clone has no
 rotations between its blocks. With folded gains every reader is W_T diag(gain) c B, every writer is
-B^T W_T, and the embedding is E_T B. Nothing compensates for what is lost, unlike in
-`lrc.cloning.start.closed_form.solve`. c = sqrt(d_T / d_S), since the student's RMS is a mean over
-d_S numbers that hold nearly the teacher's whole square sum.
+B^T W_T (`writer_without_text` if a norm follows it), and the embedding is E_T B. Nothing
+compensates for what is lost, unlike in `lrc.cloning.start.closed_form.solve`. c = sqrt(d_T / d_S),
+since the student's RMS is a mean over d_S numbers that hold nearly the teacher's whole square sum.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
+from lrc.cloning.start.closed_form.normed_writer import diagonal_basis, writer_without_text
 from lrc.cloning.start.start import Start
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
@@ -46,17 +47,27 @@ def pca_projections(
     """
     with Calibration(teacher, ids, hidden_size) as calibration:
         basis = principal_basis(calibration, progress)
+        layout = teacher.layout
+        after = {norm: calibration.gain(norm) for norm in layout.after_norms()}
+        basis = diagonal_basis(basis, after.values()) if after else basis
     scale = (teacher.hidden_size / hidden_size) ** 0.5
-    layout = teacher.layout
-    solved = {
-        projection_key(site): basis if layout.writes(site) else scale * basis
-        for site in layout.sites()
-    }
-    solved["embedding"] = basis
+    solved: dict[str, Tensor] = {}
+    gains_after: dict[str, Tensor] = {}
+    for site in layout.sites():
+        branch, key = layout.branch(site), projection_key(site)
+        if not layout.writes(site):
+            solved[key] = basis if branch.norm is None else scale * basis
+        elif branch.after is None:
+            solved[key] = basis
+        else:
+            norm = f"{layout.layer(site.layer)}.{branch.after}"
+            solved[key], gains_after[norm] = writer_without_text(after[norm], basis)
+    ratio = calibration.embedding_ratio
+    solved["embedding"] = ratio * basis
     if not shared_head:
         solved["head"] = scale * basis
         gains = torch.ones(hidden_size, dtype=basis.dtype)
     else:
         gain = calibration.gain(calibration.family.final_norm)
-        gains = scale * (basis * gain[:, None] * basis).sum(0)
-    return Start(solved, gains, calibration.forward_seconds)
+        gains = scale / ratio * (basis * gain[:, None] * basis).sum(0)
+    return Start(solved, gains, calibration.forward_seconds, gains_after)

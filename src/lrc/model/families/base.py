@@ -176,6 +176,10 @@ class Family:
     logit_softcap: Callable[[Any], float | None] = softcap
     """c if the logits are c tanh(logits / c), from the configuration; None if they are not."""
 
+    needs_bos: bool = False
+    """Whether the models fail on sequences that do not start with BOS. Every training sequence then
+    does, wherever its text was cut."""
+
     keeps_documents_apart: bool = True
     """Whether the model, given position ids that restart, computes packed documents as if each
     were alone."""

@@ -26,4 +26,5 @@ GEMMA4 = Family(
     branches=branches,
     embedding_scale=root_of_width,
     layer_scale="layer_scalar",
+    needs_bos=True,
 )

@@ -5,9 +5,8 @@ own, s [d_S], and adds s * (u P) / rms(u P). With Q = P diag(s) this is (u Q) / 
 so Q gives the direction and s only how the length of u is measured:
 
 1. Q fits u Q / rms(u) to what the stream lacks, shrunk toward diag(g) B. This is least squares.
-2. 1 / s^2 fits the mean square of u Q diag(s)^-1 to that of u. This is least squares too, shrunk
-   toward the diagonal of B^T diag(g)^-2 B d_S / d_T, which is exact if that matrix is diagonal and
-   u diag(g) is in the span of B.
+2. 1 / s^2 fits the mean square of u Q diag(s)^-1 to that of u, relative to it. This is least
+   squares too, shrunk toward an s for which all channels of u P have the same mean square.
 3. Q is fitted again with the length that the student measures, and so on. The fit with the least
    error on tokens that no solve sees is kept.
 
@@ -20,13 +19,14 @@ from collections.abc import Callable, Iterable, Iterator
 import torch
 from torch import Tensor
 
-from lrc.cloning.start.closed_form.least_squares import regress
+from lrc.cloning.start.closed_form.least_squares import NOTHING, regress
 
 ROUNDS = 3
 """Fits of Q."""
 
-RIDGE = 1e-3
-"""Ridge of the fit of 1 / s^2, in units of its features' mean square."""
+RIDGES = 1e-8, 1e-4, 1e-2, 1.0
+"""Ridges that are tried in the fit of 1 / s^2, in units of the mean eigenvalue of its features'
+second moment."""
 
 SMALLEST_GAIN = 1e-2
 """Least gain to divide by, in units of the median."""
@@ -60,6 +60,19 @@ def diagonal_basis(basis: Tensor, gains: Iterable[Tensor]) -> Tensor:
     return (wide @ rotation).to(basis.dtype).contiguous()
 
 
+def writer_without_text(gain: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """P [d_T, d_S] and s [d_S] with Q = diag(g) B, and s as if the channels of u were independent
+    and alike. If d_S = d_T, this is exact in a `diagonal_basis`.
+
+    Args:
+        gain: g [d_T].
+        basis: B [d_T, d_S].
+    """
+    q = gain[:, None] * basis
+    scale = q.norm(dim=0).clamp_min(NOTHING)
+    return q / scale, scale
+
+
 def writer_through_norm(
     rows: WrittenRows, rms: Callable[[Tensor], Tensor], gain: Tensor, basis: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -72,7 +85,6 @@ def writer_through_norm(
         basis: B [d_T, d_S].
     """
     prior = gain.double()[:, None] * basis.double()
-    shares = (basis.double().square() * inverse_squares(gain)[:, None]).sum(0) / len(basis)
     best: tuple[float, Tensor, Tensor] | None = None
     student: Tensor | None = None  # P, whose rows the student measures
     for _ in range(ROUNDS):
@@ -81,35 +93,49 @@ def writer_through_norm(
             unseen: bool, student: Tensor | None = student
         ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
             for u, lacking, weight in rows(unseen):
-                length = rms(u if student is None else u @ student)
-                yield u / length, lacking, weight
+                yield u / rms(u if student is None else u @ student), lacking, weight
 
         q = regress(measured(False), measured(True), prior)
-        share = _shares(rows, rms, q, shares)
-        scale = (len(share) * share).rsqrt()  # s
-        student = (q / scale).to(basis.dtype).contiguous()
-        found = scale.to(basis.dtype)
-        error = sum(
-            float(((found * (u @ student) / rms(u @ student) - lacking).square() * weight).sum())
-            for u, lacking, weight in rows(True)
-        )
-        if best is None or error < best[0]:
-            best = error, student, found
+        found = [_with_gain(q, shares, basis.dtype) for shares in _shares(rows, rms, q)]
+        errors = [0.0] * len(found)
+        for u, lacking, weight in rows(True):
+            for i, (projection, scale) in enumerate(found):
+                output = u @ projection
+                wrong = scale * output / rms(output) - lacking
+                errors[i] += float((wrong.square() * weight).sum())
+        least = min(range(len(found)), key=errors.__getitem__)
+        student, _ = found[least]
+        if best is None or errors[least] < best[0]:
+            best = errors[least], *found[least]
     assert best is not None
     return best[1], best[2]
 
 
-def _shares(rows: WrittenRows, rms: Callable[[Tensor], Tensor], q: Tensor, prior: Tensor) -> Tensor:
-    """1 / (d_S s^2) [d_S] with sum_j (u Q)_j^2 / (d_S s_j^2) closest to rms(u)^2, float64."""
-    gram = torch.zeros(len(prior), len(prior), dtype=torch.float64, device=prior.device)
-    cross = torch.zeros_like(prior)
-    q = q.to(torch.float64)
+def _with_gain(q: Tensor, shares: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """P and s from Q and 1 / (d_S s^2)."""
+    scale = (len(shares) * shares).rsqrt()
+    return (q / scale).to(dtype).contiguous(), scale.to(dtype)
+
+
+def _shares(rows: WrittenRows, rms: Callable[[Tensor], Tensor], q: Tensor) -> Iterator[Tensor]:
+    """1 / (d_S s^2) [d_S] with sum_j (u Q)_j^2 / (d_S s_j^2) close to rms(u)^2, in float64, for
+    each of `RIDGES`."""
+    width = q.shape[1]
+    gram = torch.zeros(width, width, dtype=torch.float64, device=q.device)
+    total = torch.zeros(width, dtype=torch.float64, device=q.device)
+    tokens = 0
     for u, _, _ in rows(False):
         features = ((u / rms(u)).double() @ q).square()
         gram += features.T @ features
-        cross += features.sum(0)
-    gram = gram * prior[:, None] * prior  # in units of the prior
-    lacking = cross * prior - gram.sum(1)
-    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype).to(gram)
-    change = torch.linalg.solve(gram + ridge, lacking)
-    return prior * (1 + change).clamp_min(SMALLEST_SHARE)
+        total += features.sum(0)
+        tokens += len(features)
+    unit = tokens / total.clamp_min(NOTHING)  # makes the mean of every feature 1
+    gram = gram * unit[:, None] * unit / tokens
+    uniform = torch.full_like(unit, 1 / width)
+    lacking = 1 - gram @ uniform
+    values, vectors = torch.linalg.eigh(gram)
+    for ridge in RIDGES:
+        raised = values.clamp_min(0) + ridge * values.mean()
+        shares = uniform + vectors @ ((vectors.T @ lacking) / raised)
+        shares = shares.clamp_min(SMALLEST_SHARE / width)
+        yield shares / shares.sum() * unit

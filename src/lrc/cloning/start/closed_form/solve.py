@@ -107,7 +107,7 @@ def solve_projections(
     Raises:
         UserError: if the disk has no room for the streams.
     """
-    sequences, restart = cut_sequences(ids)
+    sequences, restart = cut_sequences(ids, teacher)
     with Calibration(teacher, sequences, hidden_size, restart) as calibration:
         gain = calibration.gain(teacher.family.final_norm) if shared_head else None
         statistics = stream_statistics(calibration)
@@ -144,13 +144,20 @@ def solve_projections(
         return Start(solved, value, seconds, gains=gains)
 
 
-def cut_sequences(ids: Tensor) -> tuple[Tensor, int]:
+def cut_sequences(ids: Tensor, teacher: Teacher) -> tuple[Tensor, int]:
     """Cut sequences [sequences, length] into sequences of `LENGTH` tokens and drop the remainder.
     Also return how many of the last tokens of each restart. Shorter sequences do not change."""
     if ids.shape[1] < LENGTH:
         return ids, 0
     whole = ids.numel() // LENGTH * LENGTH
-    return ids.flatten()[:whole].view(-1, LENGTH), RESTART
+    cut = ids.flatten()[:whole].view(-1, LENGTH)
+    restart = RESTART if teacher.family.keeps_documents_apart else 0
+    if teacher.first_token is not None:
+        cut = cut.clone()
+        cut[:, 0] = teacher.first_token
+        if restart:
+            cut[:, -restart] = teacher.first_token
+    return cut, restart
 
 
 def _solved_head(
