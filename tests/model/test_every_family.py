@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -20,11 +21,15 @@ from lrc.cloning.start.closed_form import solve
 from lrc.cloning.start.streams import ActivationStore
 from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
+from lrc.methods import METHODS
 from lrc.model.families import FAMILIES
 from lrc.model.layout import LinearSite
-from lrc.model.student import build_student, empty_student
+from lrc.model.student import build_student, empty_student, student_config
 from lrc.model.teacher import Teacher
+from lrc.recipe import make_recipe
 from lrc.recipe.sections import ObjectiveSection, StudentSection
+from lrc.system.errors import UserError
+from lrc.train.loop import count
 from starts import initialize_from_text
 from tiny import (
     DROPOUTS,
@@ -257,3 +262,81 @@ def test_what_is_not_projected_is_the_teachers(family: str) -> None:
             assert torch.equal(ours[name], value), name
     rest = [name for name, p in student.named_parameters() if not p.requires_grad]
     assert not changed & set(rest)
+
+
+RUN = {
+    "student": {"hidden_size": STUDENT_HIDDEN},
+    "teacher": {"model": "tiny"},
+    "data": {"text": ["x"], "sequence_length": 12},
+    "train": {"tokens": 96, "micro_batch": 2},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "lrc"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_baseline_trains_or_says_why_not(family: str, name: str) -> None:
+    """A loss with gradients after the start, or one sentence that names the family."""
+    teacher = tiny_teacher(family, num_key_value_heads=2, hidden_size=16)
+    settings: dict[str, Any] = {**RUN, "method": {"name": name}}
+    if name == "llm-pruner":
+        settings |= {"method": {"name": name, "ratio": 0.3}, "student": {"hidden_size": HIDDEN}}
+    recipe = make_recipe(settings)
+    if name not in ("scratch", "activation-clone", "slicegpt"):
+        with suppress(UserError):
+            METHODS[name].build(teacher, recipe)
+            family = ""
+        if family:
+            with pytest.raises(UserError, match=family):
+                METHODS[name].build(teacher, recipe)
+            return
+    method = METHODS[name].build(teacher, recipe)
+    batch = Batch(tokens(4))
+    method.initialize(batch, lambda done, parts: None)
+    method.begin_step(0)
+    losses = method.losses(batch, count([batch]))
+    losses.loss.backward()
+    method.end_step()
+    assert torch.isfinite(losses.loss)
+    assert any(p.grad is not None for p in method.parameters().values())
+    plain = method.student()
+    assert torch.isfinite(logits(plain, batch.input_ids)).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "refused"),
+    [
+        ("qwen3_5_text", "minitron", True),
+        ("gemma", "minitron", True),  # its embedding's scale depends on the width
+        ("granite", "minitron", False),
+        ("gpt_oss", "tinybert", True),  # sinks
+        ("gemma2", "minilm", True),  # a softcap of the scores
+        ("gemma3_text", "minilm", False),
+        ("smollm3", "llm-pruner", False),
+    ],
+)
+def test_which_baselines_are_refused(family: str, name: str, refused: bool) -> None:
+    section = {"name": name, **({"ratio": 0.3} if name == "llm-pruner" else {})}
+    student = {"hidden_size": HIDDEN if name == "llm-pruner" else STUDENT_HIDDEN}
+    recipe = make_recipe({**RUN, "method": section, "student": student})
+    teacher = tiny_teacher(family, num_key_value_heads=2)
+    if refused:
+        with pytest.raises(UserError, match=family):
+            METHODS[name].build(teacher, recipe)
+    else:
+        METHODS[name].build(teacher, recipe)
+
+
+def test_a_hidden_size_that_experts_cannot_have() -> None:
+    teacher = tiny_teacher("mixtral")
+    with pytest.raises(UserError, match=r"hidden_size is 12.* multiple of 8: the nearest is 16"):
+        student_config(teacher, StudentSection(hidden_size=12))
+
+
+def test_clone_terms_go_by_the_familys_names() -> None:
+    teacher = tiny_teacher("gpt_oss")
+    method = tiny_method(teacher, objective={"clone": {"router": False, "gate_up": True}})
+    assert {site.name for site in method.distill.sites} == {"q", "k", "v", "o", "down"}
+    with pytest.raises(UserError, match=r"'gate'.*gpt_oss.*router"):
+        tiny_method(teacher, objective={"clone": {"gate": False}})
+    with pytest.raises(UserError, match="'qkv'"):
+        tiny_method(tiny_teacher("llama"), objective={"clone": {"qkv": True}})

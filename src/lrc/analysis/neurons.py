@@ -278,10 +278,14 @@ def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
     shapes = []
     for subject in (student, teacher):
         skeleton = load_skeleton(subject.source)
-        down = skeleton.get_submodule(layout_of(skeleton).linear(LinearSite(0, "down")))
-        shapes.append(
-            (int(skeleton.config.num_hidden_layers), int(down.get_parameter("weight").shape[1]))
-        )
+        layout = layout_of(skeleton)
+        if layout.has_experts:
+            raise UserError(
+                f"{subject.name} has experts, whose neurons see only some tokens: give a dense "
+                "model."
+            )
+        down = skeleton.get_submodule(layout.linear(LinearSite(0, "down")))
+        shapes.append((layout.num_layers, int(down.get_parameter("weight").shape[1])))
     if shapes[0] != shapes[1]:
         ours, theirs = (f"{layers} layers of FFN width {width}" for layers, width in shapes)
         raise UserError(

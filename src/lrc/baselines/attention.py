@@ -19,6 +19,7 @@ from transformers.masking_utils import sdpa_mask
 
 from lrc.model.layout import layout_of
 from lrc.model.precision import upcast_dtype
+from lrc.system.errors import UserError
 
 OBSERVED = "lrc_observed"
 """Name of the observed attention among transformers' attention functions."""
@@ -55,6 +56,23 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
     dtype = upcast_dtype(a)
     with torch.autocast(a.device.type, enabled=False):
         return a.to(dtype) @ b.to(dtype).transpose(-1, -2)
+
+
+def check_observable(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """Refuse a model whose attention is not the one that `observe_attention` calls.
+
+    Raises:
+        UserError: if some layers have no attention, or one with sinks or a softcap of its scores.
+    """
+    layout, kind = layout_of(model), model.config.model_type
+    plain = all(layout.attention(layer).endswith(".self_attn") for layer in layers)
+    capped = getattr(model.config, "attn_logit_softcapping", None) is not None
+    if not plain or capped or not model._supports_sdpa:
+        raise UserError(
+            f"The attention of {kind} models cannot be observed, because it is not plain softmax "
+            "attention in every layer: use another method, or tinybert with "
+            "method.attention_weight: 0."
+        )
 
 
 @contextmanager

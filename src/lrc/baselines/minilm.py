@@ -19,11 +19,18 @@ from dataclasses import replace
 
 import torch
 
-from lrc.baselines.attention import Heads, observe_attention, relation_divergence
+from lrc.baselines.attention import (
+    Heads,
+    check_observable,
+    observe_attention,
+    relation_divergence,
+)
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.method import Counts, StepLosses
 from lrc.data.batch import Batch
+from lrc.model.teacher import Teacher
+from lrc.recipe import Recipe
 from lrc.recipe.method_sections import MiniLmSection
 
 
@@ -37,6 +44,10 @@ class MiniLm(RandomStudent):
         "objective.kl_weight",
         "objective.temperature",
     }
+
+    def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
+        super().__init__(teacher, recipe)
+        check_observable(teacher.model, [teacher.num_layers - 1])
 
     def loss_weights(self) -> list[float]:
         return [self.objective.lm_weight, self.section.relation_weight]

@@ -94,6 +94,8 @@ class PlainStudent(Method):
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """Operations of the student and the heads, plus the teacher's if there is a KL."""
+        if not self.teacher.layout.is_llamas:
+            return None
         loss = self.objective.model_copy(update={"alpha": 0.0})
         parts = step_flops(
             widths_of(self.teacher.model),

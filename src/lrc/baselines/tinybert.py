@@ -26,7 +26,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lrc.baselines.attention import Heads, observe_attention, score_difference
+from lrc.baselines.attention import (
+    Heads,
+    check_observable,
+    observe_attention,
+    score_difference,
+)
 from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.alignment import new_alignment
@@ -46,6 +51,7 @@ class TinyBert(RandomStudent):
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         super().__init__(teacher, recipe)
+        check_observable(teacher.model, self._observed())
         states = range(teacher.num_layers + 1) if self.section.hidden_weight else range(0)
         names = [f"alignment.{state}" for state in states]
         self.alignment = new_alignment(teacher, self.model, names, recipe.initialize.seed)
@@ -89,11 +95,15 @@ class TinyBert(RandomStudent):
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the formula does not cover the products of the attention maps."""
 
+    def _observed(self) -> range:
+        """The layers whose attention is compared."""
+        return range(self.teacher.num_layers if self.section.attention_weight else 0)
+
     def _pass(self, model: PreTrainedModel, batch: Batch) -> tuple["_Seen", Tensor]:
         """Run a forward pass and return what it records, with its last hidden state."""
         seen = _Seen()
         family = self.teacher.family
-        layers = range(self.teacher.num_layers if self.section.attention_weight else 0)
+        layers = self._observed()
         with (
             observe_attention(model, layers, seen.keep_heads),
             seen.streams(model, family.embedding, family.layers),

@@ -187,7 +187,7 @@ class LowRankClone(Method, Staged):
         return losses
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        if self.alignment:
+        if self.alignment or not self.teacher.layout.is_llamas:
             return None  # not in the formula
         alpha = self.objective.alpha_at(step / self.steps)
         parts = step_flops(

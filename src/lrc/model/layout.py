@@ -141,6 +141,11 @@ class Layout:
                     yield ProjectedParameter(f"{path}.{kind}", site, axis, norm)
 
     @property
+    def has_experts(self) -> bool:
+        """Whether some layers have stacked experts."""
+        return any(branch.has_experts for branches in self.branches for branch in branches)
+
+    @property
     def is_llamas(self) -> bool:
         """Whether every layer has Llama's attention and FFN, which pruning by heads and neurons
         takes for granted."""

@@ -16,6 +16,11 @@ from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.model.sizes import check_student_size
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
+from lrc.system.errors import UserError
+
+EXPERTS_MULTIPLE = 8
+"""What the hidden size of a model with experts must be a multiple of: torch's grouped products need
+rows of whole 16 bytes."""
 
 
 def ties_projections(teacher: Teacher, student: StudentSection) -> bool:
@@ -60,6 +65,12 @@ def check_hidden_size(
     """
     heads = heads or int(teacher.config.num_attention_heads)
     check_student_size(hidden_size, teacher.family, teacher.hidden_size, heads, largest)
+    if teacher.layout.has_experts and hidden_size % EXPERTS_MULTIPLE:
+        nearest = max(1, round(hidden_size / EXPERTS_MULTIPLE)) * EXPERTS_MULTIPLE
+        raise UserError(
+            f"student.hidden_size is {hidden_size}, but the products of experts need a multiple of "
+            f"{EXPERTS_MULTIPLE}: the nearest is {nearest}."
+        )
 
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:

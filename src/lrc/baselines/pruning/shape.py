@@ -38,8 +38,35 @@ def shape_of_config(config: Any) -> PrunedShape:
 
 
 def teacher_shape(teacher: Teacher) -> PrunedShape:
-    """The shape of a teacher."""
+    """The shape of a teacher.
+
+    Raises:
+        UserError: if it cannot be pruned by heads, neurons and channels.
+    """
+    if not can_be_pruned(teacher):
+        raise UserError(
+            f"{teacher.family.model_type} models have other layers than Llama's, so heads and FFN "
+            "neurons cannot be pruned: use lrc, slicegpt or a method that starts from random "
+            "weights."
+        )
     return shape_of_config(teacher.config)
+
+
+def can_be_pruned(teacher: Teacher) -> bool:
+    """Whether all layers are Llama's attention and FFN, nothing else in them belongs to single
+    heads (sinks), and no scale depends on the hidden size."""
+    layout = teacher.layout
+    narrower = copy.copy(layout.config)
+    narrower.hidden_size = layout.config.hidden_size // 2
+    scale = layout.family.embedding_scale
+    sinks = any(name.endswith(".sinks") for name, _ in teacher.model.named_parameters())
+    return layout.is_llamas and not sinks and scale(narrower) == scale(layout.config)
+
+
+def by_layer(config: Any) -> dict[str, list[Any]]:
+    """The settings of a configuration that are lists with one value per layer."""
+    names = ("layer_types", "no_rope_layers")
+    return {name: values for name in names if (values := getattr(config, name, None))}
 
 
 def group_size(config: Any) -> int:
@@ -74,11 +101,11 @@ def target_shape(
         )
         if ours > theirs
     ]
-    kinds = set(getattr(teacher.config, "layer_types", None) or ())
+    kinds = {kind for values in by_layer(teacher.config).values() for kind in values}
     if asked.layers < whole.layers and len(kinds) > 1:
         problems.append(
             f"method.layers is {asked.layers}, but the teacher's layers are of {len(kinds)} kinds "
-            f"({', '.join(sorted(kinds))}), so all {whole.layers} have to stay"
+            f"({', '.join(sorted(map(str, kinds)))}), so all {whole.layers} have to stay"
         )
     try:
         heads = min(asked.kv_heads, whole.kv_heads) * group_size(teacher.config)
@@ -109,9 +136,9 @@ def pruned_config(
     source = model.config
     config = copy.deepcopy(source)
     config.head_dim = head_dim_of(source)
-    if getattr(source, "layer_types", None):
-        kept = range(shape.layers) if layers is None else layers
-        config.layer_types = [source.layer_types[layer] for layer in kept]
+    kept = range(shape.layers) if layers is None else layers
+    for name, values in by_layer(source).items():
+        setattr(config, name, [values[layer] for layer in kept])
     config.num_hidden_layers = shape.layers
     config.num_attention_heads = shape.kv_heads * group_size(source)
     config.num_key_value_heads = shape.kv_heads
