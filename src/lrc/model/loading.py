@@ -1,5 +1,6 @@
 """Load a model's weights exactly as its files hold them, or fail."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
 from lrc.model import gguf
-from lrc.model.families import family_of
+from lrc.model.families import FAMILIES, family_of
 from lrc.model.locate import ACCEPTED, ModelFiles
 from lrc.model.settings import read_config
 from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
@@ -56,7 +57,8 @@ class LoadedModel:
 
 
 def load_config(files: ModelFiles, any_family: bool = False) -> Any:
-    """Load the configuration of a model and check its sizes.
+    """Load the configuration of a model and check its sizes. That of a multimodal model is its text
+    model's.
 
     Args:
         files: the model's files.
@@ -72,6 +74,10 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
         read_config(files, any_family)
     with reading(f"The configuration of '{files.name}'", ACCEPTED):
         config = AutoConfig.from_pretrained(files.folder, **files.options())
+    inner = getattr(config, "text_config", None)
+    if inner is not None and inner.model_type in FAMILIES:
+        inner.tie_word_embeddings |= config.tie_word_embeddings
+        config = inner
     if not any_family:
         family_of(config.model_type)
     if files.gguf_path is not None and settings is not None:
@@ -116,10 +122,10 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
     """
     skeleton = load_skeleton_of(files)
     # Pass our own configuration for a GGUF file: transformers does not read all of it.
-    config = load_config(files, any_family=True) if files.gguf else None
+    own = {"config": load_config(files, any_family=True)} if files.gguf else _text_options(files)
     with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         model = AutoModelForCausalLM.from_pretrained(
-            files.folder, config=config, dtype=dtype, **files.options(), **options
+            files.folder, dtype=dtype, **own, **files.options(), **options
         )
     model.eval()
     _refuse_not_finite(files, model)
@@ -173,10 +179,33 @@ def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
             device_map={"": "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **_text_options(files),
             **files.options(),
         )
+    if prefix := text_prefix(files):  # the rest belongs to other parts of a multimodal model
+        kept = ("model.layers.", prefix)
+        found["unexpected_keys"] = {k for k in found["unexpected_keys"] if k.startswith(kept)}
     mismatched = [f"{name} {list(a)} for {list(b)}" for name, a, b in found["mismatched_keys"]]
     return sorted(found["missing_keys"]), sorted(found["unexpected_keys"]), sorted(mismatched)
+
+
+def text_prefix(files: ModelFiles) -> str | None:
+    """What the names of the text model's tensors start with in the files of a multimodal model,
+    such as `model.language_model.`; None for other models."""
+    end = "embed_tokens.weight"
+    ends = f"language_model.{end}", f"language_model.model.{end}"
+    names = [] if files.gguf else [name for name in stored_tensors(files) if name.endswith(ends)]
+    return names[0].removesuffix(end) if names else None
+
+
+def _text_options(files: ModelFiles) -> dict[str, Any]:
+    """Further arguments of `from_pretrained` to read the text model of a multimodal model."""
+    prefix = text_prefix(files)
+    if prefix is None:
+        return {}
+    head = f"{prefix.removesuffix('model.')}lm_head."
+    mapping = {f"^{re.escape(prefix)}": "model.", f"^{re.escape(head)}": "lm_head."}
+    return {"config": load_config(files, any_family=True), "key_mapping": mapping}
 
 
 def _some(names: list[str]) -> str:

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lrc.model.families import family_of
+from lrc.model.families import FAMILIES, family_of
 from lrc.model.locate import ModelFiles, refuse_pointer
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
@@ -46,7 +46,8 @@ QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config
 
 
 def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
-    """Read the raw configuration of a transformers folder and check its sizes.
+    """Read the raw configuration of a transformers folder and check its sizes. That of a multimodal
+    model is its text model's.
 
     Args:
         files: the model's files.
@@ -61,12 +62,15 @@ def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
     with reading(path, "give a model folder with a valid configuration"):
         check_size(path, "configuration")
     config = read_json(path, "give a model folder with a valid configuration")
+    inner, multimodal = config.get("text_config"), False
+    if isinstance(inner, dict) and inner.get("model_type") in FAMILIES:
+        config, multimodal = {**config, **inner}, True  # sizes may be left to the class's defaults
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{path} names no model_type: give the folder of a transformers model.")
     if not any_family:
         family_of(model_type)
-    problems = list(size_problems(config, () if any_family else NEEDED))
+    problems = list(size_problems(config, () if any_family or multimodal else NEEDED))
     if problems:
         raise UserError(f"{path} is not valid ({'; '.join(problems)}): give another model.")
     _refuse_quantized(files, config)
