@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lrc.model.layout import layout_of
 from lrc.model.shapes import head_dim_of
 from lrc.model.student import check_hidden_size, forget_origin
 from lrc.model.teacher import Teacher
@@ -43,7 +44,7 @@ def teacher_shape(teacher: Teacher) -> PrunedShape:
     Raises:
         UserError: if it cannot be pruned by heads, neurons and channels.
     """
-    if not can_be_pruned(teacher):
+    if not can_be_pruned(teacher.model):
         raise UserError(
             f"{teacher.family.model_type} models have other layers than Llama's, so heads and FFN "
             "neurons cannot be pruned: use lrc, slicegpt or a method that starts from random "
@@ -52,14 +53,14 @@ def teacher_shape(teacher: Teacher) -> PrunedShape:
     return shape_of_config(teacher.config)
 
 
-def can_be_pruned(teacher: Teacher) -> bool:
+def can_be_pruned(model: PreTrainedModel) -> bool:
     """Whether all layers are Llama's attention and FFN, nothing else in them belongs to single
     heads (sinks), and no scale depends on the hidden size."""
-    layout = teacher.layout
+    layout = layout_of(model)
     narrower = copy.copy(layout.config)
     narrower.hidden_size = layout.config.hidden_size // 2
     scale = layout.family.embedding_scale
-    sinks = any(name.endswith(".sinks") for name, _ in teacher.model.named_parameters())
+    sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     return layout.is_llamas and not sinks and scale(narrower) == scale(layout.config)
 
 

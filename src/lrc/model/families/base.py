@@ -191,6 +191,9 @@ class Family:
     gguf: str | None = None
     """llama.cpp's architecture name, for GGUF files; None if none fits."""
 
+    vllm: bool | None = None
+    """Whether vLLM's own class for this family takes an explicit head_dim; None: not checked."""
+
     gguf_neighbors: bool = False
     """Whether llama.cpp rotates neighboring rows of q and k together in this architecture.
     transformers rotates row i of a head with row i + head_dim / 2."""

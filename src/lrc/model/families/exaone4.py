@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from lrc.model.families.olmo2 import OLMO2
 
-EXAONE4 = replace(OLMO2, model_type="exaone4")
+EXAONE4 = replace(OLMO2, model_type="exaone4", vllm=None)

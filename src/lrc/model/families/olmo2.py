@@ -9,4 +9,4 @@ NORMS_AFTER = (
     replace(FFN, norm=None, after="post_feedforward_layernorm"),
 )
 
-OLMO2 = Family("olmo2", branches=always(*NORMS_AFTER))
+OLMO2 = Family("olmo2", branches=always(*NORMS_AFTER), vllm=False)

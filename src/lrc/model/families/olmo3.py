@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from lrc.model.families.olmo2 import OLMO2
 
-OLMO3 = replace(OLMO2, model_type="olmo3")
+OLMO3 = replace(OLMO2, model_type="olmo3", vllm=None)

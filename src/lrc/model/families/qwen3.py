@@ -6,4 +6,4 @@ gains.
 
 from lrc.model.families.base import Family
 
-QWEN3 = Family("qwen3", gguf="qwen3")
+QWEN3 = Family("qwen3", gguf="qwen3", vllm=True)

@@ -1,0 +1,104 @@
+"""Write docs/families.md: what works for which model family, from the code itself.
+
+python scripts/families.py            write the page
+python scripts/families.py --check    exit with 1 if the page differs from the code
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
+
+from lrc.baselines.attention import check_observable
+from lrc.baselines.pruning.shape import can_be_pruned
+from lrc.model.families import FAMILIES, Family
+from lrc.model.layout import Layout, layout_of
+from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.system.errors import UserError
+
+PAGE = Path(__file__).parents[1] / "docs" / "families.md"
+
+HEAD = """# Model families
+
+The student is of the teacher's own class, whatever the family. Methods `lrc`, `slicegpt`, `scratch`
+and `activation-clone` and the starts `closed-form`, `pca` and `random` work with all of them;
+`tests/model/test_every_family.py` runs each. The text model of a multimodal checkpoint (Gemma 3
+and 4, Qwen3.5, Mistral 3) is read out of it.
+
+* **Clone terms** are the names that `objective.clone` switches, in the order of the first use.
+  Projections have the same names, and the experts of a layer share theirs. The readers of experts
+  (*italic*) have no clone term, because they see only the tokens that are routed to them.
+* **Start**: `norms` means that a norm follows each block. The closed-form start then fits the
+  writer together with the gain of that norm.
+* **Pruning** means `minitron`, `sheared-llama`, `llm-pruner` and `lrc prune`; **attention** means
+  `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
+* **Documents**: whether `data.document_mask` can keep packed documents apart.
+* **BOS**: whether every training sequence starts with BOS, because the models fail without.
+* **GGUF**: llama.cpp's architecture, if `lrc export` can write it.
+* **vLLM**: whether vLLM's own class takes a student's explicit head_dim (read in its source, not
+  run). Where not, vLLM runs transformers' class with `--model-impl transformers`.
+
+This page is written by `python scripts/families.py`.
+
+| model type | clone terms | start | pruning | attention | documents | BOS | GGUF | vLLM |
+|---|---|---|---|---|---|---|---|---|
+"""
+
+
+def default_model(family: Family) -> PreTrainedModel:
+    """A model of the family's default configuration, without weights."""
+    config = CONFIG_MAPPING[family.model_type]()
+    if not layers_differ(config):
+        config.head_dim = head_dim_of(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def terms(layout: Layout) -> str:
+    """The names of the linear maps."""
+    observable = {site.name for site in layout.observable()}
+    return ", ".join(n if n in observable else f"*{n}*" for n in layout.names())
+
+
+def row(family: Family) -> str:
+    """The table's row of a family."""
+    model = default_model(family)
+    layout = layout_of(model)
+    try:
+        check_observable(model, range(layout.num_layers))
+        observed = "yes"
+    except UserError:
+        observed = "no"
+    cells = [
+        f"`{family.model_type}`",
+        terms(layout),
+        "norms" if layout.after_norms() else "yes",
+        "yes" if can_be_pruned(model) else "no",
+        observed,
+        "yes" if family.keeps_documents_apart else "no",
+        "yes" if family.needs_bos else "",
+        f"`{family.gguf}`" if family.gguf else "no",
+        {True: "yes", False: "no", None: "not checked"}[family.vllm],
+    ]
+    return f"| {' | '.join(cells)} |\n"
+
+
+def page() -> str:
+    """The whole page."""
+    logging.disable()
+    return HEAD + "".join(row(family) for family in FAMILIES.values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="compare instead of writing")
+    if parser.parse_args().check:
+        sys.exit(PAGE.read_text(encoding="utf-8") != page())
+    PAGE.write_text(page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
