@@ -48,9 +48,13 @@ This page is written by `python scripts/families.py`.
 """
 
 
+DENSE = {"gemma4_text": {"hidden_size_per_layer_input": 0}}
+"""Settings without which the default configuration is one that is refused."""
+
+
 def default_model(family: Family) -> PreTrainedModel:
     """A model of the family's default configuration, without weights."""
-    config = CONFIG_MAPPING[family.model_type]()
+    config = CONFIG_MAPPING[family.model_type](**DENSE.get(family.model_type, {}))
     if not layers_differ(config):
         config.head_dim = head_dim_of(config)
     with torch.device("meta"):

@@ -86,6 +86,13 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "qwen3_5_moe_text": {**DELTA_NET, **SHARED},
     "gemma2": {**GEMMA, "attn_logit_softcapping": 4.0},
     "gemma3_text": GEMMA,
+    "gemma4_text": {
+        **GEMMA,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "global_head_dim": 8,
+        "num_global_key_value_heads": 1,
+    },
     "gemma4_unified_text": {
         **GEMMA,
         "attention_k_eq_v": True,

@@ -340,3 +340,30 @@ def test_clone_terms_go_by_the_familys_names() -> None:
         tiny_method(teacher, objective={"clone": {"gate": False}})
     with pytest.raises(UserError, match="'qkv'"):
         tiny_method(tiny_teacher("llama"), objective={"clone": {"qkv": True}})
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("gemma4_text", {"hidden_size_per_layer_input": 4}, "embeddings for every layer"),
+        (
+            "phi3",
+            {
+                "head_dim": None,
+                "rope_parameters": {
+                    "rope_type": "longrope",
+                    "rope_theta": 1e4,
+                    "short_factor": [1.0] * 4,
+                    "long_factor": [2.0] * 4,
+                    "original_max_position_embeddings": 32,
+                },
+            },
+            "longrope",
+        ),
+    ],
+)
+def test_what_cannot_be_cloned_is_refused(
+    family: str, changes: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(UserError, match=f"This {family} model has .*{reason}.*cannot be cloned"):
+        tiny_teacher(family, **changes)

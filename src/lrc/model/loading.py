@@ -13,7 +13,7 @@ from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
 from lrc.model import gguf
-from lrc.model.families import FAMILIES, family_of
+from lrc.model.families import FAMILIES, check_supported
 from lrc.model.locate import ACCEPTED, ModelFiles
 from lrc.model.settings import read_config
 from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
@@ -79,7 +79,7 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
         inner.tie_word_embeddings |= config.tie_word_embeddings
         config = inner
     if not any_family:
-        family_of(config.model_type)
+        check_supported(config)
     if files.gguf_path is not None and settings is not None:
         gguf.complete(config, settings)
         gguf.check_settings(files.gguf_path, settings, config)

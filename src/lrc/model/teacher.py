@@ -14,7 +14,7 @@ from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.accelerate import load_offloaded_parameter
 
-from lrc.model.families import Family, family_of
+from lrc.model.families import Family, check_supported, family_of
 from lrc.model.gguf import read_header
 from lrc.model.layout import Layout
 from lrc.model.loading import load_config, load_skeleton_of, load_weights
@@ -235,7 +235,7 @@ def as_teacher(
     Raises:
         UserError: if its family is not supported, or its tokenizer does not fit its embedding.
     """
-    family = family_of(model.config.model_type)
+    family = check_supported(model.config)
     rows = model.get_input_embeddings().weight.shape[0]
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if largest >= rows:

@@ -4,6 +4,8 @@ Nothing else in the project asks which family it works on. To add a family, writ
 `llama.py` and add it to `FAMILIES`.
 """
 
+from typing import Any
+
 from lrc.model.families.apertus import APERTUS
 from lrc.model.families.arcee import ARCEE
 from lrc.model.families.base import Branch, Family
@@ -14,7 +16,7 @@ from lrc.model.families.exaone4 import EXAONE4
 from lrc.model.families.gemma import GEMMA
 from lrc.model.families.gemma2 import GEMMA2
 from lrc.model.families.gemma3 import GEMMA3
-from lrc.model.families.gemma4 import GEMMA4
+from lrc.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from lrc.model.families.glm4 import GLM4
 from lrc.model.families.glm4_moe import GLM4_MOE
 from lrc.model.families.gpt_oss import GPT_OSS
@@ -55,6 +57,7 @@ _FAMILIES = (
     GEMMA2,
     GEMMA3,
     GEMMA4,
+    GEMMA4_UNIFIED,
     PHI3,
     GPT_OSS,
     SMOLLM3,
@@ -78,7 +81,19 @@ _FAMILIES = (
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}
 
-__all__ = ["FAMILIES", "Branch", "Family", "family_of"]
+__all__ = ["FAMILIES", "Branch", "Family", "check_supported", "family_of"]
+
+
+def check_supported(config: Any) -> Family:
+    """The family of a configuration.
+
+    Raises:
+        UserError: if its family is unknown, or it has something that cannot be cloned.
+    """
+    family = family_of(config.model_type)
+    if reason := family.unsupported(config):
+        raise UserError(f"This {family.model_type} model has {reason}, which cannot be cloned.")
+    return family
 
 
 def family_of(model_type: str) -> Family:

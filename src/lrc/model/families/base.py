@@ -191,6 +191,9 @@ class Family:
     gguf: str | None = None
     """llama.cpp's architecture name, for GGUF files; None if none fits."""
 
+    unsupported: Callable[[Any], str | None] = lambda _config: None
+    """What a configuration has that cannot be cloned, as the end of a sentence; None: nothing."""
+
     vllm: bool | None = None
     """Whether vLLM's own class for this family takes an explicit head_dim; None: not checked."""
 

@@ -1,7 +1,7 @@
 """Gemma 4, text, dense: Gemma 2's layout. The widths of heads differ between layers, some layers
 use their keys as values, and every layer ends with a scale.
 
-Not here: the variants that add embeddings to every layer (E2B, E4B), and those with experts.
+The variants that add embeddings to every layer (E2B, E4B), and that with experts, are refused.
 """
 
 from dataclasses import replace
@@ -21,10 +21,24 @@ def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     return attention, ffn
 
 
+def unsupported(config: Any) -> str | None:
+    """What the smaller variants and the one with experts add."""
+    if getattr(config, "hidden_size_per_layer_input", 0):
+        return "embeddings for every layer"
+    if getattr(config, "enable_moe_block", False):
+        return "experts beside its FFN"
+    if getattr(config, "num_kv_shared_layers", 0):
+        return "layers that share keys and values"
+    return None
+
+
 GEMMA4 = Family(
-    "gemma4_unified_text",
+    "gemma4_text",
+    unsupported=unsupported,
     branches=branches,
     embedding_scale=root_of_width,
     layer_scale="layer_scalar",
     needs_bos=True,
 )
+
+GEMMA4_UNIFIED = replace(GEMMA4, model_type="gemma4_unified_text")
