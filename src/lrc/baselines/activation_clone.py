@@ -15,6 +15,7 @@ from lrc.cloning.distill_pass import ClonePair
 from lrc.model.layout import LinearSite
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
+from lrc.recipe.sections import LLAMA_TERMS
 
 
 class ActivationClone(RandomStudent):
@@ -35,7 +36,11 @@ class ActivationClone(RandomStudent):
         self.alignment = writer_alignment(teacher, self.model, self.distill.sites, seed)
 
     def loss_weights(self) -> list[float]:
-        clones = self.objective.alpha_at(1) if self.objective.clone.any_enabled() else 0.0
+        clones = (
+            0.0
+            if self.objective.clone.off().issuperset(LLAMA_TERMS)
+            else self.objective.alpha_at(1)
+        )
         return [*super().loss_weights(), clones]
 
     def parameters(self) -> dict[str, nn.Parameter]:

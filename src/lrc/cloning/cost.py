@@ -11,7 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrc.model.shapes import head_dim_of
-from lrc.recipe.sections import ObjectiveSection
+from lrc.recipe.sections import LLAMA_TERMS, ObjectiveSection
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,7 @@ def step_flops(
         matrices, halved because a causal kernel needs half of them."""
         return 2 * sequence * widths.attention * widths.layers
 
-    llamas = ("q", "k", "v", "o", "gate", "up", "down")
-    terms = {name for name in llamas if objective.alpha and objective.clone.enables(name)}
+    terms = set(LLAMA_TERMS) - objective.clone.off() if objective.alpha else set()
     # Projection of the teacher's outputs: forward, and the gradient of the projection.
     written = (2 if released else 4) * teacher.hidden * student.hidden
     clone = written if "down" in terms else 0

@@ -108,9 +108,9 @@ class DistillPass(nn.Module):
         ]
         """Where something is compared."""
         names, family = teacher.layout.names(), teacher.family.model_type
-        if unknown := sorted(objective.clone.needed().difference(names)):
+        if unknown := sorted(objective.clone.off().difference(names)):
             raise UserError(
-                f"objective.clone names '{unknown[0]}', but {family} models have no such linear "
+                f"objective.clone.{unknown[0]} is off, but {family} models have no such linear "
                 f"map: choose from {', '.join(names)}."
             )
         self._micro_batch: _MicroBatch | None = None

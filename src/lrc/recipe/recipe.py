@@ -17,6 +17,7 @@ from pydantic import ValidationError, ValidationInfo, field_validator, model_val
 
 from lrc.recipe.method_sections import METHOD_SECTIONS, LrcSection, MethodSection
 from lrc.recipe.sections import (
+    LLAMA_TERMS,
     DataSection,
     InitializeSection,
     ObjectiveSection,
@@ -70,7 +71,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _something_to_learn(self) -> "Recipe":
         loss = self.objective
-        weights = loss.kl_weight, loss.lm_weight, loss.clone.any_enabled() and loss.alpha_at(1)
+        weights = (
+            loss.kl_weight,
+            loss.lm_weight,
+            not loss.clone.off().issuperset(LLAMA_TERMS) and loss.alpha_at(1),
+        )
         if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError(
                 "every loss is off, at least at the end of the run: set kl_weight, lm_weight or "

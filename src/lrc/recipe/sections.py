@@ -93,12 +93,8 @@ class InitializeSection(Section):
 
 
 class CloneTerms(Section):
-    """Which activations are cloned, named by the linear map that produces them. Families with other
-    linear maps name them here too (`router: false`); docs/families.md lists their names. All that
-    exist are cloned by default."""
-
-    model_config = ConfigDict(extra="allow")
-    __pydantic_extra__: dict[str, bool]
+    """Which activations are cloned, named by the linear map that produces them. A model has some of
+    these (docs/families.md)."""
 
     q: bool = True
     """Query pre-activations."""
@@ -115,20 +111,46 @@ class CloneTerms(Section):
     down: bool = True
     """Outputs of the FFN."""
 
+    qkv: bool = True
+    """Query, key and value pre-activations of one matrix."""
+    qkvz: bool = True
+    """The same with the gate of a delta net."""
+    z: bool = True
+    """The gate of a delta net."""
+    a: bool = True
+    """The decay of a delta net."""
+    b: bool = True
+    """The rate of a delta net."""
+    ba: bool = True
+    """Both of one matrix."""
+    q_a: bool = True
+    """The latent of the queries."""
+    kv_a: bool = True
+    """The latent of keys and values."""
+    gate_up: bool = True
+    """FFN gate and up pre-activations of one matrix."""
+    router: bool = True
+    """Logits of a router of experts."""
+    shared_gate: bool = True
+    """Gate pre-activations of a shared expert."""
+    shared_up: bool = True
+    """Up pre-activations of a shared expert."""
+    shared_router: bool = True
+    """The weight of a shared expert before its sigmoid."""
+    shared_down: bool = True
+    """Outputs of a shared expert."""
+
     def enables(self, name: str) -> bool:
         """Whether a term is on, by the name of its linear map."""
-        known = name in type(self).model_fields
-        return bool(getattr(self, name) if known else self.__pydantic_extra__.get(name, True))
+        return bool(getattr(self, name))
 
-    def any_enabled(self) -> bool:
-        """Whether a term of Llama's linear maps, or one that the recipe names, is on."""
-        return any(self.model_dump().values())
+    def off(self) -> set[str]:
+        """The names of the terms that are off."""
+        return {name for name in type(self).model_fields if not self.enables(name)}
 
-    def needed(self) -> set[str]:
-        """The names that must exist: those that are off, and those that Llama lacks."""
-        off = {name for name in type(self).model_fields if not getattr(self, name)}
-        return off | set(self.__pydantic_extra__)
 
+LLAMA_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The terms of most models."""
 
 ALPHA_ZERO_AT = 1 / 3
 """Default of `objective.alpha_zero_at`."""
