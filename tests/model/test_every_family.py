@@ -1,15 +1,19 @@
 """What must hold for every family, whatever its layers are made of."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
 from lrc.baselines.pruning.rotate import write_rotated
 from lrc.cloning.activations import activation_of, last_hidden
@@ -25,10 +29,11 @@ from lrc.methods import METHODS
 from lrc.model.families import FAMILIES
 from lrc.model.layout import LinearSite
 from lrc.model.student import build_student, empty_student, student_config
-from lrc.model.teacher import Teacher
+from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import make_recipe
-from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
+from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection, TeacherSection
 from lrc.system.errors import UserError
+from lrc.train import train
 from lrc.train.loop import count
 from starts import initialize_from_text
 from tiny import (
@@ -41,6 +46,7 @@ from tiny import (
     tiny_method,
     tiny_teacher,
 )
+from tiny_runs import new_run
 
 CASES = [
     pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
@@ -370,3 +376,22 @@ def test_what_cannot_be_cloned_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"This {family} model has .*{reason}.*cannot be cloned"):
         tiny_teacher(family, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_is_loaded_trained_and_exported(family: str, tmp_path: Path) -> None:
+    """The way of a user: a teacher's folder, a few steps, a student's folder, a resumed run."""
+    teacher = tiny_teacher(family, dtype=torch.float32)
+    teacher.model.save_pretrained(tmp_path / "teacher")
+    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
+    loaded = load_teacher(TeacherSection(model=str(tmp_path / "teacher")))
+    ids = tokens(2)
+    found, expected = logits(loaded.model, ids), logits(teacher.model, ids)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    run = new_run(tmp_path, tokens=96, release_at=0.7)
+    train(run, Console(quiet=True), loaded)
+    assert all(math.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder, dtype=torch.float32)
+    assert type(student) is type(teacher.model)
+    assert student.config.hidden_size == STUDENT_HIDDEN
+    assert torch.isfinite(logits(student, ids)).all()

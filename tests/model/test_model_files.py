@@ -248,7 +248,7 @@ def test_weights_that_need_scales_are_refused(
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
         {"quantization_config": {"quant_method": "something-new"}},
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        {"quantization_config": {"quant_method": "fp8"}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
         {"compression_config": {"format": "int-quantized"}},
         {"quantization_config": "yes"},
     ],

@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
 from lrc.model import gguf
 from lrc.model.families import FAMILIES, check_supported
 from lrc.model.locate import ACCEPTED, ModelFiles
-from lrc.model.settings import read_config
+from lrc.model.settings import DEQUANTIZED, quantization_of, read_config
 from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
 from lrc.system.errors import UserError
-from lrc.system.files import reading
+from lrc.system.files import read_json, reading
 
 _TORCH = ("float64", "float32", "float16", "bfloat16")
 
@@ -123,6 +123,7 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
     skeleton = load_skeleton_of(files)
     # Pass our own configuration for a GGUF file: transformers does not read all of it.
     own = {"config": load_config(files, any_family=True)} if files.gguf else _text_options(files)
+    own |= _dequantizing(files)
     with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         model = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, **own, **files.options(), **options
@@ -151,6 +152,7 @@ def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTen
             f"{name} ({tensor.dtype})"
             for name, tensor in stored.items()
             if tensor.dtype not in FLOATING and name not in surplus
+            if not (_dequantizing(files) and _has_scales(name, stored))
         ]
         if packed:
             raise UserError(
@@ -180,6 +182,7 @@ def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **_text_options(files),
+            **_dequantizing(files),
             **files.options(),
         )
     if prefix := text_prefix(files):  # the rest belongs to other parts of a multimodal model
@@ -206,6 +209,29 @@ def _text_options(files: ModelFiles) -> dict[str, Any]:
     head = f"{prefix.removesuffix('model.')}lm_head."
     mapping = {f"^{re.escape(prefix)}": "model.", f"^{re.escape(head)}": "lm_head."}
     return {"config": load_config(files, any_family=True), "key_mapping": mapping}
+
+
+def _has_scales(name: str, stored: dict[str, StoredTensor]) -> bool:
+    """Whether a quantized tensor comes with its scales, or is the scales."""
+    base = name.removesuffix("_scales").removesuffix("_blocks")
+    both = {f"{base}_blocks", f"{base}_scales"} <= stored.keys()
+    return f"{name}_scale_inv" in stored or both
+
+
+def quantization_kind(files: ModelFiles) -> str | None:
+    """The kind of a model's quantized weights; None if they are plain, or of a GGUF file."""
+    if files.gguf:
+        return None
+    return quantization_of(read_json(files.folder / "config.json", "give a valid model"))
+
+
+def _dequantizing(files: ModelFiles) -> dict[str, Any]:
+    """Further arguments of `from_pretrained` to read quantized weights as plain numbers."""
+    kind = quantization_kind(files)
+    if kind not in DEQUANTIZED:
+        return {}
+    config = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}[kind]
+    return {"quantization_config": config(dequantize=True)}
 
 
 def _some(names: list[str]) -> str:

@@ -41,6 +41,9 @@ POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that describe quantized weights."""
 
+DEQUANTIZED = ("mxfp4", "fp8")
+"""Kinds of quantized weights that transformers turns back into plain numbers exactly."""
+
 QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
 """Files beside a configuration that describe quantized weights."""
 
@@ -117,6 +120,12 @@ def _is_positive(value: Any) -> bool:
     return number and math.isfinite(value) and value > 0
 
 
+def quantization_of(config: dict[str, Any]) -> str | None:
+    """The kind of quantized weights that a raw configuration describes for transformers."""
+    described = config.get("quantization_config")
+    return str(described.get("quant_method")) if isinstance(described, dict) else None
+
+
 def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
     """Refuse quantized weights: they need scales, which transformers may not apply.
 
@@ -124,6 +133,8 @@ def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
         UserError: if the configuration or a file beside it says that the weights are quantized.
     """
     described: dict[str, Any] = {}
+    if quantization_of(config) in DEQUANTIZED:
+        return
     for name in QUANTIZED:
         if config.get(name):
             described = {"quant_method": "of an unknown kind"}

@@ -17,7 +17,12 @@ from transformers.integrations.accelerate import load_offloaded_parameter
 from lrc.model.families import Family, check_supported, family_of
 from lrc.model.gguf import read_header
 from lrc.model.layout import Layout
-from lrc.model.loading import load_config, load_skeleton_of, load_weights
+from lrc.model.loading import (
+    load_config,
+    load_skeleton_of,
+    load_weights,
+    quantization_kind,
+)
 from lrc.model.locate import PACKAGE_PREFIX, ModelFiles, locate, locate_locally, short_name
 from lrc.model.tokenizer import load_tokenizer_files
 from lrc.recipe.sections import TeacherSection
@@ -124,7 +129,9 @@ def load_teacher(
     if not isinstance(section, TeacherSection):
         section = TeacherSection(model=os.fspath(section))
     files = locate(section.model, section.revision)
-    options: dict[str, Any] = {"attn_implementation": section.attention}
+    options: dict[str, Any] = {}
+    if section.attention != "auto":
+        options["attn_implementation"] = section.attention
     by_layers = section.load == "layers"
     if by_layers and files.gguf:
         raise UserError(
@@ -132,6 +139,11 @@ def load_teacher(
             "model folder or a hub id, or set teacher.load to full."
         )
     config = load_config(files)
+    if by_layers and (kind := quantization_kind(files)):
+        raise UserError(
+            f"teacher.load: layers cannot read the weights of '{section.model}', which are "
+            f"quantized ({kind}): set teacher.load to full."
+        )
     tokenizer = load_tokenizer_files(files)
     if by_layers:
         family = family_of(config.model_type)

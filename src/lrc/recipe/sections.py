@@ -46,8 +46,9 @@ class TeacherSection(Section):
     """License identifier of the teacher, for the model card. Empty: read from the .gguf file or
     from the model card beside the weights, if there is one."""
 
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """transformers' attention implementation for teacher and student."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """transformers' attention implementation for teacher and student. `auto`: sdpa if the family
+    has it, else eager."""
 
 
 class StudentSection(Section):
