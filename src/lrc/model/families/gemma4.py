@@ -21,20 +21,16 @@ def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     return attention, ffn
 
 
-def unsupported(config: Any) -> str | None:
-    """What the smaller variants and the one with experts add."""
-    if getattr(config, "hidden_size_per_layer_input", 0):
-        return "embeddings for every layer"
-    if getattr(config, "enable_moe_block", False):
-        return "experts beside its FFN"
-    if getattr(config, "num_kv_shared_layers", 0):
-        return "layers that share keys and values"
-    return None
-
+REFUSED = {
+    "hidden_size_per_layer_input": "embeddings for every layer",
+    "enable_moe_block": "experts beside its FFN",
+    "num_kv_shared_layers": "layers that share keys and values",
+}
+"""What the smaller variants and the one with experts add, by the setting that says so."""
 
 GEMMA4 = Family(
     "gemma4_text",
-    unsupported=unsupported,
+    unsupported=lambda config: next((REFUSED[n] for n in REFUSED if getattr(config, n, 0)), None),
     branches=branches,
     embedding_scale=root_of_width,
     layer_scale="layer_scalar",
