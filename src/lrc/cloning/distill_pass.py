@@ -113,6 +113,8 @@ class DistillPass(nn.Module):
                 f"objective.clone.{unknown[0]} is off, but {family} models have no such linear "
                 f"map: choose from {', '.join(names)}."
             )
+        self._places: Tensor | None = None
+        """Row and column of each site in a table of terms by layers, int64 [2, sites]."""
         self._micro_batch: _MicroBatch | None = None
         self._hooks: list[RemovableHandle] = []
         if recomputes_layers:
@@ -146,11 +148,13 @@ class DistillPass(nn.Module):
 
     def _by_layer(self, by_site: Tensor) -> dict[str, Tensor]:
         """The clone terms [layers] by name, NaN in layers without such a linear map."""
-        empty = by_site.new_full((self.teacher.num_layers,), torch.nan)
-        found: dict[str, Tensor] = {}
-        for site, value in zip(self.sites, by_site, strict=True):
-            found.setdefault(site.name, empty.clone())[site.layer] = value
-        return found
+        names = list(dict.fromkeys(site.name for site in self.sites))
+        if self._places is None:
+            places = [(names.index(site.name), site.layer) for site in self.sites]
+            self._places = torch.tensor(places, device=by_site.device).T
+        table = by_site.new_full((len(names), self.teacher.num_layers), torch.nan)
+        table[tuple(self._places)] = by_site
+        return dict(zip(names, table, strict=True))
 
     def begin(self, batch: Batch, counts: Counts, compares: bool = False) -> None:
         """Let the hooks work on a micro-batch. The activations of the one before are released."""

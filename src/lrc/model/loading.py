@@ -148,11 +148,12 @@ def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTen
         missing, surplus, mismatched = gguf.check_tensors(files.gguf_path, stored, skeleton)
     else:
         missing, surplus, mismatched = _report(files)
+        dequantizing = bool(_dequantizing(files))
         packed = [
             f"{name} ({tensor.dtype})"
             for name, tensor in stored.items()
             if tensor.dtype not in FLOATING and name not in surplus
-            if not (_dequantizing(files) and _has_scales(name, stored))
+            if not (dequantizing and _has_scales(name, stored))
         ]
         if packed:
             raise UserError(
@@ -195,10 +196,17 @@ def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
 def text_prefix(files: ModelFiles) -> str | None:
     """What the names of the text model's tensors start with in the files of a multimodal model,
     such as `model.language_model.`; None for other models."""
+    if files.gguf or "text_config" not in _raw_config(files):
+        return None
     end = "embed_tokens.weight"
     ends = f"language_model.{end}", f"language_model.model.{end}"
-    names = [] if files.gguf else [name for name in stored_tensors(files) if name.endswith(ends)]
+    names = [name for name in stored_tensors(files) if name.endswith(ends)]
     return names[0].removesuffix(end) if names else None
+
+
+def _raw_config(files: ModelFiles) -> dict[str, Any]:
+    """The configuration in a model's folder, as it is."""
+    return read_json(files.folder / "config.json", "give a valid model")
 
 
 def _text_options(files: ModelFiles) -> dict[str, Any]:
@@ -222,7 +230,7 @@ def quantization_kind(files: ModelFiles) -> str | None:
     """The kind of a model's quantized weights; None if they are plain, or of a GGUF file."""
     if files.gguf:
         return None
-    return quantization_of(read_json(files.folder / "config.json", "give a valid model"))
+    return quantization_of(_raw_config(files))
 
 
 def _dequantizing(files: ModelFiles) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from lrc.model.families.base import EXPERTS, FFN, Branch, Family, latent_attenti
 SHARED = with_shared(EXPERTS, "mlp.shared_experts")
 
 
-def branches(config: Any, layer: int) -> tuple[Branch, ...]:
-    """The branches of a layer."""
-    dense = layer < config.first_k_dense_replace
-    return latent_attention(config), FFN if dense else SHARED
+def ffn(config: Any, layer: int) -> Branch:
+    """The FFN or the experts of a layer."""
+    return FFN if layer < config.first_k_dense_replace else SHARED
 
 
-DEEPSEEK_V3 = Family("deepseek_v3", branches=branches)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3",
+    branches=lambda config, layer: (latent_attention(config), ffn(config, layer)),
+)

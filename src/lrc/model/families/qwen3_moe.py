@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, EXPERTS, FFN, Branch, Family
+from lrc.model.families.base import ATTENTION, EXPERTS, FFN, Family
 
 
-def branches(config: Any, layer: int) -> tuple[Branch, ...]:
-    """The branches of a layer."""
-    dense = layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step
-    return ATTENTION, FFN if dense else EXPERTS
+def is_dense(config: Any, layer: int) -> bool:
+    """Whether a layer has an FFN in place of experts."""
+    return layer in config.mlp_only_layers or (layer + 1) % config.decoder_sparse_step != 0
 
 
-QWEN3_MOE = Family("qwen3_moe", branches=branches)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    branches=lambda config, layer: (ATTENTION, FFN if is_dense(config, layer) else EXPERTS),
+)
