@@ -34,7 +34,6 @@ from rich.table import Table
 
 from lrc.corpus.mix import Mix
 from lrc.corpus.pool import default_workers
-from lrc.corpus.progress import BuildProgress
 from lrc.data.sources import read_documents
 from lrc.recipe import validated
 
@@ -114,9 +113,8 @@ def whole_build(folder: Path, tokenizer: Any, options: argparse.Namespace, full:
     if full and options.evaluation:
         settings["decontaminate"] = {"folder": str(Path(options.evaluation).absolute())}
     mix = validated(Mix, settings, "The mix")
-    progress = BuildProgress(Console(quiet=True))
     began = time.perf_counter()
-    build_shards(mix, tokenizer, folder / "out", options.workers, progress)
+    build_shards(mix, tokenizer, folder / "out", options.workers)
     seconds = time.perf_counter() - began
     shutil.rmtree(folder / "out")
     return seconds

@@ -45,9 +45,8 @@ def norms(model: PreTrainedModel, ids: Tensor) -> Tensor:
 def main(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs with the same teacher.")],
 ) -> None:
-    quiet = Console(quiet=True)
     run = Run.open(runs[0])
-    first = set_up(run, quiet)
+    first = set_up(run)
     text = open_text(run.recipe, first.teacher.tokenizer)
     batches = text.held_out_batches(SEQUENCES, 8)
     ids = torch.cat([batch.input_ids.reshape(-1, LENGTH) for batch in batches]).to(first.device)
@@ -57,7 +56,7 @@ def main(
     teacher, least = theirs[layer], MASSIVE * theirs[layer].median()
     table = Table("run", "missed", "invented")
     for folder in runs:
-        setup = set_up(Run.open(folder), quiet, first.teacher)
+        setup = set_up(Run.open(folder), first.teacher)
         student = norms(setup.method.student(), ids)[layer]
         missed = int((student[:, 0] < MISSED * teacher[:, 0]).sum())
         table.add_row(

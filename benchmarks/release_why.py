@@ -37,7 +37,6 @@ from lrc.methods import METHODS
 from lrc.model.teacher import load_tokenizer
 from lrc.recipe import make_recipe
 from lrc.run import Run
-from lrc.system.console import TextConsole
 from lrc.system.errors import DivergedError
 from lrc.train import train
 
@@ -253,7 +252,7 @@ def best(
         run = Run(out / f"{name}-lr{rate:g}", make_recipe(base, overrides))
         METHODS["lrc"] = kind
         try:
-            summary = train(run, TextConsole(quiet=True), report=False)
+            summary = train(run)
             found[rate] = summary["student_held_out_lm"]
         except DivergedError:
             found[rate] = float("inf")

@@ -1,6 +1,5 @@
 """Small mixes to build, and what came out."""
 
-import io
 import json
 import random
 from collections.abc import Sequence
@@ -8,12 +7,10 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from data_helpers import byte_tokenizer
 from lrc.corpus.mix import Mix
-from lrc.corpus.progress import BuildProgress
 from lrc.corpus.run import build_shards
 from lrc.data.shards import Shards, Split, documents_of
 from lrc.recipe import validated
@@ -48,9 +45,8 @@ def build(
     mix: Mix, out: Path, workers: int = 1, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Shards:
     """Build a mix without showing anything, and without waiting for the disk."""
-    progress = BuildProgress(Console(file=io.StringIO()))
     with patch("os.fsync"):
-        return build_shards(mix, tokenizer or byte_tokenizer(), out, workers, progress)
+        return build_shards(mix, tokenizer or byte_tokenizer(), out, workers)
 
 
 def texts_of(shards: Shards, split: Split = "train") -> list[tuple[str, str]]:

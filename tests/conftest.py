@@ -1,11 +1,13 @@
 """Fixtures that several test files share."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from command_line import Command, command_line
+from lrc.system.progress import log_progress, show_progress_with
 from pages import Look, headless_browser
 from stories import save_stories, shared_data, stories_source
 
@@ -16,6 +18,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRC_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """Undo what a command line in this process did to the log and the display of progress."""
+    logger = logging.getLogger("lrc")
+    yield
+    logger.handlers, logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
+    show_progress_with(log_progress)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The Python interface: what the command line does, with objects in place of names."""
 
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,14 +31,13 @@ def documents(number: int = 40) -> list[str]:
 
 @pytest.fixture
 def parts() -> dict[str, Any]:
-    """A loaded transformers model, its tokenizer, and the other arguments of a quiet clone."""
+    """A loaded transformers model, its tokenizer, and the other arguments of a clone."""
     teacher = tiny_teacher("llama", dtype=torch.float32)
     return {
         "teacher": teacher.model,
         "tokenizer": teacher.tokenizer,
         "hidden_size": 8,
         "settings": SETTINGS,
-        "quiet": True,
     }
 
 
@@ -125,7 +125,6 @@ def test_on_step_and_resume(parts: dict[str, Any], tmp_path: Path) -> None:
         teacher=parts["teacher"],
         tokenizer=parts["tokenizer"],
         on_step=lambda line: again.append(line["step"]),
-        quiet=True,
     )
     assert again == [2, 3]
     whole = lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="whole")
@@ -138,15 +137,15 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     parts.pop("tokenizer").save_pretrained("teacher")
     run = lrc.compress(**{**parts, "teacher": "teacher"}, text=as_generator(), out="start")
     assert run.summary()["tokens"] == 0
-    out = lrc.export(run, "student", dtype="bf16", quiet=True)
+    out = lrc.export(run, "student", dtype="bf16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     with pytest.raises(UserError, match="dtype is 'int3': choose one of float32"):
         lrc.export(run, "other", dtype="int3")
     with pytest.raises(UserError, match="format is 'onnx'"):
         lrc.export(run, "other", format="onnx")
-    smaller = lrc.prune(run, ratio=0.05, out="pruned", quiet=True)
+    smaller = lrc.prune(run, ratio=0.05, out="pruned")
     assert smaller.student().num_parameters() < run.student().num_parameters()
-    found = lrc.evaluate(run, tasks=["heldout"], limit=2, quiet=True)
+    found = lrc.evaluate(run, tasks=["heldout"], limit=2)
     assert found.models[0].tasks.keys() == {"heldout"}
     assert (run.folder / "evaluation" / "results.json").is_file()
 
@@ -169,7 +168,7 @@ def test_compare(parts: dict[str, Any], tmp_path: Path) -> None:
         "entries": [{"name": "lrc"}, {"name": "scratch", "set": {"method": "scratch"}}],
     }
     Path("plan.yaml").write_text(yaml.safe_dump(plan))
-    results = lrc.compare("plan.yaml", out="compared", only=["lrc"], quiet=True)
+    results = lrc.compare("plan.yaml", out="compared", only=["lrc"])
     assert [entry.name for entry in results.entries if entry.runs] == ["lrc"]
     assert Path("compared", "comparison.md").is_file()
 
@@ -183,3 +182,13 @@ def test_everything_public_is_there_and_packages_do_not_hide_it() -> None:
     for name in ("clone", "compress", "resume", "export", "evaluate", "prune", "compare"):
         assert callable(getattr(lrc, name))
         assert name in lrc.__all__
+
+
+def test_what_a_clone_does_is_logged(
+    parts: dict[str, Any], caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.INFO, "lrc")
+    lrc.clone(**parts, text=as_generator(), out="logged")
+    assert "held-out LM loss" in caplog.text
+    assert "Initializing the student" in caplog.text
+    assert capsys.readouterr().out == ""

@@ -4,8 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.train import train
@@ -36,4 +34,4 @@ def new_run(folder: Path, *trackers: str, name: str = "run", **changes: Any) -> 
 
 def go(run: Run, family: str = "llama") -> None:
     """Train a run to its end."""
-    train(run, Console(quiet=True), tiny_teacher(family))
+    train(run, tiny_teacher(family))

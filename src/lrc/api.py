@@ -1,4 +1,9 @@
-"""The Python interface: what the command line does, as functions."""
+"""The Python interface: what the command line does, as functions.
+
+Warnings, results and progress are logged by the logger `lrc`:
+
+    logging.basicConfig(level=logging.INFO)
+"""
 
 import hashlib
 import json
@@ -14,7 +19,6 @@ from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run, default_folder
 from lrc.system.checksums import cache_root
-from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
 from lrc.train import train
@@ -48,7 +52,6 @@ def clone(
     out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
-    quiet: bool = False,
 ) -> Run:
     """Clone a teacher into a student of a smaller hidden size.
 
@@ -61,7 +64,6 @@ def clone(
         out: the run's folder; default: a new one in `runs/`.
         settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
         on_step: called after every optimizer step.
-        quiet: whether to print nothing.
 
     Returns:
         The run; `run.student()` is the model and `run.summary()` its figures.
@@ -71,7 +73,7 @@ def clone(
     """
     run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
     need_whole_teacher(run.recipe)
-    train(run, TextConsole(quiet=quiet), loaded, report=not quiet, on_step=on_step)
+    train(run, loaded, on_step=on_step)
     return run
 
 
@@ -83,14 +85,13 @@ def compress(
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
-    quiet: bool = False,
 ) -> Run:
     """Compress a teacher without training: only the start of a clone.
 
     Arguments, return value and errors are those of `clone`. `resume` trains the run further.
     """
     run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
-    initialize_only(run, TextConsole(quiet=quiet), loaded)
+    initialize_only(run, loaded)
     return run
 
 
@@ -100,7 +101,6 @@ def resume(
     teacher: "Teacher | PreTrainedModel | None" = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     on_step: OnStep | None = None,
-    quiet: bool = False,
 ) -> Run:
     """Continue a run from its newest intact checkpoint, exactly where it stopped.
 
@@ -109,14 +109,13 @@ def resume(
         teacher: the loaded teacher, if the run began with one.
         tokenizer: its tokenizer, if the teacher is a transformers model.
         on_step: called after every optimizer step.
-        quiet: whether to print nothing.
 
     Raises:
         UserError: if the run cannot be continued.
     """
     opened = run if isinstance(run, Run) else Run.open(run)
     loaded = None if teacher is None else _loaded(teacher, tokenizer, opened.recipe.teacher.model)
-    train(opened, TextConsole(quiet=quiet), loaded, report=not quiet, on_step=on_step)
+    train(opened, loaded, on_step=on_step)
     return opened
 
 
@@ -126,7 +125,6 @@ def export(
     *,
     dtype: str | None = None,
     format: str | None = None,
-    quiet: bool = False,
 ) -> Path:
     """Write the student of a run as a plain transformers folder, or as a GGUF file.
 
@@ -135,7 +133,6 @@ def export(
         out: a new folder, or a new file whose name ends in .gguf.
         dtype: element type of the weights, as torch or llama.cpp names it; None: as trained.
         format: `safetensors` or `gguf`; None: as the name of `out` says.
-        quiet: whether to print nothing.
 
     Raises:
         UserError: if the run has no checkpoint, or the output cannot be written.
@@ -144,7 +141,7 @@ def export(
 
     name = _name(model)
     kinds = _choice(Dtype, dtype, "dtype"), _choice(Format, format, "format")
-    export_model(name, Path(out), *kinds, TextConsole(quiet=quiet))
+    export_model(name, Path(out), *kinds)
     return Path(out)
 
 
@@ -158,7 +155,6 @@ def evaluate(
     data: StrPath | None = None,
     batch_size: int = 16,
     device: str = "auto",
-    quiet: bool = False,
 ) -> "Evaluation":
     """Evaluate a model on benchmarks of lm-evaluation-harness, alone or with other models.
 
@@ -172,7 +168,6 @@ def evaluate(
         data: folder of JSONL files that replace the harness's data sets.
         batch_size: sequences per forward pass.
         device: `auto`, or a device as in torch.
-        quiet: whether to print nothing.
 
     Raises:
         UserError: if a model, a task or its data is not found or not usable.
@@ -190,7 +185,7 @@ def evaluate(
         device=str(find_device(device)),
     )
     folder = Path(out) if out else results_folder(name, "evaluation", "evaluations")
-    return run_evaluation(name, list(compare), settings, folder, TextConsole(quiet=quiet))
+    return run_evaluation(name, list(compare), settings, folder)
 
 
 def prune(
@@ -202,7 +197,6 @@ def prune(
     tokens: int | None = None,
     out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
-    quiet: bool = False,
 ) -> Run:
     """Remove the least important attention heads and FFN neurons of a model (LLM-Pruner).
 
@@ -214,7 +208,6 @@ def prune(
         tokens: training tokens of the recovery.
         out: folder of the new run; default: a new one in `runs/`.
         settings: other settings of the recipe by dotted key.
-        quiet: whether to print nothing.
 
     Raises:
         UserError: if the model or the text is not found, or a setting is not usable.
@@ -226,7 +219,7 @@ def prune(
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
     run = Run.create(folder, recipe)
     check_recipe(recipe)
-    (train if recover else initialize_only)(run, TextConsole(quiet=quiet))
+    (train if recover else initialize_only)(run)
     return run
 
 
@@ -236,7 +229,6 @@ def compare(
     out: StrPath | None = None,
     only: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
-    quiet: bool = False,
 ) -> "Results":
     """Train several systems on the same budget, each at its best learning rate.
 
@@ -245,7 +237,6 @@ def compare(
         out: the comparison's folder, new or from an earlier start; default: one in `runs/`.
         only: names of the entries to run now; none: all.
         settings: settings of the base recipe by dotted key.
-        quiet: whether to print nothing.
 
     Raises:
         UserError: if the comparison or one of its recipes has mistakes.
@@ -255,7 +246,7 @@ def compare(
 
     folder = Path(out) if out else Path("runs") / f"compare-{Path(comparison).stem}"
     loaded = load_comparison(comparison, settings or {})
-    return run_comparison(loaded, folder, TextConsole(quiet=quiet), only)
+    return run_comparison(loaded, folder, only)
 
 
 def _new_run(

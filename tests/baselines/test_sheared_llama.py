@@ -9,7 +9,6 @@ from unittest import mock
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from data_helpers import Document, write_shards
@@ -219,7 +218,7 @@ def whole(recipe_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The run without interruption."""
     recipe = make_recipe(yaml.safe_load(recipe_file.read_text()))
     run = Run.create(tmp_path_factory.mktemp("whole") / "run", recipe)
-    train(run, Console(quiet=True))
+    train(run)
     return run
 
 
@@ -237,7 +236,7 @@ def test_a_whole_run(whole: Run) -> None:
     config = student.config
     assert (config.num_hidden_layers, config.hidden_size) == (2, 8)
     assert (config.num_key_value_heads, config.intermediate_size) == (1, 7)
-    setup = set_up(whole, Console(quiet=True))
+    setup = set_up(whole)
     ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = setup.method.student()(ids).logits
@@ -284,7 +283,7 @@ def test_killed_in_both_stages_and_at_the_boundary(
     ]
     assert run_and_kill(part, starts) == [2, STAGE_ONE - 1, STAGE_ONE, 6]
     with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part), Console(quiet=True))
+        train(Run.open(part))
     assert_same_run(Run.open(part), whole)
 
 
@@ -298,7 +297,7 @@ def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> 
     run = Run.open(folder)
     run.keep_metrics_until(0)
     with mock.patch("lrc.train.closing.draw_curves"):
-        train(run, Console(quiet=True))
+        train(run)
     assert_same_run(run, whole)
 
 
@@ -310,23 +309,24 @@ def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(
     for step in range(STAGE_ONE, STEPS + 1):
         file = folder / "checkpoints" / f"step-{step:08d}" / "state.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
-    setup = set_up(Run.open(folder), Console(quiet=True))
+    setup = set_up(Run.open(folder))
     assert setup.state.step == STAGE_ONE - 1
     assert "masks.hidden.log_alpha" in setup.state.parameters
     assert setup.method.student().config.num_hidden_layers == 2
 
 
-def test_text_without_sources_is_read_in_its_order(recipe_file: Path, tmp_path: Path) -> None:
+def test_text_without_sources_is_read_in_its_order(
+    recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     text = tmp_path / "text.jsonl"
     words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
     text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
     settings = yaml.safe_load(recipe_file.read_text())
     changes = {"data.text": [str(text)], "data.cache": str(tmp_path / "cache"), "train.tokens": 256}
     run = Run.create(tmp_path / "run", make_recipe(settings, changes))
-    console = Console(record=True, width=200)
     with mock.patch("lrc.train.closing.draw_curves", lambda _, path: path.touch()):
-        train(run, console)
-    assert console.export_text().count("no sources to weigh") == 1
+        train(run)
+    assert caplog.text.count("no sources to weigh") == 1
     assert not any("source_shares" in line for line in run.metrics())
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrc
@@ -148,7 +147,7 @@ def test_init_then_resume(
     opened = Run.open(run)
     assert opened.summary()["tokens"] == 0
     untrained = opened.student().state_dict()
-    train(opened, Console(quiet=True))
+    train(opened)
     assert [line["step"] for line in opened.metrics()] == list(range(11))
     assert opened.summary()["tokens"] == 320
     assert opened.summary()["calibration_tokens"] == 256
@@ -161,7 +160,7 @@ def test_a_recorded_recipe_that_was_edited_is_noticed(
     recipe_file: Path, tmp_path: Path, refusal: Refusal
 ) -> None:
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
-    train(run, Console(quiet=True))
+    train(run)
     resolved = run.folder / "recipe.yaml"
     settings = yaml.safe_load(resolved.read_text())
     shutil.rmtree(run.student_folder)
@@ -245,7 +244,7 @@ def test_nan_stops_with_the_last_checkpoint_kept(
 
     monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
     with pytest.raises(UserError, match=r"step 4 .*step-00000003.*learning_rate"):
-        train(run, Console(quiet=True))
+        train(run)
     kept = sorted(folder.name for folder in run.checkpoints.iterdir())
     assert kept == ["step-00000002", "step-00000003"]
 
@@ -268,7 +267,7 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     monkeypatch.setattr(checkpoint, "save_file", full)
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
     with pytest.raises(UserError, match="disk is full"):
-        train(run, Console(quiet=True))
+        train(run)
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000000"]
 
 
@@ -285,7 +284,6 @@ def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path)
             "data.held_out_fraction": 0.2,
             "data.cache": str(tmp_path / "cache"),
         },
-        quiet=True,
     )
     assert run.student().config.hidden_size == 8
     assert run.summary()["tokens"] == 64
@@ -301,7 +299,7 @@ def test_element_types_of_exports_and_evaluations(
 ) -> None:
     """Each command takes the names that it can use, and says what to do about others."""
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
-    train(run, Console(quiet=True))
+    train(run)
     assert "exists only in GGUF" in refusal("export", run.folder, tmp_path / "s", "--dtype", "q8_0")
     named = tmp_path / "s.gguf"
     assert "leave out --format" in refusal("export", run.folder, named, "--format", "safetensors")

@@ -14,10 +14,10 @@ from build_helpers import TEMPLATE, documents, rows, write_rows
 from data_helpers import byte_tokenizer
 from lrc.cli import data as commands
 from lrc.cli import main
+from lrc.cli.console import TextConsole
 from lrc.corpus import splitting
 from lrc.data.shards import open_shards
 from lrc.model.teacher import load_tokenizer
-from lrc.system.console import TextConsole
 from stories import shared_data, stories_source
 
 Lrc = Callable[..., str]

@@ -24,7 +24,6 @@ from lrc.exporting.plain import export_student
 from lrc.recipe.shipped import shipped
 from lrc.report.curves import draw_curves
 from lrc.system import hub
-from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.train import closing
 from model_files import SHORT, save_model, text_of
@@ -152,7 +151,7 @@ def test_a_comparison_says_what_makes_its_teacher(
     monkeypatch.chdir(tmp_path)
     comparison = load_comparison(name, {"teacher.model": "data/none", "data.text": ["none.txt"]})
     with pytest.raises(UserError) as error:
-        compare(comparison, tmp_path / "out", TextConsole(quiet=True))
+        compare(comparison, tmp_path / "out")
     assert not (tmp_path / "out").exists()
     if name in ("fast", "convergence"):
         assert "make it with `python -m lrc.stories260k" in str(error.value)
@@ -288,7 +287,7 @@ def test_a_gguf_file_says_what_it_was_made_from(tmp_path: Path, lrc: Command) ->
     folder = save_model(tmp_path / "My-Teacher")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n")
     run = package.clone(
-        folder, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run", quiet=True,
+        folder, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
         settings=SHORT | {"data.cache": str(tmp_path / "cache")},
     )  # fmt: skip
     code, _, errors = lrc("export", run.folder, tmp_path / "student.gguf")

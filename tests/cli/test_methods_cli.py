@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -76,7 +75,7 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
 
     # The export is the training-time student, in plain transformers.
     student = AutoModelForCausalLM.from_pretrained(whole / "student")
-    setup = set_up(run, Console(quiet=True))
+    setup = set_up(run)
     ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         theirs = setup.method.student()(ids).logits

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -52,7 +51,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def clone(folder: Path) -> Path:
     """A finished LRC run."""
     run = Run.create(folder / "clone", load_recipe(folder / "tiny.yaml"))
-    train(run, Console(quiet=True))
+    train(run)
     return run.folder
 
 

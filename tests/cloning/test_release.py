@@ -9,7 +9,6 @@ from unittest import mock
 
 import pytest
 import torch
-from rich.console import Console
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.optim import SGD, Adam
@@ -408,7 +407,7 @@ def whole(folder: Path) -> Run:
     """A run that releases half-way, without interruption."""
     recipe = make_recipe(settings_of(folder, RELEASE / STEPS, alpha_schedule="constant"))
     run = Run.create(folder / "whole", recipe)
-    train(run, Console(quiet=True))
+    train(run)
     return run
 
 
@@ -416,7 +415,7 @@ def whole(folder: Path) -> Run:
 def at_once(folder: Path) -> Run:
     """A run whose own weights are trained from the first step on, without a clone loss."""
     run = Run.create(folder / "at-once", make_recipe(settings_of(folder, 0.0, alpha=0.0)))
-    train(run, Console(quiet=True))
+    train(run)
     return run
 
 
@@ -431,7 +430,7 @@ def test_a_whole_run(whole: Run) -> None:
     student = AutoModelForCausalLM.from_pretrained(whole.student_folder)
     assert type(student).__name__ == "Qwen3ForCausalLM"
     ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
-    method = set_up(whole, Console(quiet=True)).method
+    method = set_up(whole).method
     with torch.no_grad():
         theirs = method.student()(ids).logits
         torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
@@ -465,12 +464,12 @@ def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
     settings["train"] |= {"warmup_ratio": 0, "weight_decay": 0, "grad_clip": 0}
     settings["train"] |= {"token_grad_clip": 0, "tokens": 2 * 2 * 16}
     run = Run.create(tmp_path / "run", make_recipe(settings))
-    train(run, Console(quiet=True))
+    train(run)
     first, last = (
         load_file(path / "state.safetensors") for path in list_checkpoints(run.checkpoints)[::-1]
     )
     (run.checkpoints / "step-00000001").rename(tmp_path / "aside")
-    loop_setup = set_up(run, Console(quiet=True))
+    loop_setup = set_up(run)
     method = loop_setup.method
     for name, value in method.parameters().items():
         assert torch.equal(value, first[f"parameter.{name}"])
@@ -514,7 +513,7 @@ def test_killed_before_at_and_after_the_release(
         left = [None, 0, 5]  # type: ignore[list-item]
     assert run_and_kill(part, starts) == left
     with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part), Console(quiet=True))
+        train(Run.open(part))
     assert_same_run(Run.open(part), run)
 
 
@@ -530,12 +529,12 @@ def test_a_damaged_checkpoint_leads_back_before_the_release(whole: Run, tmp_path
             lose_a_tensor(file)
         else:
             file.write_bytes(file.read_bytes()[:-1] + b"x")
-    setup = set_up(Run.open(part), Console(quiet=True))
+    setup = set_up(Run.open(part))
     assert setup.state.step == RELEASE - 1
     assert "projections.embedding" in setup.state.parameters
     assert not setup.state.buffers
     with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part), Console(quiet=True))
+        train(Run.open(part))
     assert_same_run(Run.open(part), whole)
 
 
@@ -561,8 +560,8 @@ def test_export_of_any_checkpoint(whole: Run, tmp_path: Path, step: int) -> None
     shutil.copytree(whole.folder, part)
     for later in range(step + 1, STEPS + 1):
         shutil.rmtree(part / "checkpoints" / f"step-{later:08d}")
-    assert export_run(Run.open(part), tmp_path / "student", Console(quiet=True)) == step
-    method = set_up(Run.open(part), Console(quiet=True)).method
+    assert export_run(Run.open(part), tmp_path / "student") == step
+    method = set_up(Run.open(part)).method
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     for name, value in method.student().state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
@@ -610,7 +609,7 @@ def test_a_diverged_run_names_the_rate_of_its_stage(folder: Path, tmp_path: Path
     settings["train"]["release_learning_rate"] = 1e30
     run = Run.create(tmp_path / "run", make_recipe(settings))
     with pytest.raises(Exception, match=r"a lower train\.release_learning_rate"):
-        train(run, Console(quiet=True))
+        train(run)
 
 
 # Cost

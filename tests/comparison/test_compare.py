@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
@@ -94,7 +93,7 @@ def test_whole_comparison_and_its_second_start(
 ) -> None:
     out = tmp_path / "out"
     comparison = load_comparison(write(plan, tmp_path))
-    results = compare(comparison, out, Console(quiet=True))
+    results = compare(comparison, out)
     names = [entry.name for entry in results.entries]
     assert names == ["lrc", "scratch", "no-kl"]
     tried = sorted(folder.name for folder in (out / "grid").iterdir())
@@ -133,7 +132,7 @@ def test_whole_comparison_and_its_second_start(
     assert (out / "curves.png").stat().st_size > 10_000
 
     monkeypatch.setattr(runner_module, "train", lambda *_, **__: pytest.fail("it ran again"))
-    again = compare(comparison, out, Console(quiet=True))
+    again = compare(comparison, out)
     assert again == results
 
 
@@ -157,12 +156,12 @@ def test_runs_share_their_start(
         "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96},
     }
     out, comparison = tmp_path / "out", load_comparison(write(plan, tmp_path))
-    results = compare(comparison, out, Console(quiet=True))
+    results = compare(comparison, out)
     assert solved == [name]
     entry = comparison.entries[0]
     [run] = results.entries[0].runs
     alone = Run.create(tmp_path / "alone", Run.open(out / run.folder).recipe)
-    train(alone, Console(quiet=True), report=False)
+    train(alone)
     assert solved == [name] * 2
     mine, shared = (r.metrics() for r in (alone, Run.open(out / run.folder)))
     for figure in ("held_out_lm", "loss", "grad_norm", "learning_rate", "calibration_tokens"):
@@ -179,7 +178,7 @@ def test_runs_share_their_start(
     kept.write_bytes(kept.read_bytes()[:-8])
     for seed, folder in ((0, "damaged"), (1, "seed")):
         other = Run.create(tmp_path / folder, comparison.run_recipe(entry, 1e-3, seed))
-        train(other, Console(quiet=True), report=False, starts=Starts(out / "starts"))
+        train(other, starts=Starts(out / "starts"))
     assert solved == [name] * 4
 
 
@@ -255,7 +254,7 @@ def test_rates_after_the_release_are_tried_too(plan: Settings, tmp_path: Path) -
     ]
     plan["seeds"] = [0]
     out = tmp_path / "out"
-    results = compare(load_comparison(write(plan, tmp_path)), out, Console(quiet=True))
+    results = compare(load_comparison(write(plan, tmp_path)), out)
     [chosen] = [entry.learning_rate for entry in results.entries if entry.name == "released"]
     recipes = {
         run.name: Run.open(run).recipe.train
@@ -277,12 +276,12 @@ def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None
         "grid": {"learning_rates": [1e-2], "tokens": 1},
     }
     path = write({**plan, "seeds": [0]}, tmp_path)
-    compare(load_comparison(path), tmp_path / "out", Console(quiet=True))
+    compare(load_comparison(path), tmp_path / "out")
     other = load_comparison(path, {"train.weight_decay": 0.1})
     with pytest.raises(UserError, match=r"other settings \(train.weight_decay\)"):
-        compare(other, tmp_path / "out", Console(quiet=True))
+        compare(other, tmp_path / "out")
     more = load_comparison(write(plan, tmp_path))  # another seed may be added
-    results = compare(more, tmp_path / "out", Console(quiet=True))
+    results = compare(more, tmp_path / "out")
     assert len(results.entries[0].runs) == 2
 
 
@@ -290,7 +289,7 @@ def test_a_folder_with_something_else_is_left_alone(plan: Settings, tmp_path: Pa
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("data")
     with pytest.raises(UserError, match="is not a comparison's folder"):
-        compare(load_comparison(write(plan, tmp_path)), tmp_path / "out", Console(quiet=True))
+        compare(load_comparison(write(plan, tmp_path)), tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
 
 
@@ -317,14 +316,14 @@ def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
     """Entries can be run apart, by processes side by side; the ablation brings its rate's entry."""
     plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
     comparison, out = load_comparison(write(plan, tmp_path)), tmp_path / "out"
-    results = compare(comparison, out, Console(quiet=True), only=["no-kl"])
+    results = compare(comparison, out, only=["no-kl"])
     assert sorted(f.name for f in (out / "grid").iterdir()) == ["scratch-lr0.001", "scratch-lr0.01"]
     assert [f.name for f in (out / "runs").iterdir()] == ["no-kl-seed0"]
     assert [len(entry.runs) for entry in results.entries] == [0, 0, 1]
-    results = compare(comparison, out, Console(quiet=True))
+    results = compare(comparison, out)
     assert [len(entry.runs) for entry in results.entries] == [1, 1, 1]
     with pytest.raises(UserError, match=r"no entry 'nokl'.*lrc, scratch, no-kl"):
-        compare(comparison, out, Console(quiet=True), only=["nokl"])
+        compare(comparison, out, only=["nokl"])
 
 
 def signaled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:
@@ -388,7 +387,7 @@ def test_a_killed_comparison_goes_on(plan: Settings, tmp_path: Path) -> None:
     first = out / "runs" / "scratch-seed0" / "summary.json"
     before = first.stat().st_mtime_ns
     logged = Run.open(second).metrics()[:6]
-    results = compare(load_comparison(path), out, Console(quiet=True))
+    results = compare(load_comparison(path), out)
     assert first.stat().st_mtime_ns == before
     metrics = Run.open(second).metrics()
     assert [line["step"] for line in metrics] == list(range(201))

@@ -13,7 +13,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from rich.console import Console
 
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
@@ -65,7 +64,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     file = folder / "comparison.yaml"
     file.write_text(yaml.safe_dump(plan))
     out = folder / "compared"
-    return out, compare(load_comparison(file), out, Console(quiet=True))
+    return out, compare(load_comparison(file), out)
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ pytest.importorskip("lm_eval")
 
 from benchmarks_data import ROWS, save_byte_model, write_rows
 from lrc.cli import main
+from lrc.cli.console import TextConsole
 from lrc.data import open_text
 from lrc.evaluation import evaluation as evaluation_module
 from lrc.evaluation.agreement import pack
@@ -30,11 +31,8 @@ from lrc.evaluation.tables import average, markdown, notes, short_count
 from lrc.recipe import load_recipe
 from lrc.recipe.sections import DataSection
 from lrc.run import Run
-from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.train.session import initialize_only
-
-QUIET = TextConsole(quiet=True)
 
 cli_module = importlib.import_module("lrc.cli.evaluate")  # `lrc.cli` has a function of that name
 
@@ -79,7 +77,7 @@ def run(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = folder / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     run = Run.create(folder / "mine", load_recipe(file))
-    initialize_only(run, QUIET)
+    initialize_only(run)
     return run
 
 
@@ -210,10 +208,10 @@ def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Pat
     written = kept[0].stat().st_mtime_ns
     write_rows(data / "sciq.jsonl", ROWS["sciq"](5))  # its own key only
     settings = EvaluationSettings(("piqa", "sciq"), data=data)
-    found = evaluate(str(byte_model), [], settings, out, QUIET).models[0]
+    found = evaluate(str(byte_model), [], settings, out).models[0]
     assert kept[0].stat().st_mtime_ns == written
     assert [result.rows for result in found.tasks.values()] == [4, 5]
-    fresh = evaluate(str(byte_model), [], settings, tmp_path / "fresh", QUIET).models[0]
+    fresh = evaluate(str(byte_model), [], settings, tmp_path / "fresh").models[0]
     for name, result in fresh.tasks.items():
         assert found.tasks[name].metrics == result.metrics
 
@@ -267,7 +265,7 @@ def test_held_out_of_a_plain_model(run: Run, byte_model: Path, tmp_path: Path) -
     text = tmp_path / "own.txt"
     text.write_text("A cow is an animal.\n\nA hen is an animal too. " * 40)
     settings = EvaluationSettings(("heldout",), limit=2, teacher=str(byte_model), text=(str(text),))
-    found = evaluate(str(run.student_folder), [], settings, tmp_path / "out", QUIET)
+    found = evaluate(str(run.student_folder), [], settings, tmp_path / "out")
     metrics = found.models[0].tasks["heldout"].metrics
     tokenizer = AutoTokenizer.from_pretrained(byte_model)
     ids = torch.tensor(list(pack(DataSection(text=[str(text)]), tokenizer))[:2])
@@ -333,19 +331,17 @@ def test_other_refusals(
     vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     with pytest.raises(UserError, match="different vocabularies"):
-        evaluate(
-            str(run.folder), [str(other)], EvaluationSettings(("heldout",)), tmp_path / "out", QUIET
-        )
+        evaluate(str(run.folder), [str(other)], EvaluationSettings(("heldout",)), tmp_path / "out")
     settings = EvaluationSettings(("heldout",), data=rows)
     with pytest.raises(UserError, match="--data applies only to benchmarks"):
-        evaluate(str(run.folder), [], settings, tmp_path / "out", QUIET)
+        evaluate(str(run.folder), [], settings, tmp_path / "out")
 
     def missing(name: str) -> str:
         raise evaluation_module.harness_version.__globals__["metadata"].PackageNotFoundError
 
     monkeypatch.setattr("lrc.evaluation.harness.metadata.version", missing)
     with pytest.raises(UserError, match=r"pip install low-rank-clone\[eval\]"):
-        evaluate(str(run.folder), [], EvaluationSettings(), tmp_path / "out", QUIET)
+        evaluate(str(run.folder), [], EvaluationSettings(), tmp_path / "out")
 
 
 def result_of(task: str, accuracy: float, norm: float | None, rows: int) -> TaskResult:

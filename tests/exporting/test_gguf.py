@@ -365,7 +365,6 @@ def test_command_line(
         text=str(tmp_path / "text.txt"),
         out=tmp_path / "run",
         settings=settings,
-        quiet=True,
     )
     out = tmp_path / "student.gguf"
     assert call(monkeypatch, "export", run.folder, out, "--format", "gguf", "--dtype", "f16") == 0

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional
@@ -389,7 +388,7 @@ def test_a_folder_is_loaded_trained_and_exported(family: str, tmp_path: Path) ->
     found, expected = logits(loaded.model, ids), logits(teacher.model, ids)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     run = new_run(tmp_path, tokens=96, release_at=0.7)
-    train(run, Console(quiet=True), loaded)
+    train(run, loaded)
     assert all(math.isfinite(line["loss"]) for line in run.metrics() if "loss" in line)
     student = AutoModelForCausalLM.from_pretrained(run.student_folder, dtype=torch.float32)
     assert type(student) is type(teacher.model)

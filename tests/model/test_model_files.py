@@ -197,7 +197,7 @@ def test_a_head_of_its_own_is_believed(untied: Path, tmp_path: Path) -> None:
     assert torch.equal(teacher.model(ids).logits, expected.model(ids).logits)
     assert not load_skeleton(str(folder)).config.tie_word_embeddings
     student = lrc.clone(
-        teacher, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run", quiet=True,
+        teacher, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
         settings=SHORT | {"data.cache": str(tmp_path / "cache")},
     ).student()  # fmt: skip
     assert not student.config.tie_word_embeddings

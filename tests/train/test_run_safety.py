@@ -21,7 +21,6 @@ import lrc as package
 from command_line import Command
 from lrc.recipe import make_recipe
 from lrc.run import Run
-from lrc.system.console import TextConsole
 from lrc.system.errors import UserError
 from lrc.system.files import hold
 from lrc.train import closing, train
@@ -32,8 +31,6 @@ from lrc.train.session import initialize_only
 from model_files import SHORT, edit_json, edit_weights, save_model, text_of
 from tiny import tiny_teacher
 from tiny_runs import go, new_run
-
-QUIET = TextConsole(quiet=True)
 
 
 @pytest.fixture(autouse=True)
@@ -157,14 +154,14 @@ def test_a_checkpoint_is_there_before_the_first_step(
 
 
 def test_a_run_without_a_checkpoint_says_that_it_starts_over(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = new_run(tmp_path)
     go(run)
     shutil.rmtree(run.checkpoints)
     shutil.rmtree(run.student_folder)
-    train(Run.open(run.folder), TextConsole(width=300), tiny_teacher("llama"))
-    assert "has no checkpoint yet: it starts over" in capsys.readouterr().out
+    train(Run.open(run.folder), tiny_teacher("llama"))
+    assert "has no checkpoint yet: it starts over" in caplog.text
     whole = new_run(tmp_path, name="whole")
     go(whole)
     assert same(run, whole)
@@ -197,7 +194,7 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> Run:
         SHORT,
     )
     run = Run.create(folder / "run", recipe)
-    train(run, QUIET)
+    train(run)
     return run
 
 
@@ -243,7 +240,7 @@ def test_other_inputs_do_not_continue_a_run(by_name: Run, tmp_path: Path, name: 
     change(tmp_path / "all" / "teacher")
     before = content(folder)
     with pytest.raises(UserError, match="began with other inputs") as error:
-        train(run, QUIET)
+        train(run)
     assert words in str(error.value)
     assert content(folder) == before
 
@@ -260,7 +257,7 @@ def test_moved_and_touched_inputs_are_the_same(by_name: Run, tmp_path: Path) -> 
     run = Run(folder, make_recipe(recipe))
     (folder / "recipe.yaml").write_text(run.recipe.to_yaml())
     os.utime(tmp_path / "all" / "text.txt", ns=(0, 0))
-    train(run, QUIET)
+    train(run)
     assert same(run, by_name)
 
 
@@ -271,12 +268,12 @@ def test_a_changed_teacher_exports_nothing(by_name: Run, tmp_path: Path) -> None
     try:
         scaled("model.norm.weight")(teacher)
         with pytest.raises(UserError, match=r"the teacher's model\.norm\.weight"):
-            export_run(by_name, tmp_path / "out", QUIET)
+            export_run(by_name, tmp_path / "out")
         assert not (tmp_path / "out").exists()
     finally:
         shutil.rmtree(teacher)
         shutil.copytree(kept, teacher)
-    export_run(by_name, tmp_path / "out", QUIET)
+    export_run(by_name, tmp_path / "out")
 
 
 def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
@@ -287,7 +284,7 @@ def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
     data = file.read_bytes()
     file.write_bytes(data[:50] + bytes([data[50] ^ 1]) + data[51:])
     shutil.rmtree(by_name.student_folder)
-    train(Run.open(by_name.folder), QUIET)
+    train(Run.open(by_name.folder))
     assert file.read_bytes() == data
 
 
@@ -361,13 +358,13 @@ def test_the_last_line_may_be_cut_short(cut_off: Run) -> None:
 
 
 def test_a_resumed_run_says_what_it_left_out(
-    cut_off: Run, capsys: pytest.CaptureFixture[str]
+    cut_off: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = cut_off.metrics_file.read_text().splitlines()
     lines[4] = "{"
     cut_off.metrics_file.write_text("\n".join(lines) + "\n")
-    train(cut_off, TextConsole(width=300), tiny_teacher("llama"))
-    assert "metrics.damaged-1.jsonl" in capsys.readouterr().out
+    train(cut_off, tiny_teacher("llama"))
+    assert "metrics.damaged-1.jsonl" in caplog.text
     steps = [line["step"] for line in cut_off.metrics()]
     assert steps == [step for step in range(11) if step != 4]
 
@@ -435,15 +432,15 @@ def test_another_run_begun_meanwhile_is_not_written_over(tmp_path: Path) -> None
 @pytest.mark.parametrize("broken", ["model_card", "samples", "draw_curves"])
 def test_what_is_not_the_weights_costs_no_student(
     ended: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     def fails(*_: Any, **__: Any) -> None:
         raise RuntimeError("cannot")
 
     monkeypatch.setattr(closing, broken, fails)
     run = new_run(tmp_path)
-    train(run, TextConsole(width=300), tiny_teacher("llama"))
-    assert "(cannot); the student is complete" in capsys.readouterr().out
+    train(run, tiny_teacher("llama"))
+    assert "(cannot); the student is complete" in caplog.text
     assert same(run, ended)
     assert run.summary()["student_held_out_lm"] == ended.summary()["student_held_out_lm"]
     package.Run.open(run.folder).student()
@@ -457,10 +454,10 @@ def test_a_broken_readme_of_the_teacher_costs_no_student(tmp_path: Path, card: s
     (tmp_path / "teacher" / "README.md").write_bytes(card.encode("latin-1"))
     run = package.clone(
         tmp_path / "teacher", hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
-        settings=SHORT | {"data.cache": str(tmp_path / "cache")}, quiet=True,
+        settings=SHORT | {"data.cache": str(tmp_path / "cache")},
     )  # fmt: skip
     assert run.student().config.hidden_size == 8
-    assert export_run(run, tmp_path / "out", QUIET) == 2
+    assert export_run(run, tmp_path / "out") == 2
 
 
 def test_no_path_of_this_machine_is_in_the_card(by_name: Run) -> None:
@@ -475,7 +472,7 @@ def test_quiet_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> No
     text = str(text_of(tmp_path))
     capfd.readouterr()
     package.clone(
-        tmp_path / "teacher", hidden_size=8, text=text, out=tmp_path / "run", quiet=True,
+        tmp_path / "teacher", hidden_size=8, text=text, out=tmp_path / "run",
         settings=SHORT | {"data.cache": str(tmp_path / "cache")},
     )  # fmt: skip
     captured = capfd.readouterr()
@@ -495,12 +492,12 @@ def test_the_python_interface_takes_strings_and_tells_what_it_does_not_take(by_n
 
 
 def test_positions_that_the_teacher_was_not_made_for_are_told(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = new_run(tmp_path)
     teacher = tiny_teacher("llama", max_position_embeddings=8)
-    initialize_only(run, TextConsole(width=300), teacher)
-    assert "max_position_embeddings is 8" in capsys.readouterr().out
+    initialize_only(run, teacher)
+    assert "max_position_embeddings is 8" in caplog.text
 
 
 # Killed at any moment

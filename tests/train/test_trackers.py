@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from lrc.recipe import make_recipe
 from lrc.run import Run
@@ -85,7 +84,7 @@ def test_a_missing_library_is_told_first(tmp_path: Path, monkeypatch: pytest.Mon
     )
     run = new_run(tmp_path, "wandb")
     with pytest.raises(UserError, match=r"pip install 'low-rank-clone\[wandb\]'"):
-        train(run, Console(quiet=True))  # before the teacher, which does not exist, is looked for
+        train(run)  # before the teacher, which does not exist, is looked for
     assert not run.metrics_file.exists()
 
 

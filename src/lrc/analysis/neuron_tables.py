@@ -6,10 +6,10 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from rich.table import Table
 
 from lrc.analysis.neurons import Accuracy, Halves, ModelAnswers, NeuronResult
 from lrc.report.pictures import save_picture
+from lrc.system.tables import Table
 
 SOURCE = "arXiv 2505.12781, Table 5"
 
@@ -80,7 +80,7 @@ def notes(result: NeuronResult) -> list[str]:
 
 def table(result: NeuronResult) -> Table:
     """The table for the terminal."""
-    shown = Table(*header(), caption="\n".join(notes(result)), caption_justify="left")
+    shown = Table(header(), caption="\n".join(notes(result)))
     for row in rows(result):
         shown.add_row(*row)
     return shown

@@ -13,22 +13,22 @@ questions, drawn with the seed. Accuracies are reported for this half and for th
 """
 
 import json
+import logging
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from lrc.analysis.masking import Positions, activity, draw_others, masked, most_active
 from lrc.analysis.questions import Questions, questions_of_file, questions_of_task
 from lrc.data.batch import Batch
 from lrc.evaluation.harness import evaluate_rows, harness_model, harness_version, prompts
-from lrc.evaluation.progress import task_progress
 from lrc.evaluation.subject import RUNS_TEACHER, Subject, find_subjects
 from lrc.model.layout import LinearSite, layout_of
 from lrc.model.teacher import load_model, load_skeleton
@@ -36,6 +36,9 @@ from lrc.recipe.sections import Section
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
+from lrc.system.progress import Task, task
+
+logger = logging.getLogger(__name__)
 
 PUBLISHED_COUNT = 50
 """Number of neurons that the paper masks."""
@@ -124,7 +127,7 @@ class NeuronResult(Section):
 
 
 def analyze_neurons(
-    model: str, teacher: str | None, settings: NeuronSettings, out: Path, console: Console
+    model: str, teacher: str | None, settings: NeuronSettings, out: Path
 ) -> NeuronResult:
     """Run the experiment; neurons.json is written at the end.
 
@@ -133,7 +136,6 @@ def analyze_neurons(
         teacher: its teacher, in the same form; None: the run's.
         settings: all other settings.
         out: folder for the results.
-        console: the console that shows progress.
 
     Raises:
         UserError: if the models do not match, or a model or the questions are not usable.
@@ -144,14 +146,14 @@ def analyze_neurons(
     with tempfile.TemporaryDirectory(prefix="lrc-analyze-") as scratch:
         questions = _questions(settings, Path(scratch))
         selection = _half(questions.rows(settings.limit), settings.seed)
-        teller = _Teller(console, 2 * (3 + settings.random_draws))
-        bench = _Bench(teacher_subject, "teacher", questions, settings, teller)
+        passes = _Passes(2 * (3 + settings.random_draws))
+        bench = _Bench(teacher_subject, "teacher", questions, settings, passes)
         important = most_active(bench.activity(selection), count, settings.per_layer)
         generator = torch.Generator().manual_seed(settings.seed)
         draws = [draw_others(important, generator) for _ in range(settings.random_draws)]
         of_teacher = bench.answers(important, draws, selection)
         del bench  # one model in memory at a time
-        bench = _Bench(student_subject, "student", questions, settings, teller)
+        bench = _Bench(student_subject, "student", questions, settings, passes)
         own = most_active(bench.activity(selection), count, settings.per_layer)
         of_student = bench.answers(important, draws, selection)
         source = questions.source if settings.questions else questions.name
@@ -181,11 +183,16 @@ class _Bench:
         role: str,
         questions: Questions,
         settings: NeuronSettings,
-        say: "_Teller",
+        passes: "_Passes",
     ) -> None:
-        self._role, self._questions, self._settings, self._say = role, questions, settings, say
+        self._role, self._questions, self._settings, self._passes = (
+            role,
+            questions,
+            settings,
+            passes,
+        )
         self._name = subject.name
-        say.line(f"Loading {subject.name}")
+        logger.info("Loading %s", subject.name)
         self._model, tokenizer = load_model(subject.source, settings.dtype)
         self._model.to(settings.device).eval()
         self._layout = layout_of(self._model)
@@ -195,13 +202,13 @@ class _Bench:
         """Mean activity of every neuron on some questions."""
         rows = prompts(self._lm, self._questions.task, self._settings.limit)
         batches = list(_batches([ids for row in selection for ids in rows[row]], self._settings))
-        with self._say.progress(f"{self._role}: activity") as progress:
+        with self._passes.next(f"{self._role}: activity") as shown:
 
             def counted() -> Iterator[Batch]:
                 for done, batch in enumerate(batches):
-                    progress(done, len(batches))
+                    shown.update(done, len(batches))
                     yield batch
-                progress(len(batches), len(batches))
+                shown.update(len(batches), len(batches))
 
             return activity(self._model, self._layout, counted(), self._settings.positions)
 
@@ -223,36 +230,32 @@ class _Bench:
     def _masked(self, what: str, neurons: Tensor, selection: Sequence[int]) -> Halves:
         questions, chosen = self._questions, set(selection)
         with (
-            self._say.progress(f"{self._role}: {what}") as progress,
+            self._passes.next(f"{self._role}: {what}") as shown,
             masked(self._model, self._layout, neurons),
         ):
             task, limit = questions.task, self._settings.limit
-            right = evaluate_rows(self._lm, questions.manager, task, limit, progress)
+            right = evaluate_rows(self._lm, questions.manager, task, limit, shown.update)
         halves = Halves(
             apart=_accuracy([v for row, v in enumerate(right) if row not in chosen]),
             selection=_accuracy([v for row, v in enumerate(right) if row in chosen]),
         )
-        self._say.line(
+        logger.info(
             f"{self._role}, {what}: accuracy {halves.apart.value:.3f} on the held-out questions, "
             f"{halves.selection.value:.3f} on the others"
         )
         return halves
 
 
-class _Teller:
+class _Passes:
     """Numbered progress of the passes over the questions."""
 
-    def __init__(self, console: Console, passes: int) -> None:
-        self._console, self._passes, self._begun = console, passes, 0
+    def __init__(self, passes: int) -> None:
+        self._passes, self._begun = passes, 0
 
-    def progress(self, text: str) -> Any:
-        """Progress of the next pass."""
+    def next(self, text: str) -> AbstractContextManager[Task]:
+        """Show the progress of the next pass."""
         self._begun += 1
-        return task_progress(self._console, f"{text} ({self._begun} of {self._passes})")
-
-    def line(self, text: str) -> None:
-        """Print a line that stays."""
-        self._console.print(text)
+        return task(f"{text} ({self._begun} of {self._passes})", unit="answers")
 
 
 def _pair(model: str, teacher: str | None) -> tuple[Subject, Subject]:

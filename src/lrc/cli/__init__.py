@@ -10,12 +10,13 @@ import typer
 from lrc import __version__
 from lrc.cli import analyze, data
 from lrc.cli.compare import compare
+from lrc.cli.console import console, lost_output
+from lrc.cli.display import show_library
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import compress, init, resume, train
-from lrc.system.console import console, lost_output
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -54,6 +55,7 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
+    show_library(console)
 
 
 def main() -> None:

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument, TorchDtype
-from lrc.system.console import console, quiet_libraries
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -112,7 +112,7 @@ def neurons(
         device=str(find_device(device)),
     )
     folder = out or results_folder(model, "analysis", "analyses")
-    result = analyze_neurons(model, teacher, settings, folder, console)
+    result = analyze_neurons(model, teacher, settings, folder)
     write_text(folder / "neurons.md", markdown(result))
     draw_layers(result, folder / "neurons.png")
     console.print(table(result))

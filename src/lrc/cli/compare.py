@@ -5,9 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
+from lrc.cli.console import console, quiet_libraries
 from lrc.cli.training import Settings, TeacherOption, Text
 from lrc.recipe.shipped import find_yaml
-from lrc.system.console import console, quiet_libraries
 
 
 def compare(
@@ -45,6 +45,7 @@ def compare(
     overrides = parse_overrides(settings or [], flags)
     find_yaml(comparison, "comparison")  # report a typo before importing torch
     from lrc.comparison import compare, load_comparison
+    from lrc.comparison.table import comparison_table
     from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
 
@@ -52,7 +53,9 @@ def compare(
     keep_freed_memory()
     folder = out or Path("runs") / f"compare-{Path(comparison).stem}"
     try:
-        compare(load_comparison(comparison, overrides), folder, console, only or ())
+        results = compare(load_comparison(comparison, overrides), folder, only or ())
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None
+    console.print(comparison_table(results))
+    console.print(f"Everything is in {folder}.")

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.system.console import console, quiet_libraries
+from lrc.cli.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,7 +53,6 @@ def build(
     """
     from lrc.corpus.mix import load_mix
     from lrc.corpus.pool import default_workers
-    from lrc.corpus.progress import build_progress
     from lrc.recipe import parse_overrides
 
     flags: dict[str, tuple[str, Any]] = {
@@ -68,8 +67,7 @@ def build(
     quiet_libraries()
     tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
     try:
-        with build_progress(console) as progress:
-            shards = build_shards(loaded, tokenizer, out, workers or default_workers(), progress)
+        shards = build_shards(loaded, tokenizer, out, workers or default_workers())
     except KeyboardInterrupt:
         console.print("Stopped; the same command continues from here.")
         raise typer.Exit(130) from None
@@ -103,18 +101,15 @@ def inspect(
 
     If a file's content has changed, the command names the file and exits with code 2.
     """
-    from rich.table import Table
-
     from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
     from lrc.data.shards import open_shards
     from lrc.model.teacher import load_tokenizer
-    from lrc.train.progress import phase
+    from lrc.system.progress import task
+    from lrc.system.tables import Table
 
     quiet_libraries()
     shards = open_shards(folder)
-    table = Table("split", "source", "documents", "tokens", "share")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    table = Table(["split", "source", "documents", "tokens", "share"], right=range(2, 5))
     for row in count_sources(shards):
         numbers = (f"{row.documents:,}", f"{row.tokens:,}", f"{row.share:.1%}")
         table.add_row(row.split, row.source, *numbers)
@@ -124,10 +119,10 @@ def inspect(
     console.print(words)
     if checksums:
         damaged: list[Path] = []
-        with phase(console, "checking every file") as tell:
+        with task("Checking every file") as shown:
             for name, found in check_files(shards):
                 damaged += found
-                tell(name)
+                shown.describe(name)
         if damaged:
             names = ", ".join(map(str, damaged))
             raise UserError(f"Damaged files: {names}; copy them again or rebuild the shards.")

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
+from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import TorchDtype
-from lrc.system.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 
@@ -99,7 +99,7 @@ def evaluate(
         device=str(find_device(device)),
     )
     folder = out or results_folder(model, "evaluation", "evaluations")
-    evaluation = evaluate(model, compare or [], settings, folder, console)
+    evaluation = evaluate(model, compare or [], settings, folder)
     for table in result_tables(evaluation):
         console.print(table)
     for note in notes(evaluation):

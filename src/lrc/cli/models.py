@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
+from lrc.cli.console import console, quiet_libraries
 from lrc.exporting.formats import Dtype, Format
-from lrc.system.console import console, quiet_libraries
 from lrc.system.errors import UserError
+from lrc.system.tables import Table
 
 
 class TorchDtype(StrEnum):
@@ -54,7 +54,7 @@ def export(
     from lrc.train.export_run import export_model
 
     quiet_libraries()
-    export_model(model, out, dtype, format, console)
+    export_model(model, out, dtype, format)
 
 
 def info(
@@ -81,7 +81,7 @@ def info(
         run = Run.open(Path(model))
         names = [compare or run.recipe.teacher.model, str(run.need_student())]
     shapes = [shape_of(load_skeleton(name)) for name in names]
-    table = Table("", *names)
+    table = Table(["", *names])
     for row in shapes[0].row:
         table.add_row(row, *(str(shape.row[row]) for shape in shapes))
     if len(shapes) == 2:

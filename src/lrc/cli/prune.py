@@ -4,11 +4,11 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
+from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument
 from lrc.cli.training import Out, Settings, Text, carry_out
-from lrc.system.console import console, quiet_libraries
+from lrc.system.tables import Table
 
 if TYPE_CHECKING:
     from lrc.run import Run
@@ -93,7 +93,7 @@ def prune(
 
 def _print_shapes(run: "Run") -> None:
     shapes = run.summary()["shapes"]
-    table = Table("", "before", "after")
+    table = Table(["", "before", "after"])
     for name, value in shapes["teacher"].items():
         table.add_row(name, str(value), str(shapes["student"][name]))
     console.print(table)

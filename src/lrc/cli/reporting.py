@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from lrc.system.console import console, quiet_libraries
+from lrc.cli.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 
@@ -42,7 +42,7 @@ def report(
     from lrc.comparison.page import is_comparison, write_comparison_page
     from lrc.report.page import write_report
     from lrc.run import Run
-    from lrc.train.progress import phase
+    from lrc.system.progress import task
 
     quiet_libraries()
     path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
@@ -53,10 +53,10 @@ def report(
                 f"{comparisons[0]} is a comparison, which has its own page: give it alone and "
                 "without --prompt, or give its runs."
             )
-        with phase(console, f"Writing {path}") as detail:
-            write_comparison_page(runs[0], path, detail)
+        with task(f"Writing {path}") as shown:
+            write_comparison_page(runs[0], path, shown.describe)
     else:
         opened = [Run.open(folder) for folder in runs]
-        with phase(console, f"Writing {path}") as detail:
-            write_report(opened, path, prompt or (), detail)
+        with task(f"Writing {path}") as shown:
+            write_report(opened, path, prompt or (), shown.describe)
     console.print(f"The report is in {path}.")

@@ -5,13 +5,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.system.console import console, quiet_libraries
+from lrc.cli.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-
-    from rich.console import Console
 
     from lrc.run import Run
 
@@ -162,15 +160,26 @@ def _new_run(
     return run
 
 
-def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
-    """Train or initialize a run; if a signal stops it, exit with 128 + the signal's number."""
+def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]") -> None:
+    """Train or initialize a run and print its closing table.
+
+    If a signal stops it, exit with 128 + the signal's number.
+    """
     from lrc.system.memory import keep_freed_memory
+    from lrc.train.closing import closing_table
     from lrc.train.session import Interrupted
 
     quiet_libraries()
     keep_freed_memory()
     try:
-        action(run, console)
+        summary = action(run)
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None
+    console.print()
+    for name, text in summary["samples"].items():
+        console.print(f"{name.title():8} {text}")
+    console.print(closing_table(summary))
+    shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
+    console.print("Time: " + ", ".join(shares))
+    console.print(f"Everything is in {run.folder}; the student is in {run.student_folder}.")

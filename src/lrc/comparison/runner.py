@@ -12,6 +12,7 @@ same command continues a comparison. A run whose loss is no longer finite counts
 """
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,13 +20,12 @@ from datetime import timedelta
 from pathlib import Path
 
 import yaml
-from rich.console import Console
 
 from lrc.comparison.figure import draw_comparison
 from lrc.comparison.folders import Folders, is_over
 from lrc.comparison.plan import Comparison
 from lrc.comparison.results import Results, collect
-from lrc.comparison.table import comparison_table, markdown
+from lrc.comparison.table import markdown
 from lrc.data.sources import STDLIB_DOCS
 from lrc.model.locate import PACKAGE_PREFIX
 from lrc.model.teacher import Teacher, load_teacher
@@ -38,16 +38,15 @@ from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
 from lrc.train.starts import Starts
 
+logger = logging.getLogger(__name__)
 
-def compare(
-    comparison: Comparison, out: Path, console: Console, only: Sequence[str] = ()
-) -> Results:
-    """Run the remaining runs of a comparison, and write and print its table.
+
+def compare(comparison: Comparison, out: Path, only: Sequence[str] = ()) -> Results:
+    """Run the remaining runs of a comparison, and write its table.
 
     Args:
         comparison: the comparison.
         out: folder of the comparison, new or from an earlier call.
-        console: the console that shows progress and the table.
         only: names of the entries to run now; none: all.
 
     Raises:
@@ -66,10 +65,7 @@ def compare(
     refuse_other_runs(folders)
     plan = comparison.model_dump(mode="json", by_alias=True)
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
-    results = Runner(folders, console, only or names).go()
-    console.print(comparison_table(results))
-    console.print(f"Everything is in {out}.")
-    return results
+    return Runner(folders, only or names).go()
 
 
 def need_inputs(comparison: Comparison) -> None:
@@ -130,7 +126,6 @@ class Runner:
     """The part of a comparison that one process runs."""
 
     folders: Folders
-    console: Console
     only: Sequence[str]
     """Names of the entries to run."""
     _teachers: dict[str, Teacher] = field(default_factory=dict)
@@ -149,7 +144,7 @@ class Runner:
             for entry in comparison.named(self.only):
                 chosen = folders.chosen(entry)
                 if chosen is None:
-                    self.console.print(f"{entry.name}: no rate of the grid stayed finite.")
+                    logger.warning("%s: no rate of the grid stayed finite.", entry.name)
                     continue
                 recipe = comparison.run_recipe(entry, chosen, seed)
                 what = f"{entry.name}, rate {chosen:g}, seed {seed}"
@@ -173,14 +168,14 @@ class Runner:
         run = open_run(folder, recipe)
         if is_over(folder):
             return False
-        self.console.rule(f"{what}: {self._position()}", style="dim")
+        logger.info("%s: %s", what, self._position())
         started = time.perf_counter()
         try:
             starts = Starts(self.folders.out / "starts")
-            train(run, self.console, self._teacher(recipe), report=False, starts=starts)
+            train(run, self._teacher(recipe), starts=starts)
         except DivergedError as error:
             write_text(folder / "diverged.json", json.dumps({"message": str(error)}))
-            self.console.print(str(error), style="yellow")
+            logger.warning(str(error))
         except Interrupted as stop:
             raise Interrupted(
                 stop.signal, f"Stopped in {folder}; the same command continues from there."

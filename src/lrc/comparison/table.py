@@ -1,8 +1,7 @@
 """The table of a comparison, for Markdown and for the terminal."""
 
-from rich.table import Table
-
 from lrc.comparison.results import CLOSE, RISE, EntryResult, Results
+from lrc.system.tables import Table
 
 MISSING = "-"
 
@@ -75,7 +74,7 @@ def notes(results: Results) -> list[str]:
 
 def comparison_table(results: Results) -> Table:
     """The table for the terminal."""
-    table = Table(*header(results), caption="\n".join(notes(results)), caption_justify="left")
+    table = Table(header(results), caption="\n".join(notes(results)))
     for entry in results.entries:
         table.add_row(*row(results, entry))
     return table

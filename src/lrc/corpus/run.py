@@ -31,7 +31,7 @@ from lrc.corpus.mix import Mix
 from lrc.corpus.overlap import evaluation_files, write_index
 from lrc.corpus.pieces import Unit
 from lrc.corpus.pool import Pool
-from lrc.corpus.progress import BuildProgress
+from lrc.corpus.progress import BuildProgress, build_progress
 from lrc.corpus.rejects import Rejects
 from lrc.corpus.selection import SourceSelection
 from lrc.corpus.splitting import Splitter, local_files
@@ -67,9 +67,7 @@ AHEAD = 4
 """Units per process that may be in progress, or finished, before their turn."""
 
 
-def build_shards(
-    mix: Mix, tokenizer: Tokenizer, out: Path, workers: int, progress: BuildProgress
-) -> Shards:
+def build_shards(mix: Mix, tokenizer: Tokenizer, out: Path, workers: int) -> Shards:
     """Build the shards of a mix, or resume a stopped build.
 
     Args:
@@ -77,7 +75,6 @@ def build_shards(
         tokenizer: the tokenizer of the mix's teacher.
         out: shards folder; new, empty, or with a stopped build of the same mix.
         workers: number of processes; the result does not depend on it.
-        progress: progress display.
 
     Raises:
         UserError: if the folder is in use, a source cannot be read or is empty, too many rows are
@@ -92,7 +89,7 @@ def build_shards(
         with hold(space.folder, f"Another process is building {out}: wait until it is done."):
             _clear(space)
             _begin(space, plan, tokenizer)
-            with Pool(workers) as pool:
+            with Pool(workers) as pool, build_progress() as progress:
                 build = _Build(space, plan, out, pool, progress)
                 shards = build.run()
         space.remove()

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from rich.table import Table
 
 from lrc.corpus import filters
 from lrc.corpus.mix import Mix, Source
@@ -17,6 +16,7 @@ from lrc.corpus.unit import Count
 from lrc.corpus.workspace import Workspace
 from lrc.report.pictures import as_label, save_picture
 from lrc.system.files import new_file, write_text
+from lrc.system.tables import Table
 
 SUMMARY = "summary.json"
 PICTURE = "summary.png"
@@ -112,9 +112,8 @@ def write_summary(space: Workspace, out: Path, summary: dict[str, Any]) -> None:
 
 def tables(summary: dict[str, Any]) -> list[Table]:
     """The summary as tables for a terminal."""
-    mix = Table("source", "documents", "train tokens", "share", "asked", "held-out tokens")
-    for column in mix.columns[1:]:
-        column.justify = "right"
+    columns = ["source", "documents", "train tokens", "share", "asked", "held-out tokens"]
+    mix = Table(columns, right=range(1, 6))
     for name, source in summary["sources"].items():
         mix.add_row(
             name,
@@ -124,25 +123,22 @@ def tables(summary: dict[str, Any]) -> list[Table]:
             f"{source['share_asked']:.1%}",
             f"{source['held_out']['tokens']:,}",
         )
-    steps = Table("source", "step", "documents in", "out", "tokens in", "out")
-    for column in steps.columns[2:]:
-        column.justify = "right"
+    columns = ["source", "step", "documents in", "out", "tokens in", "out"]
+    steps = Table(columns, right=range(2, 6))
     for name, source in summary["sources"].items():
         for step in source["steps"]:
             about = "≈ " if step["tokens_estimated"] else ""
             steps.add_row(
                 name,
-                step["step"],  # Filters have square brackets, which rich treats as markup.
+                step["step"],
                 *(f"{step[key]:,}" for key in ("documents_in", "documents_out")),
                 *(f"{about}{step[key]:,}" for key in ("tokens_in", "tokens_out")),
             )
             name = ""
-        steps.add_section()
     found = [mix, steps]
     if summary["evaluation_sets"]:
-        sets = Table("evaluation set", "items", "too short to find", "documents dropped")
-        for column in sets.columns[1:]:
-            column.justify = "right"
+        columns = ["evaluation set", "items", "too short to find", "documents dropped"]
+        sets = Table(columns, right=range(1, 4))
         for name, one in summary["evaluation_sets"].items():
             numbers = (one["items"], one["too_short"], one["documents_dropped"])
             sets.add_row(name, *(f"{number:,}" for number in numbers))

@@ -14,13 +14,13 @@ from lrc.data import open_text, read_documents, source_files
 from lrc.data.batch import Batch
 from lrc.data.packing import encode
 from lrc.evaluation.held_out import measure_agreement, perplexity
-from lrc.evaluation.progress import Progress
 from lrc.evaluation.results import HELD_OUT, Score, TaskResult
 from lrc.evaluation.subject import Subject, fingerprint_of
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.recipe.sections import DataSection, TeacherSection, TrainSection
 from lrc.system.errors import UserError
+from lrc.system.progress import Progress
 
 
 @dataclass(frozen=True)

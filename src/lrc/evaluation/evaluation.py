@@ -1,15 +1,14 @@
 """Evaluate models task by task and store each finished task."""
 
 import json
+import logging
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
-from rich.console import Console
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
@@ -22,7 +21,6 @@ from lrc.evaluation.harness import (
     open_tasks,
 )
 from lrc.evaluation.local_data import use_folder
-from lrc.evaluation.progress import Progress, task_progress
 from lrc.evaluation.published import published
 from lrc.evaluation.results import HELD_OUT, Evaluation, KeptResults, ModelResult, TaskResult
 from lrc.evaluation.subject import Subject, find_subjects
@@ -32,6 +30,9 @@ from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import is_left_over, is_taken, write_text
+from lrc.system.progress import Progress, task
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -77,9 +78,7 @@ class _Plan:
     """By task: everything that determines its numbers, except the model."""
 
 
-def evaluate(
-    model: str, others: list[str], settings: EvaluationSettings, out: Path, console: Console
-) -> Evaluation:
+def evaluate(model: str, others: list[str], settings: EvaluationSettings, out: Path) -> Evaluation:
     """Evaluate a model, and others with the same settings.
 
     Tasks already in `out` for the same model and settings are not evaluated again. All results go
@@ -90,7 +89,6 @@ def evaluate(
         others: more models, or `teacher` for the run's teacher.
         settings: tasks and all other settings.
         out: the folder for the results.
-        console: the console that shows progress.
 
     Raises:
         UserError: if a model, a task or its data is not found or not usable.
@@ -100,7 +98,7 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="lrc-eval-") as scratch:
         plan = _plan(subjects[0], settings, Path(scratch))
         kept = KeptResults(out / "tasks")
-        results = [_evaluate(subject, plan, settings, kept, console) for subject in subjects]
+        results = [_evaluate(subject, plan, settings, kept) for subject in subjects]
     evaluation = Evaluation(
         settings={
             "tasks": plan.names,
@@ -178,27 +176,28 @@ def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
 
 
 def _evaluate(
-    subject: Subject, plan: _Plan, settings: EvaluationSettings, kept: KeptResults, console: Console
+    subject: Subject, plan: _Plan, settings: EvaluationSettings, kept: KeptResults
 ) -> ModelResult:
     """Evaluate one model on all tasks; load it only if a task is not finished yet."""
-    print_ = _printer(console)
     identity = {"model": subject.fingerprint()}
     keys = {name: {**key, **identity} for name, key in plan.keys.items()}
     tasks = {name: result for name, key in keys.items() if (result := kept.load(key))}
     if tasks:
-        print_(f"{subject.label}: {len(tasks)} of {len(keys)} tasks are already finished.")
+        logger.info(
+            "%s: %d of %d tasks are already finished.", subject.label, len(tasks), len(keys)
+        )
     pending = [name for name in keys if name not in tasks]
     if pending:
-        print_(f"Loading {subject.name}")
+        logger.info("Loading %s", subject.name)
         model, tokenizer = load_model(subject.source, settings.dtype)
         model.to(settings.device)
         worker = _Worker(plan, settings, model, tokenizer)
         for number, name in enumerate(pending, 1):
             text = f"{subject.label}: {name} ({number} of {len(pending)})"
-            with task_progress(console, text) as progress:
-                tasks[name] = worker.result(name, progress)
+            with task(text, unit="answers") as shown:
+                tasks[name] = worker.result(name, shown.update)
             kept.save(keys[name], tasks[name])
-            print_(_said(text, tasks[name]))
+            logger.info(_said(text, tasks[name]))
     run = subject.run
     return ModelResult(
         model=subject.name,
@@ -234,10 +233,6 @@ class _Worker:
         assert plan.manager is not None
         local = settings.data is not None
         return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local)
-
-
-def _printer(console: Console) -> Callable[[str], None]:
-    return lambda text: console.print(text)
 
 
 def _said(text: str, result: TaskResult) -> str:

@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.evaluation.progress import Progress
 from lrc.evaluation.published import published
 from lrc.evaluation.results import Score, TaskResult
 from lrc.system.errors import UserError, reason
 from lrc.system.hub import cache_alone_if_unreachable, no_way
+from lrc.system.progress import Progress
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM

@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 
-from rich.table import Table
-
 from lrc.evaluation.published import published
 from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult, Score, TaskResult
+from lrc.system.tables import Table
 
 PERCENT = ("acc", "acc_norm")
 """Metrics that are fractions, shown in percent."""
@@ -24,12 +23,12 @@ def result_tables(evaluation: Evaluation) -> list[Table]:
     benchmarks = list(_benchmark_rows(evaluation))
     if benchmarks:
         versus = [f"{first} - {other}" for other in others]
-        table = Table("task", "metric", *(model.label for model in models), *versus, "rows")
+        table = Table(["task", "metric", *(model.label for model in models), *versus, "rows"])
         for row in benchmarks:
             table.add_row(*row)
         tables.append(table)
     if HELD_OUT in evaluation.task_names():
-        table = Table(*HELD_OUT_COLUMNS)
+        table = Table(list(HELD_OUT_COLUMNS))
         for row in _held_out_rows(evaluation):
             table.add_row(*row)
         tables.append(table)
@@ -40,7 +39,8 @@ def published_table() -> Table:
     """The published results."""
     tables = published()
     labels = [benchmark.label for benchmark in tables.tasks.values()]
-    table = Table("model", "teacher", "tokens", *labels, "avg", title=f"{tables.source} (percent)")
+    header = ["model", "teacher", "tokens", *labels, "avg"]
+    table = Table(header, title=f"{tables.source} (percent)")
     for row in _published_rows():
         table.add_row(*row)
     return table

@@ -7,7 +7,7 @@ never holds a second copy of the model.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,7 @@ from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
+from lrc.system.progress import Progress
 
 FILE_TYPES = {
     Kind.F32: LlamaFileType.ALL_F32,
@@ -91,7 +92,7 @@ def write_gguf(
     path: Path,
     kind: Kind,
     about: About,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Write a model, its tokenizer and its chat template as one GGUF file.
 
@@ -102,7 +103,7 @@ def write_gguf(
         kind: element type of the matrices. Norms and biases are always float32. Matrices whose rows
             do not fill whole blocks of the type are float16.
         about: the file's metadata.
-        progress: called with a progress text.
+        progress: gets the number of written tensors and their total.
 
     Returns:
         Notes about the file for the user, one sentence each.
@@ -131,7 +132,7 @@ def write_gguf(
             writer.write_ti_data_to_file()
             for done, place in enumerate(tensors.values()):
                 writer.write_tensor_data(place.stored())
-                progress(f"{done + 1} of {len(tensors)} tensors")
+                progress(done + 1, len(tensors))
         finally:
             writer.close()
     return [*notes, *_notes(model, kind, [place.kind for place in tensors.values()])]
@@ -141,7 +142,7 @@ def convert_to_gguf(
     name: str,
     path: Path,
     kind: Kind | None = None,
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda done, total: None,
 ) -> list[str]:
     """Write any model, named like a teacher (hub id, folder, .gguf file or `package:NAME`).
 

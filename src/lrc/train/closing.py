@@ -1,14 +1,13 @@
 """The output of a finished run: the student, the closing table, samples and the plot."""
 
 import json
+import logging
 import resource
 import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import PreTrainedModel
 
 from lrc.cloning.cost import matmul_peak
@@ -19,11 +18,13 @@ from lrc.exporting.card import model_card
 from lrc.exporting.plain import export_student
 from lrc.model.shapes import shape_of
 from lrc.report.curves import draw_curves
-from lrc.system.console import TextConsole
 from lrc.system.errors import reason
 from lrc.system.files import write_text
+from lrc.system.progress import task
+from lrc.system.tables import Table
 from lrc.train.loop import Loop
-from lrc.train.progress import phase
+
+logger = logging.getLogger(__name__)
 
 STEP_PARTS = ("data", "teacher", "student", "loss", "projection", "optimizer")
 """Parts of the clock that belong to optimizer steps."""
@@ -34,55 +35,42 @@ PROMPT_TOKENS = 24
 SAMPLE_TOKENS = 48
 
 
-def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, Any]:
-    """Export the student, compare it with the teacher, and write and print the closing table.
+def close_run(loop: Loop) -> dict[str, Any]:
+    """Export the student, compare it with the teacher, and write the closing table.
 
     Card, samples and plot are best effort: an error in one of them is reported and affects nothing
     else.
 
     Args:
         loop: the run at its last step.
-        console: where errors and results are printed.
-        report: whether to print samples and the closing table.
 
     Raises:
         UserError: if the disk is full.
     """
     run, setup = loop.run, loop.setup
-    quiet = console if report else TextConsole(quiet=True)
-    with phase(quiet, "Comparing the student with its teacher"):
+    with task("Comparing the student with its teacher"):
         student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
     summary = summarize(loop, agreement, student)
-    summary["samples"] = best_effort(console, "samples", lambda: samples(loop, student)) or {}
-    card = best_effort(
-        console, "the model card", lambda: model_card(run, setup.teacher, student, summary)
-    )
+    summary["samples"] = best_effort("samples", lambda: samples(loop, student)) or {}
+    card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     write_text(run.summary_file, json.dumps(summary, indent=2))
-    best_effort(console, "the plot", lambda: draw_curves(run.metrics(), run.folder / "curves.png"))
-    print_summary(summary, quiet)
-    quiet.print(
-        f"Everything is in {run.folder}; the student is in {run.student_folder}.",
-    )
+    best_effort("the plot", lambda: draw_curves(run.metrics(), run.folder / "curves.png"))
     return summary
 
 
-def best_effort(console: Console, what: str, make: Callable[[], Made]) -> Made | None:
-    """Call a function that makes an optional output. On failure, print a warning and return None.
+def best_effort(what: str, make: Callable[[], Made]) -> Made | None:
+    """Call a function that makes an optional output. On failure, log a warning and return None.
 
     Args:
-        console: where the warning is shown.
         what: name of the output, for the warning.
         make: the function.
     """
     try:
         return make()
     except Exception as error:
-        console.print(
-            f"Could not make {what} ({reason(error)}); the student is complete.",
-            style="yellow",
-        )
+        logger.warning("Could not make %s (%s); the student is complete.", what, reason(error))
         return None
 
 
@@ -136,12 +124,9 @@ def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     }
 
 
-def print_summary(summary: dict[str, Any], console: Console) -> None:
-    """Print samples and the closing table."""
-    console.print()
-    for name, text in summary["samples"].items():
-        console.print(f"{name.title():8} {text}")
-    table = Table("", "teacher", "student")
+def closing_table(summary: dict[str, Any]) -> Table:
+    """The closing table of a run, from its summary."""
+    table = Table(["", "teacher", "student"])
     table.add_row(
         "parameters", f"{summary['teacher_parameters']:,}", f"{summary['student_parameters']:,}"
     )
@@ -159,9 +144,7 @@ def print_summary(summary: dict[str, Any], console: Console) -> None:
     if summary["flop_utilization"] is not None:
         table.add_row("share of measured peak FLOP/s", "", f"{summary['flop_utilization']:.0%}")
     table.add_row("peak memory", "", f"{summary['peak_memory_gib']:.1f} GiB")
-    console.print(table)
-    shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
-    console.print("Time: " + ", ".join(shares))
+    return table
 
 
 def _add_row(table: Table, label: str, values: dict[str, Any], key: str, form: str) -> None:

@@ -1,10 +1,10 @@
 """Export the student of a run from its newest checkpoint, in either format."""
 
+import logging
 from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as Kind
-from rich.console import Console
 
 from lrc.exporting.card import front_matter, model_card
 from lrc.exporting.formats import LLAMA_NAMES, TORCH_NAMES, Dtype, Format
@@ -14,16 +14,16 @@ from lrc.model.teacher import describe_teacher, short_name
 from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken
+from lrc.system.progress import task
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import best_effort
 from lrc.train.inputs import check_inputs
-from lrc.train.progress import phase
 from lrc.train.setup import Setup, set_up
 
+logger = logging.getLogger(__name__)
 
-def export_model(
-    model: str, out: Path, dtype: Dtype | None, format: Format | None, console: Console
-) -> None:
+
+def export_model(model: str, out: Path, dtype: Dtype | None, format: Format | None) -> None:
     """Write the student of a run, or for GGUF any model, and report where it is.
 
     Args:
@@ -31,49 +31,47 @@ def export_model(
         out: a new folder, or a new file whose name ends in .gguf.
         dtype: element type of the weights; None: as trained.
         format: the format; None: as the name of `out` says.
-        console: where progress, notes and the result are shown.
 
     Raises:
         UserError: if the format does not fit the name or the element type, the name is taken, the
             run has no checkpoint, or the disk is full.
     """
     if format is Format.gguf or (format is None and out.suffix == ".gguf"):
-        _export_gguf(model, out, dtype, console)
+        _export_gguf(model, out, dtype)
         return
     if out.suffix == ".gguf":
         raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
     if dtype is Dtype.q8_0:
         raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
-    step = export_run(Run.open(Path(model)), out, console, element)
-    console.print(f"The student of step {step} is in {out}.")
+    step = export_run(Run.open(Path(model)), out, element)
+    logger.info("The student of step %s is in %s.", step, out)
 
 
-def _export_gguf(model: str, out: Path, dtype: Dtype | None, console: Console) -> None:
+def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
     if out.suffix != ".gguf":
         raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
     if out.exists():
         raise UserError(f"{out} already exists: choose a new name for the file.")
     kind = Kind[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
     if is_run(Path(model)):
-        step, notes = export_run_gguf(Run.open(Path(model)), out, console, kind)
+        step, notes = export_run_gguf(Run.open(Path(model)), out, kind)
         result = f"The student of step {step} is in {out}."
     else:
-        with phase(console, f"Writing {out}") as detail:
-            notes = convert_to_gguf(model, out, kind, detail)
+        with task(f"Writing {out}", unit="tensors") as shown:
+            notes = convert_to_gguf(model, out, kind, shown.update)
         result = f"{model} is in {out}."
     for note in notes:
-        console.print(f"Note: {note}", style="yellow")
-    console.print(result)
+        logger.warning("Note: %s", note)
+    logger.info(result)
 
 
-def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | None = None) -> int:
+def export_run(run: Run, folder: Path, dtype: torch.dtype | None = None) -> int:
     """Write the plain student of a run, finished or not.
 
     Args:
         run: the run.
         folder: a folder that does not exist yet, or is empty.
-        console: where a warning about a damaged checkpoint is shown.
         dtype: element type of the written weights; None: the student's.
 
     Returns:
@@ -84,22 +82,19 @@ def export_run(run: Run, folder: Path, console: Console, dtype: torch.dtype | No
     """
     if is_taken(folder):
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
-    setup = _at_checkpoint(run, console)
+    setup = _at_checkpoint(run)
     student = setup.method.student()
-    card = best_effort(console, "the model card", lambda: model_card(run, setup.teacher, student))
+    card = best_effort("the model card", lambda: model_card(run, setup.teacher, student))
     export_student(student, setup.teacher.tokenizer, card, folder, dtype)
     return setup.state.step
 
 
-def export_run_gguf(
-    run: Run, path: Path, console: Console, kind: Kind | None = None
-) -> tuple[int, list[str]]:
+def export_run_gguf(run: Run, path: Path, kind: Kind | None = None) -> tuple[int, list[str]]:
     """Write the student of a run, finished or not, as a GGUF file.
 
     Args:
         run: the run.
         path: a file that does not exist yet.
-        console: where progress and a warning about a damaged checkpoint are shown.
         kind: element type of the matrices; None: the trained one.
 
     Returns:
@@ -108,7 +103,7 @@ def export_run_gguf(
     Raises:
         UserError: as in `write_gguf`, and if the run has no checkpoint.
     """
-    setup = _at_checkpoint(run, console)
+    setup = _at_checkpoint(run)
     student, section = setup.method.student(), run.recipe.teacher
     described = describe_teacher(section)
     front = front_matter(run, described)
@@ -120,12 +115,12 @@ def export_run_gguf(
         described.languages,
     )
     kind = kind or kind_of(student.dtype)
-    with phase(console, f"Writing {path}") as detail:
-        notes = write_gguf(student, setup.teacher.tokenizer, path, kind, about, detail)
+    with task(f"Writing {path}", unit="tensors") as shown:
+        notes = write_gguf(student, setup.teacher.tokenizer, path, kind, about, shown.update)
     return setup.state.step, notes
 
 
-def _at_checkpoint(run: Run, console: Console) -> Setup:
+def _at_checkpoint(run: Run) -> Setup:
     """Set up a run at its newest checkpoint.
 
     Raises:
@@ -133,6 +128,6 @@ def _at_checkpoint(run: Run, console: Console) -> Setup:
     """
     if not list_checkpoints(run.checkpoints):
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
-    setup = set_up(run, console)
+    setup = set_up(run)
     check_inputs(run, setup.teacher)
     return setup

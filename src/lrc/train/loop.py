@@ -4,6 +4,7 @@ It uses a method only through the interface in `lrc.cloning.method`.
 """
 
 import json
+import logging
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
@@ -21,11 +21,13 @@ from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
+from lrc.system.progress import Task, task
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
-from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
 from lrc.train.signals import StopRequest, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
+
+logger = logging.getLogger(__name__)
 
 LAYERWISE_LINES = 100
 """Approximate number of metrics lines with clone terms by layer; more would dominate the file."""
@@ -46,7 +48,6 @@ class Loop:
     run: Run
     setup: Setup
     text: Reader
-    console: Console
     calibration_seconds: float = 0.0
     """Seconds that initializing the method took, if this process did it."""
     forward_seconds: float = 0.0
@@ -78,13 +79,11 @@ class Loop:
         self.first_step = setup.state.step
         self._resume_metrics()
         if self._weigher() and not self.text.sources:
-            self.console.print(
-                "The text has no sources to weigh, so it is read in its own order.", style="yellow"
-            )
+            logger.warning("The text has no sources to weigh, so it is read in its own order.")
         with (
             stop_on_signals() as stop,
             open_trackers(self.run, self.first_step) as self.trackers,
-            step_progress(self.console, steps, self.first_step) as progress,
+            task("Training", steps, self.first_step) as progress,
         ):
             changed = {} if setup.restored else self._change_stage(progress)
             if not self.run.metrics():
@@ -121,7 +120,7 @@ class Loop:
         step = self.setup.state.step
         return step % every == 0 or step == self.run.recipe.steps()
 
-    def _step(self, progress: StepProgress) -> dict[str, Any]:
+    def _step(self, progress: Task) -> dict[str, Any]:
         """Make one optimizer step and return its line of metrics.
 
         Raises:
@@ -159,7 +158,7 @@ class Loop:
         tokens_per_second = counts.tokens / seconds
         self.step_seconds += seconds
         scalars = {name: value.item() for name, value in sums.items()}
-        progress.step(scalars, tokens_per_second)
+        progress.update(state.step, detail=describe(scalars, tokens_per_second))
         layers = {name: _rounded(values.tolist()) for name, values in clone_layers.items()}
         return {
             "step": state.step,
@@ -174,7 +173,7 @@ class Loop:
             **by_source.report(),
         }
 
-    def _change_stage(self, progress: StepProgress) -> dict[str, Any]:
+    def _change_stage(self, progress: Task) -> dict[str, Any]:
         """Start the method's next stage, if one starts here; return its entries for the metrics."""
         setup, step = self.setup, self.setup.state.step
         if step not in stages_of(setup.method).stage_ends():
@@ -183,7 +182,7 @@ class Loop:
         setup.state = new_state(setup.method, self.run.recipe, step)
         told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         told = f"{entries['stage']} ({told})" if told else entries["stage"]
-        progress.note(f"step {step} of {self.run.recipe.steps()}: {told}")
+        logger.info("step %d of %d: %s%s", step, self.run.recipe.steps(), told, time_left(progress))
         return entries
 
     def _batches(self) -> list[Batch]:
@@ -221,7 +220,7 @@ class Loop:
             f"({where}). Start a new run with a lower train.{rate}."
         )
 
-    def _measure(self, progress: StepProgress) -> dict[str, Any]:
+    def _measure(self, progress: Task) -> dict[str, Any]:
         """Measure the held-out loss of the current student."""
         by_source = SourceLosses(self.text.sources)
         with self.setup.method.clock.part("evaluation"):
@@ -233,7 +232,7 @@ class Loop:
             )
         step, tokens = self.setup.state.step, self.tokens()
         of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
-        progress.note(f"{of}: held-out LM loss {loss:.4f}")
+        logger.info("%s: held-out LM loss %.4f%s", of, loss, time_left(progress))
         return {
             "step": step,
             "tokens": tokens,
@@ -305,10 +304,10 @@ class Loop:
             return
         aside = self.run.keep_metrics_until(self.setup.state.step)
         if aside is not None:
-            self.console.print(
-                f"{self.run.metrics_file} had damaged lines, which were removed. The original is "
-                f"kept as {aside}.",
-                style="yellow",
+            logger.warning(
+                "%s had damaged lines, which were removed. The original is kept as %s.",
+                self.run.metrics_file,
+                aside,
             )
         lines = self.run.metrics()
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
@@ -337,6 +336,18 @@ class Loop:
                 train.keep_checkpoints,
             )
         self._saved = time.perf_counter()
+
+
+def describe(losses: dict[str, float], tokens_per_second: float) -> str:
+    """A step's rate and losses for people."""
+    terms = (f"{name} {value:.3f}" for name, value in losses.items())
+    return ", ".join([f"{tokens_per_second:,.0f} tokens/s", *terms])
+
+
+def time_left(progress: Task) -> str:
+    """The time left as the end of a line; empty if it cannot be told."""
+    left = progress.left()
+    return f"; {left} left" if left else ""
 
 
 def count(batches: Sequence[Batch]) -> Counts:

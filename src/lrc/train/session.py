@@ -1,12 +1,12 @@
 """Run a recipe from setup to the closing table."""
 
+import logging
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from lrc.cloning.activations import last_hidden
 from lrc.data import Batch, Reader, open_text
@@ -16,13 +16,15 @@ from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
 from lrc.system.errors import UserError, reason
+from lrc.system.progress import task
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs
 from lrc.train.loop import Loop, OnStep
-from lrc.train.progress import phase
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
+
+logger = logging.getLogger(__name__)
 
 NAMED_FILES = 5
 """Largest number of text files to list by name."""
@@ -31,7 +33,7 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """An empty calibration batch."""
 
 
-def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple[float, float]:
+def start(setup: Setup, recipe: Recipe, text: Reader) -> tuple[float, float]:
     """Initialize the method from the beginning of the training stream.
 
     Returns:
@@ -42,20 +44,17 @@ def start(setup: Setup, recipe: Recipe, text: Reader, console: Console) -> tuple
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
     if tokens + recipe.data.sequence_length <= wanted:
-        console.print(
+        logger.warning(
             f"The training text is short: the student is initialized from {tokens:,} tokens "
-            f"instead of {wanted:,}.",
-            style="yellow",
+            f"instead of {wanted:,}."
         )
     if sequences and not setup.teacher.on_disk:
         refuse_dead_teacher(setup.teacher, calibration.rows(slice(1)))
     started = time.perf_counter()
-    with phase(console, "Initializing the student") as detail:
+    what = "Initializing the student" + (f" from {tokens:,} tokens" if tokens else "")
+    with task(what) as shown:
         try:
-            report = setup.method.initialize(
-                calibration,
-                lambda done, parts: detail(f"part {done} of {parts}, {tokens:,} tokens"),
-            )
+            report = setup.method.initialize(calibration, shown.update)
         except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
             raise UserError(
                 f"The start cannot be solved because the activations of {setup.teacher.name} on "
@@ -96,9 +95,7 @@ class Interrupted(Exception):
 
 def train(
     run: Run,
-    console: Console,
     teacher: Teacher | None = None,
-    report: bool = True,
     starts: Starts | None = None,
     on_step: OnStep | None = None,
 ) -> dict[str, Any]:
@@ -106,9 +103,7 @@ def train(
 
     Args:
         run: a new run, or one to continue.
-        console: where progress and the closing table are shown.
         teacher: a teacher that is already loaded; None: the recipe's.
-        report: whether to print the closing table and samples.
         starts: starts to share with other runs; None: share none.
         on_step: called with the metrics of every step.
 
@@ -123,9 +118,9 @@ def train(
     need_whole_teacher(run.recipe)
     with run.hold():
         if has_ended(run):
-            console.print(f"{run.folder} has ended; its student is in {run.student_folder}.")
+            logger.info("%s has ended.", run.folder)
             return run.summary()
-        loop = open_loop(run, console, teacher, starts)
+        loop = open_loop(run, teacher, starts)
         loop.on_step = on_step
         stop = loop.go(run.recipe.steps())
         if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
@@ -134,7 +129,7 @@ def train(
                 f"Stopped after step {loop.setup.state.step}; "
                 f"continue with `lrc resume {run.folder}`.",
             )
-        return close_run(loop, console, report)
+        return close_run(loop)
 
 
 def has_ended(run: Run) -> bool:
@@ -147,15 +142,15 @@ def has_ended(run: Run) -> bool:
         return False  # a damaged table is written again
 
 
-def initialize_only(run: Run, console: Console, teacher: Teacher | None = None) -> dict[str, Any]:
+def initialize_only(run: Run, teacher: Teacher | None = None) -> dict[str, Any]:
     """Initialize a new run's student and export it, without any training.
 
     `train` can continue the run. Arguments, return value and errors are those of `train`.
     """
     with run.hold():
-        loop = open_loop(run, console, teacher)
+        loop = open_loop(run, teacher)
         loop.go(0)
-        return close_run(loop, console)
+        return close_run(loop)
 
 
 def text_notes(recipe: Recipe) -> list[str]:
@@ -179,9 +174,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
-def open_loop(
-    run: Run, console: Console, teacher: Teacher | None, starts: Starts | None = None
-) -> Loop:
+def open_loop(run: Run, teacher: Teacher | None, starts: Starts | None = None) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start.
 
     A new run's folder is written after all checks that can fail, and before anything slow.
@@ -190,32 +183,32 @@ def open_loop(
     if run.recipe.train.compile:
         check_compiler(find_device(run.recipe.train.device))
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
-    with phase(console, loading):
-        setup = set_up(run, console, teacher)
-    with phase(console, f"Reading the text {run.recipe.data.origin()}") as detail:
+    with task(loading):
+        setup = set_up(run, teacher)
+    with task(f"Reading the text {run.recipe.data.origin()}", unit="tokens") as shown:
         text = open_text(
             run.recipe,
             setup.teacher.tokenizer,
-            lambda _, tokens: detail(f"{tokens:,} tokens"),
+            lambda _, tokens: shown.update(tokens),
             setup.teacher.first_token,
         )
     for note in text_notes(run.recipe):
-        console.print(note)
+        logger.info(note)
     new = run.begin()
-    with phase(console, "Checking the inputs"):
+    with task("Checking the inputs"):
         check_inputs(run, setup.teacher, text)
     if not (new or setup.restored):
-        console.print(f"{run.folder} has no checkpoint yet: it starts over.", style="yellow")
+        logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
     elif kept := starts and starts.fill(setup, run.recipe):
         calibration = kept
     else:
-        calibration = start(setup, run.recipe, text, console)
+        calibration = start(setup, run.recipe, text)
         if starts:
             starts.keep(setup, run.recipe, calibration)
     if run.recipe.train.compile:
         for model in (setup.teacher.model, setup.method.model):
             compile_small_modules(model)
-    return Loop(run, setup, text, console, *calibration)
+    return Loop(run, setup, text, *calibration)

@@ -1,12 +1,12 @@
 """Build everything that training needs from a run's recipe."""
 
 import bisect
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from rich.console import Console
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -19,6 +19,8 @@ from lrc.recipe.sections import TrainSection
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
+
+logger = logging.getLogger(__name__)
 
 SCHEDULES = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 """The names of our schedules in transformers."""
@@ -36,12 +38,11 @@ class Setup:
     """Whether the state comes from a checkpoint. If not, the method is not initialized yet."""
 
 
-def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
+def set_up(run: Run, teacher: Teacher | None = None) -> Setup:
     """Load the teacher, build the method, and restore the newest intact checkpoint.
 
     Args:
         run: the run; without checkpoints, its method is not initialized yet.
-        console: where warnings are shown.
         teacher: a teacher that is already loaded; None: the recipe's.
 
     Raises:
@@ -52,24 +53,24 @@ def set_up(run: Run, console: Console, teacher: Teacher | None = None) -> Setup:
     device = find_device(recipe.train.device)
     torch.manual_seed(recipe.train.seed)
     teacher = teacher or load_teacher(recipe.teacher, device)
-    _note(console, teacher.notes)
+    _warn(teacher.notes)
     kind = METHODS[recipe.method.name]
     if unused := unused_settings(recipe):
-        _note(console, [f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
+        _warn([f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
     if recipe.data.document_mask and not teacher.family.keeps_documents_apart:
         raise UserError(
             f"data.document_mask is set, but {teacher.family.model_type} models cannot keep the "
             "documents of a sequence apart: set it to false."
         )
     method = kind.build(teacher, recipe)
-    _note(console, [*context_notes(teacher, recipe), *method.notes()])
-    state = restore(run, method, console)
+    _warn([*context_notes(teacher, recipe), *method.notes()])
+    state = restore(run, method)
     return Setup(teacher, method, state or new_state(method, recipe), device, state is not None)
 
 
-def _note(console: Console, notes: Sequence[str]) -> None:
+def _warn(notes: Sequence[str]) -> None:
     for note in notes:
-        console.print(note, style="yellow")
+        logger.warning(note)
 
 
 def context_notes(teacher: Teacher, recipe: Recipe) -> list[str]:
@@ -166,7 +167,7 @@ def stretch(whole: Callable[[int], float], begin: int, warming: int) -> Callable
     return factor
 
 
-def restore(run: Run, method: Method, console: Console) -> State | None:
+def restore(run: Run, method: Method) -> State | None:
     """Restore the newest intact checkpoint; None if the run has no checkpoint.
 
     Raises:
@@ -182,7 +183,7 @@ def restore(run: Run, method: Method, console: Console) -> State | None:
                 fill_state(state, path, header, tensors)
             return state
         except UserError as error:
-            console.print(str(error), style="yellow")
+            logger.warning(str(error))
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")

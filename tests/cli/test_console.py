@@ -1,6 +1,7 @@
 """What people and pipes get to read: whole numbers, and text as it is."""
 
 import io
+import logging
 import os
 import subprocess
 import sys
@@ -8,11 +9,12 @@ import sys
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from rich.progress import Progress
-from rich.table import Table
 
-from lrc.system.console import TextConsole
-from lrc.train.progress import StepProgress, bar_width, describe, phase, step_progress
+from lrc.cli.console import TextConsole
+from lrc.cli.display import Bars, bar_width, fit, show_library
+from lrc.system import progress
+from lrc.system.progress import LoggedTask, log_progress, task
+from lrc.system.tables import Table
 
 
 def console(width: int, terminal: bool) -> TextConsole:
@@ -27,12 +29,8 @@ def printed(shown: TextConsole) -> str:
 
 
 def table_of(rows: list[list[str]], right: bool = False) -> Table:
-    table = Table(*(f"column {n}" for n in range(len(rows[0]))), caption="A note.", title="Title")
-    for column in table.columns[1:]:
-        column.justify = "right" if right else "left"
-    for row in rows:
-        table.add_row(*row)
-    return table
+    header = [f"column {n}" for n in range(len(rows[0]))]
+    return Table(header, "Title", "A note.", range(1, len(header)) if right else (), rows)
 
 
 CELLS = st.lists(
@@ -85,47 +83,69 @@ def test_a_narrow_terminal_gets_a_list() -> None:
 def test_text_is_printed_as_it_is(text: str) -> None:
     shown = console(20, terminal=False)
     shown.print(text)
-    with phase(shown, text) as detail:
-        detail("[/nonsense]")
     shown.print(f"[bold]{text}[/b]")
-    assert printed(shown) == f"{text}\n{text}\n[bold]{text}[/b]\n"
+    assert printed(shown) == f"{text}\n[bold]{text}[/b]\n"
 
 
-LOSSES = st.dictionaries(
-    st.sampled_from(["loss", "kl", "lm", "clone", "hidden", "attention"]),
-    st.floats(0, 1e7),
-    min_size=1,
-)
+def test_the_log_is_printed_as_it_is() -> None:
+    shown = console(80, terminal=False)
+    show_library(shown)
+    with task("Reading [/nonsense]", 10) as reading:
+        reading.update(3)
+        logging.getLogger("lrc.train").warning("100%% of %s", "[b]")
+    assert printed(shown) == "Reading [/nonsense]\n100% of [b]\n"
 
 
-@given(LOSSES, st.floats(0, 1e7), st.integers(60, 160), st.integers(1, 10**7))
-def test_the_bar_fits_and_cuts_no_number(
-    losses: dict[str, float], rate: float, width: int, steps: int
+def test_a_long_task_logs_a_line_now_and_then(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = console(width, terminal=True)
-    with Progress(console=shown) as bar:
-        progress = StepProgress(shown, bar, steps, 0)
-        progress.step(losses, rate)
-        room, text = progress._room, bar.tasks[0].description
+    caplog.set_level(logging.INFO)
+    now = 0.0
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
+    with log_progress("Reading", 1000, 100, "tokens") as reading:
+        for done in range(100, 1001, 100):
+            now += 20.0
+            reading.update(done, detail="a.txt")
+    assert caplog.messages == [
+        "Reading",
+        "Reading: 200 tokens of 1,000, 2.5 tokens/s, a.txt, 0:05:20 left",
+        "Reading: 400 tokens of 1,000, 3.8 tokens/s, a.txt, 0:02:40 left",
+        "Reading: 600 tokens of 1,000, 4.2 tokens/s, a.txt, 0:01:36 left",
+        "Reading: 800 tokens of 1,000, 4.4 tokens/s, a.txt, 0:00:46 left",
+        "Reading: 1,000 tokens of 1,000, 4.5 tokens/s, a.txt",
+    ]
+
+
+@given(st.integers(0, 100), st.integers(0, 100), st.integers(0, 100))
+def test_the_time_left_is_told_only_when_it_is_known(first: int, more: int, rest: int) -> None:
+    working = LoggedTask("Working", first + more + rest, first)
+    working.update(first + more)
+    known = more > 0 and more >= progress.LEAST_SHARE * (more + rest)
+    assert (working.left() is not None) == known
+
+
+@given(st.lists(st.floats(0, 1e7).map("loss {:.3f}".format), min_size=1), st.integers(-9, 200))
+def test_a_detail_fits_and_cuts_no_number(terms: list[str], room: int) -> None:
+    text = fit(", ".join(terms), room)
     assert len(text) <= max(room, 0)
-    terms = [f"{name} {value:.3f}" for name, value in losses.items()]
-    wanted = [*terms, f"{rate:,.0f} tokens/s"]
-    assert set(filter(None, text.split("  "))) <= set(wanted)
-    assert describe(losses, rate, 10_000) == "  ".join(wanted)
+    assert ", ".join(terms).startswith(text)
+    assert not text or text.split(", ") == terms[: text.count(", ") + 1]
 
 
-def test_step_and_time_left_are_seen_on_80_columns() -> None:
+def test_count_and_time_left_are_seen_on_80_columns() -> None:
     shown = console(80, terminal=True)
-    with step_progress(shown, 12_000, 0) as progress:
-        for _ in range(3):
-            progress.step(dict.fromkeys(["loss", "kl", "lm", "clone", "other"], 1234.5), 99_999.0)
-        progress._bar.refresh()
+    bars = Bars(shown)
+    with bars.task("Training", 12_000, 0, "") as training, bars.task("Reading", None, 0, ""):
+        for step in range(1, 4):
+            training.update(step, detail="99,999 tokens/s" + 5 * ", loss 1234.567")
+        bars._progress.refresh()
     lines = [line.replace("\x1b[2K", "") for line in printed(shown).splitlines()]
-    last = [line for line in lines if "12000" in line][-1]
-    assert "step" in last
+    last = [line for line in lines if "12,000" in line][-1]
+    assert "3 of 12,000" in last
     assert "left" in last
     assert "99,999 tokens/s" in last
     assert len(last) <= 80
+    assert any("Reading" in line for line in lines)
     assert bar_width(shown) < bar_width(console(200, True))
 
 
@@ -144,7 +164,7 @@ def test_any_terminal_can_be_printed_to(environment: dict[str, str]) -> None:
 def test_a_pipe_that_is_closed_ends_no_command() -> None:
     code = """
 import sys
-from lrc.system.console import console
+from lrc.cli.console import console
 for number in range(100_000):
     console.print(f"line {number}")
 print("went on", file=sys.stderr)

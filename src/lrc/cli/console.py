@@ -10,12 +10,14 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal
 
 from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as RichTable
 from rich.text import Text
+
+from lrc.system.tables import Table
 
 NOWHERE = io.StringIO()
 """Stand-in for standard output in a process that was started without one."""
@@ -77,22 +79,29 @@ class TextConsole(Console):
         )
 
     def print(self, *objects: Any, **options: Any) -> None:
-        """Print as rich does, but without breaking lines or clipping tables."""
+        """Print as rich does, but also our tables, and without breaking lines."""
         shown = [self._whole(item) if isinstance(item, Table) else item for item in objects]
-        if any(isinstance(item, Table) for item in shown):
+        if any(isinstance(item, RichTable) for item in shown):
             super().print(*shown, **options)
         else:
             super().print(*shown, **{"soft_wrap": True, **options})
 
-    def _whole(self, table: Table) -> Table | Text:
+    def _whole(self, table: Table) -> RichTable | Text:
+        """A table in a form that clips nothing."""
         if not self.is_terminal:
             return Text("\n".join(markdown_lines(table)))
-        widths = column_widths(_cells(table), self.width)
+        widths = column_widths([table.header, *table.rows], self.width)
         if widths is None:
             return Text("\n".join(list_lines(table)))
-        for column, width in zip(table.columns, widths, strict=True):
-            column.width = width
-        return table
+        shown = RichTable(
+            title=table.title or None, caption=table.caption or None, caption_justify="left"
+        )
+        for column, (name, width) in enumerate(zip(table.header, widths, strict=True)):
+            justify: Literal["left", "right"] = "right" if column in table.right else "left"
+            shown.add_column(name, width=width, justify=justify)
+        for row in table.rows:
+            shown.add_row(*row)
+        return shown
 
 
 def column_widths(rows: Sequence[Sequence[str]], width: int) -> list[int] | None:
@@ -127,46 +136,34 @@ def _longest(texts: Iterable[Sequence[str]]) -> int:
 
 def markdown_lines(table: Table) -> Iterator[str]:
     """Format a table as Markdown, each column padded to one width."""
-    header, *rows = _cells(table)
-    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    right = [column.justify == "right" for column in table.columns]
+    rows = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in table.rows]
+    widths = [max(3, *map(len, column)) for column in zip(table.header, *rows, strict=True)]
 
     def line(cells: list[str]) -> str:
         padded = (
-            cell.rjust(width) if is_right else cell.ljust(width)
-            for cell, width, is_right in zip(cells, widths, right, strict=True)
+            cell.rjust(width) if column in table.right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         )
         return f"| {' | '.join(padded)} |"
 
-    yield from _about(table.title)
-    yield line(header)
-    yield line(["-" * (w - 1) + (":" if r else "-") for w, r in zip(widths, right, strict=True)])
+    rules = ["-" * (w - 1) + (":" if n in table.right else "-") for n, w in enumerate(widths)]
+    yield from filter(None, [table.title])
+    yield line(table.header)
+    yield line(rules)
     yield from (line(row) for row in rows)
-    yield from _about(table.caption)
+    yield from filter(None, [table.caption])
 
 
 def list_lines(table: Table) -> Iterator[str]:
     """Format a table as a list: each row's first cell, and below it the others with headers."""
-    header, *rows = _cells(table)
-    width = max(map(len, header[1:]), default=0)
-    yield from _about(table.title)
-    for first, *rest in rows:
+    width = max(map(len, table.header[1:]), default=0)
+    yield from filter(None, [table.title])
+    for first, *rest in table.rows:
         yield first
-        for name, cell in zip(header[1:], rest, strict=True):
+        for name, cell in zip(table.header[1:], rest, strict=True):
             if cell:
                 yield f"  {name.ljust(width)}  {cell}"
-    yield from _about(table.caption)
-
-
-def _cells(table: Table) -> list[list[str]]:
-    """Header and rows as text."""
-    columns = [[column.header, *column.cells] for column in table.columns]
-    return [[str(cell) for cell in row] for row in zip(*columns, strict=True)]
-
-
-def _about(text: Any) -> list[str]:
-    return [str(text)] if text else []
+    yield from filter(None, [table.caption])
 
 
 console = TextConsole()
