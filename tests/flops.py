@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
-from lrc.train.loop import count
+from lrc.train.batches import count
 
 IN_PLACE = {torch.ops.aten.addmm_: lambda *shapes, out_val=None, **_: addmm_flop(*shapes)}
 """What torch does not count by itself."""

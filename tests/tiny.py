@@ -20,7 +20,7 @@ from lrc.data.batch import Batch
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from lrc.train.loop import count
+from lrc.train.batches import count
 
 HIDDEN, STUDENT_HIDDEN = 16, 8
 LAYERS, HEADS, KV_HEADS, HEAD_DIM, FFN = 2, 2, 1, 6, 20
@@ -176,9 +176,11 @@ def tiny_method(
     objective: Mapping[str, Any] | None = None,
     seed: int = 1,
     gradient_checkpointing: bool = False,
+    **settings: Any,
 ) -> LowRankClone:
     """A clone of the teacher whose projections and gains are random and far from zero, with the
-    paper's clone loss; gains are folded only where `student` says so."""
+    paper's clone loss; gains are folded only where `student` says so. `settings` go to
+    `LowRankClone`."""
     method = LowRankClone(
         teacher,
         StudentSection.model_validate(
@@ -188,6 +190,7 @@ def tiny_method(
             {"chunk_tokens": 7, "clone_scale": "none", **(objective or {})}
         ),
         gradient_checkpointing,
+        **settings,
     )
     randomize(method.parameters(), seed)
     return method

@@ -18,7 +18,7 @@ from lrc.model.student import derive_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.system.errors import UserError
-from lrc.train.loop import count
+from lrc.train.batches import count
 from lrc.train.setup import new_state
 from tiny import LAYERS, ROWS, TINY_CASES, Case, tiny_batch, tiny_teacher
 

@@ -22,7 +22,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-from lrc.train.loop import count
+from lrc.train.batches import count
 from tiny import (
     FFN,
     HEAD_DIM,

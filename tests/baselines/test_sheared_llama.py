@@ -21,7 +21,7 @@ from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.method_sections import METHOD_SECTIONS
 from lrc.run import Run
 from lrc.train import train
-from lrc.train.loop import count
+from lrc.train.batches import count
 from lrc.train.setup import new_state, set_up
 from tiny import gradients, tiny_batch, tiny_teacher, tiny_tokenizer, use_exact_norms
 

@@ -238,9 +238,9 @@ def test_nan_stops_with_the_last_checkpoint_kept(
     run = Run.create(tmp_path / "run", load_recipe(recipe_file, {"train.checkpoint_every": 1}))
     clip = training_loop.Loop._clip
 
-    def poisoned(self: training_loop.Loop) -> float:
+    def poisoned(self: training_loop.Loop) -> torch.Tensor:
         norm = clip(self)
-        return float("nan") if self.setup.state.step == 3 else norm
+        return norm * torch.nan if self.setup.state.step == 3 else norm
 
     monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
     with pytest.raises(UserError, match=r"step 4 .*step-00000003.*learning_rate"):

@@ -8,7 +8,7 @@ from lrc.cloning.cost import matmul_peak, step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
-from lrc.train.loop import count
+from lrc.train.batches import count
 from starts import initialize_random
 from tiny import Case, tiny_teacher
 

@@ -10,7 +10,7 @@ from torch import nn
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.student import plain_view
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from lrc.train.loop import count
+from lrc.train.batches import count
 from tiny import LAYERS, gradients, randomize, tiny_batch, tiny_teacher
 
 

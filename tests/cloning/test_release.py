@@ -27,9 +27,9 @@ from lrc.report.curves import draw_curves, stage_marks
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import train
+from lrc.train.batches import count
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.export_run import export_run
-from lrc.train.loop import count
 from lrc.train.setup import schedule, set_up, stretch
 from tiny import (
     LAYERS,

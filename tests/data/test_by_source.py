@@ -24,8 +24,8 @@ from lrc.evaluation.held_out import held_out_loss, measure_agreement
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.train import train
+from lrc.train.batches import count
 from lrc.train.closing import closing_table
-from lrc.train.loop import count
 from tiny import TOKENS, tiny_method, tiny_teacher, tiny_tokenizer
 
 NAMES = ("web", "code", "unused")

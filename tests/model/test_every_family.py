@@ -33,7 +33,7 @@ from lrc.recipe import make_recipe
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection, TeacherSection
 from lrc.system.errors import UserError
 from lrc.train import train
-from lrc.train.loop import count
+from lrc.train.batches import count
 from starts import initialize_from_text
 from tiny import (
     DROPOUTS,

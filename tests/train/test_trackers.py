@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lrc.recipe import make_recipe
 from lrc.run import Run
@@ -24,9 +25,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the run break down in a step, after its last checkpoint."""
     clip = training_loop.Loop._clip
 
-    def poisoned(self: training_loop.Loop) -> float:
+    def poisoned(self: training_loop.Loop) -> torch.Tensor:
         norm = clip(self)
-        return float("nan") if self.setup.state.step == step - 1 else norm
+        return norm * torch.nan if self.setup.state.step == step - 1 else norm
 
     monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
 

@@ -6,10 +6,10 @@ are outputs of linear maps, so one kind of hook on the modules of both models co
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 
 from lrc.data.batch import Batch
 from lrc.model.families import family_of
@@ -55,18 +55,41 @@ def activation_of(output: Output) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
+@contextmanager
+def known_documents(batch: Batch) -> Iterator[None]:
+    """Tell transformers which documents a batch packs, while the context is open.
+
+    It would look whether position ids restart, and the CPU would wait for the device's answer in
+    every forward pass. A batch that packs documents has position ids, and no other batch has any.
+    """
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        if batch.position_ids is None:
+            return None
+        restarts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
+        return restarts.cumsum(-1)
+
+    asked = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = find
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = asked
+
+
 def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     """The hidden state after the final norm, [batch, sequence, hidden size].
 
     It includes the model's logit scale: its products with the rows of the LM head are the logits,
     before the softcap if the model has one.
     """
-    output = model.base_model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )
+    with known_documents(batch) if batch.input_ids.is_cuda else nullcontext():
+        output = model.base_model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            use_cache=False,
+        )
     hidden: Tensor = output.last_hidden_state
     scale = family_of(model.config.model_type).logit_scale(model.config)
     return hidden if scale == 1 else hidden * scale

@@ -199,7 +199,7 @@ class DistillPass(nn.Module):
                     counts.tokens,
                     counts.labels,
                     self.teacher.vocab_size,
-                    objective.chunk_tokens,
+                    objective.chunk_tokens or chunk_tokens(student_hidden.device),
                     objective.divergence,
                     objective.jsd_beta,
                     self.teacher.logit_softcap,
@@ -270,6 +270,12 @@ class DistillPass(nn.Module):
                 reuse_target_buffer=not again,
             )
         return compared if pair.student is output else output
+
+
+def chunk_tokens(device: torch.device) -> int:
+    """Tokens whose logits are in memory at once, if the recipe does not say. Larger products keep a
+    GPU busy; a CPU's memory is no faster with them."""
+    return 512 if device.type == "cpu" else 2048
 
 
 def _keep(

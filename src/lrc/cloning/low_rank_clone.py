@@ -26,6 +26,7 @@ from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
 from lrc.model.layout import LinearSite
+from lrc.model.precision import forward_dtype, product_dtype
 from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
@@ -55,6 +56,8 @@ class LowRankClone(Method, Staged):
         steps: int = 1,
         release_at: float = 1.0,
         token_grad_clip: float = 0.0,
+        weight_dtype: torch.dtype | None = None,
+        tf32: bool = False,
     ) -> None:
         """
         Args:
@@ -66,6 +69,9 @@ class LowRankClone(Method, Staged):
             steps: optimizer steps of the whole run, which alpha's schedule and the release go by.
             release_at: share of them after which the projections are released.
             token_grad_clip: largest gradient of a token, in medians.
+            weight_dtype: element type of the student's projected weights during training; None:
+                that of the projections.
+            tf32: as in the recipe's `train`.
         """
         self.teacher, self.section = teacher, student
         self.objective = objective
@@ -73,12 +79,16 @@ class LowRankClone(Method, Staged):
         self.token_grad_clip = token_grad_clip
         self.start = start
         self.steps, self.release_at = steps, release_at
+        self.weight_dtype, self.tf32 = weight_dtype, tf32
         self.clock = Clock()
         self._begin()
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
         student_config(teacher, recipe.student)  # refuses an unfit hidden size
+        device, low = teacher.model.device, None
+        if device.type == "cuda" and hasattr(torch.Tensor, "grad_dtype"):  # since torch 2.10
+            low = forward_dtype(recipe.train.precision, device)
         return cls(
             teacher,
             recipe.student,
@@ -88,13 +98,17 @@ class LowRankClone(Method, Staged):
             recipe.steps(),
             recipe.train.release_at,
             recipe.train.token_grad_clip,
+            low,
+            recipe.train.tf32,
         )
 
     def _begin(self) -> None:
         """Go to the first stage, with nothing initialized."""
         self.released = False
-        self.projections = Projections(self.teacher, self.section)
+        self.projections = Projections(self.teacher, self.section, self.tf32)
         self.model = build_student(self.teacher, self.section)
+        if self.weight_dtype:
+            self.projections.store_as(self.model, self.weight_dtype)
         self.distill = DistillPass(
             self.teacher,
             self.model,
@@ -133,6 +147,7 @@ class LowRankClone(Method, Staged):
         return (release,) if release < self.steps else ()
 
     def next_stage(self) -> dict[str, Any]:
+        self.projections.store_as(self.model, self.projections.dtype)
         self.projections.write_into(self.model)
         self._release()
         return {"stage": "released"}
@@ -156,6 +171,7 @@ class LowRankClone(Method, Staged):
         """Turn the student's weights into parameters. Keep only the projections that activations
         are still cloned through."""
         self.released = True
+        self.projections.store_as(self.model, self.projections.dtype)
         self.model.requires_grad_(True)
         self.model.zero_grad()
         first = self.stage_ends()[0] if self.stage_ends() else self.steps
@@ -180,7 +196,8 @@ class LowRankClone(Method, Staged):
     def student(self) -> PreTrainedModel:
         if not self.released:
             self.projections.write_into(self.model)
-        return plain_view(self.model)
+        view = plain_view(self.model)
+        return view.to(self.weight_dtype) if self.weight_dtype and not self.released else view
 
     def losses(self, batch: Batch, counts: Counts) -> StepLosses:
         losses: StepLosses = self.distill(batch, counts)
@@ -212,7 +229,7 @@ class LowRankClone(Method, Staged):
                 output = align(output, self.alignment, site)
             return ClonePair(output, target)
         projection = self.projections.values[projection_key(site)]
-        factors = target.to(projection.dtype), projection
+        factors = target.to(product_dtype(projection)), projection
         with torch.no_grad():
             projected = factors[0] @ factors[1]
         return ClonePair(output, projected, factors)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrc.model.layout import LinearSite
+from lrc.model.precision import tf32_products, upcast_dtype
 from lrc.model.student import ties_projections
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
@@ -143,7 +144,10 @@ def write_weights(
                 gain = teacher.gain(weight.norm, projection.dtype)
                 projection = gain[:, None] * projection
             out = find(weight.name).data
-            project(teacher.parameter(weight.name), projection, weight.axis, out)
+            if out.dtype == projection.dtype:
+                project(teacher.parameter(weight.name), projection, weight.axis, out)
+            else:
+                out.copy_(project(teacher.parameter(weight.name), projection, weight.axis))
 
 
 @torch.no_grad()
@@ -179,14 +183,19 @@ class Projections:
 
     `values` maps keys to the P_m, each [d_T, d_S]. They are zero until `lrc.cloning.start` fills
     them. They are at least float32, whatever the teacher's dtype.
+
+    Args:
+        teacher: the teacher.
+        student: the student's shape and parametrization.
+        tf32: whether CUDA may compute the products of a step in TF32.
     """
 
-    def __init__(self, teacher: Teacher, student: StudentSection) -> None:
-        self.teacher = teacher
+    def __init__(self, teacher: Teacher, student: StudentSection, tf32: bool = False) -> None:
+        self.teacher, self.tf32 = teacher, tf32
         self.hidden_size = student.hidden_size
         self.weights = projected_weights(teacher, student)
         model = teacher.model
-        dtype = torch.promote_types(model.dtype, torch.float32)
+        self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
         self.values: dict[str, nn.Parameter] = {}
         for weight in self.weights:
             if weight.projection not in self.values:
@@ -197,7 +206,17 @@ class Projections:
 
     def write_into(self, student: PreTrainedModel) -> None:
         """Write the projected weights into the student's parameters."""
-        write_weights(self.teacher, self.weights, self.values, student.get_parameter)
+        with tf32_products(self.tf32):
+            write_weights(self.teacher, self.weights, self.values, student.get_parameter)
+
+    def store_as(self, student: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Convert the student's projected weights. Their gradients are accumulated in at least
+        float32: the projections need no other copy of the weights."""
+        for weight in self.weights:
+            parameter = student.get_parameter(weight.name)
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+            parameter.grad_dtype = upcast_dtype(parameter)
 
     def freeze(self, keys: Iterable[str]) -> None:
         """Freeze the projections of the given keys, and drop all others."""
@@ -209,13 +228,13 @@ class Projections:
     def forget_gradients(self, student: PreTrainedModel) -> None:
         """Set the gradients of the student's projected weights to zero. Call it before the first
         backward pass of a step."""
-        for weight in self.weights:
-            parameter = student.get_parameter(weight.name)
+        parameters = [student.get_parameter(weight.name) for weight in self.weights]
+        for parameter in parameters:
             if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            else:
-                parameter.grad.zero_()
+                parameter.grad = torch.zeros_like(parameter, dtype=upcast_dtype(parameter))
+        torch._foreach_zero_([parameter.grad for parameter in parameters])
 
     def backward(self, student: PreTrainedModel) -> None:
         """Add the gradients of the projections, from those accumulated on the student's weights."""
-        add_projection_gradients(self.teacher, self.weights, self.values, student.get_parameter)
+        with tf32_products(self.tf32):
+            add_projection_gradients(self.teacher, self.weights, self.values, student.get_parameter)

@@ -1,5 +1,6 @@
 """The tokens of one forward pass of teacher and student."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,22 +27,22 @@ class Batch:
     sources."""
 
     def to(self, device: torch.device) -> "Batch":
-        """Copy the batch to another device; copies to cuda use pinned memory and overlap with
-        computation."""
+        """Copy the batch to another device; from pinned memory, the copy overlaps with other
+        work."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor) -> Tensor:
-            pinned = tensor.pin_memory() if device.type == "cuda" else tensor
-            return pinned.to(device, non_blocking=True)
-
-        optional = (self.position_ids, self.attention_mask, self.source_ids)
-        moved = [None if tensor is None else move(tensor) for tensor in optional]
-        return Batch(move(self.input_ids), *moved)
+    def pin_memory(self) -> "Batch":
+        """Copy the batch to memory that CUDA can read on its own."""
+        return self._each(torch.Tensor.pin_memory)
 
     def rows(self, some: slice) -> "Batch":
         """Some sequences of the batch."""
+        return self._each(lambda tensor: tensor[some])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         optional = (self.position_ids, self.attention_mask, self.source_ids)
-        cut = [None if tensor is None else tensor[some] for tensor in optional]
-        return Batch(self.input_ids[some], *cut)
+        changed = [None if tensor is None else change(tensor) for tensor in optional]
+        return Batch(change(self.input_ids), *changed)
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""
@@ -66,10 +67,10 @@ class Batch:
         labels[:, :-1] = self.input_ids[:, 1:]
         if self.attention_mask is not None:
             padded = self.attention_mask == 0
-            labels[padded] = -100
-            labels[:, :-1][padded[:, 1:]] = -100
+            labels.masked_fill_(padded, -100)
+            labels[:, :-1].masked_fill_(padded[:, 1:], -100)
         if self.position_ids is not None:
-            labels[:, :-1][self.position_ids[:, 1:] == 0] = -100
+            labels[:, :-1].masked_fill_(self.position_ids[:, 1:] == 0, -100)
         return labels
 
     def label_sources(self) -> Tensor | None:

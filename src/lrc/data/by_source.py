@@ -1,6 +1,6 @@
 """The LM loss of each source of the text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,6 +48,17 @@ class SourceLosses:
         sources = batch.label_sources()
         if losses is not None and sources is not None:
             self.add(losses, sources)
+
+    def totals(self) -> dict[str, Tensor]:
+        """The sums and the numbers of tokens, on the losses' device; empty if nothing was added."""
+        if self._sums is None or self._counts is None:
+            return {}
+        return {"source_sums": self._sums, "source_counts": self._counts}
+
+    def set_totals(self, totals: Mapping[str, Tensor]) -> None:
+        """Replace what `totals` gives, by a copy on the CPU for example."""
+        self._sums = totals.get("source_sums")
+        self._counts = totals.get("source_counts")
 
     def report(self, prefix: str = "") -> dict[str, Any]:
         """Metrics entries: `lm_by_source`, in nats, and `labels_by_source`, the number of tokens in

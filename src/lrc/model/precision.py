@@ -1,4 +1,7 @@
-"""Arithmetic that needs at least float32, whatever the element type of a model's weights."""
+"""The precision of computations: at least float32 for long sums, less where it is enough."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -12,3 +15,35 @@ def upcast_dtype(tensor: Tensor) -> torch.dtype:
 def upcast(tensor: Tensor) -> Tensor:
     """Convert a tensor to at least float32, for large-vocabulary softmax and long sums."""
     return tensor.to(upcast_dtype(tensor))
+
+
+def forward_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The element type of the forward passes' products.
+
+    Args:
+        precision: as in the recipe's `train`.
+        device: where they run.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype: torch.dtype = getattr(torch, precision)
+    return dtype
+
+
+def product_dtype(tensor: Tensor) -> torch.dtype:
+    """The element type in which products with a tensor are computed: autocast's, or its own."""
+    device = tensor.device.type
+    low = torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if low else tensor.dtype
+
+
+@contextmanager
+def tf32_products(enabled: bool) -> Iterator[None]:
+    """Let CUDA compute float32 products in TF32 while the context is open."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    settings.allow_tf32 = before or enabled
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before

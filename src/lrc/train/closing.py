@@ -16,6 +16,7 @@ from lrc.evaluation.held_out import Agreement, measure_agreement, perplexity
 from lrc.evaluation.sample import continue_tokens
 from lrc.exporting.card import model_card
 from lrc.exporting.plain import export_student
+from lrc.model.precision import forward_dtype
 from lrc.model.shapes import shape_of
 from lrc.report.curves import draw_curves
 from lrc.system.errors import reason
@@ -23,6 +24,7 @@ from lrc.system.files import write_text
 from lrc.system.progress import task
 from lrc.system.tables import Table
 from lrc.train.loop import Loop
+from lrc.train.setup import describe_compute
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ def summarize(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dic
             name: {"teacher_lm": theirs, "student_lm": ours, "labels": labels}
             for name, (theirs, ours, labels) in agreement.by_source.items()
         },
+        "computed_on": describe_compute(run.recipe.train, setup.device),
         "flop_utilization": flop_utilization(loop),
         "peak_memory_gib": peak_memory_gib(setup.device),
         "time_shares": setup.method.clock.shares(),
@@ -178,7 +181,7 @@ def flop_utilization(loop: Loop) -> float | None:
     flops = sum(value or 0.0 for value in by_step)
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
-    dtype = torch.bfloat16 if recipe.train.precision == "bfloat16" else torch.float32
+    dtype = forward_dtype(recipe.train.precision, setup.device)
     share = flops / seconds / matmul_peak(setup.device, dtype)
     return share if share <= 1 else None
 

@@ -7,13 +7,14 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
+from lrc.cloning.method import CLONE_LAYERS, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
@@ -22,8 +23,15 @@ from lrc.run import Run
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.system.progress import Task, task
+from lrc.train.batches import BatchReader
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
-from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
+from lrc.train.setup import (
+    Setup,
+    autocast,
+    calibration_sequences,
+    describe_compute,
+    new_state,
+)
 from lrc.train.signals import StopRequest, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
@@ -65,6 +73,10 @@ class Loop:
     trackers: list[Tracker] = field(default_factory=list)
     on_step: OnStep | None = None
     """Called after every step, once its metrics are written."""
+    reads_ahead: bool | None = None
+    """Whether to read the next step's text in a thread; None: if the device is not the CPU, which
+    has nothing to spare."""
+    _batches: BatchReader = field(init=False)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
@@ -80,7 +92,18 @@ class Loop:
         self._resume_metrics()
         if self._weigher() and not self.text.sources:
             logger.warning("The text has no sources to weigh, so it is read in its own order.")
+        logger.info("Training on %s.", describe_compute(recipe.train, setup.device))
+        ahead = setup.device.type != "cpu" if self.reads_ahead is None else self.reads_ahead
+        self._batches = BatchReader(
+            self.text,
+            recipe.train,
+            self.share,
+            self._calibration_sequences(),
+            setup.device,
+            reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
+        )
         with (
+            closing(self._batches),
             stop_on_signals() as stop,
             open_trackers(self.run, self.first_step) as self.trackers,
             task("Training", steps, self.first_step) as progress,
@@ -100,7 +123,7 @@ class Loop:
                     line |= self._weigh_sources(line)
                 elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
                     # Only measurements and a few other lines hold the many numbers by layer.
-                    line = {k: value for k, value in line.items() if not isinstance(value, list)}
+                    line = {k: value for k, value in line.items() if k != CLONE_LAYERS}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
                     self._log(line | changed)
                 if self.on_step is not None:
@@ -130,13 +153,13 @@ class Loop:
         train, setup = self.run.recipe.train, self.setup
         method, state = setup.method, setup.state
         with method.clock.part("data"):
-            batches = self._batches()
-            counts = count(batches)
+            read = self._batches.take(state.step, state.step + 1 == self.run.recipe.steps())
+        counts = read.counts
         method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
         clone_layers: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
-        for batch in batches:
+        for batch in read.batches:
             with autocast(train, setup.device):
                 losses = method.losses(batch, counts)
             with method.clock.part("student"):
@@ -147,8 +170,13 @@ class Loop:
                     total[name] = total.get(name, 0) + value
         method.end_step()
         with method.clock.part("optimizer"):
-            norm = self._clip()
-            self._refuse_nan(float(sums["loss"]), norm)
+            found = {"norm": self._clip(), **by_source.totals()}
+            found |= {f"term.{name}": value for name, value in sums.items()}
+            found |= {f"layers.{name}": value for name, value in clone_layers.items()}
+            found = fetch(found)
+            by_source.set_totals(found)
+            norm, loss = found["norm"].item(), found["term.loss"].item()
+            self._refuse_nan(loss, norm)
             state.optimizer.step()
             rate = state.scheduler.get_last_lr()[0]
             state.scheduler.step()
@@ -157,9 +185,9 @@ class Loop:
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
         self.step_seconds += seconds
-        scalars = {name: value.item() for name, value in sums.items()}
+        scalars = {name: found[f"term.{name}"].item() for name in sums}
         progress.update(state.step, detail=describe(scalars, tokens_per_second))
-        layers = {name: _rounded(values.tolist()) for name, values in clone_layers.items()}
+        layers = {name: _rounded(found[f"layers.{name}"].tolist()) for name in clone_layers}
         return {
             "step": state.step,
             "tokens": self.tokens(),
@@ -185,29 +213,17 @@ class Loop:
         logger.info("step %d of %d: %s%s", step, self.run.recipe.steps(), told, time_left(progress))
         return entries
 
-    def _batches(self) -> list[Batch]:
-        """The micro-batches of the next step. The data order depends only on the step number."""
-        train = self.run.recipe.train
-        own = self.share.positions(self.setup.state.step, train.step_sequences())
-        seen = self._calibration_sequences()
-        return [
-            self.text.training_batch(seen + first, min(train.micro_batch, own.stop - first)).to(
-                self.setup.device
-            )
-            for first in range(own.start, own.stop, train.micro_batch)
-        ]
-
     def _calibration_sequences(self) -> int:
         """Number of sequences at the beginning of the text that initialized the method. Training
         begins after them, because there is more to learn from text that the start does not already
         fit."""
         return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
-    def _clip(self) -> float:
+    def _clip(self) -> torch.Tensor:
         """Clip the gradients as the recipe says; return their norm before clipping."""
         limit = self.run.recipe.train.grad_clip or math.inf
         parameters = self.setup.state.parameters.values()
-        return torch.nn.utils.clip_grad_norm_(parameters, limit).item()
+        return torch.nn.utils.clip_grad_norm_(parameters, limit)
 
     def _refuse_nan(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -326,7 +342,7 @@ class Loop:
 
     def _save(self) -> None:
         train = self.run.recipe.train
-        self.setup.state.text = self.text.state()
+        self.setup.state.text = self._batches.text_state()
         self.setup.state.method = stages_of(self.setup.method).state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
@@ -350,13 +366,18 @@ def time_left(progress: Task) -> str:
     return f"; {left} left" if left else ""
 
 
-def count(batches: Sequence[Batch]) -> Counts:
-    """Tokens and labels of all micro-batches of a step."""
-    tokens = sum(
-        int(b.input_ids.numel() if b.attention_mask is None else b.attention_mask.sum())
-        for b in batches
-    )
-    return Counts(tokens, sum(int((b.labels() >= 0).sum()) for b in batches))
+def fetch(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copy tensors to the CPU in one transfer, the only time in a step that the CPU waits.
+
+    Args:
+        values: tensors by name, of any shape; integers below 2^53.
+    """
+    flat = torch.cat([value.detach().flatten().double() for value in values.values()]).cpu()
+    parts = torch.split(flat, [value.numel() for value in values.values()])
+    return {
+        name: part.to(value.dtype).view(value.shape)
+        for (name, value), part in zip(values.items(), parts, strict=True)
+    }
 
 
 def _rounded(values: list[float]) -> list[float | None]:

@@ -13,6 +13,7 @@ from transformers import get_scheduler
 from lrc.cloning.method import Method, stages_of
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
+from lrc.model.precision import forward_dtype
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
 from lrc.recipe.sections import TrainSection
@@ -206,6 +207,19 @@ def find_device(name: str) -> torch.device:
     return device
 
 
+def describe_compute(train: TrainSection, device: torch.device) -> str:
+    """Where and how precisely a run computes, for people."""
+    precision = str(forward_dtype(train.precision, device))[6:]
+    if device.type == "cpu":
+        threads = torch.get_num_threads()
+        return f"the CPU with {threads} thread{'s' * (threads > 1)}, in {precision}"
+    if device.type != "cuda":
+        return f"{device}, in {precision}"
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, in {precision}, projections in {'TF32' if train.tf32 else 'float32'}"
+
+
 def autocast(train: TrainSection, device: torch.device) -> torch.autocast:
     """The autocast context for the forward passes, by the recipe's precision."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bfloat16")
+    low = forward_dtype(train.precision, device)
+    return torch.autocast(device.type, torch.bfloat16, enabled=low is torch.bfloat16)

@@ -62,8 +62,10 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
     """
     truth = upcast(target.detach())
     mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
-    counted = mean_square if mask is None else mean_square[mask]
-    weight = 1 / (mean_square + counted.median()).clamp_min(torch.finfo(truth.dtype).tiny)
+    counted = mean_square if mask is None else mean_square.where(mask, torch.nan)
+    # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
+    median = counted.flatten().nanmedian(0).values
+    weight = 1 / (mean_square + median).clamp_min(torch.finfo(truth.dtype).tiny)
     return weight if mask is None else weight * mask
 
 

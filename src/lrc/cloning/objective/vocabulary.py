@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from lrc.cloning.objective.divergence import Rows, find_divergence, find_reference
 from lrc.cloning.objective.lm import cross_entropy
-from lrc.model.precision import upcast
+from lrc.model.precision import product_dtype, upcast, upcast_dtype
 
 CACHED_LOGITS = 4 * 49_152
 """Logits that a CPU thread processes at once; 3 MB with all intermediate results."""
@@ -109,14 +109,11 @@ class _Vocabulary(torch.autograd.Function):
         weights: VocabularyWeights,
         token_lm: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        device = student_hidden.device.type
-        dtype = student_hidden.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        device, dtype = student_hidden.device.type, product_dtype(student_hidden)
         head = student_head[: weights.vocab].to(dtype)
         frozen_head = teacher_head[: weights.vocab].to(dtype)
         grad_hidden = torch.empty_like(student_hidden)
-        grad_head = torch.zeros_like(student_head)
+        grad_head = torch.zeros_like(student_head, dtype=upcast_dtype(student_head))
         kl = student_hidden.new_zeros(())
         lm = student_hidden.new_zeros(())
         with torch.autocast(device, enabled=False):
@@ -141,10 +138,7 @@ class _Vocabulary(torch.autograd.Function):
                     logits *= slope
                 grad_logits = logits.to(dtype)
                 grad_hidden[rows] = grad_logits @ head
-                if dtype == grad_head.dtype:
-                    grad_head[: weights.vocab].addmm_(grad_logits.T, hidden)
-                else:
-                    grad_head[: weights.vocab] += grad_logits.T @ hidden
+                add_product(grad_head[: weights.vocab], grad_logits.T, hidden)
                 del logits, scaled, slope, grad_logits  # the next chunk can use their memory
         ctx.save_for_backward(grad_hidden, grad_head)
         ctx.mark_non_differentiable(kl, lm)
@@ -156,6 +150,22 @@ class _Vocabulary(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_head = ctx.saved_tensors
         return grad * grad_hidden, grad * grad_head, None, None, None, None, None, None
+
+
+def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a b, in the precision of the total.
+
+    Args:
+        total: [n, m], at least float32.
+        a: [n, k]; also bfloat16 or float16.
+        b: [k, m], like a.
+    """
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a CPU has no such product, so it rounds the new part
+        total += a @ b
 
 
 def _differentiate(

@@ -1,0 +1,136 @@
+"""Batches that are read ahead are those that are read in time; a step waits for the device once."""
+
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from killing import without_times
+from lrc.cloning.activations import known_documents, last_hidden
+from lrc.data import Share
+from lrc.data.batch import Batch
+from lrc.recipe.sections import TrainSection
+from lrc.run import Run
+from lrc.system.progress import Task
+from lrc.train.batches import BatchReader, count
+from lrc.train.loop import fetch
+from lrc.train.session import open_loop
+from tiny import tiny_batch, tiny_teacher
+from tiny_runs import new_run
+
+
+class Numbers:
+    """A text whose sequences are their positions; its state counts what was read."""
+
+    def __init__(self) -> None:
+        self.read, self.threads = 0, set[str]()
+
+    def training_batch(self, position: int, count: int) -> Batch:
+        if position > 40:
+            raise OSError("the text has ended")
+        self.read += count
+        self.threads.add(threading.current_thread().name)
+        return Batch(torch.arange(position, position + count)[:, None].expand(count, 3).clone())
+
+    def state(self) -> dict[str, Any]:
+        return {"read": self.read}
+
+
+def reader(ahead: bool, share: Share = Share()) -> tuple[BatchReader, Numbers]:  # noqa: B008
+    text = Numbers()
+    train = TrainSection(tokens=1, micro_batch=2, accumulate=3)
+    return BatchReader(text, train, share, 5, torch.device("cpu"), ahead), text  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_step_gets_its_own_batches_and_state(ahead: bool) -> None:
+    batches, text = reader(ahead)
+    for step in range(4):
+        found = batches.take(step, is_last=step == 3)
+        ids = [batch.input_ids[:, 0].tolist() for batch in found.batches]
+        first = 5 + 6 * step
+        assert ids == [[first, first + 1], [first + 2, first + 3], [first + 4, first + 5]]
+        assert batches.text_state() == {"read": 6 * (step + 1)}
+        assert found.counts == count(found.batches)
+    batches.close()
+    assert text.read == 24  # nothing after the last step
+    assert ("MainThread" in text.threads, len(text.threads)) == (True, 1 + ahead)
+
+
+def test_an_error_of_the_text_is_raised_by_the_step_that_needs_it() -> None:
+    batches, _ = reader(ahead=True)
+    for step in range(6):
+        batches.take(step)
+    with pytest.raises(OSError, match="the text has ended"):
+        batches.take(6)
+    batches.close()
+
+
+def test_a_run_that_reads_ahead_is_the_same(tmp_path: Path) -> None:
+    runs = []
+    for ahead in (False, True):
+        run = new_run(tmp_path, name=f"ahead-{ahead}")
+        with run.hold():
+            loop = open_loop(run, tiny_teacher("llama"))
+            loop.reads_ahead = ahead
+            loop.go(7)
+        with run.hold():  # from a checkpoint: the text goes on after what was trained on
+            loop = open_loop(Run.open(run.folder), tiny_teacher("llama"))
+            loop.reads_ahead = ahead
+            loop.go(run.recipe.steps())
+        runs.append(run)
+    assert without_times(runs[0].metrics()) == without_times(runs[1].metrics())
+
+
+def test_fetched_values_are_the_same() -> None:
+    values = {
+        "scalar": torch.tensor(1 / 3),
+        "counts": torch.tensor([3, 2**40]),
+        "layers": torch.tensor([[1e-30, torch.nan], [torch.inf, -7.1]]),
+    }
+    for name, value in fetch(values).items():
+        torch.testing.assert_close(value, values[name], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "ministral"])
+@pytest.mark.parametrize("documents", [None, [[9], [9]], [[4, 5], [2, 7]]])
+def test_known_documents_change_nothing(family: str, documents: list[list[int]] | None) -> None:
+    teacher, batch = tiny_teacher(family), tiny_batch(documents=documents)
+    with torch.no_grad():
+        expected = last_hidden(teacher.model, batch)
+        with known_documents(batch):
+            found = last_hidden(teacher.model, batch)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_only_some_lines_have_terms_by_layer(tmp_path: Path) -> None:
+    run = new_run(tmp_path, eval_every=1000, tokens=16 * 2 * 250)
+    with run.hold():
+        open_loop(run, tiny_teacher("llama")).go(10)
+    lines = run.metrics()[1:]
+    assert [line["step"] for line in lines if "clone_layers" in line] == [2, 4, 6, 8, 10]
+    assert all("clone" in line for line in lines)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
+    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision)
+    teacher = tiny_teacher("llama", dtype=torch.float32)
+    teacher.model.to("cuda")
+    with run.hold():
+        loop = open_loop(run, teacher)
+        loop.reads_ahead = False
+        loop.go(3)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                loop._step(Task("Training"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in found if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, [f"{wait.filename}:{wait.lineno}" for wait in waits]
