@@ -19,6 +19,7 @@ from lrc.cloning.start.calibration import Calibration
 from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
+NORMS_INSIDE = 2
 
 
 def tokens(sequences: int, length: int = 12) -> Tensor:
@@ -36,10 +37,9 @@ def second_moments(seed: int, count: int, width: int) -> Tensor:
     return moments / moments.diagonal(dim1=1, dim2=2).sum(1)[:, None, None]
 
 
-def statistics(seed: int, count: int, width: int) -> StreamStatistics:
-    fisher = width * second_moments(seed + 1, count, width)
-    moments, sizes = second_moments(seed, count, width), torch.ones(count).double()
-    return StreamStatistics(moments, fisher, sizes, [])
+def statistics(seed: int, width: int) -> StreamStatistics:
+    moments, fisher = second_moments(seed, 2, width), width * second_moments(seed + 1, 2, width)
+    return StreamStatistics(moments, fisher, NORMS_INSIDE)
 
 
 @pytest.mark.parametrize("case", TINY_CASES)
@@ -78,7 +78,6 @@ def test_the_gradients_are_those_of_the_whole_model(
 
 def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basis, "LARGEST_TOKEN_WEIGHT", 1e9)
-    monkeypatch.setattr(basis, "GROUPS", 2)
     teacher, ids = tiny_teacher("llama"), tokens(24)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = stream_statistics(calibration)
@@ -93,20 +92,20 @@ def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         teacher.model(ids)
     eps = teacher.config.rms_norm_eps
     normed = [x / (x.square().mean(-1, keepdim=True) + eps).sqrt() for x in read]
-    half = teacher.num_layers  # norms in each of two groups
-    for group, sites in enumerate((range(half), range(half, 2 * half), [2 * half])):
+    for group, sites in enumerate((range(len(inside)), [len(inside)])):
         moments = [normed[i].T @ normed[i] for i in sites]
         expected = torch.stack([m / m.trace() for m in moments]).mean(0)
         torch.testing.assert_close(found.moments[group], expected, rtol=0, atol=1e-6)
         shares = torch.stack([HIDDEN * by_site[i] / by_site[i].trace() for i in sites]).mean(0)
         expected = basis.FISHER_SHARE * shares + (1 - basis.FISHER_SHARE) * torch.eye(HIDDEN)
         torch.testing.assert_close(found.fisher[group], expected)
-        assert found.sizes[group] == len(sites)
     span = torch.linalg.qr(drawn(1, HIDDEN, STUDENT_HIDDEN)).Q
-    after = found.fisher_after_layers(span)
+    assert found.norms == len(inside)
+    after = found.fisher_after_layers(span, teacher.num_layers)
     assert len(after) == teacher.num_layers
     for layer, metric in enumerate(after):  # which the norm of the next layer reads, or the last
-        torch.testing.assert_close(metric, span.T @ found.fisher[2 * (layer + 1) // half] @ span)
+        final = layer == teacher.num_layers - 1
+        torch.testing.assert_close(metric, span.T @ found.fisher[int(final)] @ span)
 
 
 def test_no_token_rules_the_fisher_information(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,32 +156,32 @@ def test_what_a_tied_head_loses_is_least_over_what_it_can_be(
 
 def lost(value: StreamStatistics, span: Tensor) -> float:
     sites = zip(value.moments, value.fisher, strict=True)
-    return sum(float(basis._lost(span, moment, fisher)) for moment, fisher in sites)
+    inside, final = (float(basis._lost(span, moment, fisher)) for moment, fisher in sites)
+    return value.norms * inside + final
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_the_basis_loses_less_than_principal_directions(seed: int) -> None:
-    value = statistics(seed, 4, 24)
+    value = statistics(seed, 24)
     best = predictive_basis(value, 12)
     torch.testing.assert_close(best.T @ best, torch.eye(12, dtype=torch.float64))
-    mean = basis._best_for_the_mean(value, value.sizes, 12)
-    principal = torch.linalg.eigh(value.moments.mean(0)).eigenvectors[:, -12:]
+    weights = value.norms, 1.0
+    mean = basis._best_for_the_mean(value, weights, 12)
+    moment = torch.einsum("s,sij->ij", torch.tensor(weights).double(), value.moments)
+    principal = torch.linalg.eigh(moment).eigenvectors[:, -12:]
     assert lost(value, best) < lost(value, mean) < lost(value, principal)
 
 
 def test_where_all_norms_are_alike_the_best_basis_is_known() -> None:
-    value = statistics(0, 4, 24)
-    alike = StreamStatistics(
-        value.moments[:1].expand(4, -1, -1), value.fisher[:1].expand(4, -1, -1), value.sizes, []
-    )
-    known = basis._best_for_the_mean(alike, value.sizes, 12)
+    value, weights = statistics(0, 24), (NORMS_INSIDE, 1.0)
+    moments, fisher = (each[:1].expand(2, -1, -1) for each in (value.moments, value.fisher))
+    alike = StreamStatistics(moments, fisher, NORMS_INSIDE)
+    known = basis._best_for_the_mean(alike, weights, 12)
     least, _ = torch.linalg.eigh(_product(alike.moments[0], alike.fisher[0]))
-    assert lost(alike, known) == pytest.approx(4 * float(least[:12].sum()), rel=1e-4)
+    assert lost(alike, known) == pytest.approx(3 * float(least[:12].sum()), rel=1e-4)
     assert lost(alike, predictive_basis(alike, 12)) == pytest.approx(lost(alike, known), rel=1e-3)
-    blind = StreamStatistics(
-        alike.moments, torch.eye(24).double().expand(4, -1, -1), value.sizes, []
-    )
-    known = basis._best_for_the_mean(blind, value.sizes, 12)
+    blind = StreamStatistics(moments, torch.eye(24).double().expand(2, -1, -1), NORMS_INSIDE)
+    known = basis._best_for_the_mean(blind, weights, 12)
     principal = torch.linalg.eigh(value.moments[0]).eigenvectors[:, -12:]
     torch.testing.assert_close(known @ known.T, principal @ principal.T, rtol=0, atol=1e-9)
 
@@ -195,7 +194,7 @@ def _product(moment: Tensor, fisher: Tensor) -> Tensor:
 
 
 def test_a_tied_head_has_its_share() -> None:
-    value, gain = statistics(5, 4, 24), drawn(9, 24).abs() + 0.5
+    value, gain = statistics(5, 24), drawn(9, 24).abs() + 0.5
 
     def by_the_head(span: Tensor) -> float:
         return float(basis._lost_by_a_tied_head(span, value.moments[-1], value.fisher[-1], gain))
@@ -208,7 +207,7 @@ def test_the_principal_basis_is_of_all_norms() -> None:
     with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
         found = principal_basis(calibration)
         moments = stream_statistics(calibration)
-    mean = torch.einsum("g,gij->ij", moments.sizes, moments.moments)
+    mean = moments.norms * moments.moments[0] + moments.moments[1]
     expected = torch.linalg.eigh(mean).eigenvectors[:, -STUDENT_HIDDEN:]
     torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-3)
 

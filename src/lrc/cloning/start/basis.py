@@ -1,20 +1,20 @@
 """The basis of the student's residual stream: which part of the teacher's stream it keeps.
 
 `principal_basis` keeps the largest directions. `predictive_basis` keeps what the teacher's
-predictions need. At every norm of the stream, it weighs the part that is not predictable from the
-kept part by what the predictions lose with it:
+predictions need. It weighs the part of the stream that is not predictable from the kept part by
+what the predictions lose with it:
 
-    sum over norms of tr F (C - C B (B^T C B)^-1 B^T C).
+    tr F (C - C B (B^T C B)^-1 B^T C).
 
-C [d_T, d_T] is the second moment of the normalized stream h there, F is the Fisher information that
-the predictions hold about it, and the bracket is the second moment of h - E[h | B^T h] by least
-squares. If all norms are alike and F is the identity, the principal directions are optimal. A tied
-head can only read what it also embeds, so it has a different term (`_lost_by_a_tied_head`).
+C [d_T, d_T] is the second moment of the normalized stream h, F is the Fisher information that the
+predictions hold about it, and the bracket is the second moment of h - E[h | B^T h] by least
+squares. There is one such term for the mean C and F over the norms of the layers, and one for the
+final norm. If F is the identity, the principal directions are optimal. A tied head can only read
+what it also embeds, so it has a different term (`_lost_by_a_tied_head`).
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -41,17 +41,12 @@ of their own."""
 SEED = 0
 """Seed of the tokens drawn from the teacher's predictions."""
 
-GROUPS = 15
-"""Number of groups of neighboring norms that share their statistics; the final norm is on its
-own."""
-
 FINAL_SHARE = 1 / 4
 """Share of the final norm with a tied head."""
 
 STEPS, LEARNING_RATE = 20, 0.12
 """Steps and rate of Adam, which starts from the best basis for the means over all norms. The rate
-is in units of d_T^-1/2, the size of the basis's entries. On SmolLM2-135M the objective falls from
-3.28 to 3.16; with the principal directions it is 3.50."""
+is in units of d_T^-1/2, the size of the basis's entries."""
 
 SMALLEST = 1e-7
 """Added to second moments before they are inverted, in units of their mean eigenvalue."""
@@ -59,22 +54,20 @@ SMALLEST = 1e-7
 
 @dataclass(frozen=True)
 class StreamStatistics:
-    """Statistics of the teacher's stream, by groups of neighboring norms and the final one."""
+    """Statistics of the teacher's stream: means over the norms of the layers, and at the final
+    norm."""
 
     moments: Tensor
-    """E[h h^T] / tr E[h h^T], [groups + 1, d_T, d_T]."""
+    """E[h h^T] / tr E[h h^T], [2, d_T, d_T]."""
     fisher: Tensor
-    """F, with trace d_T, [groups + 1, d_T, d_T]."""
-    sizes: Tensor
-    """Norms in each group, [groups + 1]."""
-    after_layers: list[int]
-    """Index of the norm that follows each layer."""
+    """F, with trace d_T, [2, d_T, d_T]."""
+    norms: int
+    """Number of the norms in the layers."""
 
-    def fisher_after_layers(self, basis: Tensor) -> list[Tensor]:
+    def fisher_after_layers(self, basis: Tensor, layers: int) -> list[Tensor]:
         """B^T F B [d_S, d_S] at the norm that follows each layer, for B [d_T, d_S]."""
-        inside, groups = int(self.sizes[:-1].sum()), len(self.sizes) - 1
-        metrics = [basis.T @ fisher @ basis for fisher in self.fisher]
-        return [metrics[site * groups // inside] for site in self.after_layers]
+        inside, final = (basis.T @ fisher @ basis for fisher in self.fisher)
+        return [*[inside] * (layers - 1), final]
 
 
 @torch.no_grad()
@@ -102,31 +95,24 @@ def stream_statistics(calibration: Calibration) -> StreamStatistics:
     """Collect statistics from a forward pass of the teacher over `MOMENT_TOKENS`, and a forward and
     backward pass over `GRADIENT_TOKENS`."""
     stop = min(len(calibration.ids), max(1, MOMENT_TOKENS // calibration.ids.shape[1]))
-    after_layers = list(accumulate(map(len, calibration.branches)))
-    inside = after_layers[-1]
-    groups = min(GROUPS, inside)
-    width = calibration.teacher.hidden_size
-    shape = groups + 1, width, width
-    moments, fisher = (torch.zeros(shape, dtype=calibration.dtype) for _ in range(2))
-    moments, fisher = moments.to(calibration.ids.device), fisher.to(calibration.ids.device)
-    sizes = torch.zeros(groups + 1, dtype=calibration.dtype, device=calibration.ids.device)
+    norms = sum(map(len, calibration.branches))
+    width, device = calibration.teacher.hidden_size, calibration.ids.device
+    moments, fisher = torch.zeros(2, 2, width, width, dtype=calibration.dtype, device=device)
     layers = calibration.teacher_layers(stop)
     forward = (site for layer in layers for site in _read(calibration, layer, stop))
     for site, moment in enumerate(forward):
         share = moment / moment.trace().clamp_min(1e-30)
-        moments[site * groups // inside] += share.to(calibration.dtype)
-        sizes[site * groups // inside] += 1
-    for site, rows in zip(range(inside, -1, -1), gradients(calibration), strict=True):
+        moments[int(site == norms)] += share.to(calibration.dtype)
+    for site, rows in zip(range(norms, -1, -1), gradients(calibration), strict=True):
         energy = rows.square().sum(-1, keepdim=True)
         cap = (LARGEST_TOKEN_WEIGHT * energy.median() / energy.clamp_min(1e-30)).clamp_max(1)
         moment = second_moment(rows * cap.sqrt())
         share = FISHER_SHARE * width / moment.trace().clamp_min(1e-30) * moment
-        fisher[site * groups // inside] += share.to(calibration.dtype)
-    identity = torch.eye(width, dtype=calibration.dtype, device=calibration.ids.device)
-    moments /= sizes[:, None, None]
-    fisher /= sizes[:, None, None]
-    fisher += (1 - FISHER_SHARE) * identity
-    return StreamStatistics(moments, fisher, sizes, after_layers)
+        fisher[int(site == norms)] += share.to(calibration.dtype)
+    moments[0] /= norms
+    fisher[0] /= norms
+    fisher += (1 - FISHER_SHARE) * torch.eye(width, dtype=calibration.dtype, device=device)
+    return StreamStatistics(moments, fisher, norms)
 
 
 @torch.no_grad()
@@ -141,20 +127,21 @@ def predictive_basis(
         tied_gain: the gain [d_T] of the teacher's final norm if the student's head is tied to its
             embedding; None if the head is its own.
     """
-    weights = statistics.sizes
+    (moment, final_moment), (fisher, final_fisher) = statistics.moments, statistics.fisher
+    final_weight = 1.0
     if tied_gain is not None:
-        inside = weights[:-1].sum(0, keepdim=True)
-        weights = torch.cat([weights[:-1], inside * FINAL_SHARE / (1 - FINAL_SHARE)])
+        final_weight = statistics.norms * FINAL_SHARE / (1 - FINAL_SHARE)
 
     def lost(basis: Tensor) -> Iterator[Tensor]:
-        groups = zip(weights, statistics.moments, statistics.fisher, strict=True)
-        for group, (weight, moment, fisher) in enumerate(groups):
-            if tied_gain is not None and group == len(weights) - 1:
-                yield weight * _lost_by_a_tied_head(basis, moment, fisher, tied_gain)
-            else:
-                yield weight * _lost(basis, moment, fisher)
+        yield statistics.norms * _lost(basis, moment, fisher)
+        if tied_gain is None:
+            yield final_weight * _lost(basis, final_moment, final_fisher)
+        else:
+            yield final_weight * _lost_by_a_tied_head(basis, final_moment, final_fisher, tied_gain)
 
-    raw = _best_for_the_mean(statistics, weights, hidden_size).to(weights.dtype).contiguous()
+    weights = statistics.norms, final_weight
+    raw = _best_for_the_mean(statistics, weights, hidden_size)
+    raw = raw.to(statistics.moments.dtype).contiguous()
     with torch.enable_grad():
         raw.requires_grad_()
         optimizer = torch.optim.Adam([raw], lr=LEARNING_RATE * len(raw) ** -0.5)
@@ -228,7 +215,9 @@ def _read(calibration: Calibration, layer: TeacherLayer, stop: int) -> Iterator[
         yield total
 
 
-def _best_for_the_mean(statistics: StreamStatistics, weights: Tensor, hidden_size: int) -> Tensor:
+def _best_for_the_mean(
+    statistics: StreamStatistics, weights: tuple[float, float], hidden_size: int
+) -> Tensor:
     """The basis [d_T, d_S] that would be optimal if C and F at every norm were their means, in
     float64.
 

@@ -114,7 +114,7 @@ def solve_projections(
         basis = predictive_basis(statistics, hidden_size, gain)
         if after_norms := teacher.layout.after_norms():
             basis = diagonal_basis(basis, map(calibration.gain, after_norms))
-        metrics = statistics.fisher_after_layers(basis)
+        metrics = statistics.fisher_after_layers(basis, teacher.num_layers)
         del statistics
         last = LastLayers(calibration) if refine_epochs else None
         solver = _Solver(calibration, basis, metrics, refine_epochs, last.first if last else 0)
