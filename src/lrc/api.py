@@ -19,6 +19,7 @@ from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run, default_folder
 from lrc.system.checksums import cache_root
+from lrc.system.distributed import join
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
 from lrc.train import train
@@ -217,7 +218,7 @@ def prune(
     name = _name(model)
     recipe = prune_recipe(name, ratio, _paths(text), recover, tokens, settings or {})
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
-    run = Run.create(folder, recipe)
+    run = Run.create(folder, recipe, join())
     check_recipe(recipe)
     (train if recover else initialize_only)(run)
     return run
@@ -268,7 +269,7 @@ def _new_run(
     if is_object:
         file = _written(text, recipe)  # type: ignore[arg-type]
         recipe = make_recipe({**base, "data": {"text": [str(file)]}}, given)
-    run = Run.create(Path(out) if out else default_folder(recipe), recipe)
+    run = Run.create(Path(out) if out else default_folder(recipe), recipe, join())
     if loaded is None:
         check_recipe(recipe)
     return run, loaded

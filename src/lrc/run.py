@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrc.model.locate import short_name
 from lrc.recipe import Recipe, load_recipe
+from lrc.system.distributed import ALONE, World, restarts
 from lrc.system.errors import UserError
 from lrc.system.files import (
     LOCK,
@@ -52,13 +53,21 @@ class Run:
     recipe: Recipe
 
     @classmethod
-    def create(cls, folder: str | os.PathLike[str], recipe: Recipe) -> "Run":
+    def create(cls, folder: str | os.PathLike[str], recipe: Recipe, world: World = ALONE) -> "Run":
         """Return a new run, without creating its folder; `begin` does that.
+
+        Args:
+            folder: the run's folder. All processes take the first one's.
+            recipe: the recipe.
+            world: the processes that will train it together. If their launcher restarts them, the
+                run is the one that they have begun.
 
         Raises:
             UserError: if the folder already holds something.
         """
-        run = cls(Path(folder), recipe)
+        run = cls(Path(world.from_first(os.fspath(folder))), recipe)
+        if not world.leads or (restarts() and is_run(run.folder)):
+            return run
         if is_taken(run.folder, _is_no_runs):
             raise run._taken()
         return run

@@ -17,6 +17,7 @@ from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
 from lrc.cli.training import compress, init, resume, train
+from lrc.system.distributed import PeerError, joined, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -56,6 +57,8 @@ def options(
 ) -> None:
     """Options of every command."""
     show_library(console)
+    if rank():  # of several processes, the first one talks to the user
+        console.quiet = True
 
 
 def main() -> None:
@@ -74,6 +77,7 @@ def main() -> None:
         _refuse_bytes(sys.argv[1:])
         try:
             app()
+            leave()
         finally:
             console.file.flush()
             if problem := lost_output():
@@ -82,7 +86,8 @@ def main() -> None:
         if debug:
             traceback.print_exc()
         sentence, code = told(error)
-        typer.secho(f"Error: {sentence}", fg="red", err=True)
+        if is_news(error):
+            typer.secho(f"Error: {sentence}", fg="red", err=True)
         sys.exit(code)
     except KeyboardInterrupt:
         typer.secho("Stopped.", err=True)
@@ -102,6 +107,12 @@ def told(error: Exception) -> tuple[str, int]:
         "report it to the developers with the output of the same command with --debug.",
         FAULT,
     )
+
+
+def is_news(error: Exception) -> bool:
+    """Whether an error is worth printing: of several processes, only two say that another one has
+    ended, and only the first one reports a mistake that all have found before they joined."""
+    return not rank() or (rank() == 1 if isinstance(error, PeerError) else joined())
 
 
 def _print_anything() -> None:

@@ -1,5 +1,6 @@
 """`lrc compare`."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ import typer
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.training import Settings, TeacherOption, Text
 from lrc.recipe.shipped import find_yaml
+from lrc.system.errors import UserError
 
 
 def compare(
@@ -38,6 +40,11 @@ def compare(
     """
     from lrc.recipe import parse_overrides
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "A comparison runs in one process: start it without a launcher, and entries side by "
+            "side with --only."
+        )
     flags: dict[str, tuple[str, Any]] = {
         "teacher.model": ("--teacher", teacher),
         "data.text": ("--text", text),

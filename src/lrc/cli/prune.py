@@ -74,6 +74,7 @@ def prune(
     from lrc.preflight import check_recipe
     from lrc.recipe import parse_overrides
     from lrc.run import Run, default_folder
+    from lrc.system.distributed import join
     from lrc.train.prune import prune_recipe
     from lrc.train.session import initialize_only, train
 
@@ -85,7 +86,8 @@ def prune(
     given = parse_overrides(settings or [], flags)
     way = recover.value if recover else None
     recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
-    run = Run.create(out or default_folder(recipe, f"{short_name(model)}-pruned"), recipe)
+    folder = out or default_folder(recipe, f"{short_name(model)}-pruned")
+    run = Run.create(folder, recipe, join())
     check_recipe(recipe)
     carry_out(run, train if recover else initialize_only)
     _print_shapes(run)

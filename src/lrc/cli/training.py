@@ -137,6 +137,7 @@ def _new_run(
     from lrc.recipe import make_recipe, parse_overrides
     from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
+    from lrc.system.distributed import join
     from lrc.system.yaml_files import read_yaml
 
     flags: dict[str, tuple[str, Any]] = {
@@ -155,7 +156,8 @@ def _new_run(
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     resolved = make_recipe(base, overrides)
     name = Path(recipe).stem if recipe else None
-    run = Run.create(out or default_folder(resolved, name), resolved)
+    world = join()
+    run = Run.create(out or default_folder(resolved, name), resolved, world)
     check_recipe(resolved)
     return run
 

@@ -32,6 +32,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
+from lrc.system.distributed import World
 
 
 class LowRankClone(Method, Staged):
@@ -45,6 +46,7 @@ class LowRankClone(Method, Staged):
 
     title = "Low-Rank Clone (arXiv 2505.12781)"
     one_schedule = True
+    solves_alone = True
 
     def __init__(
         self,
@@ -139,6 +141,24 @@ class LowRankClone(Method, Staged):
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
         return named | self.alignment
 
+    def share_work(self, world: World) -> None:
+        super().share_work(world)
+        if not self.released:
+            keys = self.projections.values
+            owners = {key: self.owners[f"projections.{key}"] for key in keys}
+            self.projections.share_work(world, owners)
+
+    def costs(self) -> dict[str, float]:
+        if self.released:
+            return super().costs()
+        projected = self.projections.costs()
+        return super().costs() | {f"projections.{key}": cost for key, cost in projected.items()}
+
+    def projected(self) -> set[str]:
+        if self.released:
+            return set()
+        return {f"projections.{key}" for key in self.projections.values}
+
     def rate_setting(self) -> str:
         return "release_learning_rate" if self.released else "learning_rate"
 
@@ -149,6 +169,7 @@ class LowRankClone(Method, Staged):
     def next_stage(self) -> dict[str, Any]:
         self.projections.store_as(self.model, self.projections.dtype)
         self.projections.write_into(self.model)
+        self.projections.send(self._cloned())
         self._release()
         return {"stage": "released"}
 
@@ -175,14 +196,15 @@ class LowRankClone(Method, Staged):
         self.model.requires_grad_(True)
         self.model.zero_grad()
         first = self.stage_ends()[0] if self.stage_ends() else self.steps
-        cloned = self.distill.sites if self.objective.alpha_at(first / self.steps) else []
-        self.projections.freeze(projection_key(site) for site in cloned if self._projects(site))
+        clones = self.objective.alpha_at(first / self.steps) > 0
+        self.projections.freeze(self._cloned() if clones else [])
 
     def begin_step(self, step: int) -> None:
         self.distill.alpha = self.objective.alpha_at(step / self.steps)
         if self.released:
             return
         with self.clock.part("projection"):
+            self.projections.send(self._cloned() if self.distill.alpha else [])
             self.projections.write_into(self.model)
             self.projections.forget_gradients(self.model)
 
@@ -233,6 +255,10 @@ class LowRankClone(Method, Staged):
         with torch.no_grad():
             projected = factors[0] @ factors[1]
         return ClonePair(output, projected, factors)
+
+    def _cloned(self) -> list[str]:
+        """Keys of the projections that carry the teacher's outputs to the student's space."""
+        return [projection_key(site) for site in self.distill.sites if self._projects(site)]
 
     def _projects(self, site: LinearSite) -> bool:
         """Whether the teacher's side of a site is compared through the student's projection."""

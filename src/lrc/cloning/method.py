@@ -7,6 +7,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.system.clock import Clock
+from lrc.system.distributed import ALONE, World, assign
 
 Progress = Callable[[int, int], None]
 """Called with the parts of a long computation that are done and their number."""
@@ -91,6 +93,17 @@ class Method(ABC):
     model: PreTrainedModel
     """The student in training."""
 
+    world: World = ALONE
+    """The processes that train the method together. Each parameter has an owner among them, which
+    keeps its optimizer state and updates it."""
+
+    owners: Mapping[str, int] = MappingProxyType({})
+    """The owner of each parameter, by name."""
+
+    solves_alone: ClassVar[bool] = False
+    """Whether `initialize` runs in one process, whose parameters all others then take. If not, it
+    runs in all of them."""
+
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":
@@ -126,6 +139,25 @@ class Method(ABC):
         """Names of the parameters with weight decay. Default: all matrices."""
         return {name for name, value in self.parameters().items() if value.ndim > 1}
 
+    def share_work(self, world: World) -> None:
+        """Choose the owners of the present stage's parameters."""
+        self.world, self.owners = world, assign(self.costs(), world.size)
+
+    def owns(self, name: str) -> bool:
+        """Whether this process owns a parameter."""
+        return self.owners.get(name, 0) == self.world.rank
+
+    def costs(self) -> dict[str, float]:
+        """What the owner of each parameter has to do in a step, by name, in any unit. Default: the
+        number of its elements."""
+        return {name: value.numel() for name, value in self.parameters().items()}
+
+    def projected(self) -> set[str]:
+        """Names of the parameters that the passes do not use themselves, but only weights computed
+        from them. `begin_step` and `end_step` exchange these weights and their gradients with other
+        processes, so that the loop has nothing to exchange for such a parameter."""
+        return set()
+
     def begin_step(self, step: int) -> None:  # noqa: B027 - optional
         """Prepare the forward passes of an optimizer step.
 
@@ -138,7 +170,7 @@ class Method(ABC):
         """The losses of a micro-batch."""
 
     def end_step(self) -> None:  # noqa: B027 - optional
-        """Complete the gradients after the last micro-batch."""
+        """Complete the gradients after the last micro-batch, in all processes that share them."""
 
     @abstractmethod
     def student(self) -> PreTrainedModel:

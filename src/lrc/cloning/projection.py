@@ -27,6 +27,7 @@ from lrc.model.precision import tf32_products, upcast_dtype
 from lrc.model.student import ties_projections
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
+from lrc.system.distributed import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,7 @@ class Projections:
 
     def __init__(self, teacher: Teacher, student: StudentSection, tf32: bool = False) -> None:
         self.teacher, self.tf32 = teacher, tf32
+        self.world, self.owners = ALONE, dict[str, int]()
         self.hidden_size = student.hidden_size
         self.weights = projected_weights(teacher, student)
         model = teacher.model
@@ -205,9 +207,12 @@ class Projections:
                 self.values[weight.projection] = nn.Parameter(zero)
 
     def write_into(self, student: PreTrainedModel) -> None:
-        """Write the projected weights into the student's parameters."""
+        """Write the projected weights into the student's parameters. Owners of projections compute
+        them and send them to all other processes."""
         with tf32_products(self.tf32):
-            write_weights(self.teacher, self.weights, self.values, student.get_parameter)
+            write_weights(self.teacher, self._owned(), self.values, student.get_parameter)
+        for weight in self.weights:
+            self.world.send(student.get_parameter(weight.name).data, self._owner(weight))
 
     def store_as(self, student: PreTrainedModel, dtype: torch.dtype) -> None:
         """Convert the student's projected weights. Their gradients are accumulated in at least
@@ -235,6 +240,43 @@ class Projections:
         torch._foreach_zero_([parameter.grad for parameter in parameters])
 
     def backward(self, student: PreTrainedModel) -> None:
-        """Add the gradients of the projections, from those accumulated on the student's weights."""
+        """Add the gradients of the projections, from those accumulated on the student's weights.
+        Owners of projections get the sums over all processes; elsewhere there is no gradient."""
+        for weight in self.weights:
+            gradient = student.get_parameter(weight.name).grad
+            if gradient is not None:
+                self.world.reduce(gradient, self._owner(weight))
+        for key, value in self.values.items():  # of clone terms
+            if value.grad is not None:
+                self.world.reduce(value.grad, self.owners.get(key, 0))
+                value.grad = value.grad if self._owns(key) else None
         with tf32_products(self.tf32):
-            add_projection_gradients(self.teacher, self.weights, self.values, student.get_parameter)
+            add_projection_gradients(
+                self.teacher, self._owned(), self.values, student.get_parameter
+            )
+
+    def share_work(self, world: World, owners: Mapping[str, int]) -> None:
+        """Set the process that owns each projection, by key."""
+        self.world, self.owners = world, dict(owners)
+
+    def send(self, keys: Iterable[str]) -> None:
+        """Send some projections from their owners to all processes."""
+        for key in keys:
+            self.world.send(self.values[key].data, self.owners.get(key, 0))
+
+    def costs(self) -> dict[str, float]:
+        """Elements of the teacher's weights that each projection multiplies, by key."""
+        costs = dict.fromkeys(self.values, 0.0)
+        for weight in self.weights:
+            if weight.projection in costs:
+                costs[weight.projection] += self.teacher.parameter(weight.name).numel()
+        return costs
+
+    def _owned(self) -> list[ProjectedWeight]:
+        return [weight for weight in self.weights if self._owns(weight.projection)]
+
+    def _owns(self, key: str) -> bool:
+        return self.owners.get(key, 0) == self.world.rank
+
+    def _owner(self, weight: ProjectedWeight) -> int:
+        return self.owners.get(weight.projection, 0)

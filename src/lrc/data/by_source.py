@@ -18,8 +18,9 @@ class SourceLosses:
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = list(names)
-        self._sums: Tensor | None = None
-        self._counts: Tensor | None = None
+        self.totals: dict[str, Tensor] = {}
+        """The sums and the numbers of tokens [sources], on the losses' device; empty if nothing was
+        added."""
 
     def add(self, losses: Tensor, sources: Tensor) -> None:
         """Add the losses of tokens.
@@ -33,9 +34,7 @@ class SourceLosses:
         # One row per source: sums by index are not reproducible on a GPU.
         of_source = sources.flatten() == numbers[:, None]
         sums = torch.where(of_source, losses.detach().flatten(), 0).sum(1)
-        counts = of_source.sum(1)
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._counts = counts if self._counts is None else self._counts + counts
+        self.merge({"source_sums": sums, "source_counts": of_source.sum(1)})
 
     def add_batch(self, losses: Tensor | None, batch: Batch) -> None:
         """Add the losses of a batch, by the source of each label token.
@@ -49,16 +48,10 @@ class SourceLosses:
         if losses is not None and sources is not None:
             self.add(losses, sources)
 
-    def totals(self) -> dict[str, Tensor]:
-        """The sums and the numbers of tokens, on the losses' device; empty if nothing was added."""
-        if self._sums is None or self._counts is None:
-            return {}
-        return {"source_sums": self._sums, "source_counts": self._counts}
-
-    def set_totals(self, totals: Mapping[str, Tensor]) -> None:
-        """Replace what `totals` gives, by a copy on the CPU for example."""
-        self._sums = totals.get("source_sums")
-        self._counts = totals.get("source_counts")
+    def merge(self, totals: Mapping[str, Tensor]) -> None:
+        """Add the `totals` of other losses."""
+        for name, value in totals.items():
+            self.totals[name] = self.totals[name] + value if name in self.totals else value
 
     def report(self, prefix: str = "") -> dict[str, Any]:
         """Metrics entries: `lm_by_source`, in nats, and `labels_by_source`, the number of tokens in
@@ -70,12 +63,12 @@ class SourceLosses:
 
     def means(self) -> dict[str, float]:
         """Mean token loss of each source that has tokens."""
-        sums = [] if self._sums is None else self._sums.tolist()
+        sums = self.totals["source_sums"].tolist() if self.totals else []
         counts = self.labels()
         by_name = zip(self.names, sums, strict=False)
         return {name: total / counts[name] for name, total in by_name if name in counts}
 
     def labels(self) -> dict[str, int]:
         """Number of tokens added for each source that has tokens."""
-        counts = [] if self._counts is None else self._counts.tolist()
+        counts = self.totals["source_counts"].tolist() if self.totals else []
         return {name: n for name, n in zip(self.names, counts, strict=False) if n}

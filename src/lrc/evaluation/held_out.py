@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from lrc.data.by_source import SourceLosses
 from lrc.model.families import family_of
 from lrc.model.precision import upcast
 from lrc.model.teacher import Teacher
+from lrc.system.distributed import ALONE, World
 
 CHUNK = 128
 """Tokens whose logits are in memory at once."""
@@ -51,21 +53,35 @@ def held_out_loss(
     batches: Iterable[Batch],
     vocab: int,
     by_source: SourceLosses | None = None,
+    world: World = ALONE,
 ) -> float:
     """Mean next-token cross-entropy in nats over the first `vocab` token ids.
 
-    The losses of tokens with a known source are also added to `by_source`.
+    Args:
+        model: the model.
+        batches: the text, the same in all processes.
+        vocab: number of token ids.
+        by_source: the losses of tokens with a known source are added to it.
+        world: the processes to share the batches among; all get the result.
     """
-    total, count = 0.0, 0
-    for batch in batches:
+    measured: list[tuple[float, int, dict[str, Tensor]]] = []
+    for batch in list(batches)[world.rank :: world.size]:
         hidden, labels = _labeled(last_hidden(model, batch), batch)
         losses = [
             functional.cross_entropy(logits, target, reduction="none")
             for logits, target in _chunks(model, hidden, labels, vocab)
         ]
-        total += sum(chunk.sum().item() for chunk in losses)
-        count += len(labels)
-        _add(by_source, losses, batch)
+        of_batch = SourceLosses(by_source.names if by_source else ())
+        _add(of_batch, losses, batch)
+        totals = {name: value.cpu() for name, value in of_batch.totals.items()}
+        measured.append((sum(chunk.sum().item() for chunk in losses), len(labels), totals))
+    total, count = 0.0, 0
+    for of_all in zip_longest(*world.gather(measured)):  # in the order of the batches
+        for loss, labeled, totals in filter(None, of_all):
+            total += loss
+            count += labeled
+            if by_source is not None:
+                by_source.merge(totals)
     return total / count
 
 

@@ -56,6 +56,15 @@ def _state(path: Path) -> list[int]:
     return [found.st_size, found.st_ino, found.st_mtime_ns, found.st_ctime_ns]
 
 
+def source_sha256() -> str:
+    """Checksum of the source code of this package."""
+    package = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        digest.update(str(path.relative_to(package)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """Checksum of a file."""
     with path.open("rb") as file:

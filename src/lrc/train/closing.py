@@ -50,16 +50,18 @@ def close_run(loop: Loop) -> dict[str, Any]:
         UserError: if the disk is full.
     """
     run, setup = loop.run, loop.setup
+    student = setup.method.student()
+    if not loop.world.leads:
+        return loop.world.from_first({})
     with task("Comparing the student with its teacher"):
-        student = setup.method.student()
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
     summary = summarize(loop, agreement, student)
     summary["samples"] = best_effort("samples", lambda: samples(loop, student)) or {}
     card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
-    write_text(run.summary_file, json.dumps(summary, indent=2))
     best_effort("the plot", lambda: draw_curves(run.metrics(), run.folder / "curves.png"))
-    return summary
+    write_text(run.summary_file, json.dumps(summary, indent=2))  # last: it says that all is there
+    return loop.world.from_first(summary)
 
 
 def best_effort(what: str, make: Callable[[], Made]) -> Made | None:

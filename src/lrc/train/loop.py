@@ -7,19 +7,20 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from lrc.cloning.method import CLONE_LAYERS, WeighsSources, stages_of
+from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
 from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
+from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.system.progress import Task, task
@@ -61,8 +62,8 @@ class Loop:
     forward_seconds: float = 0.0
     """Seconds of them in which the teacher's layers alone ran once over the calibration tokens; 0
     if not known."""
-    share: Share = field(default_factory=Share)
-    """The share of every step's sequences that this process takes."""
+    world: World = ALONE
+    """The processes that train the run together."""
     seconds_before: float = 0.0
     """Training seconds of earlier processes."""
     step_seconds: float = 0.0
@@ -97,7 +98,7 @@ class Loop:
         self._batches = BatchReader(
             self.text,
             recipe.train,
-            self.share,
+            Share(self.world.rank, self.world.size),
             self._calibration_sequences(),
             setup.device,
             reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
@@ -105,17 +106,17 @@ class Loop:
         with (
             closing(self._batches),
             stop_on_signals() as stop,
-            open_trackers(self.run, self.first_step) as self.trackers,
+            open_trackers(self.run, self.first_step, self.world) as self.trackers,
             task("Training", steps, self.first_step) as progress,
         ):
             changed = {} if setup.restored else self._change_stage(progress)
-            if not self.run.metrics():
+            if self.world.from_first(not self.run.metrics()):
                 start = {**self._measure(progress), **self._measure_teacher()}
                 self._log({**start, **self.calibration(), **changed})
             if not setup.restored:
-                self._weigh_sources(self.run.metrics()[0])
+                self._weigh_sources(self.world.from_first(self.run.metrics()[:1])[0])
                 self._save()  # the start may have taken long
-            while setup.state.step < steps and not stop:
+            while setup.state.step < steps and not self._agree(stop):
                 line = self._step(progress)
                 changed = self._change_stage(progress)
                 if self._due(recipe.train.eval_every):
@@ -126,17 +127,26 @@ class Loop:
                     line = {k: value for k, value in line.items() if k != CLONE_LAYERS}
                 if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
                     self._log(line | changed)
-                if self.on_step is not None:
+                if self.on_step is not None and self.world.leads:
                     self.on_step(line | changed)
                 if self._due(recipe.train.checkpoint_every) or self._minutes_are_over():
                     self._save()
-            if not checkpoint_folder(self.run.checkpoints, setup.state.step).exists():
+            newest = checkpoint_folder(self.run.checkpoints, setup.state.step)
+            if self.world.from_first(not newest.exists()):
                 self._save()
         return stop
 
+    def _agree(self, stop: StopRequest) -> bool:
+        """Whether a signal asked any of the processes to stop. All then stop at the same step."""
+        asked = [signal for signal in self.world.gather(stop.signal) if signal is not None]
+        if asked:
+            stop.signal = asked[0]
+        return bool(asked)
+
     def _minutes_are_over(self) -> bool:
         minutes = self.run.recipe.train.checkpoint_minutes
-        return bool(minutes) and time.perf_counter() - self._saved > 60 * minutes
+        over = time.perf_counter() - self._saved > 60 * minutes
+        return bool(minutes) and self.world.from_first(over)
 
     def _due(self, every: int) -> bool:
         """Whether to do now what is done every `every` steps and at the end."""
@@ -154,7 +164,7 @@ class Loop:
         method, state = setup.method, setup.state
         with method.clock.part("data"):
             read = self._batches.take(state.step, state.step + 1 == self.run.recipe.steps())
-        counts = read.counts
+        counts = add_counts(self.world.gather(read.counts))
         method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
         clone_layers: dict[str, torch.Tensor] = {}
@@ -170,17 +180,20 @@ class Loop:
                     total[name] = total.get(name, 0) + value
         method.end_step()
         with method.clock.part("optimizer"):
-            found = {"norm": self._clip(), **by_source.totals()}
+            missing = self._collect_gradients()
+            found = {"norm": self._clip(missing), **by_source.totals}
             found |= {f"term.{name}": value for name, value in sums.items()}
             found |= {f"layers.{name}": value for name, value in clone_layers.items()}
-            found = fetch(found)
-            by_source.set_totals(found)
+            found = add_found(self.world.gather(fetch(found)))
+            by_source.totals = {name: found[name] for name in by_source.totals}
             norm, loss = found["norm"].item(), found["term.loss"].item()
             self._refuse_nan(loss, norm)
             state.optimizer.step()
             rate = state.scheduler.get_last_lr()[0]
             state.scheduler.step()
-            state.optimizer.zero_grad()
+            for parameter in state.parameters.values():
+                parameter.grad = None
+            self._send_parameters()
         state.step += 1
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
@@ -207,7 +220,7 @@ class Loop:
         if step not in stages_of(setup.method).stage_ends():
             return {}
         entries = stages_of(setup.method).next_stage()
-        setup.state = new_state(setup.method, self.run.recipe, step)
+        setup.state = new_state(setup.method, self.run.recipe, step, self.world)
         told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         told = f"{entries['stage']} ({told})" if told else entries["stage"]
         logger.info("step %d of %d: %s%s", step, self.run.recipe.steps(), told, time_left(progress))
@@ -219,11 +232,57 @@ class Loop:
         fit."""
         return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
-    def _clip(self) -> torch.Tensor:
-        """Clip the gradients as the recipe says; return their norm before clipping."""
+    def _collect_gradients(self) -> set[str]:
+        """Add up the gradients of all processes in the owners of their parameters.
+
+        Returns:
+            The names of the parameters that have no gradient in any process.
+        """
+        method, parameters = self.setup.method, self.setup.state.parameters
+        if self.world.size == 1:
+            return set()
+        exchanged = {n: p for n, p in parameters.items() if n not in method.projected()}
+        without = {name for name, value in exchanged.items() if value.grad is None}
+        missing = set.intersection(*self.world.gather(without))
+        for name, value in exchanged.items():
+            if name in missing:
+                continue
+            if value.grad is None:
+                value.grad = torch.zeros_like(value)
+            self.world.reduce(value.grad, method.owners[name])
+            if not method.owns(name):
+                value.grad = None
+        return missing
+
+    def _send_parameters(self) -> None:
+        """Send the updated parameters that the passes use from their owners to all processes."""
+        method = self.setup.method
+        projected = method.projected()
+        for name, value in self.setup.state.parameters.items():
+            if name not in projected:
+                self.world.send(value.data, method.owners[name])
+
+    def _clip(self, missing: Collection[str] = ()) -> torch.Tensor:
+        """Clip the gradients as the recipe says; return their norm before clipping.
+
+        Args:
+            missing: names of the parameters without a gradient.
+        """
         limit = self.run.recipe.train.grad_clip or math.inf
-        parameters = self.setup.state.parameters.values()
-        return torch.nn.utils.clip_grad_norm_(parameters, limit)
+        method, parameters = self.setup.method, self.setup.state.parameters
+        if self.world.size == 1:
+            return torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
+        named = [(name, value) for name, value in parameters.items() if name not in missing]
+        dtype = next(iter(parameters.values())).dtype
+        norms = torch.zeros(len(named), dtype=dtype, device=self.setup.device)
+        for place, (_, value) in enumerate(named):
+            if value.grad is not None:
+                norms[place] = torch.linalg.vector_norm(value.grad)
+        self.world.add_up(norms)  # each is zero but in its owner
+        total: torch.Tensor = torch.linalg.vector_norm(norms)
+        own = [value for name, value in named if method.owns(name)]
+        torch.nn.utils.clip_grads_with_norm_(own, limit, total)
+        return total
 
     def _refuse_nan(self, loss: float, norm: float) -> None:
         if math.isfinite(loss) and math.isfinite(norm):
@@ -245,6 +304,7 @@ class Loop:
                 self.held_out(),
                 self.setup.teacher.vocab_size,
                 by_source,
+                self.world,
             )
         step, tokens = self.setup.state.step, self.tokens()
         of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
@@ -259,7 +319,9 @@ class Loop:
     def _measure_teacher(self) -> dict[str, Any]:
         teacher = self.setup.teacher
         by_source = SourceLosses(self.text.sources)
-        loss = held_out_loss(teacher.model, self.held_out(), teacher.vocab_size, by_source)
+        loss = held_out_loss(
+            teacher.model, self.held_out(), teacher.vocab_size, by_source, self.world
+        )
         if not math.isfinite(loss):
             raise UserError(
                 f"The held-out loss of the teacher {teacher.name} is not finite. Its weights are "
@@ -282,7 +344,7 @@ class Loop:
         weigher, text = self._weigher(), self.text
         if weigher is None or not text.sources:
             return {}
-        teacher = self.run.metrics()[0][TEACHER_BY_SOURCE]
+        teacher = self.world.from_first(self.run.metrics()[:1])[0][TEACHER_BY_SOURCE]
         shares = weigher.source_shares(text.shares(), line["held_out_lm_by_source"], teacher)
         done = self.setup.state.step * self.run.recipe.train.step_sequences()
         text.set_shares(self._calibration_sequences() + done, shares)
@@ -316,7 +378,7 @@ class Loop:
 
     def _resume_metrics(self) -> None:
         """Truncate the metrics to the step that the run continues from, and restore the clock."""
-        if not self.run.metrics_file.exists():
+        if not self.world.leads or not self.run.metrics_file.exists():
             return
         aside = self.run.keep_metrics_until(self.setup.state.step)
         if aside is not None:
@@ -333,6 +395,8 @@ class Loop:
             self.forward_seconds = lines[0].get("calibration_forward_seconds", 0.0)
 
     def _log(self, line: dict[str, Any]) -> None:
+        if not self.world.leads:
+            return
         path = self.run.metrics_file
         with disk_errors(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -350,6 +414,7 @@ class Loop:
                 self.setup.state,
                 self.run.recipe.fingerprint(),
                 train.keep_checkpoints,
+                self.world,
             )
         self._saved = time.perf_counter()
 
@@ -364,6 +429,21 @@ def time_left(progress: Task) -> str:
     """The time left as the end of a line; empty if it cannot be told."""
     left = progress.left()
     return f"; {left} left" if left else ""
+
+
+def add_counts(counts: Sequence[Counts]) -> Counts:
+    """The counts of all processes together."""
+    return Counts(sum(c.tokens for c in counts), sum(c.labels for c in counts))
+
+
+def add_found(found: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Add up what all processes found, by rank; the norm of the gradient is the same in all."""
+    total = dict(found[0])
+    for other in found[1:]:
+        for name, value in other.items():
+            if name != "norm":
+                total[name] = total[name] + value if name in total else value
+    return total
 
 
 def fetch(values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,13 @@ from lrc.model.teacher import Teacher
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
+from lrc.system.checksums import source_sha256
+from lrc.system.distributed import ALONE, World, join
 from lrc.system.errors import UserError, reason
 from lrc.system.progress import task
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
-from lrc.train.inputs import check_inputs
+from lrc.train.inputs import check_inputs, describe_inputs
 from lrc.train.loop import Loop, OnStep
 from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
 from lrc.train.starts import Starts
@@ -33,13 +36,15 @@ NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """An empty calibration batch."""
 
 
-def start(setup: Setup, recipe: Recipe, text: Reader) -> tuple[float, float]:
-    """Initialize the method from the beginning of the training stream.
+def start(setup: Setup, recipe: Recipe, text: Reader, world: World = ALONE) -> tuple[float, float]:
+    """Initialize the method from the beginning of the training stream, in one process or in all.
 
     Returns:
         The seconds that it took, and the seconds of the teacher's layers alone on the same tokens
         (0 if not known).
     """
+    if setup.method.solves_alone and not world.leads:
+        return take_start(setup, world, (0.0, 0.0))
     sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
@@ -61,7 +66,16 @@ def start(setup: Setup, recipe: Recipe, text: Reader) -> tuple[float, float]:
                 f"this text are degenerate ({reason(error)}). Check the teacher's weights, or set "
                 "initialize.method to random."
             ) from error
-    return time.perf_counter() - started, report.forward_seconds
+    seconds = time.perf_counter() - started, report.forward_seconds
+    return take_start(setup, world, seconds) if setup.method.solves_alone else seconds
+
+
+def take_start(setup: Setup, world: World, seconds: tuple[float, float]) -> tuple[float, float]:
+    """Take the parameters of the first process, and its seconds."""
+    found = world.from_first(seconds)
+    for parameter in setup.state.parameters.values():
+        world.send(parameter.data, 0)
+    return found
 
 
 @torch.no_grad()
@@ -101,6 +115,8 @@ def train(
 ) -> dict[str, Any]:
     """Train a run to its last step, from its newest checkpoint or from the beginning.
 
+    If a launcher started several processes, all of them call this and train the run together.
+
     Args:
         run: a new run, or one to continue.
         teacher: a teacher that is already loaded; None: the recipe's.
@@ -116,11 +132,12 @@ def train(
         Interrupted: if SIGINT or SIGTERM stops the run; `lrc resume` continues it.
     """
     need_whole_teacher(run.recipe)
-    with run.hold():
-        if has_ended(run):
+    world = join()
+    with hold_together(run, world):
+        if world.from_first(has_ended(run)):
             logger.info("%s has ended.", run.folder)
             return run.summary()
-        loop = open_loop(run, teacher, starts)
+        loop = open_loop(run, teacher, starts, world)
         loop.on_step = on_step
         stop = loop.go(run.recipe.steps())
         if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
@@ -130,6 +147,55 @@ def train(
                 f"continue with `lrc resume {run.folder}`.",
             )
         return close_run(loop)
+
+
+@contextmanager
+def hold_together(run: Run, world: World) -> Iterator[None]:
+    """Keep processes of other launches from training a run, while the context is open."""
+    check_division(run.recipe, world)
+    with run.hold() if world.leads else nullcontext():
+        world.wait()
+        yield
+        world.wait()  # the first process may still write
+
+
+def check_division(recipe: Recipe, world: World) -> None:
+    """Refuse steps whose micro-batches cannot be divided among the processes: medians are over a
+    micro-batch, so another division would be another run.
+
+    Raises:
+        UserError: if they cannot.
+    """
+    accumulate = recipe.train.accumulate
+    if accumulate % world.size:
+        nearest = max(1, round(accumulate / world.size)) * world.size
+        raise UserError(
+            f"train.accumulate is {accumulate}, which {world.size} processes cannot divide: set it "
+            f"to {nearest}."
+        )
+
+
+def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World) -> None:
+    """Refuse processes that would train different runs.
+
+    Raises:
+        UserError: if recipe, inputs or versions differ.
+    """
+    if world.size == 1:
+        return
+    mine = {
+        "recipe": run.recipe.fingerprint(),
+        "folder": str(run.folder.resolve()),
+        "inputs": describe_inputs(teacher, text),
+        "version of lrc": source_sha256(),
+        "version of torch": torch.__version__,
+    }
+    for rank, other in enumerate(world.gather(mine)):
+        if differing := [name for name in mine if mine[name] != other[name]]:
+            raise UserError(
+                f"Processes {world.rank} and {rank} differ in the {' and the '.join(differing)}: "
+                "start all with the same recipe, files and versions."
+            )
 
 
 def has_ended(run: Run) -> bool:
@@ -147,8 +213,9 @@ def initialize_only(run: Run, teacher: Teacher | None = None) -> dict[str, Any]:
 
     `train` can continue the run. Arguments, return value and errors are those of `train`.
     """
-    with run.hold():
-        loop = open_loop(run, teacher)
+    world = join()
+    with hold_together(run, world):
+        loop = open_loop(run, teacher, world=world)
         loop.go(0)
         return close_run(loop)
 
@@ -174,7 +241,9 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
-def open_loop(run: Run, teacher: Teacher | None, starts: Starts | None = None) -> Loop:
+def open_loop(
+    run: Run, teacher: Teacher | None, starts: Starts | None = None, world: World = ALONE
+) -> Loop:
     """Load teacher and text, and bring the method to the run's newest checkpoint or its start.
 
     A new run's folder is written after all checks that can fail, and before anything slow.
@@ -184,19 +253,22 @@ def open_loop(run: Run, teacher: Teacher | None, starts: Starts | None = None) -
         check_compiler(find_device(run.recipe.train.device))
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
     with task(loading):
-        setup = set_up(run, teacher)
+        setup = set_up(run, teacher, world)
     with task(f"Reading the text {run.recipe.data.origin()}", unit="tokens") as shown:
-        text = open_text(
-            run.recipe,
-            setup.teacher.tokenizer,
-            lambda _, tokens: shown.update(tokens),
-            setup.teacher.first_token,
+        text = world.first_then_others(
+            lambda: open_text(
+                run.recipe,
+                setup.teacher.tokenizer,
+                lambda _, tokens: shown.update(tokens),
+                setup.teacher.first_token,
+            )
         )
     for note in text_notes(run.recipe):
         logger.info(note)
-    new = run.begin()
     with task("Checking the inputs"):
-        check_inputs(run, setup.teacher, text)
+        check_agreement(run, setup.teacher, text, world)
+        new = world.from_first(run.begin() if world.leads else False)
+        world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
     calibration = 0.0, 0.0
@@ -205,10 +277,10 @@ def open_loop(run: Run, teacher: Teacher | None, starts: Starts | None = None) -
     elif kept := starts and starts.fill(setup, run.recipe):
         calibration = kept
     else:
-        calibration = start(setup, run.recipe, text)
+        calibration = start(setup, run.recipe, text, world)
         if starts:
             starts.keep(setup, run.recipe, calibration)
     if run.recipe.train.compile:
         for model in (setup.teacher.model, setup.method.model):
             compile_small_modules(model)
-    return Loop(run, setup, text, *calibration)
+    return Loop(run, setup, text, *calibration, world=world)

@@ -18,6 +18,7 @@ from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
 from lrc.recipe.sections import TrainSection
 from lrc.run import Run
+from lrc.system.distributed import ALONE, World, join, local_rank
 from lrc.system.errors import UserError
 from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
 
@@ -39,12 +40,13 @@ class Setup:
     """Whether the state comes from a checkpoint. If not, the method is not initialized yet."""
 
 
-def set_up(run: Run, teacher: Teacher | None = None) -> Setup:
+def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Setup:
     """Load the teacher, build the method, and restore the newest intact checkpoint.
 
     Args:
         run: the run; without checkpoints, its method is not initialized yet.
         teacher: a teacher that is already loaded; None: the recipe's.
+        world: the processes that train the run together.
 
     Raises:
         UserError: if the recipe does not fit the teacher or the machine, or no checkpoint of the
@@ -65,8 +67,9 @@ def set_up(run: Run, teacher: Teacher | None = None) -> Setup:
         )
     method = kind.build(teacher, recipe)
     _warn([*context_notes(teacher, recipe), *method.notes()])
-    state = restore(run, method)
-    return Setup(teacher, method, state or new_state(method, recipe), device, state is not None)
+    state = restore(run, method, world)
+    restored = state is not None
+    return Setup(teacher, method, state or new_state(method, recipe, world=world), device, restored)
 
 
 def _warn(notes: Sequence[str]) -> None:
@@ -98,28 +101,32 @@ def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
     return max(2, min(wanted, text.training_sequences or wanted))
 
 
-def new_state(method: Method, recipe: Recipe, step: int = 0) -> State:
-    """AdamW and its schedule for a method's current stage.
+def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALONE) -> State:
+    """AdamW and its schedule for a method's current stage. The optimizer has the parameters that
+    this process owns.
 
     Args:
         method: the method.
         recipe: its recipe.
         step: number of finished steps; the schedule begins at the beginning of their stage.
+        world: the processes that train the method together.
     """
     train, stages = recipe.train, stages_of(method)
+    method.share_work(world)
     parameters, decayed, own = method.parameters(), method.decayed(), stages.own_learning_rates()
+    owned = {name: value for name, value in parameters.items() if method.owns(name)}
     groups = [
         {
-            "params": [p for n, p in parameters.items() if n in decayed and n not in own],
+            "params": [p for n, p in owned.items() if n in decayed and n not in own],
             "weight_decay": train.weight_decay,
         },
         {
-            "params": [p for n, p in parameters.items() if n not in decayed and n not in own],
+            "params": [p for n, p in owned.items() if n not in decayed and n not in own],
             "weight_decay": 0.0,
         },
     ]
     for rate in sorted(set(own.values())):
-        named = [p for name, p in parameters.items() if own.get(name) == rate]
+        named = [p for name, p in owned.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
     peak = getattr(train, stages.rate_setting()) or train.learning_rate
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
@@ -168,7 +175,7 @@ def stretch(whole: Callable[[int], float], begin: int, warming: int) -> Callable
     return factor
 
 
-def restore(run: Run, method: Method) -> State | None:
+def restore(run: Run, method: Method, world: World = ALONE) -> State | None:
     """Restore the newest intact checkpoint; None if the run has no checkpoint.
 
     Raises:
@@ -180,7 +187,7 @@ def restore(run: Run, method: Method) -> State | None:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
             with using(path):
                 stages_of(method).load_state(header.get("method", {}))
-                state = new_state(method, run.recipe, int(header["step"]))
+                state = new_state(method, run.recipe, int(header["step"]), world)
                 fill_state(state, path, header, tensors)
             return state
         except UserError as error:
@@ -198,7 +205,9 @@ def find_device(name: str) -> torch.device:
         UserError: if there is no such device.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and join().size > 1:  # each process has a GPU of its machine
+        return torch.device("cuda", local_rank() % max(1, torch.cuda.device_count()))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

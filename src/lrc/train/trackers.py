@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from lrc.cloning.method import CLONE_LAYERS
 from lrc.run import Run
+from lrc.system.distributed import ALONE, World
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, write_text
 
@@ -32,15 +33,16 @@ class Tracker(Protocol):
 
 
 @contextmanager
-def open_trackers(run: Run, step: int) -> Iterator[list[Tracker]]:
-    """Open the trackers that a run's recipe names, at the step that the run continues from.
+def open_trackers(run: Run, step: int, world: World = ALONE) -> Iterator[list[Tracker]]:
+    """Open the trackers that a run's recipe names, at the step that the run continues from. Of
+    several processes, only the first one has any.
 
     Raises:
         UserError: if one does not start.
     """
     trackers: list[Tracker] = []
     try:
-        for name in run.recipe.train.report_to:
+        for name in run.recipe.train.report_to if world.leads else ():
             trackers.append(OPENERS[name](run, step))
         yield trackers
     finally:
