@@ -1,8 +1,6 @@
 """A few made-up rows for each of the nine benchmarks, in the fields of the harness's data sets, and
 a tiny model that reads them."""
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -137,14 +135,6 @@ ROWS: dict[str, Callable[[int], Rows]] = {
     "sciq": sciq_rows,
 }
 """By the harness's name; mmlu has its own."""
-
-
-def write_rows(path: Path, rows: Rows) -> Path:
-    """Write JSONL, compressed where the name says so."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
-        file.write(text)
-    return path
 
 
 def save_byte_model(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:

@@ -2,7 +2,6 @@
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -71,14 +70,6 @@ def steps_of(shards: Shards, source: str) -> dict[str, int]:
     steps = summary_of(shards)["sources"][source]["steps"]
     dropped = {step["step"]: step["documents_in"] - step["documents_out"] for step in steps}
     return {name: count for name, count in dropped.items() if count}
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """A JSONL file of rows; a row that is a string is written as it is."""
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -1,8 +1,9 @@
 """A tokenizer and packed text small enough to check by hand."""
 
+import gzip
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -65,10 +66,18 @@ def data_section(folder: Path, *text: Path | str, **settings: Any) -> DataSectio
     return DataSection(text=[str(source) for source in text], **values)
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """A JSONL file, compressed if its name says so; a row that is a string is written as it is."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
 def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     """A JSONL file of documents."""
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
-    return path
+    return write_rows(path, ({"text": document} for document in documents))
 
 
 def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:

@@ -12,8 +12,10 @@ import torch
 import yaml
 
 import lrc
+from data_helpers import write_jsonl
 from lrc.system.errors import UserError
 from tiny import tiny_teacher
+from tiny_runs import file_settings, save_teacher, tiny_documents
 
 SETTINGS = {
     "train.tokens": 96,
@@ -23,10 +25,6 @@ SETTINGS = {
     "data.held_out_fraction": 0.2,
     "initialize.calibration_tokens": 64,
 }
-
-
-def documents(number: int = 40) -> list[str]:
-    return [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(number)]
 
 
 @pytest.fixture
@@ -49,14 +47,14 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def as_generator() -> Iterator[str]:
-    yield from documents()
+    yield from tiny_documents()
 
 
 TEXTS: dict[str, Any] = {
     "generator": as_generator,
-    "dataset": lambda: datasets.Dataset.from_dict({"text": documents()}),
+    "dataset": lambda: datasets.Dataset.from_dict({"text": tiny_documents()}),
     "iterable-dataset": lambda: datasets.Dataset.from_dict(
-        {"text": documents()}
+        {"text": tiny_documents()}
     ).to_iterable_dataset(),
 }
 
@@ -64,8 +62,7 @@ TEXTS: dict[str, Any] = {
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> None:
     """All give the run that a file of the same documents gives."""
-    file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+    file = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
     by_file = lrc.clone(**parts, text=file, out=tmp_path / "by-file")
     by_object = lrc.clone(**parts, text=TEXTS[kind](), out=tmp_path / "by-object")
     assert by_file.student().state_dict().keys() == by_object.student().state_dict().keys()
@@ -82,7 +79,7 @@ def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) 
     def endless() -> Iterator[str]:
         while True:
             read.append(1)
-            yield documents()[len(read) % 40]
+            yield tiny_documents()[len(read) % 40]
 
     run = lrc.clone(**parts, text=endless(), out="run")
     assert run.summary()["tokens"] == 96
@@ -133,9 +130,9 @@ def test_on_step_and_resume(parts: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Path) -> None:
-    parts["teacher"].save_pretrained("teacher")
-    parts.pop("tokenizer").save_pretrained("teacher")
-    run = lrc.compress(**{**parts, "teacher": "teacher"}, text=as_generator(), out="start")
+    del parts["tokenizer"]
+    teacher = save_teacher(tmp_path / "teacher")
+    run = lrc.compress(**{**parts, "teacher": teacher}, text=as_generator(), out="start")
     assert run.summary()["tokens"] == 0
     out = lrc.export(run, "student", dtype="bf16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
@@ -150,19 +147,11 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     assert (run.folder / "evaluation" / "results.json").is_file()
 
 
-def test_compare(parts: dict[str, Any], tmp_path: Path) -> None:
-    parts["teacher"].save_pretrained("teacher")
-    parts["tokenizer"].save_pretrained("teacher")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+def test_compare(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    train = {"micro_batch": 2, "eval_sequences": 4}
     plan = {
-        "recipe": {
-            "teacher": {"model": "teacher"},
-            "student": {"hidden_size": 8},
-            "initialize": {"calibration_tokens": 64},
-            "data": {"text": [str(text)], "sequence_length": 16, "held_out_fraction": 0.2},
-            "train": {"micro_batch": 2, "eval_sequences": 4},
-        },
+        "recipe": file_settings(tmp_path, initialize={"calibration_tokens": 64}, train=train),
         "tokens": 64,
         "grid": {"learning_rates": [1e-3], "tokens": 32},
         "entries": [{"name": "lrc"}, {"name": "scratch", "set": {"method": "scratch"}}],

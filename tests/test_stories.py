@@ -19,8 +19,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lrc.cli import main
+from command_line import Command
+from lrc.run import Run
 from lrc.stories260k import tell, write_stories
+from tiny_runs import assert_same_run
 
 STORY = (
     "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
@@ -64,9 +66,6 @@ SHORT = {
     "train.keep_checkpoints": 2,
 }
 """A run to stop and to resume."""
-
-TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
-TIMES += ("calibration_forward_seconds",)
 
 
 def test_tokens_of_the_story(stories_folder: Path) -> None:
@@ -210,10 +209,6 @@ def reached(workshop: Workshop, name: str, step: int) -> bool:
     return bool(metrics) and metrics[-1]["step"] >= step
 
 
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-
 @pytest.mark.parametrize("name", ["stopped", "killed", "damaged"])
 def test_resumed_run_is_the_whole_run(
     workshop: Workshop, endings: dict[str, Ending], name: str
@@ -221,19 +216,11 @@ def test_resumed_run_is_the_whole_run(
     ending = endings[name]
     assert 2 * CHECKPOINT_EVERY < ending.steps < STEPS
     assert ending.resumed[0] == 0, ending.resumed[2]
-    whole, resumed = (without_times(workshop.metrics(run)) for run in ("whole", name))
-    assert [line["step"] for line in whole if "loss" in line] == list(range(1, STEPS + 1))
-    assert resumed == whole
-    for file in ("student/model.safetensors", f"checkpoints/step-{STEPS:08d}/state.safetensors"):
-        contents = [(workshop.folder / run / file).read_bytes() for run in ("whole", name)]
-        assert contents[0] == contents[1], file
-
-
-@pytest.mark.usefixtures("endings")
-def test_no_two_steps_are_alike(workshop: Workshop) -> None:
-    """The comparison above is not one of constants."""
-    losses = [line["loss"] for line in workshop.metrics("whole") if "loss" in line]
-    assert len(set(losses)) == STEPS
+    whole, resumed = (Run.open(workshop.folder / run) for run in ("whole", name))
+    losses = {line["step"]: line["loss"] for line in whole.metrics() if "loss" in line}
+    assert list(losses) == list(range(1, STEPS + 1))
+    assert len(set(losses.values())) == STEPS, "the loss does not change"
+    assert_same_run(resumed, whole)
 
 
 def test_sigterm_ends_after_the_step(workshop: Workshop, endings: dict[str, Ending]) -> None:
@@ -256,10 +243,7 @@ def test_damaged_checkpoint_is_told_in_a_sentence(endings: dict[str, Ending]) ->
 
 
 def test_foreign_checkpoint_is_refused(
-    workshop: Workshop,
-    endings: dict[str, Ending],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    workshop: Workshop, endings: dict[str, Ending], lrc: Command
 ) -> None:
     assert endings["killed"].resumed[0] == 0
     folder = workshop.folder / "foreign"
@@ -267,11 +251,8 @@ def test_foreign_checkpoint_is_refused(
     shutil.rmtree(folder / "student")
     recipe = folder / "recipe.yaml"
     recipe.write_text(recipe.read_text().replace("learning_rate: 0.01", "learning_rate: 0.02"))
-    monkeypatch.setattr(sys, "argv", ["lrc", "resume", str(folder)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
-    errors = capsys.readouterr().err
+    code, _, errors = lrc("resume", folder)
+    assert code == 2
     assert errors.startswith("Error: ")
     assert "belongs to a run with another recipe" in errors
     assert not (folder / "student").exists()

@@ -5,7 +5,6 @@ another one by accident: head_dim is not hidden / heads, the tokenizer has fewer
 embedding has rows, and keys and values have fewer heads than queries.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -203,6 +202,12 @@ def randomize(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
             assert ("norm" in name) == (value.ndim == 1)
 
 
+def tiny_tokens(sequences: int, length: int = 12, seed: int = 1) -> Tensor:
+    """Random tokens in use, int64 [sequences, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, TOKENS, (sequences, length), generator=generator)
+
+
 def tiny_batch(
     rows: int = 2,
     length: int = 9,
@@ -219,15 +224,13 @@ def tiny_batch(
         lengths: tokens of each row that are not padding on the right; None: no padding.
         documents: lengths of the documents of each row; None: one document over the whole row.
     """
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(0, TOKENS, (rows, length), generator=generator)
     mask = positions = None
     if lengths is not None:
         mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
     if documents is not None:
         restarts = [torch.cat([torch.arange(n) for n in row]) for row in documents]
         positions = torch.stack(restarts)
-    return Batch(input_ids, positions, mask)
+    return Batch(tiny_tokens(rows, length, seed), positions, mask)
 
 
 def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -324,21 +327,6 @@ def expected_weights(
         gain = weights["model.norm.weight"] if fold_gains else torch.ones(())
         student["lm_head.weight"] = (head * gain) @ values["head"]
     return student
-
-
-def use_exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every family's RMSNorm keep the precision of its input; transformers' own one computes
-    in float32 even in a float64 model, which finite differences cannot bear."""
-
-    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
-
-    for family in LLAMAS:
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        for name in dir(module):
-            if name.endswith("RMSNorm"):
-                monkeypatch.setattr(getattr(module, name), "forward", forward)
 
 
 def watch(

@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from benchmarks_data import ROWS, save_byte_model, write_rows
+from benchmarks_data import ROWS, save_byte_model
+from data_helpers import write_rows
 from lrc.analysis.masking import activity, draw_others, masked, most_active
 from lrc.analysis.neurons import NeuronResult
 from lrc.analysis.questions import questions_of_file

@@ -10,16 +10,14 @@ from lrc.baselines.pruning.cut import KeptUnits, cut
 from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
-from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher, use_exact_norms
+from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher
 
 LAYERS, GROUPS = 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": GROUPS}
 BATCHES = [tiny_batch(), tiny_batch(lengths=[9, 4]), tiny_batch(documents=[[4, 5], [2, 7]])]
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def teacher_of(case: Case) -> Teacher:

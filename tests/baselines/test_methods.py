@@ -22,7 +22,6 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-from lrc.train.loop import count
 from tiny import (
     FFN,
     HEAD_DIM,
@@ -39,9 +38,9 @@ from tiny import (
     randomize,
     tiny_batch,
     tiny_teacher,
-    use_exact_norms,
     watch,
 )
+from tiny_runs import tiny_recipe
 
 TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 Losses = dict[str, Tensor]
@@ -54,23 +53,16 @@ BATCHES = {
 """Micro-batches of one step."""
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def recipe_of(method: Any, **sections: dict[str, Any]) -> Recipe:
     objective = {"chunk_tokens": 7, "temperature": 3.0, "kl_weight": 0.7, "lm_weight": 0.9}
-    return make_recipe(
-        {
-            "method": method,
-            "teacher": {"model": "tiny"},
-            "student": {"hidden_size": STUDENT_HIDDEN},
-            "data": {"text": ["x"]},
-            "objective": objective | sections.pop("objective", {}),
-            "train": {"token_grad_clip": 0} | sections.pop("train", {}),
-            **sections,
-        }
+    return tiny_recipe(
+        method=method,
+        objective=objective | sections.pop("objective", {}),
+        train={"token_grad_clip": 0} | sections.pop("train", {}),
+        **sections,
     )
 
 
@@ -471,16 +463,13 @@ def test_settings_without_effect_are_found() -> None:
         "objective.clone",
     ]
     assert unused_settings(make_recipe(recipe.model_dump() | {"method": "lrc"})) == []
-    defaults = {"data": {"text": ["x"]}, "teacher": {"model": "t"}, "student": {"hidden_size": 8}}
     for name in METHODS:
-        assert unused_settings(make_recipe({**defaults, "method": name})) == []
+        assert unused_settings(tiny_recipe(method=name)) == []
 
 
 def test_every_method_is_complete() -> None:
     """What a new method must not forget."""
-    sections = make_recipe(
-        {"teacher": {"model": "t"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
-    )
+    sections = tiny_recipe()
     for name, method in METHODS.items():
         assert method.title
         for key in method.used_settings or ():
@@ -502,9 +491,3 @@ def test_operations_of_a_step_follow_the_losses() -> None:
     assert 0 < alone < with_teacher < clone
     for name in ("tinybert", "minilm", "activation-clone"):
         assert METHODS[name].build(teacher, recipe_of(name)).step_flops(0, 64, 16) is None
-
-
-def test_counts_are_those_of_the_whole_step() -> None:
-    """A guard of this file's own batches: the second micro-batch is smaller than the first."""
-    counts = [count([batch]).tokens for batch in BATCHES["padded"]]
-    assert counts == [13, 5]

@@ -19,6 +19,7 @@ from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
 from stories import sample
 from tiny import FFN, HEAD_DIM, LLAMAS, tiny_batch, tiny_teacher
+from tiny_runs import tiny_recipe
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
 """PrunedShape of the teachers here; QUERIES are the query heads of a key/value head."""
@@ -36,8 +37,7 @@ def grouped(family: str = "llama", **changes: Any) -> Teacher:
 
 
 def recipe_of(**sections: Any) -> Recipe:
-    base = {"teacher": {"model": "t"}, "student": {"hidden_size": 12}, "data": {"text": ["x"]}}
-    return make_recipe({"method": "minitron", **base, **sections})
+    return tiny_recipe(**{"method": "minitron", "student": {"hidden_size": 12}, **sections})
 
 
 def pool(scores: list[Tensor], how: str) -> Tensor:

@@ -19,9 +19,9 @@ from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import PrunedShapeSection
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-from tiny import FFN, HEAD_DIM, HIDDEN, LAYERS, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import FFN, HEAD_DIM, HIDDEN, LAYERS, TINY_CASES, Case, tiny_teacher, tiny_tokens
 
-IDS = torch.randint(0, TOKENS, (2, 9), generator=torch.Generator().manual_seed(0))
+IDS = tiny_tokens(2, 9, seed=0)
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
 
 

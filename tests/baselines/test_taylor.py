@@ -22,7 +22,6 @@ from tiny import (
     linear_path,
     tiny_batch,
     tiny_teacher,
-    use_exact_norms,
 )
 
 GROUPS, SIZE = 2, 2
@@ -156,10 +155,10 @@ def test_against_a_loop_over_weights(
         torch.testing.assert_close(getattr(found, kind), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("case", TINY_CASES[4::2])
-def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_against_finite_differences(case: Case) -> None:
     """A row's first-order importance is the slope of the loss as the row is scaled."""
-    use_exact_norms(monkeypatch)
     teacher, batch, step = grouped(case), BATCHES["padded"], 1e-5
     parameters = dict(teacher.model.named_parameters())
 
@@ -182,9 +181,9 @@ def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(getattr(found, kind), value, rtol=1e-5, atol=1e-8)
 
 
-def test_it_is_the_change_of_the_loss_without_a_neuron(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("exact_norms")
+def test_it_is_the_change_of_the_loss_without_a_neuron() -> None:
     """Where a neuron has little to say, taking it out changes the loss by its importance."""
-    use_exact_norms(monkeypatch)
     teacher, batch = grouped(("llama", False, {})), BATCHES["whole"]
     downs = [teacher.model.get_submodule(linear_path(i, "down")).weight for i in range(LAYERS)]
     with torch.no_grad():

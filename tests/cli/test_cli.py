@@ -22,43 +22,18 @@ from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import train
-from tiny import tiny_teacher
+from tiny_runs import file_settings, save_teacher
 
 Refusal = Callable[..., str]
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
-    return file
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, teacher_folder: Path, text_file: Path) -> Path:
-    settings = {
-        "teacher": {"model": str(teacher_folder), "license": "mit"},
-        "student": {"hidden_size": 8},
-        "data": {
-            "text": [str(text_file)],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(tmp_path / "cache"),
-        },
-        "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},
-    }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(settings))
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    save_teacher(folder / "teacher")
+    train = {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3}
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(file_settings(folder, teacher={"license": "mit"}, train=train)))
     return file
 
 
@@ -271,11 +246,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000000"]
 
 
-def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
+def test_python_interface(recipe_file: Path, tmp_path: Path) -> None:
     run = lrc.clone(
-        str(teacher_folder),
+        str(recipe_file.parent / "teacher"),
         hidden_size=8,
-        text=str(text_file),
+        text=str(recipe_file.parent / "text.jsonl"),
         out=tmp_path / "run",
         settings={
             "train.tokens": 64,

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
-from build_helpers import TEMPLATE, documents, rows, write_rows
-from data_helpers import byte_tokenizer
+from build_helpers import TEMPLATE, documents, rows
+from data_helpers import byte_tokenizer, write_rows
 from lrc.cli import data as commands
 from lrc.cli import main
 from lrc.cli.console import TextConsole

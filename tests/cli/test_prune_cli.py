@@ -1,9 +1,7 @@
 """`lrc prune` through the real command line, on a run and on a model folder."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,34 +13,18 @@ from command_line import Command
 from lrc.recipe import load_recipe
 from lrc.run import Run
 from lrc.train import train
-from tiny import tiny_teacher
-
-TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
-WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+from tiny_runs import assert_same_run, copy_until, file_settings, save_teacher
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a text, and a recipe of an LRC run."""
     folder = tmp_path_factory.mktemp("prune")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32, **WIDE)
-    teacher.model.save_pretrained(folder / "teacher")
-    teacher.tokenizer.save_pretrained(folder / "teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    lines = [json.dumps({"text": text}) + "\n" for text in words]
-    (folder / "text.jsonl").write_text("".join(lines))
+    wide = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+    save_teacher(folder / "teacher", **wide)
     (folder / "short.txt").write_text("w3 w4 w5")
-    settings = {
-        "teacher": {"model": str(folder / "teacher"), "license": "mit"},
-        "student": {"hidden_size": 8},
-        "data": {
-            "text": [str(folder / "text.jsonl")],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(folder / "cache"),
-        },
-        "train": {"tokens": 128, "micro_batch": 2, "learning_rate": 1e-2, "eval_sequences": 5},
-    }
+    train = {"tokens": 128, "micro_batch": 2, "learning_rate": 1e-2, "eval_sequences": 5}
+    settings = file_settings(folder, teacher={"license": "mit"}, train=train)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -101,7 +83,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
 def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str) -> None:
     if way == "lora":
         pytest.importorskip("peft")
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole = tmp_path / "whole"
     options = ["--text", folder / "text.jsonl", "--recover", way, "--tokens", 384]
     given = {
         "data.sequence_length": 16,
@@ -129,8 +111,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
     assert (method["recovery"], method["importance"], method["grouping"]) == (
         way, "param_mix", "max",
     )  # fmt: skip
-    metrics = run.metrics()
-    measured = [line["held_out_lm"] for line in metrics if "held_out_lm" in line]
+    measured = [line["held_out_lm"] for line in run.metrics() if "held_out_lm" in line]
     assert len(set(measured)) == 4
     assert measured[-1] < measured[0]
     assert run.summary()["student_held_out_lm"] == pytest.approx(measured[-1], rel=1e-5)
@@ -138,20 +119,10 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
     tensors = load_file(whole / "student" / "model.safetensors")
     assert not any("lora" in name or "base_layer" in name for name in tensors)
 
-    shutil.copytree(whole, part)
-    for step in (4, 6):
-        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
-    shutil.rmtree(part / "student")
-    (part / "summary.json").unlink()
-    code, _, errors = lrc("resume", part)
+    part = copy_until(run, tmp_path / "part", 2)
+    code, _, errors = lrc("resume", part.folder)
     assert code == 0, errors
-
-    def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-    assert timeless(Run.open(part).metrics()) == timeless(metrics)
-    for file in ("checkpoints/step-00000006/state.safetensors", "student/model.safetensors"):
-        assert (part / file).read_bytes() == (whole / file).read_bytes(), file
+    assert_same_run(part, run)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from tiny import (
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
     watch,
 )
 
@@ -33,9 +32,7 @@ TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 NO_TERMS = dict.fromkeys(TERMS, False)
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 @pytest.fixture(params=TINY_CASES)

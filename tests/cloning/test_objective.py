@@ -19,9 +19,9 @@ from lrc.cloning.objective import (
 )
 from lrc.cloning.objective.clone import naive_clone_term
 from lrc.cloning.objective.vocabulary import naive_vocabulary_losses
-from lrc.recipe import make_recipe
 from lrc.recipe.sections import Divergence
 from lrc.system.errors import UserError
+from tiny_runs import tiny_recipe
 
 ROWS, TOKENS, D_S, D_T = 37, 33, 8, 16
 
@@ -489,10 +489,9 @@ def test_clone_term_of_a_product(weighting: str) -> None:
 
 
 def test_every_divergence_is_a_setting_of_the_recipe() -> None:
-    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
     for name in DIVERGENCES:
-        assert make_recipe(base, {"objective.divergence": name}).objective.divergence == name
+        assert tiny_recipe({"objective.divergence": name}).objective.divergence == name
     with pytest.raises(UserError, match="'kl', 'reverse_kl' or 'jsd'"):
-        make_recipe(base, {"objective.divergence": "js"})
+        tiny_recipe({"objective.divergence": "js"})
     with pytest.raises(UserError, match="jsd_beta goes with divergence: jsd"):
-        make_recipe(base, {"objective.jsd_beta": 0.3})
+        tiny_recipe({"objective.jsd_beta": 0.3})

@@ -28,7 +28,6 @@ from tiny import (
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
 )
 
 
@@ -190,12 +189,10 @@ def test_steps_do_not_gather(case: Case) -> None:
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2), (1, 3)])
-def test_micro_batches_add_up(
-    case: Case, sizes: tuple[int, ...], padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_exact_norms(monkeypatch)
+def test_micro_batches_add_up(case: Case, sizes: tuple[int, ...], padded: bool) -> None:
     method = clone_of(case)
     whole = tiny_batch(rows=4, lengths=[9, 3, 7, 9] if padded else None)
     ids = whole.input_ids.split(sizes)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from command_line import Command
+from data_helpers import write_jsonl
 from flops import counted_products
-from killing import Start, assert_same_run, run_and_kill
+from killing import Start, run_and_kill
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
@@ -43,10 +43,19 @@ from tiny import (
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
+    tiny_tokens,
     watch,
 )
-from tiny_runs import go, new_run
+from tiny_runs import (
+    assert_same_run,
+    copy_until,
+    file_settings,
+    go,
+    new_run,
+    save_teacher,
+    tiny_documents,
+    tiny_recipe,
+)
 
 TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -64,11 +73,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
-
-
 def releasing(
     case: Case, student: dict[str, Any], objective: dict[str, Any], **changes: Any
 ) -> LowRankClone:
@@ -83,7 +87,7 @@ def releasing(
 # Losses and gradients
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("case", "student", "objective"), CASES)
 def test_nothing_changes_at_the_release_but_what_is_trained(
     case: Case, student: dict[str, Any], objective: dict[str, Any]
@@ -111,7 +115,7 @@ def test_nothing_changes_at_the_release_but_what_is_trained(
         torch.testing.assert_close(after_grads[name], before_grads[name], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("case", "student", "objective"), CASES)
 def test_gradients_are_finite_differences(
     case: Case, student: dict[str, Any], objective: dict[str, Any]
@@ -131,7 +135,7 @@ def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
             value += 0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("family", LLAMAS)
 def test_clone_terms_of_moved_weights(family: str) -> None:
     """Readers against the teacher's as they are, writers through the projections of the release."""
@@ -201,8 +205,8 @@ def test_gradient_checkpointing_changes_nothing(objective: dict[str, Any]) -> No
             torch.testing.assert_close(theirs[name], value, rtol=1e-12, atol=1e-13)
 
 
-def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+@pytest.mark.usefixtures("exact_norms")
+def test_micro_batches_add_up() -> None:
     method = releasing(("qwen3", False, {}), {}, {})
     method.next_stage()
     whole = tiny_batch(rows=4)
@@ -294,9 +298,8 @@ def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
     ],
 )
 def test_bad_settings_are_a_sentence(settings: dict[str, Any], words: str) -> None:
-    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
     with pytest.raises(UserError, match=words):
-        make_recipe(base, settings)
+        tiny_recipe(settings)
 
 
 @pytest.mark.parametrize(
@@ -327,11 +330,9 @@ def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share:
 def test_methods_without_projections_say_that_it_has_no_effect(
     tmp_path: Path, lrc: Command
 ) -> None:
-    teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.save_pretrained(tmp_path / "teacher")
-    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
-    text = new_run(tmp_path).recipe.data.text[0]
-    arguments = ["--teacher", tmp_path / "teacher", "--hidden-size", 8, "--text", text]
+    teacher = save_teacher(tmp_path / "teacher")
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
+    arguments = ["--teacher", teacher, "--hidden-size", 8, "--text", text]
     arguments += ["--set", "train.tokens=32", "--set", "data.sequence_length=16"]
     arguments += ["--set", "train.micro_batch=2", "--set", "data.held_out_fraction=0.2"]
     arguments += ["--set", "train.release_at=0.5", "--out", tmp_path / "run"]
@@ -363,25 +364,11 @@ STEPS, RELEASE = 8, 4
 
 
 def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any]:
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    if not (folder / "teacher").exists():
-        teacher.model.save_pretrained(folder / "teacher")
-        teacher.tokenizer.save_pretrained(folder / "teacher")
-        words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-        lines = [json.dumps({"text": line}) + "\n" for line in words]
-        (folder / "text.jsonl").write_text("".join(lines))
-    return {
-        "teacher": {"model": str(folder / "teacher")},
-        "student": {"hidden_size": 8},
-        "initialize": {"method": "pca", "calibration_tokens": 64},
-        "objective": objective,
-        "data": {
-            "text": [str(folder / "text.jsonl")],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(folder / "cache"),
-        },
-        "train": {
+    return file_settings(
+        folder,
+        initialize={"method": "pca", "calibration_tokens": 64},
+        objective=objective,
+        train={
             "tokens": STEPS * 2 * 2 * 16,
             "micro_batch": 2,
             "accumulate": 2,
@@ -394,12 +381,14 @@ def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any
             "checkpoint_every": 1,
             "keep_checkpoints": STEPS + 1,
         },
-    }
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("release")
+    folder = tmp_path_factory.mktemp("release")
+    save_teacher(folder / "teacher")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -429,7 +418,7 @@ def test_a_whole_run(whole: Run) -> None:
     assert all("clone" in line for line in lines[1:])
     student = AutoModelForCausalLM.from_pretrained(whole.student_folder)
     assert type(student).__name__ == "Qwen3ForCausalLM"
-    ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
+    ids = tiny_tokens(2)
     method = set_up(whole).method
     with torch.no_grad():
         theirs = method.student()(ids).logits
@@ -512,30 +501,25 @@ def test_killed_before_at_and_after_the_release(
         ]
         left = [None, 0, 5]  # type: ignore[list-item]
     assert run_and_kill(part, starts) == left
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part))
+    train(Run.open(part))
     assert_same_run(Run.open(part), run)
 
 
 def test_a_damaged_checkpoint_leads_back_before_the_release(whole: Run, tmp_path: Path) -> None:
-    part = tmp_path / "run"
-    shutil.copytree(whole.folder, part)
-    shutil.rmtree(part / "student")
-    (part / "summary.json").unlink()
+    run = copy_until(whole, tmp_path / "run", STEPS)
     for step in range(RELEASE, STEPS + 1):
-        file = part / "checkpoints" / f"step-{step:08d}" / "state.safetensors"
+        file = run.checkpoints / f"step-{step:08d}" / "state.safetensors"
         if step == STEPS:
             # Whole, but of another run's shape: found out after the method went to its stage.
             lose_a_tensor(file)
         else:
             file.write_bytes(file.read_bytes()[:-1] + b"x")
-    setup = set_up(Run.open(part))
+    setup = set_up(run)
     assert setup.state.step == RELEASE - 1
     assert "projections.embedding" in setup.state.parameters
     assert not setup.state.buffers
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part))
-    assert_same_run(Run.open(part), whole)
+    train(run)
+    assert_same_run(run, whole)
 
 
 def lose_a_tensor(file: Path) -> None:
@@ -556,12 +540,9 @@ def lose_a_tensor(file: Path) -> None:
 
 @pytest.mark.parametrize("step", [RELEASE - 1, RELEASE, STEPS - 1])
 def test_export_of_any_checkpoint(whole: Run, tmp_path: Path, step: int) -> None:
-    part = tmp_path / "run"
-    shutil.copytree(whole.folder, part)
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(part / "checkpoints" / f"step-{later:08d}")
-    assert export_run(Run.open(part), tmp_path / "student") == step
-    method = set_up(Run.open(part)).method
+    run = copy_until(whole, tmp_path / "run", step)
+    assert export_run(run, tmp_path / "student") == step
+    method = set_up(run).method
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     for name, value in method.student().state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
+from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison import runner as runner_module
@@ -28,26 +28,20 @@ from lrc.train import loop as training_loop
 from lrc.train import session as session_module
 from lrc.train.session import train
 from lrc.train.starts import Starts
-from tiny import tiny_teacher
+from tiny_runs import save_teacher, tiny_documents
 
 Settings = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("llama", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"), "llama")
 
 
 @pytest.fixture
 def plan(tmp_path: Path, teacher_folder: Path) -> Settings:
     """A comparison of a clone with a student from scratch; a rate of 1e30 cannot stay finite."""
-    text = tmp_path / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(30)]
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(30))
     return {
         "recipe": {
             "teacher": {"model": str(teacher_folder)},

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
+from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison.figure import comparison_figure
@@ -22,7 +22,7 @@ from lrc.comparison.results import EntryResult, Point, Results, RunResult
 from lrc.comparison.table import header, notes, row
 from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
-from tiny import tiny_teacher
+from tiny_runs import save_teacher, tiny_documents
 
 MANY = 11
 """Entries of the page that has more lines than there are colors."""
@@ -32,12 +32,8 @@ MANY = 11
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     """A comparison that has ended, of two systems that search a rate and one that takes it."""
     folder = tmp_path_factory.mktemp("comparison")
-    teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.save_pretrained(folder / "some-teacher")
-    teacher.tokenizer.save_pretrained(folder / "some-teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(30)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    save_teacher(folder / "some-teacher", "llama", tied=False)
+    text = write_jsonl(folder / "text.jsonl", tiny_documents(30))
     plan = {
         "recipe": {
             "teacher": {"model": str(folder / "some-teacher")},

@@ -17,18 +17,8 @@ import zstandard
 from matplotlib.figure import Figure
 from PIL import Image
 
-from build_helpers import (
-    TEMPLATE,
-    build,
-    documents,
-    make_mix,
-    rows,
-    steps_of,
-    summary_of,
-    texts_of,
-    write_rows,
-)
-from data_helpers import ByteTokenizer, byte_tokenizer
+from build_helpers import TEMPLATE, build, documents, make_mix, rows, steps_of, summary_of, texts_of
+from data_helpers import ByteTokenizer, byte_tokenizer, write_rows
 from lrc.corpus import hub, splitting, summary
 from lrc.corpus.unit import UnitWorker
 from lrc.data.identity import HASH_RANGE, text_hash

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from build_helpers import make_mix, write_rows
+from build_helpers import make_mix
+from data_helpers import write_rows
 from lrc.corpus import pieces, splitting
 from lrc.corpus.draw import draw
 from lrc.corpus.duplicates import SeenDocuments, band_keys

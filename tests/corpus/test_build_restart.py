@@ -13,8 +13,8 @@ import psutil
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, documents, files_of, make_mix, rows, write_rows
-from data_helpers import byte_tokenizer
+from build_helpers import build, documents, files_of, make_mix, rows
+from data_helpers import byte_tokenizer, write_rows
 from lrc.corpus import pool, run, splitting, summary
 from lrc.corpus.mix import Mix
 from lrc.corpus.pieces import Unit

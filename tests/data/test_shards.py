@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, documents, make_mix, rows, texts_of, write_rows
-from data_helpers import byte_tokenizer, data_section, write_jsonl
+from build_helpers import build, documents, make_mix, rows, texts_of
+from data_helpers import byte_tokenizer, data_section, write_jsonl, write_rows
 from lrc.corpus import summary
 from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data import open_text, prepare

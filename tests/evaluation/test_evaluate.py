@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from benchmarks_data import ROWS, save_byte_model, write_rows
+from benchmarks_data import ROWS, save_byte_model
+from data_helpers import write_rows
 from lrc.cli import main
 from lrc.cli.console import TextConsole
 from lrc.data import open_text

@@ -20,7 +20,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model, write_rows
+from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model
+from data_helpers import write_rows
 from lrc.evaluation import harness
 from lrc.evaluation.harness import (
     evaluate_rows,

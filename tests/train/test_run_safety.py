@@ -30,13 +30,7 @@ from lrc.train.export_run import export_run
 from lrc.train.session import initialize_only
 from model_files import SHORT, edit_json, edit_weights, save_model, text_of
 from tiny import tiny_teacher
-from tiny_runs import go, new_run
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave an empty picture, which takes a second less."""
-    monkeypatch.setattr(closing, "draw_curves", lambda _, path: path.touch())
+from tiny_runs import copy_until, go, new_run
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +44,7 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture
 def cut_off(ended: Run, tmp_path: Path) -> Run:
     """The same run as if it had been killed after step 9 was kept."""
-    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints" / "step-00000010")
-    shutil.rmtree(folder / "student")
-    (folder / "summary.json").unlink()
-    return Run.open(folder)
+    return copy_until(ended, tmp_path / "run", 9)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import train
 from lrc.train.trackers import tracked_values
 from tiny import LAYERS
-from tiny_runs import SETTINGS, go, new_run
+from tiny_runs import go, new_run, tiny_recipe
 
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,12 +50,11 @@ def test_nothing_is_sent_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_one_name_and_none_are_taken_too() -> None:
-    base = {**SETTINGS, "teacher": {"model": "x"}, "data": {"text": ["x"]}}
-    one = make_recipe(base, {"train.report_to": "tensorboard"})
+    one = tiny_recipe({"train.report_to": "tensorboard"})
     assert one.train.report_to == ["tensorboard"]
-    assert make_recipe(base, {"train.report_to": "none"}).train.report_to == []
+    assert tiny_recipe({"train.report_to": "none"}).train.report_to == []
     with pytest.raises(UserError, match="report_to"):
-        make_recipe(base, {"train.report_to": ["mlflow"]})
+        tiny_recipe({"train.report_to": ["mlflow"]})
 
 
 def test_values() -> None:

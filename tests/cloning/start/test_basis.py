@@ -16,13 +16,9 @@ from lrc.cloning.start.basis import (
     stream_statistics,
 )
 from lrc.cloning.start.calibration import Calibration
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, Case, tiny_teacher, tiny_tokens
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -48,7 +44,7 @@ def test_the_gradients_are_those_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(basis, "GRADIENT_TOKENS", 40)  # three sequences of twelve
     family, tied, changes = case
-    teacher, ids = tiny_teacher(family, tied, **changes), tokens(8)
+    teacher, ids = tiny_teacher(family, tied, **changes), tiny_tokens(8)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = list(gradients(calibration))
 
@@ -79,7 +75,7 @@ def test_the_gradients_are_those_of_the_whole_model(
 def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basis, "LARGEST_TOKEN_WEIGHT", 1e9)
     monkeypatch.setattr(basis, "GROUPS", 2)
-    teacher, ids = tiny_teacher("llama"), tokens(24)
+    teacher, ids = tiny_teacher("llama"), tiny_tokens(24)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = stream_statistics(calibration)
         by_site = list(reversed([g.T @ g for g in gradients(calibration)]))
@@ -115,7 +111,7 @@ def test_no_token_rules_the_fisher_information(monkeypatch: pytest.MonkeyPatch) 
     teacher = tiny_teacher("llama")
     sites = 2 * teacher.num_layers + 1
     monkeypatch.setattr(basis, "gradients", lambda _: iter([rows] * sites))
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         fisher = stream_statistics(calibration).fisher[0]
     along = rows[7] / rows[7].norm()
     assert along @ fisher @ along < 0.3 * HIDDEN  # uncapped, it has FISHER_SHARE of the trace
@@ -205,7 +201,7 @@ def test_a_tied_head_has_its_share() -> None:
 
 def test_the_principal_basis_is_of_all_norms() -> None:
     teacher = tiny_teacher("llama")
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         found = principal_basis(calibration)
         moments = stream_statistics(calibration)
     mean = torch.einsum("g,gij->ij", moments.sizes, moments.moments)
@@ -215,7 +211,7 @@ def test_the_principal_basis_is_of_all_norms() -> None:
 
 def test_massive_activations_rule_no_solve() -> None:
     teacher = tiny_teacher("llama")
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         theirs, ours = drawn(0, 3, HIDDEN), drawn(1, 3, STUDENT_HIDDEN)
         ours *= 0.1  # as large as the teacher's, or smaller
         theirs[1] *= 1e3  # the teacher's own

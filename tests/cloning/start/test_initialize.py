@@ -27,11 +27,16 @@ from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from starts import initialize_from_text, initialize_random
 from stories import sample
-from tiny import HIDDEN, LLAMAS, READERS, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+from tiny import (
+    HIDDEN,
+    LLAMAS,
+    READERS,
+    STUDENT_HIDDEN,
+    TINY_CASES,
+    Case,
+    tiny_teacher,
+    tiny_tokens,
+)
 
 
 def closed_form(
@@ -50,8 +55,8 @@ def closed_form(
     ("fold", "epochs"), [(False, 0), (True, 0), (True, 1)], ids=["plain", "folded", "refined"]
 )
 def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool, epochs: int) -> None:
-    method = closed_form(case, HIDDEN, tokens(24), epochs, fold_gains=fold)
-    ids = tokens(3)
+    method = closed_form(case, HIDDEN, tiny_tokens(24), epochs, fold_gains=fold)
+    ids = tiny_tokens(3)
     with torch.no_grad():
         theirs = method.teacher.model(ids).logits
         ours = method.student()(ids).logits
@@ -75,7 +80,7 @@ def test_the_student_has_the_stream_that_was_solved(
         return found
 
     monkeypatch.setattr(solve, "_solved_head", kept)
-    ids = tokens(24)
+    ids = tiny_tokens(24)
     method = closed_form(case, STUDENT_HIDDEN, ids)
     read: list[Tensor] = []
     student = method.student()
@@ -92,7 +97,7 @@ def test_the_student_has_the_stream_that_was_solved(
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_folding_changes_no_student(case: Case) -> None:
     plain, folded = (
-        closed_form(case, STUDENT_HIDDEN, tokens(24), fold_gains=fold).student()
+        closed_form(case, STUDENT_HIDDEN, tiny_tokens(24), fold_gains=fold).student()
         for fold in (False, True)
     )
     for (name, a), b in zip(plain.state_dict().items(), folded.state_dict().values(), strict=True):
@@ -101,8 +106,8 @@ def test_folding_changes_no_student(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
-    method = closed_form(case, STUDENT_HIDDEN, tokens(48))
-    ids = tokens(4)
+    method = closed_form(case, STUDENT_HIDDEN, tiny_tokens(48))
+    ids = tiny_tokens(4)
 
     def error() -> float:
         with torch.no_grad():
@@ -116,8 +121,10 @@ def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
 
 def test_readers_are_least_squares_of_the_students_own_stream() -> None:
     teacher = tiny_teacher("llama")
-    solved = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=False).projections
-    ids = tokens(24)
+    solved = solve_projections(
+        teacher, tiny_tokens(24), STUDENT_HIDDEN, shared_head=False
+    ).projections
+    ids = tiny_tokens(24)
     x = teacher.model.get_input_embeddings()(ids).flatten(0, 1)
     h = x / (x.pow(2).mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
     y = x @ solved["embedding"]
@@ -131,7 +138,7 @@ def test_readers_are_least_squares_of_the_students_own_stream() -> None:
 @pytest.mark.parametrize("family", LLAMAS)
 def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
     """Teacher and student run on them as if they were a sequence of their own."""
-    teacher, ids, restart = tiny_teacher(family), tokens(6), 4
+    teacher, ids, restart = tiny_teacher(family), tiny_tokens(6), 4
     long, short = slice(0, ids.shape[1] - restart), slice(ids.shape[1] - restart, None)
     with torch.no_grad(), Calibration(teacher, ids, STUDENT_HIDDEN, restart) as calibration:
         *_, last = calibration.teacher_layers()
@@ -144,7 +151,7 @@ def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
 
 def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama")
-    whole = tokens(24)
+    whole = tiny_tokens(24)
     length = whole.shape[1] // 2
     before = solve_projections(teacher, whole, STUDENT_HIDDEN, shared_head=False).projections
     monkeypatch.setattr("lrc.cloning.start.closed_form.solve.LENGTH", length)
@@ -162,7 +169,7 @@ def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
-    teacher, ids = tiny_teacher("llama", tied=True), tokens(24)
+    teacher, ids = tiny_teacher("llama", tied=True), tiny_tokens(24)
     one = torch.eye(STUDENT_HIDDEN, dtype=torch.float64)
     for shared in (False, True):
         basis = solve_projections(teacher, ids, STUDENT_HIDDEN, shared).projections["embedding"]
@@ -176,7 +183,7 @@ def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
 def test_the_principal_start_keeps_most_of_the_stream() -> None:
     """No other subspace of its size keeps more of the normalized stream, and all uses are one."""
     teacher = tiny_teacher("llama", tied=True)
-    start = pca_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=True)
+    start = pca_projections(teacher, tiny_tokens(24), STUDENT_HIDDEN, shared_head=True)
     solved, gains = start.projections, start.final_gain
     basis = solved["embedding"]
     scale = (HIDDEN / STUDENT_HIDDEN) ** 0.5  # a mean over fewer numbers of nearly the same square
@@ -184,7 +191,7 @@ def test_the_principal_start_keeps_most_of_the_stream() -> None:
         reads = key.rpartition(".")[2] in READERS
         torch.testing.assert_close(value, scale * basis if reads else basis)
     with torch.no_grad():
-        states = teacher.model(tokens(24), output_hidden_states=True).hidden_states
+        states = teacher.model(tiny_tokens(24), output_hidden_states=True).hidden_states
     x = torch.cat([state.flatten(0, 1) for state in states[:-1]])  # the last one is normed
     h = x / (x.square().mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
     kept = (h @ basis).square().sum() / h.square().sum()
@@ -201,9 +208,9 @@ def test_the_principal_start_at_the_full_hidden_size_is_the_teacher(case: Case) 
     teacher = tiny_teacher(family, tied, **changes)
     student = StudentSection(hidden_size=HIDDEN, tie_projections=False)  # no gain is lost
     method = LowRankClone(teacher, student, ObjectiveSection())
-    initialize_from_text(method, "pca", tokens(24))
+    initialize_from_text(method, "pca", tiny_tokens(24))
     with torch.no_grad():
-        theirs, ours = teacher.model(tokens(3)).logits, method.student()(tokens(3)).logits
+        theirs, ours = teacher.model(tiny_tokens(3)).logits, method.student()(tiny_tokens(3)).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 

@@ -1,7 +1,6 @@
 """Starts from text beyond memory: streams in files, teachers on the disk or in low precision."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -28,11 +27,8 @@ from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
 from lrc.system.errors import UserError
 from starts import initialize_from_text
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, Case, tiny_teacher, tiny_tokens
+from tiny_runs import file_settings, save_teacher
 
 
 def started(
@@ -41,7 +37,7 @@ def started(
     """The weights of a student that was started from 26 sequences."""
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialize_from_text(method, way, tokens(26))
+    initialize_from_text(method, way, tiny_tokens(26))
     return {name: value.clone() for name, value in method.student().state_dict().items()}
 
 
@@ -125,7 +121,10 @@ def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.Mon
     for batch in (60, 10_000):
         monkeypatch.setattr(calibration, "BATCH_TOKENS", batch)
         teacher = tiny_teacher("llama")
-        with torch.no_grad(), calibration.Calibration(teacher, tokens(26), STUDENT_HIDDEN) as ours:
+        with (
+            torch.no_grad(),
+            calibration.Calibration(teacher, tiny_tokens(26), STUDENT_HIDDEN) as ours,
+        ):
             *_, last = ours.teacher_layers()
             found.append(head.head_metric(ours, last.after))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
@@ -156,7 +155,7 @@ def test_the_files_have_no_name_and_are_closed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        initialize_from_text(method, "closed-form", tokens(26), look)
+        initialize_from_text(method, "closed-form", tiny_tokens(26), look)
     assert all(file.closed for file in made)
 
 
@@ -210,8 +209,8 @@ def test_the_full_hidden_size_gives_a_teacher_of_low_precision_back(
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, dtype=dtype, **changes)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
-    initialize_from_text(method, "closed-form", tokens(26))
-    ids = tokens(3)
+    initialize_from_text(method, "closed-form", tiny_tokens(26))
+    ids = tiny_tokens(3)
     with torch.no_grad():
         ours = method.student()(ids).logits
         theirs = teacher.model(ids).logits.float()
@@ -266,21 +265,11 @@ def test_what_cannot_be_read_by_layers_is_refused(tmp_path: Path) -> None:
 
 def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: Command) -> None:
     folder = saved(tiny_teacher("qwen3", tied=True, dtype=torch.float32), tmp_path / "teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
-    recipe = {
-        "teacher": {"model": str(folder)},
-        "student": {"hidden_size": 8},
-        "initialize": {"method": "closed-form", "calibration_tokens": 256},
-        "data": {
-            "text": [str(text)],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(tmp_path / "cache"),
-        },
-        "train": {"tokens": 96, "micro_batch": 2},
-    }
+    recipe = file_settings(
+        tmp_path,
+        initialize={"method": "closed-form", "calibration_tokens": 256},
+        train={"tokens": 96, "micro_batch": 2},
+    )
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(recipe))
     whole, layers = Run(tmp_path / "whole", None), Run(tmp_path / "layers", None)
@@ -318,7 +307,7 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
         clone(
             str(folder),
             hidden_size=8,
-            text=str(text),
+            text=recipe["data"]["text"],
             out=untouched,
             settings={"teacher.load": "layers"},
         )
@@ -397,12 +386,8 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
     size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
-    teacher.model.save_pretrained(tmp_path / "teacher")
-    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
-    small = tiny_teacher(
-        "llama", tied=True, dtype=torch.float32, **shape | {"num_hidden_layers": 1}
-    )
-    saved(small, tmp_path / "small", shards=False)
+    saved(teacher, tmp_path / "teacher", shards=False)
+    save_teacher(tmp_path / "small", "llama", **shape | {"num_hidden_layers": 1})
     before, by_layers, whole = peaks(
         tmp_path,
         """

@@ -17,16 +17,11 @@ from lrc.evaluation.held_out import measure_agreement
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from starts import initialize_from_text
-from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher
+from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher, tiny_tokens
 
 LAYERS = 4
 REFINED = 2
 """Of four layers, the last two."""
-
-
-def tokens(sequences: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, TOKENS, (sequences, 12), generator=generator)
 
 
 def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> list[None]:
@@ -58,7 +53,7 @@ def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.Mo
     ffns = leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher(family, tied=tied, num_hidden_layers=LAYERS)
-    ids = tokens(400)
+    ids = tiny_tokens(400, seed=3)
     solved, refined = (start(teacher, ids, tied, epochs) for epochs in (0, 3))
     assert len(ffns) == LAYERS - REFINED
     unseen = [Batch(ids[350:])]
@@ -76,7 +71,7 @@ def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> No
     """The stream that refining sees is that of the student with the same projections."""
     changes = {"attention_bias": True, "mlp_bias": True} if biases and family == "llama" else {}
     teacher = tiny_teacher(family, num_hidden_layers=LAYERS, **changes)
-    ids = tokens(8)
+    ids = tiny_tokens(8, seed=3)
     method = start(teacher, ids, False, 0)
     student = method.student()
     with torch.no_grad():
@@ -101,7 +96,9 @@ def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher("llama", tied=False, num_hidden_layers=LAYERS)
-    ids = (tokens(400)[:, :1] + torch.arange(12)) % TOKENS  # every token is the last one plus one
+    ids = (
+        tiny_tokens(400, seed=3)[:, :1] + torch.arange(12)
+    ) % TOKENS  # every token is the last one plus one
     found = []
     for weight in (0.0, 0.2):
         monkeypatch.setattr(predictions, "LM_WEIGHT", weight)
@@ -115,7 +112,7 @@ def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_token_counts_once_in_two_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 36)
-    ids = tokens(40)
+    ids = tiny_tokens(40, seed=3)
     learnt: list[Tensor] = []
     plain = predictions.vocabulary_losses
 
