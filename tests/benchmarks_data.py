@@ -111,7 +111,7 @@ def sciq_rows(count: int) -> Rows:
 
 
 def mmlu_rows(subjects: list[str]) -> Rows:
-    """Rows of all subjects, one subject after the other and then again."""
+    """Rows of all subjects, one row of every subject, then the next."""
     return [
         {
             "question": f" What is {i} times {len(subject)}?",
@@ -134,7 +134,7 @@ ROWS: dict[str, Callable[[int], Rows]] = {
     "boolq": boolq_rows,
     "sciq": sciq_rows,
 }
-"""By the harness's name; mmlu has its own."""
+"""Functions that make rows, by the harness's name of the task; mmlu has its own."""
 
 
 def save_byte_model(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:

@@ -1,4 +1,4 @@
-"""Small mixes to build, and what came out."""
+"""Small mixes to build, and readers of what was built."""
 
 import json
 import random
@@ -21,7 +21,7 @@ TEMPLATE = (
 
 
 def documents(count: int, seed: int = 0, words: int = 12) -> list[str]:
-    """Texts that share next to nothing."""
+    """Texts of random words."""
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     return [
@@ -35,7 +35,7 @@ def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
 
 
 def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:
-    """A mix of sources whose paths lie in a folder; keeps near-duplicates if not told otherwise."""
+    """A mix of sources whose paths lie in a folder; near-duplicates are kept by default."""
     values = {"teacher": "bytes", "root": str(folder), "deduplicate": False, **settings}
     return validated(Mix, {"sources": sources, **values}, "The mix")
 
@@ -43,13 +43,13 @@ def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:
 def build(
     mix: Mix, out: Path, workers: int = 1, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Shards:
-    """Build a mix without showing anything, and without waiting for the disk."""
+    """Build a mix silently, without waiting for the disk."""
     with patch("os.fsync"):
         return build_shards(mix, tokenizer or byte_tokenizer(), out, workers)
 
 
 def texts_of(shards: Shards, split: Split = "train") -> list[tuple[str, str]]:
-    """Source and text of every document of one side, in the order of the shards."""
+    """Source and text of every document of a split, in the order of the shards."""
     tokenizer = byte_tokenizer()
     found = []
     for shard in shards.of_split(split):

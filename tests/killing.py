@@ -41,12 +41,12 @@ for case in json.loads(sys.argv[1]):
     kept = os.listdir(folder) if os.path.isdir(folder) else []
     print(json.dumps(sorted(name for name in kept if name.startswith("step-"))[-1:]))
 """
-"""Runs the command line in process after process, each killed before a step or a checkpoint."""
+"""Runs the command line in several processes, each killed before a step or a checkpoint."""
 
 
 def run_and_kill(folder: Path, starts: list[Start]) -> list[int | None]:
-    """Start a run and go on with it, each process killed; the step of the newest checkpoint that
-    each of them left."""
+    """Start a run and resume it, killing every process. Returns the step of the newest checkpoint
+    that each one left."""
     command = [sys.executable, "-c", KILLED, json.dumps(starts, default=str), str(folder)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=offline)

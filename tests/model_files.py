@@ -30,7 +30,7 @@ def save_model(folder: Path, family: str = "llama", tied: bool = False, **change
 
 
 def edit_weights(folder: Path, change: Callable[[Weights], Weights]) -> Path:
-    """Write a folder's weights anew."""
+    """Change a folder's weights."""
     weights = change(load_file(folder / WEIGHTS))
     save_file(
         {name: value.contiguous() for name, value in weights.items()},
@@ -55,14 +55,14 @@ def rewrite_gguf(
     without: Sequence[str] = (),
     tensors: Mapping[str, Any] = {},
 ) -> Path:
-    """A GGUF file with other settings and tensors.
+    """A copy of a GGUF file with other settings and tensors.
 
     Args:
         source: the file to change.
-        path: where it is written.
-        settings: settings that are set.
-        without: settings and tensors that are left out.
-        tensors: tensors that are added.
+        path: the copy.
+        settings: settings to change or add.
+        without: settings and tensors to leave out.
+        tensors: tensors to add.
     """
     read = GGUFReader(source)
     writer = GGUFWriter(path, read.fields["general.architecture"].contents())
@@ -76,7 +76,10 @@ def rewrite_gguf(
         else:
             writer.add_key_value(name, field.contents(), field.types[0])
     for name, value in settings.items():
-        writer.add_key_value(name, value, kinds[type(value)])
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, kinds[type(value)])
     for tensor in read.tensors:
         if tensor.name not in without:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)

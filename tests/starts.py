@@ -1,4 +1,4 @@
-"""Starts in short, for tests."""
+"""Short calls for the ways to start projections."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +19,7 @@ def initialize_from_text(
     progress: Callable[[int, int], None] | None = None,
     refine_epochs: int = 0,
 ) -> None:
-    """Solve a method's projections from calibration tokens."""
+    """Compute a method's projections from calibration tokens."""
     section = InitializeSection.model_validate({"method": way, "refine_epochs": refine_epochs})
     initialize(method, section, ids, progress)
 

@@ -1,4 +1,4 @@
-"""The Python interface: what the command line does, with objects in place of names."""
+"""The Python interface: what the command line does, with objects instead of names."""
 
 import json
 import logging
@@ -41,7 +41,7 @@ def parts() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Away from the checkout: runs and texts go below the test's own folder."""
+    """Work in the test's own folder, not in the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LRC_CACHE", str(tmp_path / "cache"))
 
@@ -61,7 +61,7 @@ TEXTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> None:
-    """All give the run that a file of the same documents gives."""
+    """The run equals that of a file with the same documents."""
     file = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
     by_file = lrc.clone(**parts, text=file, out=tmp_path / "by-file")
     by_object = lrc.clone(**parts, text=TEXTS[kind](), out=tmp_path / "by-object")
@@ -73,7 +73,7 @@ def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> N
     assert Path(kept).read_text() == file.read_text()
 
 
-def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) -> None:
+def test_an_endless_text_is_read_only_as_far_as_needed(parts: dict[str, Any]) -> None:
     read = []
 
     def endless() -> Iterator[str]:
@@ -90,7 +90,7 @@ def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) 
     ("text", "words"),
     [([1], "a int"), ([{"body": "x"}], "a NoneType"), ([None], "a NoneType")],
 )
-def test_texts_that_hold_no_text(parts: dict[str, Any], text: list[Any], words: str) -> None:
+def test_texts_of_the_wrong_type(parts: dict[str, Any], text: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=f"The text holds {words}.*data.text_field"):
         lrc.clone(**parts, text=iter(text), out="run")
     assert not Path("run").exists()
@@ -162,7 +162,7 @@ def test_compare(tmp_path: Path) -> None:
     assert Path("compared", "comparison.md").is_file()
 
 
-def test_everything_public_is_there_and_packages_do_not_hide_it() -> None:
+def test_public_names_are_not_hidden_by_packages() -> None:
     import lrc.cloning
     import lrc.comparison
     import lrc.evaluation

@@ -1,8 +1,8 @@
-"""Tiny random teachers of every family, batches for them, and the student's formulas written out.
+"""Tiny random teachers of every family, batches, and the formulas of the student's weights.
 
-Everything is float64, so that tests can ask for equality to a dozen digits. No width equals
-another one by accident: head_dim is not hidden / heads, the tokenizer has fewer tokens than the
-embedding has rows, and keys and values have fewer heads than queries.
+Everything is float64, so tests can require equality to a dozen digits. All widths differ:
+head_dim is not hidden / heads, the tokenizer has fewer tokens than the embedding has rows, and
+keys and values have fewer heads than queries.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -110,7 +110,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "exaone4": KINDS,
     "cwm": KINDS,
 }
-"""What a family's configuration takes besides `SHAPE`."""
+"""Settings of a family's configuration in addition to `SHAPE`."""
 
 READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 READERS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
@@ -123,7 +123,7 @@ TINY_CASES = [
     for family in LLAMAS
     for tied in (False, True)
 ]
-"""Every family of `LLAMAS` tied and untied, and Llama with a bias on all linear maps."""
+"""Every family of `LLAMAS`, tied and untied, and Llama with biases on all linear maps."""
 TINY_CASES.append(
     pytest.param(("llama", False, {"attention_bias": True, "mlp_bias": True}), id="llama-biases")
 )
@@ -149,7 +149,7 @@ def tiny_teacher(
     seed: int = 0,
     **changes: Any,
 ) -> Teacher:
-    """A random teacher; `changes` go to its configuration (None leaves a setting out)."""
+    """A random teacher; `changes` go to its configuration (None removes a setting)."""
     settings = {**SHAPE, **QUIRKS.get(model_type, {}), "tie_word_embeddings": tied, **changes}
     settings = {name: value for name, value in settings.items() if value is not None}
     config = CONFIG_MAPPING[model_type](
@@ -157,7 +157,7 @@ def tiny_teacher(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others take no float64
+        model.set_experts_implementation("eager")  # the others do not support float64
     offset = FAMILIES[model_type].gain_offset
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -177,7 +177,7 @@ def tiny_method(
     gradient_checkpointing: bool = False,
 ) -> LowRankClone:
     """A clone of the teacher whose projections and gains are random and far from zero, with the
-    paper's clone loss; gains are folded only where `student` says so."""
+    paper's clone loss; gains are folded only if `student` says so."""
     method = LowRankClone(
         teacher,
         StudentSection.model_validate(
@@ -234,7 +234,7 @@ def tiny_batch(
 
 
 def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one optimizer step over micro-batches, as the loop takes it."""
+    """Losses and gradients of one optimizer step over micro-batches, computed as in the loop."""
     counts = count(batches)
     for value in method.parameters().values():
         value.grad = None
@@ -253,8 +253,8 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
 
 
 def assert_finite_differences(method: LowRankClone, batch: Batch, step: int) -> None:
-    """Gradients of a step of the run are finite differences of its loss, at some places of every
-    parameter."""
+    """The gradients of a training step equal finite differences of its loss, at some entries of
+    every parameter."""
     counts = count([batch])
     _, grads = gradients(method, batch)
     width = 1e-5
@@ -296,7 +296,7 @@ def expected_weights(
 ) -> dict[str, Tensor]:
     """The student's projected weights, straight from the paper's formulas.
 
-    `values` holds the projections by key. The LM head is left out where it is the embedding.
+    `values` holds the projections by key. The LM head is left out if it is the embedding.
     """
     weights = dict(teacher.model.named_parameters())
     layers = teacher.config.num_hidden_layers
@@ -332,7 +332,7 @@ def expected_weights(
 def watch(
     model: nn.Module, paths: Mapping[Any, str]
 ) -> tuple[dict[Any, Tensor], Callable[[], None]]:
-    """Outputs of modules during forward passes, by key, and a function that ends the watch."""
+    """Outputs of modules in forward passes, by key, and a function that removes the hooks."""
     seen: dict[Any, Tensor] = {}
 
     def hook(key: Any) -> Callable[[nn.Module, Any, Tensor], None]:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("lm_eval")
 
 from benchmarks_data import ROWS, save_byte_model
+from command_line import Command
 from data_helpers import write_rows
 from lrc.analysis.masking import activity, draw_others, masked, most_active
 from lrc.analysis.neurons import NeuronResult
 from lrc.analysis.questions import questions_of_file
-from lrc.cli import main
 from lrc.data.batch import Batch
 from lrc.evaluation.harness import evaluate_rows, evaluate_task, harness_model, open_tasks
 from lrc.evaluation.local_data import use_folder
@@ -183,35 +182,17 @@ def facts(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "facts.jsonl", rows)
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command; what it printed, or its error where it ended with code 2."""
-
-    def run(*arguments: Any) -> str:
-        monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        with pytest.raises(SystemExit) as end:
-            main()
-        written = capsys.readouterr()
-        if end.value.code:
-            assert end.value.code == 2
-            return written.err[written.err.index("Error: ") :]
-        return written.out
-
-    return run
-
-
 def result_in(folder: Path) -> NeuronResult:
     return NeuronResult.model_validate_json((folder / "neurons.json").read_text())
 
 
 def test_a_planted_neuron_is_found_and_decides_in_both(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     models = (planted["student"], "--teacher", planted["teacher"])
     out = tmp_path / "out"
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 4, "--out", out)
-    printed = call("analyze", "neurons", *models, *options)
+    printed = lrc.printed("analyze", "neurons", *models, *options)
     assert "1.000" in printed
     assert "0.000 (-100%)" in printed
     result = result_in(out)
@@ -231,11 +212,11 @@ def test_a_planted_neuron_is_found_and_decides_in_both(
 
 
 def test_a_student_that_has_it_elsewhere_loses_nothing(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     models = (planted["stranger"], "--teacher", planted["teacher"])
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 0)
-    call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
+    lrc.printed("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     result = result_in(tmp_path / "out")
     assert result.important == (PLANTED,)
     assert result.teacher.important.apart.value == 0
@@ -246,11 +227,11 @@ def test_a_student_that_has_it_elsewhere_loses_nothing(
 
 
 def test_settings_reach_the_experiment(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     def go(name: str, *options: Any) -> NeuronResult:
         models = (planted["student"], "--teacher", planted["teacher"], "--questions", facts)
-        call("analyze", "neurons", *models, "--out", tmp_path / name, *options)
+        lrc.printed("analyze", "neurons", *models, "--out", tmp_path / name, *options)
         return result_in(tmp_path / name)
 
     first = go("first", "--neurons", 3, "--random-draws", 2)
@@ -278,14 +259,14 @@ def byte_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_sciq_is_scored_as_the_harness_does(
-    byte_models: dict[str, Path], tmp_path: Path, call: Callable[..., str]
+    byte_models: dict[str, Path], tmp_path: Path, lrc: Command
 ) -> None:
     for folder in ("data", "scratch"):
         (tmp_path / folder).mkdir()
     write_rows(tmp_path / "data" / "sciq.jsonl", ROWS["sciq"](9))
     models = (byte_models["student"], "--teacher", byte_models["teacher"])
     options = ("--data", tmp_path / "data", "--neurons", 4, "--random-draws", 1)
-    printed = call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
+    printed = lrc.printed("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     assert "Accuracy on sciq: 5 questions held out and 4 used" in printed
     result = result_in(tmp_path / "out")
 
@@ -356,22 +337,22 @@ def test_what_is_refused(
     byte_models: dict[str, Path],
     facts: Path,
     tmp_path: Path,
-    call: Callable[..., str],
+    lrc: Command,
 ) -> None:
     student, teacher = planted["student"], planted["teacher"]
     ask = ("--questions", facts, "--out", tmp_path / "out")
     pair = ("analyze", "neurons", student, "--teacher", teacher, "--neurons", 1)
-    assert "name its teacher" in call("analyze", "neurons", student, *ask)
-    assert "the same" in call("analyze", "neurons", student, "--teacher", student, *ask)
-    other = call("analyze", "neurons", byte_models["student"], "--teacher", teacher, *ask)
+    assert "name its teacher" in lrc.refusal("analyze", "neurons", student, *ask)
+    assert "the same" in lrc.refusal("analyze", "neurons", student, "--teacher", student, *ask)
+    other = lrc.refusal("analyze", "neurons", byte_models["student"], "--teacher", teacher, *ask)
     assert "2 layers of FFN width 24" in other
     assert "2 layers of FFN width 20" in other
-    assert "more than half of the 40" in call(*pair, *ask, "--neurons", 21)
-    assert "leaves too few others" in call(*pair, *ask, "--neurons", 20)
-    assert "not both" in call(*pair, *ask, "--share", 0.1)
-    assert "give --data or --questions, not both" in call(*pair, *ask, "--data", tmp_path)
-    assert "no file" in call(*pair, "--questions", tmp_path / "none.jsonl")
-    assert "is a group of tasks" in call(*pair, "--task", "mmlu", "--data", tmp_path)
+    assert "more than half of the 40" in lrc.refusal(*pair, *ask, "--neurons", 21)
+    assert "leaves too few others" in lrc.refusal(*pair, *ask, "--neurons", 20)
+    assert "not both" in lrc.refusal(*pair, *ask, "--share", 0.1)
+    assert "give --data or --questions, not both" in lrc.refusal(*pair, *ask, "--data", tmp_path)
+    assert "no file" in lrc.refusal(*pair, "--questions", tmp_path / "none.jsonl")
+    assert "is a group of tasks" in lrc.refusal(*pair, "--task", "mmlu", "--data", tmp_path)
     write_rows(facts, [json.loads(facts.read_text().splitlines()[0])])
-    assert "two or more" in call(*pair, *ask)
+    assert "two or more" in lrc.refusal(*pair, *ask)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A masked model against the model that is cut to its open units, and against scaled weights."""
+"""A masked model against the model cut to its open units, and against scaled weights."""
 
 import copy
 
@@ -71,7 +71,7 @@ def test_masks_of_0_and_1_are_the_cut_model(case: Case) -> None:
         masked = logits(teacher.model, batch)
         torch.testing.assert_close(masked, logits(pruned, batch), rtol=1e-11, atol=1e-11)
         assert (masked - before).abs().max() > 0.1
-    # Without values, or with open masks, and after the hooks are gone, it is the model.
+    # Without values, with open masks, or after removal of the hooks it is the original model.
     ones = torch.ones(LAYERS, FFN, dtype=torch.float64)
     for values in (MaskValues(), MaskValues(ones[:, 0], ones[0, :HIDDEN], ones[:, :GROUPS], ones)):
         hooks.values = values

@@ -1,5 +1,5 @@
-"""The methods that train a plain student, and LRC's ablations, in float64 against the formulas of
-their papers written out."""
+"""Methods that train a plain student, and LRC's ablations, in float64 against their papers'
+formulas."""
 
 import gc
 import math
@@ -81,7 +81,7 @@ def close(ours: Any, theirs: Any, rtol: float = 1e-9, atol: float = 1e-11) -> No
 
 
 class Seen:
-    """All that a forward pass of a model shows."""
+    """What hooks record in a forward pass."""
 
     def __init__(self, model: Any, batch: Batch, weights: dict[str, Tensor] | None = None) -> None:
         paths: dict[Any, str] = {-1: "model.embed_tokens"}
@@ -353,7 +353,7 @@ def test_recomputing_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("how", [False, True])
-def test_a_dropout_in_the_configuration_is_not_the_students(name: str, how: bool) -> None:
+def test_the_student_has_no_dropout(name: str, how: bool) -> None:
     recipe = RECIPES[name]
     recipe = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"gradient_checkpointing": how})}
@@ -367,7 +367,7 @@ def test_a_dropout_in_the_configuration_is_not_the_students(name: str, how: bool
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_the_teacher_stays_as_it_is(name: str) -> None:
+def test_the_teacher_does_not_change(name: str) -> None:
     teacher = tiny_teacher("llama")
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
     method = built(teacher, RECIPES[name])
@@ -384,7 +384,7 @@ def test_the_teacher_stays_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
+def test_a_random_student_is_initialized_by_transformers(tied: bool) -> None:
     teacher = tiny_teacher("qwen2", tied)
     state = torch.get_rng_state()
     recipe = recipe_of("scratch", initialize={"seed": 4})
@@ -404,7 +404,7 @@ def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
     assert not torch.equal(other.student().lm_head.weight, student.lm_head.weight)
 
 
-def test_alignment_is_trained_but_no_part_of_the_student() -> None:
+def test_alignment_is_trained_but_not_exported() -> None:
     for name, shapes in (("tinybert", LAYERS + 1), ("activation-clone", 2 * LAYERS)):
         method = built(tiny_teacher("llama"), RECIPES[name])
         aligned = {k: v for k, v in method.parameters().items() if k.startswith("alignment.")}
@@ -430,7 +430,7 @@ def refuse_for(model: nn.Module) -> Callable[..., Any]:
     forward = type(model).forward
 
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert self is not model, "the teacher ran"
+        assert self is not model, "the teacher must not run"
         return forward(self, *args, **kwargs)
 
     return checked
@@ -468,7 +468,7 @@ def test_settings_without_effect_are_found() -> None:
 
 
 def test_every_method_is_complete() -> None:
-    """What a new method must not forget."""
+    """Requirements for every new method."""
     sections = tiny_recipe()
     for name, method in METHODS.items():
         assert method.title

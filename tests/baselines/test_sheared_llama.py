@@ -48,8 +48,8 @@ def built(recipe: Recipe, family: str = "qwen3") -> tuple[Teacher, ShearedLlama]
 
 @pytest.mark.usefixtures("exact_norms")
 def test_losses_and_gradients_of_stage_one() -> None:
-    """The loss is KL + LM of the masked model and the Lagrangian; multipliers ascend; micro-batches
-    of one step add up to the batch."""
+    """The loss is KL + LM of the masked model and the Lagrangian. Multipliers ascend. Micro-batches
+    of a step add up to the whole batch."""
     _, method = built(recipe_of({**TARGET, "pruning_share": 0.5}))
     with torch.no_grad():
         for number, multiplier in enumerate(method.masks.multipliers()):
@@ -85,7 +85,7 @@ def test_losses_and_gradients_of_stage_one() -> None:
         assert found == pytest.approx(slope, rel=1e-4, abs=1e-8), kind
 
 
-def test_multipliers_ascend_and_rates_are_their_own() -> None:
+def test_multipliers_ascend_with_their_own_rates() -> None:
     rates = {"mask_learning_rate": 0.5, "multiplier_learning_rate": 3.0}
     train = {"tokens": 180, "micro_batch": 2, "warmup_ratio": 0, "weight_decay": 0.1}
     _, method = built(recipe_of({**TARGET, **rates}, train=train))
@@ -103,11 +103,13 @@ def test_multipliers_ascend_and_rates_are_their_own() -> None:
     state.optimizer.step()
     for kind, gap in method.masks.gaps(1.0).items():
         assert (gap > 0).all()
-        assert (method.masks.linear[kind] > 0).all(), "too many are open, so the price goes up"
+        assert (method.masks.linear[kind] > 0).all(), (
+            "too many are open, so the multiplier must grow"
+        )
 
 
 def test_what_stage_two_trains() -> None:
-    """The exact shape, plain, the teacher's weights at the kept units; and back to stage one."""
+    """A plain model of the exact shape with the teacher's weights. Loading can undo the stage."""
     teacher, method = built(recipe_of({**TARGET, "pruning_share": 0.3}))
     assert method.stage_ends() == (3,)
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_what_stage_two_trains() -> None:
 
 
 def test_shares_of_sources() -> None:
-    """w' in proportion to w exp(max(loss - reference, 0)), the paper's algorithm 1."""
+    """w' is proportional to w exp(max(loss - reference, 0)): algorithm 1 of the paper."""
     _, method = built(recipe_of({}))
     shares = {"web": 0.5, "code": 0.3, "books": 0.2}
     found = method.source_shares(shares, {"web": 2.5, "code": 1.0}, {"web": 2.0, "code": 1.4})
@@ -222,7 +224,7 @@ def test_a_whole_run(whole: Run) -> None:
     assert [line["step"] for line in lines if "lagrangian" in line] == [1, 2, 3, 4]
     changed = [line["step"] for line in lines if "hidden_by_rank" in line]
     assert changed == [STAGE_ONE]
-    # The optimizer's schedule begins anew: the rate falls to 0 twice.
+    # The optimizer's schedule restarts: the rate falls to 0 twice.
     rates = [line["learning_rate"] for line in lines[1:]]
     assert rates[:STAGE_ONE] == rates[STAGE_ONE:]
     assert rates == sorted(rates[:STAGE_ONE], reverse=True) * 2 or rates[1] > rates[2]
@@ -257,7 +259,7 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
         shares = line.get("source_shares", shares)
     assert shares is not None
     assert shares != {"web": 0.75, "code": 0.25}
-    # The sequences are drawn accordingly, to within one.
+    # The sequences are drawn by these shares, to within one.
     header = json.loads((max(whole.checkpoints.iterdir()) / "checkpoint.json").read_text())
     place = header["text"]["by_source"]
     assert place["position"] == sum(place["taken"]) == STEPS * 4
@@ -268,7 +270,7 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
 def test_killed_in_both_stages_and_at_the_boundary(
     recipe_file: Path, whole: Run, tmp_path: Path
 ) -> None:
-    """The run that was killed again and again is the run that was not, bit by bit."""
+    """A run that is killed several times equals the uninterrupted run, bit for bit."""
     part = tmp_path / "part"
     starts: list[Start] = [
         ("stepping", 2, "train", recipe_file, "--out", part),
@@ -281,8 +283,8 @@ def test_killed_in_both_stages_and_at_the_boundary(
     assert_same_run(Run.open(part), whole)
 
 
-def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> None:
-    """Killed after the first measurement: it is not made again, but its shares are set."""
+def test_a_run_without_a_checkpoint_starts_over(whole: Run, tmp_path: Path) -> None:
+    """Killed after the first measurement, it does not measure again, but uses its shares."""
     run = copy_until(whole, tmp_path / "run", -1)
     run.keep_metrics_until(0)
     train(run)
@@ -314,5 +316,5 @@ def test_text_without_sources_is_read_in_its_order(
     assert not any("source_shares" in line for line in run.metrics())
 
 
-def test_is_registered() -> None:
+def test_every_method_has_a_section() -> None:
     assert METHODS.keys() == METHOD_SECTIONS.keys()

@@ -1,4 +1,4 @@
-"""SliceGPT against the teacher with its residual stream projected by hooks."""
+"""SliceGPT against the teacher whose residual stream is projected by hooks."""
 
 from pathlib import Path
 
@@ -44,7 +44,7 @@ def random_basis(hidden_size: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def projected_logits(teacher: Teacher, projector: Tensor) -> Tensor:
-    """Logits of the teacher when all that is written to its stream is projected.
+    """Logits of the teacher if everything written to its stream is projected.
 
     A tied head reads the projected states through its projected rows.
     """
@@ -82,7 +82,7 @@ def test_the_whole_width_is_the_teacher(case: Case) -> None:
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_a_cut_stream_is_the_teachers_projected(case: Case) -> None:
-    """With rows divided by the same eps, which counts for d_S numbers or for d_T."""
+    """With a tiny eps, since it is added to a mean over d_S or d_T numbers."""
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, rms_norm_eps=1e-14, **changes)
     student = METHODS["slicegpt"].build(teacher, recipe_of(8)).student()
@@ -112,7 +112,7 @@ def test_every_width(hidden_size: int, family: str, tied: bool) -> None:
 
 
 @pytest.mark.usefixtures("exact_norms")
-def test_the_leading_directions_stay() -> None:
+def test_leading_directions_are_kept() -> None:
     """A teacher whose stream has only eight directions loses nothing."""
     teacher = tiny_teacher("llama", rms_norm_eps=1e-14)
     plane = random_basis(8, seed=3)
@@ -156,7 +156,7 @@ def leading(stream: Tensor, hidden_size: int) -> Tensor:
 
 @torch.no_grad()
 def sliced_by_block(teacher: Teacher, ids: Tensor, seen: int, hidden_size: int) -> Tensor:
-    """Logits of the paper's SliceGPT, one rotation a block, found in order on the cut stream.
+    """Logits of the paper's SliceGPT, one rotation per block, found in order on the cut stream.
 
     A skip matrix Q_l^T Q_(l+1) of a cut stream is the projection Q_(l+1) Q_(l+1)^T of the whole
     one, so the teacher's own layers run here, with the stream projected before and inside them.
@@ -185,7 +185,7 @@ def loss_of(logits: Tensor, ids: Tensor) -> float:
 
 
 def test_what_one_rotation_costs(stories_folder: Path) -> None:
-    """As the method's docstring says: a little, on a trained model."""
+    """A little, on a trained model, as the method's docstring says."""
     model = AutoModelForCausalLM.from_pretrained(stories_folder)
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
     ids = sample(teacher, 64, 96)

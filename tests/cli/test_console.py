@@ -165,7 +165,7 @@ def test_a_pipe_that_is_closed_ends_no_command() -> None:
     code = """
 import sys
 from lrc.cli.console import console
-for number in range(100_000):
+for number in range(20_000):
     console.print(f"line {number}")
 print("went on", file=sys.stderr)
 """

@@ -1,4 +1,4 @@
-"""The whole method in float64: Lemma 1, every term, every gradient, and what must not matter."""
+"""The whole method in float64: Lemma 1, every term, every gradient, and what has no effect."""
 
 from typing import Any
 
@@ -14,7 +14,6 @@ from lrc.train.loop import count
 from tiny import (
     LAYERS,
     LLAMAS,
-    READERS,
     TINY_CASES,
     TOKENS,
     WRITERS,
@@ -50,7 +49,7 @@ def close(ours: Any, theirs: Any, rtol: float = 1e-10, atol: float = 1e-12) -> N
 
 
 def test_lemma_1(case: Case) -> None:
-    """Where gate and up agree with the teacher's, the FFN's output is the teacher's, projected."""
+    """If gate and up equal the teacher's, the FFN's output is the teacher's, projected."""
     method = clone_of(case)
     student = method.student()
     for layer in range(LAYERS):
@@ -67,7 +66,7 @@ def test_lemma_1(case: Case) -> None:
 def direct_terms(
     method: LowRankClone, batch: Batch, space: str = "student", relative: bool = False
 ) -> dict[str, Tensor]:
-    """The clone terms [layers] by name, from activations that hooks of this test take."""
+    """The clone terms [layers] by name, from activations that this test's hooks record."""
     paths = {(i, name): linear_path(i, name) for i in range(LAYERS) for name in TERMS}
     taken = []
     for model in (method.student(), method.teacher.model):
@@ -100,7 +99,7 @@ def direct_terms(
 
 
 def watch_inputs(model: torch.nn.Module) -> tuple[dict[int, Tensor], Any]:
-    """What enters o in every layer: the attention heads' outputs."""
+    """Inputs of o in every layer: the outputs of the attention heads."""
     seen: dict[int, Tensor] = {}
 
     def hook(layer: int) -> Any:
@@ -264,7 +263,7 @@ def test_a_mask_of_ones_does_not_matter(case: Case) -> None:
 
 
 def test_documents_of_a_row_are_apart(case: Case) -> None:
-    """Packed documents with positions that restart give what each gives on its own."""
+    """Packed documents with restarting positions give the same losses as separate ones."""
     method = clone_of(case)
     packed = tiny_batch(documents=[[5, 4], [2, 7]])
     pieces = [packed.input_ids[0].split([5, 4]), packed.input_ids[1].split([2, 7])]
@@ -276,7 +275,7 @@ def test_documents_of_a_row_are_apart(case: Case) -> None:
     close(grads, expected_grads)
 
 
-def test_documents_without_positions_do_see_each_other() -> None:
+def test_documents_without_positions_see_each_other() -> None:
     method = clone_of(("llama", True, {}))
     open_row, _ = gradients(method, tiny_batch())
     apart, _ = gradients(method, tiny_batch(documents=[[5, 4], [2, 7]]))
@@ -344,7 +343,3 @@ def test_low_precision_teachers(
         model.model.rotary_emb.inv_freq for model in (method.model, method.teacher.model)
     ]
     assert torch.equal(*frequencies)
-
-
-def test_no_reader_is_forgotten() -> None:
-    assert set(TERMS) == {*READERS, *WRITERS}

@@ -1,4 +1,4 @@
-"""The way back from the student's weights to the projections, and what takes gradients at all."""
+"""Gradients from the student's weights back to the projections, and which parameters get any."""
 
 from typing import Any
 
@@ -42,12 +42,12 @@ def clone_of(case: Case, **student: Any) -> LowRankClone:
 
 
 def some_loss(logits: Tensor) -> Tensor:
-    """Any function that every logit matters to."""
+    """A function of every logit."""
     return logits.square().mean() + logits.log_softmax(-1)[..., 5].mean()
 
 
 def backward_by_hand(method: LowRankClone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients on the student's weights, and those that `Projections.backward` makes of them."""
+    """Gradients of the student's weights, and what `Projections.backward` computes from them."""
     method.begin_step(0)
     some_loss(method.model(tiny_batch().input_ids).logits).backward()
     on_weights = {
@@ -80,7 +80,7 @@ def test_readers_and_writers(case: Case) -> None:
             same(on_projections[f"layers.{layer}.{name}"], expected)
 
 
-def test_writer_biases_take_part() -> None:
+def test_writer_biases_get_gradients() -> None:
     on_weights, _ = backward_by_hand(clone_of(("llama", False, {"mlp_bias": True})))
     assert f"{linear_path(0, 'down')}.bias" in on_weights
 
@@ -110,7 +110,7 @@ def test_embedding_and_head_apart() -> None:
 
 
 def test_embedding_and_head_tied() -> None:
-    """One weight: its gradient is the sum of both uses, which are split here by a clone."""
+    """The gradient is the sum of both uses, which a copy of the weight separates here."""
     method = clone_of(("llama", True, {}))
     embedding = method.teacher.model.get_parameter("model.embed_tokens.weight")
     _, on_projections = backward_by_hand(method)
@@ -180,11 +180,11 @@ def test_student_follows_the_optimizer() -> None:
     assert not torch.equal(student.get_parameter(f"{linear_path(0, 'q')}.weight"), before)
 
 
-def test_steps_do_not_gather(case: Case) -> None:
+def test_gradients_do_not_add_up_over_steps(case: Case) -> None:
     """The second of two equal steps gives the gradients of the first, not their sum."""
     method = clone_of(case)
     _, first = gradients(method, tiny_batch())
-    method.student()  # a measurement between steps leaves no trace
+    method.student()  # a measurement between steps changes nothing
     _, second = gradients(method, tiny_batch())
     assert all(torch.equal(first[name], second[name]) for name in first)
 
@@ -214,7 +214,7 @@ def fresh(seed: int, std: float = 0.02) -> dict[str, Tensor]:
 
 def test_random_start_follows_its_seed() -> None:
     first, again, other = fresh(3), fresh(3), fresh(4)
-    torch.manual_seed(99)  # the global generator has no part in it
+    torch.manual_seed(99)  # the global generator has no effect
     later = fresh(3)
     for key, value in first.items():
         assert torch.equal(value, again[key])
@@ -320,5 +320,5 @@ def test_weights_and_gradients_keep_their_memory(case: Case) -> None:
 
 
 def trained(student: Any) -> list[tuple[str, Any]]:
-    """The student's projected parameters, whose gradients gather over a step."""
+    """The student's projected parameters, whose gradients add up within a step."""
     return [(n, p) for n, p in student.named_parameters() if p.grad is not None and "norm" not in n]

@@ -1,4 +1,4 @@
-"""The release: the student's own weights in place of projections, from a step of the run on."""
+"""The release: from some step on, the student's own weights are trained instead of projections."""
 
 import json
 import math
@@ -89,7 +89,7 @@ def releasing(
 
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("case", "student", "objective"), CASES)
-def test_nothing_changes_at_the_release_but_what_is_trained(
+def test_the_release_changes_only_what_is_trained(
     case: Case, student: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     method = releasing(case, student, objective)
@@ -106,7 +106,7 @@ def test_nothing_changes_at_the_release_but_what_is_trained(
     after, after_grads = gradients(method, batch)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-12, atol=1e-12)
-    # What is trained on both sides has the same gradients.
+    # Parameters trained before and after have the same gradients.
     shared = before_grads.keys() & after_grads.keys()
     assert {name for name in shared if "norm" in name} == {
         name for name in before_grads if "norm" in name
@@ -128,7 +128,7 @@ def test_gradients_are_finite_differences(
 
 
 def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Move weights off what the projections gave."""
+    """Move the weights away from those of the projections."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for value in parameters.values():
@@ -138,7 +138,7 @@ def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
 @pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("family", LLAMAS)
 def test_clone_terms_of_moved_weights(family: str) -> None:
-    """Readers against the teacher's as they are, writers through the projections of the release."""
+    """Readers are compared directly, writers through the projections of the release."""
     method = releasing((family, False, {}), {}, {})
     frozen = {k: v.detach().clone() for k, v in method.projections.values.items()}
     method.begin_step(0)
@@ -183,8 +183,8 @@ def test_clone_terms_of_moved_weights(family: str) -> None:
         ({"alpha_schedule": "linear", "alpha_zero_at": 0.6}, {"o", "down"}),
     ],
 )
-def test_projections_that_stay(objective: dict[str, Any], kept: set[str]) -> None:
-    """Those that something is still cloned through; memory of all others is let go."""
+def test_which_projections_are_kept(objective: dict[str, Any], kept: set[str]) -> None:
+    """Those of remaining clone terms; the memory of the others is freed."""
     method = releasing(("llama", False, {}), {}, objective)
     method.next_stage()
     assert {name.rpartition(".")[2] for name in method.projections.values} == kept
@@ -238,7 +238,7 @@ def test_alpha_by_its_schedule(until: float | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["lrc", "activation-clone"])
-def test_alpha_falls_on_the_way_and_then_nothing_is_cloned(tmp_path: Path, name: str) -> None:
+def test_nothing_is_cloned_once_alpha_is_zero(tmp_path: Path, name: str) -> None:
     run = new_run(tmp_path, release_at=0.7, learning_rate=1e-9, log_every=1)
     recipe = run.recipe.model_dump(mode="json")
     recipe["method"] = {"name": name}
@@ -255,7 +255,7 @@ def test_alpha_falls_on_the_way_and_then_nothing_is_cloned(tmp_path: Path, name:
         assert line["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
+def test_the_teacher_runs_only_if_a_loss_needs_it() -> None:
     method = releasing(
         ("llama", False, {}),
         {},
@@ -297,7 +297,7 @@ def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
         ),
     ],
 )
-def test_bad_settings_are_a_sentence(settings: dict[str, Any], words: str) -> None:
+def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
         tiny_recipe(settings)
 
@@ -315,8 +315,8 @@ def test_the_step_of_the_release(share: float, steps: int, ends: tuple[int, ...]
 
 @pytest.mark.parametrize("steps", [7, 10, 100])
 @pytest.mark.parametrize("share", [0.3, 0.33, 0.34, 0.36, 0.5])
-def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share: float) -> None:
-    """However the release is rounded to a step, before alpha is zero or after."""
+def test_clone_terms_after_the_release_have_their_projections(steps: int, share: float) -> None:
+    """However the release is rounded to a step, before or after alpha is zero."""
     method = tiny_method(tiny_teacher("llama"), objective={"alpha_schedule": "linear"})
     method.steps, method.release_at = steps, share
     [release] = method.stage_ends()
@@ -327,7 +327,7 @@ def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share:
         assert ("clone" in losses.terms) == (step / steps < 1 / 3)
 
 
-def test_methods_without_projections_say_that_it_has_no_effect(
+def test_methods_without_projections_report_that_it_has_no_effect(
     tmp_path: Path, lrc: Command
 ) -> None:
     teacher = save_teacher(tmp_path / "teacher")
@@ -336,8 +336,7 @@ def test_methods_without_projections_say_that_it_has_no_effect(
     arguments += ["--set", "train.tokens=32", "--set", "data.sequence_length=16"]
     arguments += ["--set", "train.micro_batch=2", "--set", "data.held_out_fraction=0.2"]
     arguments += ["--set", "train.release_at=0.5", "--out", tmp_path / "run"]
-    code, output, errors = lrc("train", *arguments, "--method", "scratch")
-    assert code == 0, errors
+    output = lrc.printed("train", *arguments, "--method", "scratch")
     assert "No effect with method scratch: train.release_at." in " ".join(output.split())
 
 
@@ -393,7 +392,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Run:
-    """A run that releases half-way, without interruption."""
+    """An uninterrupted run with the release half-way."""
     recipe = make_recipe(settings_of(folder, RELEASE / STEPS, alpha_schedule="constant"))
     run = Run.create(folder / "whole", recipe)
     train(run)
@@ -402,7 +401,7 @@ def whole(folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def at_once(folder: Path) -> Run:
-    """A run whose own weights are trained from the first step on, without a clone loss."""
+    """A run with the release before the first step, without a clone loss."""
     run = Run.create(folder / "at-once", make_recipe(settings_of(folder, 0.0, alpha=0.0)))
     train(run)
     return run
@@ -425,9 +424,8 @@ def test_a_whole_run(whole: Run) -> None:
         torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_steps_after_the_release_do(whole: Run) -> None:
-    """Adam from empty moments on all of the student's weights, matrices decayed; inner norms and
-    gains too."""
+def test_steps_after_the_release_train_all_weights(whole: Run) -> None:
+    """Adam starts from empty moments; matrices decay; inner norms and gains are trained too."""
     before, after = (
         load_file(whole.checkpoints / f"step-{step:08d}" / "state.safetensors")
         for step in (RELEASE, STEPS)
@@ -448,7 +446,7 @@ def test_what_the_steps_after_the_release_do(whole: Run) -> None:
 
 
 def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
-    """Against torch's Adam on the gradients of the released model, taken by hand."""
+    """Against torch's Adam on gradients of the released model that are computed by hand."""
     settings = settings_of(folder, 0.0, alpha_schedule="constant")
     settings["train"] |= {"warmup_ratio": 0, "weight_decay": 0, "grad_clip": 0}
     settings["train"] |= {"token_grad_clip": 0, "tokens": 2 * 2 * 16}
@@ -479,7 +477,7 @@ def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
 def test_killed_before_at_and_after_the_release(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """The run that was killed again and again is the run that was not, bit by bit."""
+    """A run that is killed several times equals the uninterrupted run, bit for bit."""
     run: Run = request.getfixturevalue(kind)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(run.recipe.to_yaml())
@@ -510,7 +508,7 @@ def test_a_damaged_checkpoint_leads_back_before_the_release(whole: Run, tmp_path
     for step in range(RELEASE, STEPS + 1):
         file = run.checkpoints / f"step-{step:08d}" / "state.safetensors"
         if step == STEPS:
-            # Whole, but of another run's shape: found out after the method went to its stage.
+            # Intact, but with other parameters, which shows after the change of the stage.
             lose_a_tensor(file)
         else:
             file.write_bytes(file.read_bytes()[:-1] + b"x")
@@ -523,7 +521,7 @@ def test_a_damaged_checkpoint_leads_back_before_the_release(whole: Run, tmp_path
 
 
 def lose_a_tensor(file: Path) -> None:
-    """Take a tensor out of a checkpoint, checksums and all."""
+    """Remove a tensor from a checkpoint and update the checksums."""
     from safetensors.torch import save_file
 
     from lrc.system.checksums import file_sha256, json_sha256
@@ -549,13 +547,12 @@ def test_export_of_any_checkpoint(whole: Run, tmp_path: Path, step: int) -> None
 
 
 def test_a_released_student_is_pruned(whole: Run, tmp_path: Path, lrc: Command) -> None:
-    code, _, errors = lrc("prune", whole.folder, "--ratio", 0.1, "--out", tmp_path / "pruned")
-    assert code == 0, errors
+    lrc.printed("prune", whole.folder, "--ratio", 0.1, "--out", tmp_path / "pruned")
     assert Run.open(tmp_path / "pruned").student().config.hidden_size == 8
 
 
 def test_release_at_once_shares_the_start(at_once: Run, whole: Run) -> None:
-    """Both begin from the same function; the first line says what is trained."""
+    """Both have the same first losses. The header says that the weights are trained."""
     ours, theirs = at_once.metrics(), whole.metrics()
     assert ours[0]["stage"] == "released"
     assert "stage" not in theirs[0]
@@ -568,21 +565,20 @@ def test_release_at_once_shares_the_start(at_once: Run, whole: Run) -> None:
     assert not any("projections" in name for name in tensors)
 
 
-def test_marks_in_pictures(whole: Run, at_once: Run, tmp_path: Path, lrc: Command) -> None:
+def test_plots_mark_the_release(whole: Run, at_once: Run, tmp_path: Path, lrc: Command) -> None:
     metrics = whole.metrics()
     tokens = RELEASE * 2 * 2 * 16
     assert stage_marks(metrics) == [(tokens, "released")]
     [(seconds, _)] = stage_marks(metrics, "seconds")
     assert 0 < seconds < metrics[-1]["seconds"]
-    assert stage_marks(at_once.metrics()) == []  # there from the beginning
+    assert stage_marks(at_once.metrics()) == []  # it is released from the beginning
     drawn: list[float] = []
     with mock.patch("matplotlib.axes.Axes.axvline", lambda _, at, **k: drawn.append(at)):
         draw_curves(metrics, tmp_path / "a.png")
     assert set(drawn) == {tokens}
-    code, _, errors = lrc("report", whole.folder, at_once.folder, "--out", tmp_path / "page.html")
-    assert code == 0, errors
+    lrc.printed("report", whole.folder, at_once.folder, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count(">released</text>") >= 8  # a chart each, over tokens and over time
+    assert page.count(">released</text>") >= 8  # in every chart, over tokens and over time
 
 
 def test_a_diverged_run_names_the_rate_of_its_stage(folder: Path, tmp_path: Path) -> None:

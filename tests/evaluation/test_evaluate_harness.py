@@ -20,7 +20,7 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model
+from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows
 from data_helpers import write_rows
 from lrc.evaluation import harness
 from lrc.evaluation.harness import (
@@ -56,20 +56,9 @@ def manager(task_index: TaskManager) -> TaskManager:
 
 
 @pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def lm(byte_model: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(byte_model)
     return harness_model(model, AutoTokenizer.from_pretrained(byte_model), batch_size=3)
-
-
-@pytest.fixture(autouse=True)
-def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness asks the machine for its details at every evaluation, which takes a second."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
 
 
 @pytest.fixture(scope="session")

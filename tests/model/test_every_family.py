@@ -1,4 +1,4 @@
-"""What must hold for every family, whatever its layers are made of."""
+"""Tests that every family must pass, whatever its layers consist of."""
 
 import copy
 import math
@@ -86,9 +86,9 @@ def test_identity_projections_give_the_teacher(family: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-def test_losses_and_gradients_equal_autograds(family: str, tied: bool) -> None:
-    """Of the whole objective, written out: the weights are functions of the projections, all logits
-    exist at once, and every clone term is a mean of squares."""
+def test_losses_and_gradients_equal_plain_autograd(family: str, tied: bool) -> None:
+    """In the reference the weights are functions of the projections, all logits exist at once, and
+    every clone term is a mean of squares."""
     teacher = tiny_teacher(family, tied)
     method = tiny_method(teacher, {"fold_gains": True})
     batch = tiny_batch(lengths=[9, 6])
@@ -166,7 +166,7 @@ def test_pca_and_slicegpt_at_full_width_are_the_teacher(family: str, tied: bool)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
     initialize_from_text(method, "pca", ids)
     found = logits(method.student(), ids)
-    if not tied:  # a tied head has no gain of its own to fold
+    if not tied:  # a tied head cannot fold a gain
         assert relative_error(found, expected) < 5e-4
     config = copy.deepcopy(teacher.config)
     sliced = empty_student(teacher.model, config)
@@ -176,10 +176,10 @@ def test_pca_and_slicegpt_at_full_width_are_the_teacher(family: str, tied: bool)
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-def test_the_student_has_the_stream_that_was_solved(
+def test_the_student_has_the_solved_stream(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And it starts nearer to the teacher than a random one."""
+    """And it is closer to the teacher than a random start."""
     streams: list[Tensor] = []
     rotations: list[Tensor] = []
     head = solve._solved_head
@@ -219,7 +219,7 @@ def test_the_last_hidden_state_gives_the_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_of_a_sequence_stay_apart_where_the_family_says_so(family: str) -> None:
+def test_which_families_keep_documents_apart(family: str) -> None:
     teacher = tiny_teacher(family)
     ids = tiny_tokens(1)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
@@ -232,7 +232,7 @@ def test_documents_of_a_sequence_stay_apart_where_the_family_says_so(family: str
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off(family: str, checkpointing: bool) -> None:
-    """Whatever a configuration says: the student is in evaluation mode throughout training."""
+    """Whatever the configuration says, the student is in evaluation mode during training."""
     batch = tiny_batch()
     found = []
     for rate in (0.0, 0.5):
@@ -246,7 +246,7 @@ def test_dropout_is_off(family: str, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_not_projected_is_the_teachers(family: str) -> None:
+def test_everything_not_projected_is_the_teachers(family: str) -> None:
     """Parameters and saved buffers: biases, norms inside blocks, sinks, scales of layers."""
     teacher = tiny_teacher(family)
     for number, buffer in enumerate(teacher.model.buffers()):
@@ -279,8 +279,8 @@ def recipe_for(name: str) -> Recipe:
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "lrc"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_baseline_trains_or_says_why_not(family: str, name: str) -> None:
-    """A loss with gradients after the start, or one sentence that names the family."""
+def test_every_baseline_trains_or_is_refused(family: str, name: str) -> None:
+    """Either a step gives gradients, or one sentence names the family."""
     teacher = tiny_teacher(family, num_key_value_heads=2, hidden_size=16)
     recipe = recipe_for(name)
     if name not in ("scratch", "activation-clone", "slicegpt"):
@@ -374,7 +374,7 @@ def test_what_cannot_be_cloned_is_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_loaded_trained_and_exported(family: str, tmp_path: Path) -> None:
-    """The way of a user: a teacher's folder, a few steps, a student's folder, a resumed run."""
+    """From a teacher's folder through a few steps to a student's folder and a resumed run."""
     teacher = tiny_teacher(family, dtype=torch.float32)
     teacher.model.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.save_pretrained(tmp_path / "teacher")

@@ -284,16 +284,13 @@ def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
 def test_only_one_process_trains_a_run(cut_off: Run, lrc: Command) -> None:
     before = content(cut_off.folder)
     with hold(cut_off.folder, "held"):
-        code, _, errors = lrc("resume", cut_off.folder)
-    assert code == 2
-    assert "Another process is working on" in errors
+        assert "Another process is working on" in lrc.refusal("resume", cut_off.folder)
     assert content(cut_off.folder) == before
 
 
 def test_a_run_that_has_ended_is_left_alone(ended: Run, lrc: Command) -> None:
     before = content(ended.folder)
-    code, output, _ = lrc("resume", ended.folder)
-    assert code == 0
+    output = lrc.printed("resume", ended.folder)
     assert "has ended" in output
     assert content(ended.folder) == before
 
@@ -377,11 +374,9 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, lrc: Command) 
         ({"--text": tmp_path / "teacher" / "config.json"}, "train"),
     ):
         arguments = [part for pair in (good | change).items() for part in pair]
-        code, _, errors = lrc(command, *arguments, *more)
-        assert code == 2, errors
+        lrc.refusal(command, *arguments, *more)
         assert not out.exists()
-    code, _, errors = lrc("train", *(p for pair in good.items() for p in pair), *more)
-    assert code == 0, errors
+    lrc.printed("train", *(p for pair in good.items() for p in pair), *more)
 
 
 def test_a_folder_of_a_run_that_never_began_is_free(tmp_path: Path) -> None:
@@ -497,17 +492,16 @@ def test_positions_that_the_teacher_was_not_made_for_are_told(
     "seconds", [0.3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.05, 0.15, 0.5, 0.7))]
 )
 def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(
-    by_name: Run, tmp_path: Path, seconds: float
+    by_name: Run, tmp_path: Path, seconds: float, lrc: Command
 ) -> None:
     """The same command, or resume, ends with the student of a run that was never killed."""
     out = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(by_name.recipe.to_yaml())
-    command = [sys.executable, "-m", "lrc"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "train", str(recipe), "--out", str(out)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "lrc", "train", str(recipe), "--out", str(out)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
     for line in process.stdout:  # until torch is imported and the run begins
@@ -516,9 +510,8 @@ def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    again = ["resume", str(out)] if (out / "recipe.yaml").is_file() else ["train", str(recipe)]
-    more = [] if again[0] == "resume" else ["--out", str(out)]
-    subprocess.run([*command, *again, *more], env=environment, check=True, capture_output=True)
+    begun = (out / "recipe.yaml").is_file()
+    lrc.printed(*(("resume", out) if begun else ("train", recipe, "--out", out)))
     run = Run.open(out)
     ours, theirs = weights(run), weights(by_name)
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())

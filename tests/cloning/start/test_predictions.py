@@ -1,4 +1,4 @@
-"""The last layers and the head of a solved start, refined on the teacher's predictions."""
+"""Refinement of the last layers and the head on the teacher's predictions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -21,12 +21,12 @@ from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher, tiny_tokens
 
 LAYERS = 4
 REFINED = 2
-"""Of four layers, the last two."""
+"""The last two of four layers are refined."""
 
 
 def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """What is refined is then the last layers and the head alone. One item for each FFN that would
-    have been refined."""
+    """Refine only the last layers and the head. The list gets one item per FFN that would have been
+    refined."""
     asked: list[None] = []
 
     def solved(*arguments: Any) -> dict[str, Tensor]:
@@ -47,9 +47,10 @@ def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClon
 
 @pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the tokens that no solve sees, by the exported student; and nothing before the last
-    layers changes."""
+def test_refinement_improves_predictions(
+    family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the exported student, on unseen tokens. Nothing before the last layers changes."""
     ffns = leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher(family, tied=tied, num_hidden_layers=LAYERS)
@@ -59,7 +60,7 @@ def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.Mo
     unseen = [Batch(ids[350:])]
     before, after = (measure_agreement(teacher, m.student(), unseen).kl for m in (solved, refined))
     assert after < 0.985 * before
-    for site in teacher.layout.sites() if not tied else ():  # a tied student is rotated anew
+    for site in teacher.layout.sites() if not tied else ():  # a tied student is rotated again
         key = projection_key(site)
         same = torch.equal(solved.projections.values[key], refined.projections.values[key])
         assert same == (site.layer < LAYERS - REFINED)
@@ -67,8 +68,8 @@ def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("biases", [False, True])
-def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> None:
-    """The stream that refining sees is that of the student with the same projections."""
+def test_the_refined_layers_compute_what_the_student_computes(family: str, biases: bool) -> None:
+    """The last hidden states equal those of the student with the same projections."""
     changes = {"attention_bias": True, "mlp_bias": True} if biases and family == "llama" else {}
     teacher = tiny_teacher(family, num_hidden_layers=LAYERS, **changes)
     ids = tiny_tokens(8, seed=3)
@@ -90,9 +91,9 @@ def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> No
         torch.testing.assert_close(stream[slice(0, len(ids))], final[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the text is not what the teacher expects, a larger weight of the LM loss brings the
-    student nearer to the text and leaves it farther from the teacher."""
+def test_the_lm_loss_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On text that the teacher does not expect, more weight for the LM loss lowers that loss and
+    increases the KL divergence."""
     leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher("llama", tied=False, num_hidden_layers=LAYERS)
