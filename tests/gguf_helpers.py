@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
-from starts import initialize_from_text
-from tiny import tiny_method, tiny_teacher
+from tiny import initialize_from_text, tiny_method, tiny_teacher
 
 PADDING_ROWS = 3
 """Rows of the embedding beyond the tokens."""

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gguf_helpers import PADDING_ROWS, byte_level_bpe
+from lrc.api import clone
+from lrc.run import Run
 from tiny import tiny_teacher
 
 WEIGHTS = "model.safetensors"
@@ -92,7 +94,7 @@ def rewrite_gguf(
     return path
 
 
-SHORT = {
+SHORT: dict[str, Any] = {
     "train.tokens": 32,
     "train.micro_batch": 1,
     "data.sequence_length": 16,
@@ -102,8 +104,17 @@ SHORT = {
 }
 
 
-def text_of(folder: Path) -> Path:
+def save_text(folder: Path) -> Path:
+    """A text file that `byte_level_bpe` can encode."""
     path = folder / "text.txt"
     sentences = (f"Once upon a time, it's {n} o'clock. def f(x): return x" for n in range(200))
     path.write_text("\n\n".join(" ".join([s] * 30) for s in sentences))
     return path
+
+
+def short_run(teacher: Path) -> Run:
+    """A run of two steps in the folder beside a teacher."""
+    folder = teacher.parent
+    settings = SHORT | {"data.cache": str(folder / "cache")}
+    text = save_text(folder)
+    return clone(teacher, hidden_size=8, text=text, out=folder / "run", settings=settings)

@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.projection import Projections
+from lrc.cloning.start import initialize
+from lrc.cloning.start.random import random_start
 from lrc.data.batch import Batch
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher, as_teacher
-from lrc.recipe.sections import ObjectiveSection, StudentSection
+from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
 from lrc.train.loop import count
 
 HIDDEN, STUDENT_HIDDEN = 16, 8
@@ -112,6 +115,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
 }
 """Settings of a family's configuration in addition to `SHAPE`."""
 
+TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 READERS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
 WRITERS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
@@ -190,6 +194,14 @@ def tiny_method(
     )
     randomize(method.parameters(), seed)
     return method
+
+
+def clone_of(
+    case: Case, objective: Mapping[str, Any] | None = None, **student: Any
+) -> LowRankClone:
+    """`tiny_method` of a case's teacher."""
+    family, tied, changes = case
+    return tiny_method(tiny_teacher(family, tied, **changes), student, objective)
 
 
 def randomize(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
@@ -347,3 +359,24 @@ def watch(
             handle.remove()
 
     return seen, end
+
+
+def initialize_from_text(
+    method: Any,
+    way: str,
+    ids: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+    refine_epochs: int = 0,
+) -> None:
+    """Compute a method's projections from calibration tokens."""
+    section = InitializeSection.model_validate({"method": way, "refine_epochs": refine_epochs})
+    initialize(method, section, ids, progress)
+
+
+def initialize_random(projections: Projections, std: float, seed: int) -> None:
+    """Draw projections from normal(0, std)."""
+    section = InitializeSection(method="random", std=std, seed=seed)
+    start = random_start(projections, section, torch.empty(0, 0), None)
+    with torch.no_grad():
+        for key, value in projections.values.items():
+            value.copy_(start.projections[key])

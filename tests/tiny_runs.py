@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from data_helpers import write_jsonl
@@ -12,6 +13,7 @@ from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.train import train
 from lrc.train.checkpoint import list_checkpoints
+from lrc.train.loop import Loop
 from tiny import STUDENT_HIDDEN, tiny_teacher
 
 SETTINGS = {
@@ -79,6 +81,17 @@ def new_run(folder: Path, *trackers: str, name: str = "run", **changes: Any) -> 
 def go(run: Run, family: str = "llama") -> None:
     """Train a run to its end."""
     train(run, tiny_teacher(family))
+
+
+def diverge_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let training fail in a step, with gradients that are not finite."""
+    clip = Loop._clip
+
+    def nan_at_step(self: Loop) -> float:
+        norm = clip(self)
+        return float("nan") if self.setup.state.step == step - 1 else norm
+
+    monkeypatch.setattr(Loop, "_clip", nan_at_step)
 
 
 def copy_until(run: Run, folder: Path, step: int) -> Run:

@@ -1,4 +1,4 @@
-"""`lrc analyze neurons`: masks, activity, planted neurons, question files, and what is refused."""
+"""`lrc analyze neurons`: masks, activity, planted neurons, question files, and refusals."""
 
 import copy
 import json
@@ -39,7 +39,7 @@ PLANTED = (1, 7)
 def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
     teacher = tiny_teacher(family)
     neurons = torch.rand(LAYERS, FFN, generator=torch.Generator().manual_seed(3)) < 0.4
-    neurons[0] = False  # a layer without any
+    neurons[0] = False  # a layer without masked neurons
     ids = tiny_batch().input_ids
     without = copy.deepcopy(teacher.model)
     for layer, chosen in enumerate(neurons):
@@ -49,7 +49,7 @@ def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
         found = teacher.model(ids).logits
     torch.testing.assert_close(found, without(ids).logits, rtol=1e-12, atol=1e-12)
     assert (found - before).abs().max() > 1e-3
-    assert torch.equal(teacher.model(ids).logits, before), "the mask stayed"
+    assert torch.equal(teacher.model(ids).logits, before), "the mask was not removed"
 
 
 def test_a_mask_goes_when_the_model_fails() -> None:
@@ -62,7 +62,7 @@ def test_a_mask_goes_when_the_model_fails() -> None:
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("family", LLAMAS)
-def test_activity_is_that_of_prompts_alone(family: str, positions: Any) -> None:
+def test_activity_excludes_padding(family: str, positions: Any) -> None:
     teacher = tiny_teacher(family)
     lengths = [4, 9, 1, 6]
     batch = tiny_batch(rows=4, lengths=lengths)
@@ -115,7 +115,7 @@ def test_choosing_neurons(
     assert torch.equal(drawn.sum(1), chosen.sum(1))
 
 
-def test_draws_differ_and_reach_every_other_neuron() -> None:
+def test_draws_differ_and_cover_all_other_neurons() -> None:
     important = torch.zeros(2, 10, dtype=torch.bool)
     important[1, 3] = True
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ def save_planted(folder: Path, place: tuple[int, int], hidden: int) -> str:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A teacher, a student that keeps the neuron's place, and one that has it elsewhere."""
+    """A teacher, a student with the same planted neuron, and one with it elsewhere."""
     folder = tmp_path_factory.mktemp("planted")
     return {
         "teacher": save_planted(folder / "teacher", PLANTED, 16),
@@ -211,7 +211,7 @@ def test_a_planted_neuron_is_found_and_decides_in_both(
     assert (out / "neurons.png").stat().st_size > 5_000
 
 
-def test_a_student_that_has_it_elsewhere_loses_nothing(
+def test_a_student_with_the_neuron_elsewhere_loses_nothing(
     planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     models = (planted["stranger"], "--teacher", planted["teacher"])
@@ -283,7 +283,7 @@ def test_sciq_is_scored_as_the_harness_does(
         assert sum(right) == pytest.approx(9 * expected)
 
 
-def test_open_questions_are_right_where_the_answer_is_the_greedy_one(
+def test_open_questions_are_right_if_the_greedy_answer_is(
     planted: dict[str, str], tmp_path: Path
 ) -> None:
     rows = [{"question": "w3", "answer": word} for word in (RIGHT, WRONG, "w4", f"{RIGHT} {RIGHT}")]
@@ -325,7 +325,7 @@ def test_a_context_is_read_before_the_question(tmp_path: Path) -> None:
         ({"question": "q", "answer": "a", "hint": "b"}, "field 'hint'"),
     ],
 )
-def test_lines_that_are_no_questions(row: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_lines_that_are_not_questions(row: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [row])
     with pytest.raises(UserError, match=words) as error:
         questions_of_file(path, tmp_path)

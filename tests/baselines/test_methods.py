@@ -30,6 +30,7 @@ from tiny import (
     LLAMAS,
     QUIRKS,
     STUDENT_HIDDEN,
+    TERMS,
     TOKENS,
     WRITERS,
     expected_weights,
@@ -42,7 +43,6 @@ from tiny import (
 )
 from tiny_runs import tiny_recipe
 
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 Losses = dict[str, Tensor]
 
 BATCHES = {

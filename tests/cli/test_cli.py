@@ -1,4 +1,4 @@
-"""The command line: the whole way on a tiny teacher, and what it says to bad input."""
+"""The command line: a whole run on a tiny teacher, and its answers to bad input."""
 
 import json
 import os
@@ -19,9 +19,8 @@ from lrc.recipe import load_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
 from lrc.system.errors import UserError
-from lrc.train import loop as training_loop
 from lrc.train import train
-from tiny_runs import file_settings, save_teacher
+from tiny_runs import diverge_at, file_settings, save_teacher
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,7 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path, lrc: 
     trained = run_lrc("train", recipe_file, "--out", run)
     assert trained.returncode == 0, trained.stderr
     tokens = Run.open(run).summary()["calibration_tokens"]
-    assert 1000 < tokens < 40 * 61, "more than the text holds"
+    assert 1000 < tokens < 40 * 61, "more tokens than the text has"
     assert f"is short: the student is initialized from {tokens:,} tokens" in trained.stdout
     assert "same top-1 prediction" in trained.stdout
     for name in ("recipe.yaml", "environment.json", "curves.png", "summary.json"):
@@ -82,7 +81,7 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path, lrc: 
     assert said.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-def test_init_then_resume(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+def test_compress_then_resume(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     run = tmp_path / "run"
     start = ["--set", "initialize=closed-form", "--set", "initialize.calibration_tokens=256"]
     lrc.printed("compress", recipe_file, *start, "--out", run)
@@ -98,7 +97,7 @@ def test_init_then_resume(recipe_file: Path, tmp_path: Path, lrc: Command) -> No
     assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
 
 
-def test_a_recorded_recipe_that_was_edited_is_noticed(
+def test_an_edited_recipe_of_a_run_is_refused(
     recipe_file: Path, tmp_path: Path, lrc: Command
 ) -> None:
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
@@ -135,7 +134,7 @@ def test_a_run_folder_is_never_overwritten(recipe_file: Path, tmp_path: Path, lr
         ("train", "section.key=value"),
     ],
 )
-def test_bad_settings_are_refused_in_a_sentence(
+def test_bad_settings_are_refused_in_one_sentence(
     recipe_file: Path, tmp_path: Path, lrc: Command, setting: str, words: str
 ) -> None:
     assert words in lrc.refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
@@ -160,7 +159,7 @@ def test_an_unknown_family_is_refused_by_name(
     assert "qwen3_5_text" in sentence
 
 
-def test_what_is_missing_is_said(tmp_path: Path, lrc: Command) -> None:
+def test_missing_inputs_are_named(tmp_path: Path, lrc: Command) -> None:
     assert "--hidden-size" in lrc.refusal("train", "--teacher", "x")
     assert "quickstart" in lrc.refusal("train", tmp_path / "no.yaml")
     assert "not a run's folder" in lrc.refusal("resume", tmp_path)
@@ -172,17 +171,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_nan_stops_with_the_last_checkpoint_kept(
+def test_nan_stops_and_keeps_the_last_checkpoint(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.create(tmp_path / "run", load_recipe(recipe_file, {"train.checkpoint_every": 1}))
-    clip = training_loop.Loop._clip
-
-    def poisoned(self: training_loop.Loop) -> float:
-        norm = clip(self)
-        return float("nan") if self.setup.state.step == 3 else norm
-
-    monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
+    diverge_at(4, monkeypatch)
     with pytest.raises(UserError, match=r"step 4 .*step-00000003.*learning_rate"):
         train(run)
     kept = sorted(folder.name for folder in run.checkpoints.iterdir())
@@ -237,7 +230,7 @@ def test_shipped_recipes_parse(name: str) -> None:
 def test_element_types_of_exports_and_evaluations(
     recipe_file: Path, tmp_path: Path, lrc: Command
 ) -> None:
-    """Each command takes the names that it can use, and says what to do about others."""
+    """Each command accepts the names that it supports, and suggests what to do about others."""
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
     train(run)
     assert "exists only in GGUF" in lrc.refusal(

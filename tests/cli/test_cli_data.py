@@ -1,4 +1,4 @@
-"""`lrc data build` and `lrc data inspect`, and the shipped mix that is run on this machine."""
+"""`lrc data build` and `lrc data inspect`, and the shipped mix for local data."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def save_teacher(folder: Path, **more: Any) -> Path:
-    """A folder that holds a tokenizer and is called a model."""
+    """A folder with a tokenizer that passes for a model."""
     tokenizer = byte_tokenizer(**more)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -35,7 +35,7 @@ def save_teacher(folder: Path, **more: Any) -> Path:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A folder such as `local-small` wants, generated."""
+    """A generated folder with the files that `local-small` needs."""
     folder = tmp_path / "data"
     texts = documents(80, words=60)
     (folder / "text").mkdir(parents=True)
@@ -82,7 +82,7 @@ def test_local_small_on_a_stand_in(lrc: Command, stand_in: Path, tmp_path: Path)
     assert "document" in lrc.printed("data", "inspect", out, "--no-checksums", "--documents", 1)
 
 
-def test_settings_win_over_the_mix(lrc: Command, stand_in: Path, tmp_path: Path) -> None:
+def test_settings_override_the_mix(lrc: Command, stand_in: Path, tmp_path: Path) -> None:
     command = ("build", "local-small", tmp_path / "out", "--root", stand_in, "--workers", 1)
     command += ("--teacher", save_teacher(tmp_path / "teacher"))
     changes = ("--set", "sources.prose.tokens=3k", "--evaluation", stand_in / "sets")
@@ -105,7 +105,7 @@ def test_bad_arguments(lrc: Command, tmp_path: Path) -> None:
 def test_local_small_on_real_data(
     lrc: Command, tmp_path: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped mix as it is, on a part of real prose and conversations."""
+    """The shipped mix on some of the real prose and conversations."""
     monkeypatch.setattr(splitting, "UNIT_BYTES", 1 << 19)
     teacher = tmp_path / "teacher"
     tokenizer = load_tokenizer(str(stories_folder))
@@ -126,7 +126,7 @@ def test_local_small_on_real_data(
     shards = open_shards(tmp_path / "out")
     assert shards.tokens_by_source("train")["prose"] == pytest.approx(300_000, abs=9_000)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    # The prose was cleaned of these sets by another program, the conversations nearly so.
+    # Another program has removed these sets from the prose, and nearly so from the conversations.
     dropped = sum(one["documents_dropped"] for one in summary["evaluation_sets"].values())
     assert dropped <= 1
     assert {"boolq", "sciq", "mmlu", "winogrande"} <= set(summary["evaluation_sets"])

@@ -1,4 +1,4 @@
-"""Every method through the real command line: training, what it leaves, and resuming."""
+"""Every method through the real command line: training, its files, and resuming."""
 
 from pathlib import Path
 
@@ -45,11 +45,11 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
     lrc.printed("train", recipe_file, "--method", name, "--out", whole)
     run = Run.open(whole)
     measured = [line["held_out_lm"] for line in run.metrics() if "held_out_lm" in line]
-    assert len(set(measured)) == len(measured) == 4, "it does not move"
+    assert len(set(measured)) == len(measured) == 4, "the loss does not change"
     assert run.summary()["method"] == run.recipe.method.name == name
     assert METHODS[name].title in (whole / "student" / "README.md").read_text()
 
-    # The export is the training-time student, in plain transformers.
+    # In plain transformers, the export computes what the student in training computes.
     student = AutoModelForCausalLM.from_pretrained(whole / "student")
     setup = set_up(run)
     ids = tiny_tokens(2)
@@ -65,7 +65,9 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
     assert not any(key.startswith("parameter.teacher") for key in tensors)
 
 
-def test_settings_without_effect_are_told(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+def test_settings_without_effect_are_reported(
+    recipe_file: Path, tmp_path: Path, lrc: Command
+) -> None:
     options = ["--set", "initialize=pca", "--set", "train.tokens=64"]
     output = lrc.printed(
         "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
@@ -85,7 +87,7 @@ def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) ->
 
 
 def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
-    """What is not LRC's size is told, trained, exported and resumed."""
+    """Another size than LRC's is reported, trained and exported."""
     shape = ["--set", "method.layers=1", "--set", "method.intermediate_size=10"]
     run = tmp_path / "run"
     output = lrc.printed(
@@ -126,7 +128,7 @@ def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -
         ),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(
+def test_mistakes_are_refused_in_one_sentence(
     recipe_file: Path, tmp_path: Path, lrc: Command, options: list[str], words: str
 ) -> None:
     assert words in lrc.refusal("train", recipe_file, *options, "--out", tmp_path / "run")

@@ -46,7 +46,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
     assert run.recipe.train.eval_sequences == 5
     assert summary["tokens"] == 0
     assert summary["calibration_tokens"] == 64
-    # The text of the run: what is pruned has the held-out loss that it had at its end.
+    # The text is that of the run, so the pruned model has the held-out loss of the run's end.
     assert summary["teacher_held_out_lm"] == pytest.approx(before["student_held_out_lm"], rel=1e-6)
     assert summary["teacher_parameters"] == before["student_parameters"]
     share = summary["student_parameters"] / summary["teacher_parameters"]
@@ -56,7 +56,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
     assert "FFN width" in output
     assert "license: mit" in (out / "student" / "README.md").read_text()
 
-    # Plain transformers, and slices of the student that was pruned.
+    # Plain transformers loads it. Its weights are slices of those before.
     student = AutoModelForCausalLM.from_pretrained(out / "student")
     tokenizer = AutoTokenizer.from_pretrained(out / "student")
     ids = tokenizer("w3 w4 w5", return_tensors="pt").input_ids
@@ -132,7 +132,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
         (["teacher", "--ratio", "0.2", "--text", "text.jsonl", "--tokens", "9"], "--recover"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(
+def test_mistakes_are_refused_in_one_sentence(
     folder: Path,
     tmp_path: Path,
     lrc: Command,

@@ -14,11 +14,12 @@ from lrc.train.loop import count
 from tiny import (
     LAYERS,
     LLAMAS,
-    TINY_CASES,
+    TERMS,
     TOKENS,
     WRITERS,
     Case,
     assert_finite_differences,
+    clone_of,
     gradients,
     linear_path,
     tiny_batch,
@@ -27,21 +28,10 @@ from tiny import (
     watch,
 )
 
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 NO_TERMS = dict.fromkeys(TERMS, False)
 
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
-
-
-@pytest.fixture(params=TINY_CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-def clone_of(case: Case, objective: dict[str, Any] | None = None, **student: Any) -> LowRankClone:
-    family, tied, changes = case
-    return tiny_method(tiny_teacher(family, tied, **changes), student, objective)
 
 
 def close(ours: Any, theirs: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:

@@ -13,32 +13,22 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import Projections, project, projection_gradient
 from lrc.data.batch import Batch
 from lrc.recipe.sections import StudentSection
-from starts import initialize_random
 from tiny import (
     NORM_BEFORE,
     READERS,
     STUDENT_HIDDEN,
-    TINY_CASES,
     WRITERS,
     Case,
+    clone_of,
     expected_weights,
     gradients,
+    initialize_random,
     linear_path,
     stream_norms,
     tiny_batch,
     tiny_method,
     tiny_teacher,
 )
-
-
-@pytest.fixture(params=TINY_CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-def clone_of(case: Case, **student: Any) -> LowRankClone:
-    family, tied, changes = case
-    return tiny_method(tiny_teacher(family, tied, **changes), student)
 
 
 def some_loss(logits: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ from lrc.train.setup import schedule, set_up, stretch
 from tiny import (
     LAYERS,
     LLAMAS,
+    TERMS,
     WRITERS,
     Case,
     assert_finite_differences,
@@ -56,8 +57,6 @@ from tiny_runs import (
     tiny_documents,
     tiny_recipe,
 )
-
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 
 CASES = [
     pytest.param(("llama", True, {}), {}, {}, id="llama-tied"),

@@ -25,7 +25,7 @@ from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import closing_table
 from lrc.train.loop import count
 from tiny import TOKENS, tiny_method, tiny_teacher, tiny_tokenizer
-from tiny_runs import assert_same_run, copy_until, tiny_documents
+from tiny_runs import assert_same_run, copy_until, save_teacher, tiny_documents
 
 NAMES = ("web", "code", "unused")
 
@@ -149,10 +149,7 @@ def documents(source: str, first: int, number: int) -> list[Document]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A tiny teacher and shards of two sources."""
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
+    folder = save_teacher(tmp_path_factory.mktemp("teacher"))
     shards = tmp_path_factory.mktemp("shards") / "shards"
     write_shards(
         shards,

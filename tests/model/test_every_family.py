@@ -34,13 +34,13 @@ from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection, Te
 from lrc.system.errors import UserError
 from lrc.train import train
 from lrc.train.loop import count
-from starts import initialize_from_text
 from tiny import (
     DROPOUTS,
     HIDDEN,
     STUDENT_HIDDEN,
     TOKENS,
     gradients,
+    initialize_from_text,
     tiny_batch,
     tiny_method,
     tiny_teacher,

@@ -25,7 +25,6 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
-from starts import initialize_from_text, initialize_random
 from stories import sample
 from tiny import (
     HIDDEN,
@@ -34,6 +33,8 @@ from tiny import (
     STUDENT_HIDDEN,
     TINY_CASES,
     Case,
+    initialize_from_text,
+    initialize_random,
     tiny_teacher,
     tiny_tokens,
 )

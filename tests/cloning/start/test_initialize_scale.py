@@ -26,8 +26,15 @@ from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
 from lrc.system.errors import UserError
-from starts import initialize_from_text
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, Case, tiny_teacher, tiny_tokens
+from tiny import (
+    HIDDEN,
+    STUDENT_HIDDEN,
+    TINY_CASES,
+    Case,
+    initialize_from_text,
+    tiny_teacher,
+    tiny_tokens,
+)
 from tiny_runs import file_settings, save_teacher
 
 

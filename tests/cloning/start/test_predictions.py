@@ -16,8 +16,7 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from starts import initialize_from_text
-from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher, tiny_tokens
+from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, initialize_from_text, tiny_teacher, tiny_tokens
 
 LAYERS = 4
 REFINED = 2
