@@ -409,7 +409,7 @@ def test_clone_term_leaves_its_inputs_alone() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
+def test_a_reused_target_holds_the_difference(weighted: bool) -> None:
     """Same loss and gradient, and no buffer beside the target's own."""
     ours, theirs, mask = sides(4)
     target = theirs.detach().clone()
@@ -422,7 +422,7 @@ def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
     assert torch.equal(torch.autograd.grad(term, ours)[0], expected_grad)
 
 
-def test_a_target_is_spent_only_where_it_can_be() -> None:
+def test_a_target_is_reused_only_if_possible() -> None:
     """Not where it takes a gradient, and not where the difference needs another precision."""
     ours, theirs, _ = sides()
     copy = theirs.detach().clone()

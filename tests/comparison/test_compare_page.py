@@ -1,4 +1,4 @@
-"""The page of a comparison: what it holds, and that a real browser shows it."""
+"""The page of a comparison: its contents, and its look in a real browser."""
 
 import html
 import json
@@ -92,7 +92,7 @@ def test_the_page_has_the_table_the_notes_and_the_grid(
     assert "3 entries on 192 training tokens each, with some-teacher as the teacher" in text
 
 
-def test_it_needs_nothing_beside_it(page: Path) -> None:
+def test_the_page_needs_no_other_files(page: Path) -> None:
     text = page.read_text()
     assert "<script" not in text
     assert not re.findall(r"url\((?!#)", text)
@@ -124,7 +124,7 @@ def entry_of(name: str, *curves: list[float]) -> EntryResult:
     return EntryResult(name, "lrc", {}, 1e-4, {}, False, 10, 200, 0, runs)
 
 
-def test_a_loss_that_rises_on_the_way_is_told() -> None:
+def test_a_loss_that_rises_during_training_is_reported() -> None:
     entries = [
         entry_of("falls", [5.0, 4.0, 4.04, 3.0]),
         entry_of("rises", [5.0, 4.0, 3.9], [5.0, 4.5, 4.9, 4.6, 3.0]),
@@ -233,7 +233,7 @@ def test_a_browser_shows_every_line(crowded: Path, tmp_path: Path, browser: Look
             assert (abs(part - np.array(color)).sum(1) < 60).sum() > 20, color
 
 
-def test_it_fits_a_telephone(page: Path, tmp_path: Path, browser: Look) -> None:
+def test_it_fits_a_phone(page: Path, tmp_path: Path, browser: Look) -> None:
     add_probe(page, tmp_path / "probed.html")
     report = 'onload="document.body.innerHTML = this.contentDocument.body.innerHTML"'
     outer = tmp_path / "outer.html"

@@ -1,4 +1,4 @@
-"""The parts of a build by themselves, against independent and naive references."""
+"""The parts of a build, against independent naive references."""
 
 import io
 import json
@@ -181,7 +181,7 @@ def test_seen_documents_like_a_set(rows: list[tuple[int, ...]], step: int) -> No
 
 
 def test_index_of_documents_stays_in_its_memory() -> None:
-    """A full index errs more and more often, says so about right, and does not grow."""
+    """A full index makes more errors, estimates their rate about right, and does not grow."""
     rng = np.random.default_rng(0)
     seen = SeenDocuments(Deduplicate(bands=2, memory_mib=1))
     dropped = 0
@@ -284,7 +284,7 @@ def refusal(tmp_path: Path, text: str) -> str:
     return str(caught.value)
 
 
-def test_mistakes_of_a_mix_are_told_together(tmp_path: Path) -> None:
+def test_mistakes_of_a_mix_are_reported_together(tmp_path: Path) -> None:
     message = refusal(
         tmp_path,
         """

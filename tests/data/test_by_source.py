@@ -82,7 +82,7 @@ def means_of(found: list[tuple[float, int]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_losses_of_a_step_by_source(masked: bool) -> None:
-    """Over two micro-batches; and the loss itself is untouched."""
+    """Over two micro-batches. The loss itself does not change."""
     method = tiny_method(tiny_teacher("llama"))
     batches = [random_batch(seed, masked) for seed in (0, 1)]
     sums = SourceLosses(NAMES)
@@ -212,7 +212,7 @@ def test_run_on_shards(recipe: Recipe, tmp_path: Path) -> None:
     assert_same_run(go_on(run, tmp_path / "resumed"), run)
 
 
-def test_training_begins_after_what_the_start_was_solved_on(recipe: Recipe, tmp_path: Path) -> None:
+def test_training_begins_after_the_calibration_text(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", recipe)
     read = TrainingText.training_batch
     patch = mock.patch.object(TrainingText, "training_batch", autospec=True, side_effect=read)
@@ -226,7 +226,7 @@ def test_training_begins_after_what_the_start_was_solved_on(recipe: Recipe, tmp_
 
 
 def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
-    """The same way, with documents that are read, shuffled and packed as they come."""
+    """The same with documents that are read, shuffled and packed on the fly."""
     source = write_rows(tmp_path / "text.jsonl", ({"body": text} for text in tiny_documents()))
     changes = {
         "data.stream.dataset": "json",
@@ -241,7 +241,7 @@ def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
     lines = run.metrics()
     assert len({line["loss"] for line in lines if "loss" in line}) == streamed.steps()
     assert not any("lm_by_source" in line for line in lines)
-    # It goes to its place, rather than reading all documents again until it is there.
+    # It skips to its position instead of reading all documents again.
     load = StreamedText.load_state
     with mock.patch.object(StreamedText, "load_state", autospec=True, side_effect=load) as loaded:
         resumed = go_on(run, tmp_path / "resumed")
