@@ -13,7 +13,7 @@ from lrc.model.teacher import Teacher
 def sample(teacher: Teacher, sequences: int, length: int) -> Tensor:
     """Text sampled from a teacher, the same every time: int64 [sequences, length].
 
-    The first token is BOS. A text goes on after an end-of-text token.
+    The first token is BOS. Text continues after an end-of-text token.
     """
     torch.manual_seed(0)
     start = torch.full((sequences, 1), teacher.tokenizer.bos_token_id)

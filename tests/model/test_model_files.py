@@ -34,7 +34,7 @@ from model_files import (
     edit_weights,
     rewrite_gguf,
     save_model,
-    text_of,
+    save_text,
 )
 from tiny import LAYERS
 
@@ -195,7 +195,7 @@ def test_a_separate_head_is_kept(untied: Path, tmp_path: Path) -> None:
     assert torch.equal(teacher.model(ids).logits, expected.model(ids).logits)
     assert not load_skeleton(str(folder)).config.tie_word_embeddings
     student = lrc.clone(
-        teacher, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
+        teacher, hidden_size=8, text=str(save_text(tmp_path)), out=tmp_path / "run",
         settings=SHORT | {"data.cache": str(tmp_path / "cache")},
     ).student()  # fmt: skip
     assert not student.config.tie_word_embeddings
