@@ -1,8 +1,6 @@
 """A few made-up rows for each of the nine benchmarks, in the fields of the harness's data sets, and
 a tiny model that reads them."""
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,7 +111,7 @@ def sciq_rows(count: int) -> Rows:
 
 
 def mmlu_rows(subjects: list[str]) -> Rows:
-    """Rows of all subjects, one subject after the other and then again."""
+    """Rows of all subjects, one row of every subject, then the next."""
     return [
         {
             "question": f" What is {i} times {len(subject)}?",
@@ -136,15 +134,7 @@ ROWS: dict[str, Callable[[int], Rows]] = {
     "boolq": boolq_rows,
     "sciq": sciq_rows,
 }
-"""By the harness's name; mmlu has its own."""
-
-
-def write_rows(path: Path, rows: Rows) -> Path:
-    """Write JSONL, compressed where the name says so."""
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
-        file.write(text)
-    return path
+"""Functions that make rows, by the harness's name of the task; mmlu has its own."""
 
 
 def save_byte_model(folder: Path, seed: int = 0, hidden_size: int = 16) -> Path:

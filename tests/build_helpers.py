@@ -1,8 +1,7 @@
-"""Small mixes to build, and what came out."""
+"""Small mixes to build, and readers of what was built."""
 
 import json
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -22,7 +21,7 @@ TEMPLATE = (
 
 
 def documents(count: int, seed: int = 0, words: int = 12) -> list[str]:
-    """Texts that share next to nothing."""
+    """Texts of random words."""
     rng = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz"
     return [
@@ -36,7 +35,7 @@ def rows(texts: list[str], **more: Any) -> list[dict[str, Any]]:
 
 
 def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:
-    """A mix of sources whose paths lie in a folder; keeps near-duplicates if not told otherwise."""
+    """A mix of sources whose paths lie in a folder; near-duplicates are kept by default."""
     values = {"teacher": "bytes", "root": str(folder), "deduplicate": False, **settings}
     return validated(Mix, {"sources": sources, **values}, "The mix")
 
@@ -44,13 +43,13 @@ def make_mix(folder: Path, sources: dict[str, Any], **settings: Any) -> Mix:
 def build(
     mix: Mix, out: Path, workers: int = 1, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> Shards:
-    """Build a mix without showing anything, and without waiting for the disk."""
+    """Build a mix silently, without waiting for the disk."""
     with patch("os.fsync"):
         return build_shards(mix, tokenizer or byte_tokenizer(), out, workers)
 
 
 def texts_of(shards: Shards, split: Split = "train") -> list[tuple[str, str]]:
-    """Source and text of every document of one side, in the order of the shards."""
+    """Source and text of every document of a split, in the order of the shards."""
     tokenizer = byte_tokenizer()
     found = []
     for shard in shards.of_split(split):
@@ -71,14 +70,6 @@ def steps_of(shards: Shards, source: str) -> dict[str, int]:
     steps = summary_of(shards)["sources"][source]["steps"]
     dropped = {step["step"]: step["documents_in"] - step["documents_out"] for step in steps}
     return {name: count for name, count in dropped.items() if count}
-
-
-def write_rows(path: Path, rows: Sequence[Any]) -> Path:
-    """A JSONL file of rows; a row that is a string is written as it is."""
-    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    return path
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

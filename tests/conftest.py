@@ -1,20 +1,25 @@
 """Fixtures that several test files share."""
 
+import importlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
 
-from command_line import Command, command_line
+from command_line import Command
+from lrc.stories260k import save_stories
 from lrc.system.progress import log_progress, show_progress_with
 from pages import Look, headless_browser
-from stories import save_stories, shared_data, stories_source
+from stories import shared_data
+from tiny import LLAMAS
 
 
 @pytest.fixture(autouse=True, scope="session")
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what the tests remember of files out of the user's cache."""
+    """Use a temporary folder in place of the user's cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LRC_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -22,7 +27,7 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """Undo what a command line in this process did to the log and the display of progress."""
+    """Undo the changes of a command line in this process to logging and progress."""
     logger = logging.getLogger("lrc")
     yield
     logger.handlers, logger.propagate = [], True
@@ -30,23 +35,47 @@ def own_log() -> Iterator[None]:
     show_progress_with(log_progress)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def no_curves() -> Iterator[None]:
+    """Let runs in this process leave an empty picture: drawing takes half of a tiny run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lrc.train.closing.draw_curves", lambda _, path: path.touch())
+        yield
+
+
+@pytest.fixture
+def exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every RMSNorm keep the precision of its input.
+
+    In transformers it computes in float32 even in a float64 model, which is too coarse for finite
+    differences.
+    """
+
+    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
+        variance = hidden.pow(2).mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
+
+    for family in LLAMAS:
+        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+        for name in dir(module):
+            if name.endswith("RMSNorm"):
+                monkeypatch.setattr(getattr(module, name), "forward", forward)
+
+
 @pytest.fixture(scope="session")
 def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """stories260K as a transformers model folder."""
-    source = stories_source()
-    if not (source / "stories260K.bin").is_file():
-        if shared_data().is_dir():  # where there is real data, nothing of it may be missing
-            pytest.fail(f"stories260K is not in {source}")
-        pytest.skip("there is no real data; set LRC_SHARED_DATA to its folder")
+    model = "models/stories260K"
+    data = shared_data(f"{model}/stories260K.bin", f"{model}/tok512.bin")
     folder = tmp_path_factory.mktemp("stories") / "stories260K"
-    save_stories(source, folder)
+    save_stories(data / model, folder)
     return folder
 
 
 @pytest.fixture
 def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Run the command line in this process: exit code, output, errors."""
-    return command_line(monkeypatch, capsys)
+    """Run the command line in this process."""
+    return Command(monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
 """A tokenizer and packed text small enough to check by hand."""
 
+import gzip
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,15 +23,15 @@ BOS, EOS = "<|bos|>", "<|eos|>"
 
 
 class ByteTokenizer(PreTrainedTokenizerFast):
-    """One token a byte, then bos and eos; `watch_encoding` counts its uses and does what it is told
-    at one."""
+    """One token per byte, then bos and eos. `watch_encoding` counts the calls, and runs `at_call`
+    with their number."""
 
     calls = 0
     at_call: Any = None
 
 
 def watch_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every `ByteTokenizer` count how often documents are packed with it."""
+    """Let every `ByteTokenizer` count how often it encodes documents for packing."""
     real = packing.encode
 
     def counted(tokenizer: ByteTokenizer, *arguments: Any) -> list[list[int]]:
@@ -55,7 +56,7 @@ def byte_tokenizer(
 
 
 def wide_tokenizer() -> ByteTokenizer:
-    """A tokenizer with a thousand tokens more, for documents whose tokens are numbered."""
+    """A tokenizer with a thousand more tokens, for documents whose tokens are numbered."""
     return byte_tokenizer(extra=[f"<{number}>" for number in range(1000)])
 
 
@@ -65,10 +66,18 @@ def data_section(folder: Path, *text: Path | str, **settings: Any) -> DataSectio
     return DataSection(text=[str(source) for source in text], **values)
 
 
+def write_rows(path: Path, rows: Iterable[Any]) -> Path:
+    """A JSONL file, compressed if its name says so; a row that is a string is written as it is."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = "".join(f"{line}\n" for line in lines).encode()
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    return path
+
+
 def write_jsonl(path: Path, documents: Sequence[str]) -> Path:
     """A JSONL file of documents."""
-    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in documents), encoding="utf-8")
-    return path
+    return write_rows(path, ({"text": document} for document in documents))
 
 
 def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:
@@ -79,7 +88,7 @@ def packed_part(folder: Path, documents: Sequence[Sequence[int]]) -> PackedPart:
 
 
 def one_text(part: PackedPart) -> Tokens:
-    """A packed part as the reader takes it."""
+    """A packed part in the form that readers take."""
     place = (part.folder, part.name, part.dtype, part.tokens, part.documents)
     return Tokens([Shard(*place, split="train", tokens_by_source={}, sha256={})])
 
@@ -102,7 +111,7 @@ def write_shards(
     tokenizer: TokenizerIdentity,
     sources: Sequence[str] = ("a", "b"),
 ) -> Shards:
-    """A new folder of token shards, each given as its side and its documents."""
+    """A new folder of token shards, each given as its split and its documents."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     written = []
@@ -114,7 +123,7 @@ def write_shards(
             np.array([len(tokens) for tokens in ids], np.int64),
             np.array([sources.index(source) for source, _ in documents], np.int64),
         )
-        with mock.patch("lrc.data.shards.flush"):  # slow, and no test outlives the machine
+        with mock.patch("lrc.data.shards.flush"):  # slow, and no test needs it
             written.append(writer.close())
     whole = Shards(folder, "uint16", "a teacher", tokenizer, tuple(sources), tuple(written), {})
     write_shards_index(whole)

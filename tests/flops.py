@@ -1,4 +1,4 @@
-"""Operations of a step, as torch counts them."""
+"""FLOPs of a training step, as torch counts them."""
 
 from collections.abc import Sequence
 
@@ -10,11 +10,11 @@ from lrc.data.batch import Batch
 from lrc.train.batches import count
 
 IN_PLACE = {torch.ops.aten.addmm_: lambda *shapes, out_val=None, **_: addmm_flop(*shapes)}
-"""What torch does not count by itself."""
+"""An operation that torch does not count by default."""
 
 
 def counted_products(method: LowRankClone, batches: Sequence[Batch], step: int) -> float:
-    """Operations of the matrix products of a step."""
+    """FLOPs of the matrix products of a step."""
     counts = count(batches)
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         method.begin_step(step)

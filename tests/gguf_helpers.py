@@ -11,8 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
-from starts import initialize_from_text
-from tiny import tiny_method, tiny_teacher
+from tiny import initialize_from_text, tiny_method, tiny_teacher
 
 PADDING_ROWS = 3
 """Rows of the embedding beyond the tokens."""
@@ -40,11 +39,11 @@ TEXTS = (
     "a" * 50,
     "!!!???...;;;   '''",
 )
-"""Text that tokenizers differ on."""
+"""Texts on which tokenizers differ."""
 
 
 def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer, as GPT-2's, with a chat template."""
+    """A small byte-level BPE tokenizer like GPT-2's, with a chat template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -75,7 +74,7 @@ def tiny_student(
 
 
 def stories_clone(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """stories260K at half its hidden size, solved from its own stories, and its tokenizer."""
+    """stories260K at half its hidden size, started from text that it wrote, and its tokenizer."""
     teacher = load_teacher(TeacherSection(model=str(folder)))
     torch.manual_seed(0)
     start = torch.full((16, 1), teacher.tokenizer.bos_token_id)

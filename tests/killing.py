@@ -1,4 +1,4 @@
-"""Runs that are killed again and again, through the real command line."""
+"""Runs that are killed several times, through the real command line."""
 
 import json
 import os
@@ -6,9 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
-
-from lrc.run import Run
-from lrc.train.checkpoint import list_checkpoints
 
 Start = tuple[Any, ...]
 """When a process is killed ("stepping" or "saving"), after how many steps, and its arguments."""
@@ -44,29 +41,15 @@ for case in json.loads(sys.argv[1]):
     kept = os.listdir(folder) if os.path.isdir(folder) else []
     print(json.dumps(sorted(name for name in kept if name.startswith("step-"))[-1:]))
 """
-"""Runs the command line in process after process, each killed before a step or a checkpoint."""
+"""Runs the command line in several processes, each killed before a step or a checkpoint."""
 
 
 def run_and_kill(folder: Path, starts: list[Start]) -> list[int | None]:
-    """Start a run and go on with it, each process killed; the step of the newest checkpoint that
-    each of them left."""
+    """Start a run and resume it, killing every process. Returns the step of the newest checkpoint
+    that each one left."""
     command = [sys.executable, "-c", KILLED, json.dumps(starts, default=str), str(folder)]
     offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=offline)
     assert ended.returncode == 0, ended.stderr
     lines = [line for line in ended.stdout.splitlines() if line == "[]" or line[:7] == '["step-']
     return [int(line[7:-2]) if line != "[]" else None for line in lines]
-
-
-def assert_same_run(ours: Run, theirs: Run) -> None:
-    """Two runs that have ended left the same metrics, but for times, and bit by bit the same last
-    checkpoint and student."""
-    assert without_times(ours.metrics()) == without_times(theirs.metrics())
-    newest = [list_checkpoints(run.checkpoints)[0] / "state.safetensors" for run in (ours, theirs)]
-    students = [run.student_folder / "model.safetensors" for run in (ours, theirs)]
-    for mine, reference in (newest, students):
-        assert mine.read_bytes() == reference.read_bytes(), mine.name
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]

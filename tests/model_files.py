@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gguf_helpers import PADDING_ROWS, byte_level_bpe
+from lrc.api import clone
+from lrc.run import Run
 from tiny import tiny_teacher
 
 WEIGHTS = "model.safetensors"
@@ -30,7 +32,7 @@ def save_model(folder: Path, family: str = "llama", tied: bool = False, **change
 
 
 def edit_weights(folder: Path, change: Callable[[Weights], Weights]) -> Path:
-    """Write a folder's weights anew."""
+    """Change a folder's weights."""
     weights = change(load_file(folder / WEIGHTS))
     save_file(
         {name: value.contiguous() for name, value in weights.items()},
@@ -55,14 +57,14 @@ def rewrite_gguf(
     without: Sequence[str] = (),
     tensors: Mapping[str, Any] = {},
 ) -> Path:
-    """A GGUF file with other settings and tensors.
+    """A copy of a GGUF file with other settings and tensors.
 
     Args:
         source: the file to change.
-        path: where it is written.
-        settings: settings that are set.
-        without: settings and tensors that are left out.
-        tensors: tensors that are added.
+        path: the copy.
+        settings: settings to change or add.
+        without: settings and tensors to leave out.
+        tensors: tensors to add.
     """
     read = GGUFReader(source)
     writer = GGUFWriter(path, read.fields["general.architecture"].contents())
@@ -76,7 +78,10 @@ def rewrite_gguf(
         else:
             writer.add_key_value(name, field.contents(), field.types[0])
     for name, value in settings.items():
-        writer.add_key_value(name, value, kinds[type(value)])
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        else:
+            writer.add_key_value(name, value, kinds[type(value)])
     for tensor in read.tensors:
         if tensor.name not in without:
             writer.add_tensor(tensor.name, np.array(tensor.data), raw_dtype=tensor.tensor_type)
@@ -89,7 +94,7 @@ def rewrite_gguf(
     return path
 
 
-SHORT = {
+SHORT: dict[str, Any] = {
     "train.tokens": 32,
     "train.micro_batch": 1,
     "data.sequence_length": 16,
@@ -99,8 +104,17 @@ SHORT = {
 }
 
 
-def text_of(folder: Path) -> Path:
+def save_text(folder: Path) -> Path:
+    """A text file that `byte_level_bpe` can encode."""
     path = folder / "text.txt"
     sentences = (f"Once upon a time, it's {n} o'clock. def f(x): return x" for n in range(200))
     path.write_text("\n\n".join(" ".join([s] * 30) for s in sentences))
     return path
+
+
+def short_run(teacher: Path) -> Run:
+    """A run of two steps in the folder beside a teacher."""
+    folder = teacher.parent
+    settings = SHORT | {"data.cache": str(folder / "cache")}
+    text = save_text(folder)
+    return clone(teacher, hidden_size=8, text=text, out=folder / "run", settings=settings)

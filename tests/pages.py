@@ -1,4 +1,4 @@
-"""Pages as a parser and as a real browser see them."""
+"""Tools to read pages with a parser and a real browser."""
 
 import json
 import re
@@ -85,8 +85,8 @@ class Tables(HTMLParser):
 
 
 def headless_browser(profile: Path) -> Look:
-    """A function that runs a headless Chromium and returns what it prints; skips where there is
-    none."""
+    """A function that runs a headless Chromium and returns its output. Without one, the test is
+    skipped."""
     found = next((path for name in BROWSERS if (path := shutil.which(name))), None)
     if found is None:
         pytest.skip("no Chromium is installed")
@@ -101,13 +101,13 @@ def headless_browser(profile: Path) -> Look:
 
 
 def add_probe(page: Path, probed: Path) -> Path:
-    """A copy of a page that tells what the browser has laid out."""
+    """A copy of a page that reports its own layout."""
     probed.write_text(page.read_text().replace("</body>", f"{PROBE}</body>"))
     return probed
 
 
 def probe(browser: Look, path: Path, *flags: str, axis: str = "") -> dict[str, Any]:
-    """What the browser has laid out."""
+    """The layout of a page in the browser."""
     query = f"?axis={axis}" if axis else ""
     text = browser("--dump-dom", *flags, f"file://{path}{query}")
     found = re.search(r'<pre id="probe">(.*?)</pre>', text, re.DOTALL)

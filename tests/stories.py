@@ -1,20 +1,20 @@
-"""stories260K for tests, where its files are there."""
+"""Real data for tests, and text that stories260K writes."""
 
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
 from lrc.model.teacher import Teacher
-from lrc.stories260k import save_stories
-
-__all__ = ["sample", "save_stories", "stories_source"]
 
 
 def sample(teacher: Teacher, sequences: int, length: int) -> Tensor:
-    """Text that a teacher tells, the same every time: int64 [sequences, length], the first token
-    BOS; an end of text ends none."""
+    """Text sampled from a teacher, the same every time: int64 [sequences, length].
+
+    The first token is BOS. Text continues after an end-of-text token.
+    """
     torch.manual_seed(0)
     start = torch.full((sequences, 1), teacher.tokenizer.bos_token_id)
     ids: Tensor = teacher.model.generate(
@@ -29,12 +29,15 @@ def sample(teacher: Teacher, sequences: int, length: int) -> Tensor:
     return ids
 
 
-def shared_data() -> Path:
-    """The folder of real data: $LRC_SHARED_DATA, or `shared/data` beside the checkout."""
+def shared_data(*paths: str) -> Path:
+    """The folder of real data: $LRC_SHARED_DATA, or `shared/data` beside the checkout.
+
+    A test is skipped if there is no such folder. It fails if the folder lacks one of `paths`.
+    """
     beside = Path(__file__).parents[2] / "shared" / "data"
-    return Path(os.environ.get("LRC_SHARED_DATA", beside))
-
-
-def stories_source() -> Path:
-    """The folder of the two files."""
-    return shared_data() / "models" / "stories260K"
+    folder = Path(os.environ.get("LRC_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip("there is no real data; set LRC_SHARED_DATA to its folder")
+    if missing := [path for path in paths if not (folder / path).exists()]:
+        pytest.fail(f"{folder} lacks {', '.join(missing)}")
+    return folder

@@ -1,4 +1,4 @@
-"""The Python interface: what the command line does, with objects in place of names."""
+"""The Python interface: what the command line does, with objects instead of names."""
 
 import json
 import logging
@@ -12,8 +12,10 @@ import torch
 import yaml
 
 import lrc
+from data_helpers import write_jsonl
 from lrc.system.errors import UserError
 from tiny import tiny_teacher
+from tiny_runs import file_settings, save_teacher, tiny_documents
 
 SETTINGS = {
     "train.tokens": 96,
@@ -23,10 +25,6 @@ SETTINGS = {
     "data.held_out_fraction": 0.2,
     "initialize.calibration_tokens": 64,
 }
-
-
-def documents(number: int = 40) -> list[str]:
-    return [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(number)]
 
 
 @pytest.fixture
@@ -43,29 +41,28 @@ def parts() -> dict[str, Any]:
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Away from the checkout: runs and texts go below the test's own folder."""
+    """Work in the test's own folder, not in the checkout."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LRC_CACHE", str(tmp_path / "cache"))
 
 
 def as_generator() -> Iterator[str]:
-    yield from documents()
+    yield from tiny_documents()
 
 
 TEXTS: dict[str, Any] = {
     "generator": as_generator,
-    "dataset": lambda: datasets.Dataset.from_dict({"text": documents()}),
+    "dataset": lambda: datasets.Dataset.from_dict({"text": tiny_documents()}),
     "iterable-dataset": lambda: datasets.Dataset.from_dict(
-        {"text": documents()}
+        {"text": tiny_documents()}
     ).to_iterable_dataset(),
 }
 
 
 @pytest.mark.parametrize("kind", TEXTS)
 def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> None:
-    """All give the run that a file of the same documents gives."""
-    file = tmp_path / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+    """The run equals that of a file with the same documents."""
+    file = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
     by_file = lrc.clone(**parts, text=file, out=tmp_path / "by-file")
     by_object = lrc.clone(**parts, text=TEXTS[kind](), out=tmp_path / "by-object")
     assert by_file.student().state_dict().keys() == by_object.student().state_dict().keys()
@@ -76,13 +73,13 @@ def test_texts_as_objects(parts: dict[str, Any], kind: str, tmp_path: Path) -> N
     assert Path(kept).read_text() == file.read_text()
 
 
-def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) -> None:
+def test_an_endless_text_is_read_only_as_far_as_needed(parts: dict[str, Any]) -> None:
     read = []
 
     def endless() -> Iterator[str]:
         while True:
             read.append(1)
-            yield documents()[len(read) % 40]
+            yield tiny_documents()[len(read) % 40]
 
     run = lrc.clone(**parts, text=endless(), out="run")
     assert run.summary()["tokens"] == 96
@@ -93,7 +90,7 @@ def test_an_endless_text_is_read_as_far_as_the_run_needs(parts: dict[str, Any]) 
     ("text", "words"),
     [([1], "a int"), ([{"body": "x"}], "a NoneType"), ([None], "a NoneType")],
 )
-def test_texts_that_hold_no_text(parts: dict[str, Any], text: list[Any], words: str) -> None:
+def test_texts_of_the_wrong_type(parts: dict[str, Any], text: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=f"The text holds {words}.*data.text_field"):
         lrc.clone(**parts, text=iter(text), out="run")
     assert not Path("run").exists()
@@ -133,9 +130,9 @@ def test_on_step_and_resume(parts: dict[str, Any], tmp_path: Path) -> None:
 
 
 def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Path) -> None:
-    parts["teacher"].save_pretrained("teacher")
-    parts.pop("tokenizer").save_pretrained("teacher")
-    run = lrc.compress(**{**parts, "teacher": "teacher"}, text=as_generator(), out="start")
+    del parts["tokenizer"]
+    teacher = save_teacher(tmp_path / "teacher")
+    run = lrc.compress(**{**parts, "teacher": teacher}, text=as_generator(), out="start")
     assert run.summary()["tokens"] == 0
     out = lrc.export(run, "student", dtype="bf16")
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
@@ -150,19 +147,11 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     assert (run.folder / "evaluation" / "results.json").is_file()
 
 
-def test_compare(parts: dict[str, Any], tmp_path: Path) -> None:
-    parts["teacher"].save_pretrained("teacher")
-    parts["tokenizer"].save_pretrained("teacher")
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in documents()))
+def test_compare(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    train = {"micro_batch": 2, "eval_sequences": 4}
     plan = {
-        "recipe": {
-            "teacher": {"model": "teacher"},
-            "student": {"hidden_size": 8},
-            "initialize": {"calibration_tokens": 64},
-            "data": {"text": [str(text)], "sequence_length": 16, "held_out_fraction": 0.2},
-            "train": {"micro_batch": 2, "eval_sequences": 4},
-        },
+        "recipe": file_settings(tmp_path, initialize={"calibration_tokens": 64}, train=train),
         "tokens": 64,
         "grid": {"learning_rates": [1e-3], "tokens": 32},
         "entries": [{"name": "lrc"}, {"name": "scratch", "set": {"method": "scratch"}}],
@@ -173,7 +162,7 @@ def test_compare(parts: dict[str, Any], tmp_path: Path) -> None:
     assert Path("compared", "comparison.md").is_file()
 
 
-def test_everything_public_is_there_and_packages_do_not_hide_it() -> None:
+def test_public_names_are_not_hidden_by_packages() -> None:
     import lrc.cloning
     import lrc.comparison
     import lrc.evaluation

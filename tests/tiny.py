@@ -1,11 +1,10 @@
-"""Tiny random teachers of every family, batches for them, and the student's formulas written out.
+"""Tiny random teachers of every family, batches, and the formulas of the student's weights.
 
-Everything is float64, so that tests can ask for equality to a dozen digits. No width equals
-another one by accident: head_dim is not hidden / heads, the tokenizer has fewer tokens than the
-embedding has rows, and keys and values have fewer heads than queries.
+Everything is float64, so tests can require equality to a dozen digits. All widths differ:
+head_dim is not hidden / heads, the tokenizer has fewer tokens than the embedding has rows, and
+keys and values have fewer heads than queries.
 """
 
-import importlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,10 +15,13 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.cloning.projection import Projections
+from lrc.cloning.start import initialize
+from lrc.cloning.start.random import random_start
 from lrc.data.batch import Batch
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher, as_teacher
-from lrc.recipe.sections import ObjectiveSection, StudentSection
+from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
 from lrc.train.batches import count
 
 HIDDEN, STUDENT_HIDDEN = 16, 8
@@ -111,8 +113,9 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "exaone4": KINDS,
     "cwm": KINDS,
 }
-"""What a family's configuration takes besides `SHAPE`."""
+"""Settings of a family's configuration in addition to `SHAPE`."""
 
+TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 READERS = {"q": "self_attn.q_proj", "k": "self_attn.k_proj", "v": "self_attn.v_proj"}
 READERS |= {"gate": "mlp.gate_proj", "up": "mlp.up_proj"}
 WRITERS = {"o": "self_attn.o_proj", "down": "mlp.down_proj"}
@@ -124,7 +127,7 @@ TINY_CASES = [
     for family in LLAMAS
     for tied in (False, True)
 ]
-"""Every family of `LLAMAS` tied and untied, and Llama with a bias on all linear maps."""
+"""Every family of `LLAMAS`, tied and untied, and Llama with biases on all linear maps."""
 TINY_CASES.append(
     pytest.param(("llama", False, {"attention_bias": True, "mlp_bias": True}), id="llama-biases")
 )
@@ -150,7 +153,7 @@ def tiny_teacher(
     seed: int = 0,
     **changes: Any,
 ) -> Teacher:
-    """A random teacher; `changes` go to its configuration (None leaves a setting out)."""
+    """A random teacher; `changes` go to its configuration (None removes a setting)."""
     settings = {**SHAPE, **QUIRKS.get(model_type, {}), "tie_word_embeddings": tied, **changes}
     settings = {name: value for name, value in settings.items() if value is not None}
     config = CONFIG_MAPPING[model_type](
@@ -158,7 +161,7 @@ def tiny_teacher(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if hasattr(model, "set_experts_implementation"):
-        model.set_experts_implementation("eager")  # others take no float64
+        model.set_experts_implementation("eager")  # the others do not support float64
     offset = FAMILIES[model_type].gain_offset
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -196,6 +199,14 @@ def tiny_method(
     return method
 
 
+def clone_of(
+    case: Case, objective: Mapping[str, Any] | None = None, **student: Any
+) -> LowRankClone:
+    """`tiny_method` of a case's teacher."""
+    family, tied, changes = case
+    return tiny_method(tiny_teacher(family, tied, **changes), student, objective)
+
+
 def randomize(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
     """Draw projections around 0 and gains around 1."""
     generator = torch.Generator().manual_seed(seed)
@@ -204,6 +215,12 @@ def randomize(parameters: Mapping[str, nn.Parameter], seed: int) -> None:
             noise = torch.randn(value.shape, generator=generator, dtype=torch.float64)
             value.copy_(0.3 * noise if value.ndim == 2 else 1 + 0.2 * noise)
             assert ("norm" in name) == (value.ndim == 1)
+
+
+def tiny_tokens(sequences: int, length: int = 12, seed: int = 1) -> Tensor:
+    """Random tokens in use, int64 [sequences, length]."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, TOKENS, (sequences, length), generator=generator)
 
 
 def tiny_batch(
@@ -222,19 +239,17 @@ def tiny_batch(
         lengths: tokens of each row that are not padding on the right; None: no padding.
         documents: lengths of the documents of each row; None: one document over the whole row.
     """
-    generator = torch.Generator().manual_seed(seed)
-    input_ids = torch.randint(0, TOKENS, (rows, length), generator=generator)
     mask = positions = None
     if lengths is not None:
         mask = (torch.arange(length) < torch.tensor(lengths)[:, None]).long()
     if documents is not None:
         restarts = [torch.cat([torch.arange(n) for n in row]) for row in documents]
         positions = torch.stack(restarts)
-    return Batch(input_ids, positions, mask)
+    return Batch(tiny_tokens(rows, length, seed), positions, mask)
 
 
 def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses and gradients of one optimizer step over micro-batches, as the loop takes it."""
+    """Losses and gradients of one optimizer step over micro-batches, computed as in the loop."""
     counts = count(batches)
     for value in method.parameters().values():
         value.grad = None
@@ -253,8 +268,8 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
 
 
 def assert_finite_differences(method: LowRankClone, batch: Batch, step: int) -> None:
-    """Gradients of a step of the run are finite differences of its loss, at some places of every
-    parameter."""
+    """The gradients of a training step equal finite differences of its loss, at some entries of
+    every parameter."""
     counts = count([batch])
     _, grads = gradients(method, batch)
     width = 1e-5
@@ -296,7 +311,7 @@ def expected_weights(
 ) -> dict[str, Tensor]:
     """The student's projected weights, straight from the paper's formulas.
 
-    `values` holds the projections by key. The LM head is left out where it is the embedding.
+    `values` holds the projections by key. The LM head is left out if it is the embedding.
     """
     weights = dict(teacher.model.named_parameters())
     layers = teacher.config.num_hidden_layers
@@ -329,25 +344,10 @@ def expected_weights(
     return student
 
 
-def use_exact_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every family's RMSNorm keep the precision of its input; transformers' own one computes
-    in float32 even in a float64 model, which finite differences cannot bear."""
-
-    def forward(self: nn.Module, hidden: Tensor) -> Tensor:
-        variance = hidden.pow(2).mean(-1, keepdim=True)
-        return self.weight * (hidden * torch.rsqrt(variance + self.variance_epsilon))
-
-    for family in LLAMAS:
-        module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-        for name in dir(module):
-            if name.endswith("RMSNorm"):
-                monkeypatch.setattr(getattr(module, name), "forward", forward)
-
-
 def watch(
     model: nn.Module, paths: Mapping[Any, str]
 ) -> tuple[dict[Any, Tensor], Callable[[], None]]:
-    """Outputs of modules during forward passes, by key, and a function that ends the watch."""
+    """Outputs of modules in forward passes, by key, and a function that removes the hooks."""
     seen: dict[Any, Tensor] = {}
 
     def hook(key: Any) -> Callable[[nn.Module, Any, Tensor], None]:
@@ -362,3 +362,24 @@ def watch(
             handle.remove()
 
     return seen, end
+
+
+def initialize_from_text(
+    method: Any,
+    way: str,
+    ids: Tensor,
+    progress: Callable[[int, int], None] | None = None,
+    refine_epochs: int = 0,
+) -> None:
+    """Compute a method's projections from calibration tokens."""
+    section = InitializeSection.model_validate({"method": way, "refine_epochs": refine_epochs})
+    initialize(method, section, ids, progress)
+
+
+def initialize_random(projections: Projections, std: float, seed: int) -> None:
+    """Draw projections from normal(0, std)."""
+    section = InitializeSection(method="random", std=std, seed=seed)
+    start = random_start(projections, section, torch.empty(0, 0), None)
+    with torch.no_grad():
+        for key, value in projections.values.items():
+            value.copy_(start.projections[key])

@@ -1,8 +1,7 @@
-"""`lrc analyze neurons`: masks, activity, planted neurons, question files, and what is refused."""
+"""`lrc analyze neurons`: masks, activity, planted neurons, question files, and refusals."""
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from benchmarks_data import ROWS, save_byte_model, write_rows
+from benchmarks_data import ROWS, save_byte_model
+from command_line import Command
+from data_helpers import write_rows
 from lrc.analysis.masking import activity, draw_others, masked, most_active
 from lrc.analysis.neurons import NeuronResult
 from lrc.analysis.questions import questions_of_file
-from lrc.cli import main
 from lrc.data.batch import Batch
 from lrc.evaluation.harness import evaluate_rows, evaluate_task, harness_model, open_tasks
 from lrc.evaluation.local_data import use_folder
@@ -39,7 +39,7 @@ PLANTED = (1, 7)
 def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
     teacher = tiny_teacher(family)
     neurons = torch.rand(LAYERS, FFN, generator=torch.Generator().manual_seed(3)) < 0.4
-    neurons[0] = False  # a layer without any
+    neurons[0] = False  # a layer without masked neurons
     ids = tiny_batch().input_ids
     without = copy.deepcopy(teacher.model)
     for layer, chosen in enumerate(neurons):
@@ -49,7 +49,7 @@ def test_a_mask_equals_zero_columns_of_down(family: str) -> None:
         found = teacher.model(ids).logits
     torch.testing.assert_close(found, without(ids).logits, rtol=1e-12, atol=1e-12)
     assert (found - before).abs().max() > 1e-3
-    assert torch.equal(teacher.model(ids).logits, before), "the mask stayed"
+    assert torch.equal(teacher.model(ids).logits, before), "the mask was not removed"
 
 
 def test_a_mask_goes_when_the_model_fails() -> None:
@@ -62,7 +62,7 @@ def test_a_mask_goes_when_the_model_fails() -> None:
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 @pytest.mark.parametrize("family", LLAMAS)
-def test_activity_is_that_of_prompts_alone(family: str, positions: Any) -> None:
+def test_activity_excludes_padding(family: str, positions: Any) -> None:
     teacher = tiny_teacher(family)
     lengths = [4, 9, 1, 6]
     batch = tiny_batch(rows=4, lengths=lengths)
@@ -115,7 +115,7 @@ def test_choosing_neurons(
     assert torch.equal(drawn.sum(1), chosen.sum(1))
 
 
-def test_draws_differ_and_reach_every_other_neuron() -> None:
+def test_draws_differ_and_cover_all_other_neurons() -> None:
     important = torch.zeros(2, 10, dtype=torch.bool)
     important[1, 3] = True
     generator = torch.Generator().manual_seed(0)
@@ -160,7 +160,7 @@ def save_planted(folder: Path, place: tuple[int, int], hidden: int) -> str:
 
 @pytest.fixture(scope="module")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A teacher, a student that keeps the neuron's place, and one that has it elsewhere."""
+    """A teacher, a student with the same planted neuron, and one with it elsewhere."""
     folder = tmp_path_factory.mktemp("planted")
     return {
         "teacher": save_planted(folder / "teacher", PLANTED, 16),
@@ -182,35 +182,17 @@ def facts(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "facts.jsonl", rows)
 
 
-@pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Run a command; what it printed, or its error where it ended with code 2."""
-
-    def run(*arguments: Any) -> str:
-        monkeypatch.setattr("sys.argv", ["lrc", *map(str, arguments)])
-        monkeypatch.setenv("COLUMNS", "300")
-        with pytest.raises(SystemExit) as end:
-            main()
-        written = capsys.readouterr()
-        if end.value.code:
-            assert end.value.code == 2
-            return written.err[written.err.index("Error: ") :]
-        return written.out
-
-    return run
-
-
 def result_in(folder: Path) -> NeuronResult:
     return NeuronResult.model_validate_json((folder / "neurons.json").read_text())
 
 
 def test_a_planted_neuron_is_found_and_decides_in_both(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     models = (planted["student"], "--teacher", planted["teacher"])
     out = tmp_path / "out"
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 4, "--out", out)
-    printed = call("analyze", "neurons", *models, *options)
+    printed = lrc.printed("analyze", "neurons", *models, *options)
     assert "1.000" in printed
     assert "0.000 (-100%)" in printed
     result = result_in(out)
@@ -229,12 +211,12 @@ def test_a_planted_neuron_is_found_and_decides_in_both(
     assert (out / "neurons.png").stat().st_size > 5_000
 
 
-def test_a_student_that_has_it_elsewhere_loses_nothing(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+def test_a_student_with_the_neuron_elsewhere_loses_nothing(
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     models = (planted["stranger"], "--teacher", planted["teacher"])
     options = ("--questions", facts, "--neurons", 1, "--random-draws", 0)
-    call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
+    lrc.printed("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     result = result_in(tmp_path / "out")
     assert result.important == (PLANTED,)
     assert result.teacher.important.apart.value == 0
@@ -245,11 +227,11 @@ def test_a_student_that_has_it_elsewhere_loses_nothing(
 
 
 def test_settings_reach_the_experiment(
-    planted: dict[str, str], facts: Path, tmp_path: Path, call: Callable[..., str]
+    planted: dict[str, str], facts: Path, tmp_path: Path, lrc: Command
 ) -> None:
     def go(name: str, *options: Any) -> NeuronResult:
         models = (planted["student"], "--teacher", planted["teacher"], "--questions", facts)
-        call("analyze", "neurons", *models, "--out", tmp_path / name, *options)
+        lrc.printed("analyze", "neurons", *models, "--out", tmp_path / name, *options)
         return result_in(tmp_path / name)
 
     first = go("first", "--neurons", 3, "--random-draws", 2)
@@ -277,14 +259,14 @@ def byte_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def test_sciq_is_scored_as_the_harness_does(
-    byte_models: dict[str, Path], tmp_path: Path, call: Callable[..., str]
+    byte_models: dict[str, Path], tmp_path: Path, lrc: Command
 ) -> None:
     for folder in ("data", "scratch"):
         (tmp_path / folder).mkdir()
     write_rows(tmp_path / "data" / "sciq.jsonl", ROWS["sciq"](9))
     models = (byte_models["student"], "--teacher", byte_models["teacher"])
     options = ("--data", tmp_path / "data", "--neurons", 4, "--random-draws", 1)
-    printed = call("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
+    printed = lrc.printed("analyze", "neurons", *models, *options, "--out", tmp_path / "out")
     assert "Accuracy on sciq: 5 questions held out and 4 used" in printed
     result = result_in(tmp_path / "out")
 
@@ -301,7 +283,7 @@ def test_sciq_is_scored_as_the_harness_does(
         assert sum(right) == pytest.approx(9 * expected)
 
 
-def test_open_questions_are_right_where_the_answer_is_the_greedy_one(
+def test_open_questions_are_right_if_the_greedy_answer_is(
     planted: dict[str, str], tmp_path: Path
 ) -> None:
     rows = [{"question": "w3", "answer": word} for word in (RIGHT, WRONG, "w4", f"{RIGHT} {RIGHT}")]
@@ -343,7 +325,7 @@ def test_a_context_is_read_before_the_question(tmp_path: Path) -> None:
         ({"question": "q", "answer": "a", "hint": "b"}, "field 'hint'"),
     ],
 )
-def test_lines_that_are_no_questions(row: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_lines_that_are_not_questions(row: dict[str, Any], words: str, tmp_path: Path) -> None:
     path = write_rows(tmp_path / "q.jsonl", [row])
     with pytest.raises(UserError, match=words) as error:
         questions_of_file(path, tmp_path)
@@ -355,22 +337,22 @@ def test_what_is_refused(
     byte_models: dict[str, Path],
     facts: Path,
     tmp_path: Path,
-    call: Callable[..., str],
+    lrc: Command,
 ) -> None:
     student, teacher = planted["student"], planted["teacher"]
     ask = ("--questions", facts, "--out", tmp_path / "out")
     pair = ("analyze", "neurons", student, "--teacher", teacher, "--neurons", 1)
-    assert "name its teacher" in call("analyze", "neurons", student, *ask)
-    assert "the same" in call("analyze", "neurons", student, "--teacher", student, *ask)
-    other = call("analyze", "neurons", byte_models["student"], "--teacher", teacher, *ask)
+    assert "name its teacher" in lrc.refusal("analyze", "neurons", student, *ask)
+    assert "the same" in lrc.refusal("analyze", "neurons", student, "--teacher", student, *ask)
+    other = lrc.refusal("analyze", "neurons", byte_models["student"], "--teacher", teacher, *ask)
     assert "2 layers of FFN width 24" in other
     assert "2 layers of FFN width 20" in other
-    assert "more than half of the 40" in call(*pair, *ask, "--neurons", 21)
-    assert "leaves too few others" in call(*pair, *ask, "--neurons", 20)
-    assert "not both" in call(*pair, *ask, "--share", 0.1)
-    assert "give --data or --questions, not both" in call(*pair, *ask, "--data", tmp_path)
-    assert "no file" in call(*pair, "--questions", tmp_path / "none.jsonl")
-    assert "is a group of tasks" in call(*pair, "--task", "mmlu", "--data", tmp_path)
+    assert "more than half of the 40" in lrc.refusal(*pair, *ask, "--neurons", 21)
+    assert "leaves too few others" in lrc.refusal(*pair, *ask, "--neurons", 20)
+    assert "not both" in lrc.refusal(*pair, *ask, "--share", 0.1)
+    assert "give --data or --questions, not both" in lrc.refusal(*pair, *ask, "--data", tmp_path)
+    assert "no file" in lrc.refusal(*pair, "--questions", tmp_path / "none.jsonl")
+    assert "is a group of tasks" in lrc.refusal(*pair, "--task", "mmlu", "--data", tmp_path)
     write_rows(facts, [json.loads(facts.read_text().splitlines()[0])])
-    assert "two or more" in call(*pair, *ask)
+    assert "two or more" in lrc.refusal(*pair, *ask)
     assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ GAMMA, ZETA, BETA = -0.1, 1.1, 2 / 3
 
 
 def formula(log_alpha: float, u: float) -> float:
-    """One sample, as equations 10 and 11 of arXiv 1712.01312 have it."""
+    """One sample by equations 10 and 11 of arXiv 1712.01312."""
     exponent = -(math.log(u) - math.log(1 - u) + log_alpha) / BETA
     stretched = 1 / (1 + math.exp(exponent)) * (ZETA - GAMMA) + GAMMA
     return min(1.0, max(0.0, stretched))
@@ -42,8 +42,8 @@ def test_gradient_of_a_sample() -> None:
 
 
 @pytest.mark.parametrize("log_alpha", [-4.0, -1.5, 0.0, 2.0])
-def test_open_as_often_as_said(log_alpha: float) -> None:
-    """Monte Carlo, and the distribution function of the stretched concrete variable at 0."""
+def test_masks_open_with_their_probability(log_alpha: float) -> None:
+    """By Monte Carlo and by the distribution function of the stretched concrete variable at 0."""
     generator = torch.Generator().manual_seed(0)
     number = 200_000
     uniform = torch.rand(number, generator=generator, dtype=torch.float64)
@@ -98,8 +98,8 @@ def test_lagrangian_and_its_gradients_by_hand() -> None:
 
 
 def test_ascent_meets_the_constraint() -> None:
-    """With nothing but the constraint, descent in the masks and ascent in the multipliers leads
-    the expected number of open units of every kind and layer to the target's."""
+    """With only the constraint as the loss, descent in the masks and ascent in the multipliers
+    bring the expected number of open units of every kind and layer to the target."""
     masks = LearnedMasks(TEACHER, TARGET, 0.95, dtype=torch.float64)
     groups = [
         {"params": list(masks.log_alpha.values())},
@@ -128,7 +128,7 @@ def test_kept_units_have_the_exact_shape(sizes: tuple[int, int, int, int], seed:
     assert kept.shape == target
     for row in (torch.tensor(kept.layers), kept.hidden, *kept.groups, *kept.neurons):
         assert row.tolist() == sorted(set(row.tolist()))
-    # No unit that is left out scores higher than one that stays.
+    # No removed unit scores higher than a kept one.
     if "hidden" in masks.units:
         scores = masks.log_alpha["hidden"].tolist()
         left = set(range(TEACHER.hidden)) - set(kept.hidden.tolist())
@@ -144,16 +144,16 @@ def test_units_that_the_rank_decides_are_counted() -> None:
     masks = LearnedMasks(TEACHER, TARGET, 0.9, dtype=torch.float64)
     with torch.no_grad():
         masks.log_alpha["hidden"].copy_(torch.tensor([9.0] * 6 + [-9.0] * 4))
-        masks.log_alpha["neurons"].fill_(-9.0)  # five of twelve are kept though all are shut
-        masks.log_alpha["groups"].fill_(9.0)  # one of two is left though both are open
+        masks.log_alpha["neurons"].fill_(-9.0)  # all are closed, but five of twelve must stay
+        masks.log_alpha["groups"].fill_(9.0)  # both are open, but only one of two may stay
     counts = masks.undecided()
     assert counts["hidden"] == (0, 10)
     assert counts["neurons"] == (15, 36)
     assert counts["groups"] == (3, 6)
-    assert [row.tolist() for row in masks.kept().groups] == [[0], [0]]  # of equals the first
+    assert [row.tolist() for row in masks.kept().groups] == [[0], [0]]  # the first of equal ones
 
 
-def test_noise_is_the_seeds() -> None:
+def test_noise_depends_only_on_the_seed() -> None:
     masks = random_masks()
     one, same, other = (masks.draw(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     for kind, values in one.items():

@@ -29,7 +29,7 @@ WIDE = {
     "head_dim": 6,
     "intermediate_size": 60,
 }
-"""Sizes of which a share can be taken."""
+"""Sizes that are large enough to prune a share of them."""
 
 TEXT = tiny_batch(4, 9)
 IDS = TEXT.input_ids
@@ -69,7 +69,7 @@ def clone_size(teacher: Teacher, asked: Recipe) -> int:
 
 
 @pytest.mark.parametrize("case", TINY_CASES)
-def test_the_least_important_go_and_the_rest_stays(case: Case) -> None:
+def test_the_least_important_parts_are_removed(case: Case) -> None:
     family, tied, changes = case
     teacher = upcast(family, tied, **changes)
     method = pruned(teacher, recipe(ratio=0.3, importance="param_mix", grouping="max"))
@@ -95,7 +95,7 @@ def test_the_least_important_go_and_the_rest_stays(case: Case) -> None:
     assert method.student().config.hidden_size == teacher.hidden_size
 
 
-def test_what_stays_is_in_its_order() -> None:
+def test_kept_parts_stay_in_order() -> None:
     rows = torch.tensor([[3.0, 1.0, 2.0, 9.0], [0.0, 5.0, 4.0, 1.0]])
     assert [row.tolist() for row in most_important(rows, 2)] == [[0, 3], [1, 2]]
 
@@ -113,10 +113,12 @@ def test_the_ratio_is_met(case: Case, ratio: float) -> None:
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(4, 50), st.floats(0.05, 0.95))
-@example(heads=3, size=2, neurons=5, ratio=0.375)  # as many neurons short with 1 head as with 3
+@example(heads=3, size=2, neurons=5, ratio=0.375)  # 1 head and 3 heads miss the target equally
 @settings(max_examples=25, deadline=None)
-def test_both_shares_are_near(heads: int, size: int, neurons: int, ratio: float) -> None:
-    """The shape found is the best of all that there are, tried out one by one."""
+def test_the_shape_is_nearest_to_both_shares(
+    heads: int, size: int, neurons: int, ratio: float
+) -> None:
+    """No other shape is better; all are tried."""
     teacher = upcast(
         num_key_value_heads=heads, num_attention_heads=heads * size, intermediate_size=neurons
     )
@@ -147,8 +149,8 @@ def test_both_shares_are_near(heads: int, size: int, neurons: int, ratio: float)
     assert found == replace(whole, kv_heads=found.kv_heads, neurons=found.neurons)
 
 
-def test_only_heads_that_the_class_takes() -> None:
-    """Llama wants its hidden size to be a multiple of the heads: not 6 of 8 here."""
+def test_only_numbers_of_heads_that_the_class_supports() -> None:
+    """Llama's hidden size must be a multiple of its heads, so 6 of 8 heads are impossible."""
     budget = Budget(upcast("llama"), tied=False)
     total = parameters(budget.teacher.model)
     shapes = [budget.widths(round((1 - ratio / 12) * total)) for ratio in range(1, 11)]
@@ -177,13 +179,13 @@ def test_as_large_as_the_clone(case: Case) -> None:
         ("qwen3", {"ratio": 0.2, "hidden_size": 16}, "student.hidden_size to the teacher's 32"),
     ],
 )
-def test_sizes_that_cannot_be(family: str, asked: dict[str, Any], words: str) -> None:
+def test_impossible_sizes_are_refused(family: str, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words) as error:
         LlmPruner.build(upcast(family, True, vocab_size=400), recipe(**asked))
     assert "\n" not in str(error.value)
 
 
-def test_the_ratio_that_is_named_can_be() -> None:
+def test_the_suggested_ratio_is_possible() -> None:
     teacher = upcast(vocab_size=400)
     with pytest.raises(UserError) as error:
         LlmPruner.build(teacher, recipe(ratio=0.95))
@@ -206,7 +208,7 @@ def test_adapters_are_of_lora() -> None:
 
 
 def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
-    """A few optimizer steps, as the loop takes them; the losses."""
+    """The losses of a few optimizer steps, taken as in the loop."""
     state, losses = new_state(method, asked), []
     batch = tiny_batch(4, 9, seed=5)
     for _ in range(steps):
@@ -221,7 +223,7 @@ def step(method: LlmPruner, asked: Recipe, steps: int = 3) -> list[float]:
     return losses
 
 
-def test_adapters_start_as_nothing_and_merge_into_plain_weights() -> None:
+def test_adapters_start_at_zero_and_merge_into_the_weights() -> None:
     pytest.importorskip("peft")
     teacher = upcast("qwen2", True)
     full = pruned(teacher, recipe(ratio=0.3))

@@ -1,4 +1,4 @@
-"""A masked model against the model that is cut to its open units, and against scaled weights."""
+"""A masked model against the model cut to its open units, and against scaled weights."""
 
 import copy
 
@@ -10,16 +10,14 @@ from lrc.baselines.pruning.cut import KeptUnits, cut
 from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
-from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher, use_exact_norms
+from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher
 
 LAYERS, GROUPS = 3, 2
 SHAPE = {"num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": GROUPS}
 BATCHES = [tiny_batch(), tiny_batch(lengths=[9, 4]), tiny_batch(documents=[[4, 5], [2, 7]])]
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def teacher_of(case: Case) -> Teacher:
@@ -73,7 +71,7 @@ def test_masks_of_0_and_1_are_the_cut_model(case: Case) -> None:
         masked = logits(teacher.model, batch)
         torch.testing.assert_close(masked, logits(pruned, batch), rtol=1e-11, atol=1e-11)
         assert (masked - before).abs().max() > 0.1
-    # Without values, or with open masks, and after the hooks are gone, it is the model.
+    # Without values, with open masks, or after removal of the hooks it is the original model.
     ones = torch.ones(LAYERS, FFN, dtype=torch.float64)
     for values in (MaskValues(), MaskValues(ones[:, 0], ones[0, :HIDDEN], ones[:, :GROUPS], ones)):
         hooks.values = values

@@ -1,5 +1,5 @@
-"""The methods that train a plain student, and LRC's ablations, in float64 against the formulas of
-their papers written out."""
+"""Methods that train a plain student, and LRC's ablations, in float64 against their papers'
+formulas."""
 
 import gc
 import math
@@ -22,7 +22,6 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-from lrc.train.batches import count
 from tiny import (
     FFN,
     HEAD_DIM,
@@ -31,6 +30,7 @@ from tiny import (
     LLAMAS,
     QUIRKS,
     STUDENT_HIDDEN,
+    TERMS,
     TOKENS,
     WRITERS,
     expected_weights,
@@ -39,11 +39,10 @@ from tiny import (
     randomize,
     tiny_batch,
     tiny_teacher,
-    use_exact_norms,
     watch,
 )
+from tiny_runs import tiny_recipe
 
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 Losses = dict[str, Tensor]
 
 BATCHES = {
@@ -54,23 +53,16 @@ BATCHES = {
 """Micro-batches of one step."""
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def recipe_of(method: Any, **sections: dict[str, Any]) -> Recipe:
     objective = {"chunk_tokens": 7, "temperature": 3.0, "kl_weight": 0.7, "lm_weight": 0.9}
-    return make_recipe(
-        {
-            "method": method,
-            "teacher": {"model": "tiny"},
-            "student": {"hidden_size": STUDENT_HIDDEN},
-            "data": {"text": ["x"]},
-            "objective": objective | sections.pop("objective", {}),
-            "train": {"token_grad_clip": 0} | sections.pop("train", {}),
-            **sections,
-        }
+    return tiny_recipe(
+        method=method,
+        objective=objective | sections.pop("objective", {}),
+        train={"token_grad_clip": 0} | sections.pop("train", {}),
+        **sections,
     )
 
 
@@ -89,7 +81,7 @@ def close(ours: Any, theirs: Any, rtol: float = 1e-9, atol: float = 1e-11) -> No
 
 
 class Seen:
-    """All that a forward pass of a model shows."""
+    """What hooks record in a forward pass."""
 
     def __init__(self, model: Any, batch: Batch, weights: dict[str, Tensor] | None = None) -> None:
         paths: dict[Any, str] = {-1: "model.embed_tokens"}
@@ -361,7 +353,7 @@ def test_recomputing_changes_nothing(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 @pytest.mark.parametrize("how", [False, True])
-def test_a_dropout_in_the_configuration_is_not_the_students(name: str, how: bool) -> None:
+def test_the_student_has_no_dropout(name: str, how: bool) -> None:
     recipe = RECIPES[name]
     recipe = recipe.model_copy(
         update={"train": recipe.train.model_copy(update={"gradient_checkpointing": how})}
@@ -375,7 +367,7 @@ def test_a_dropout_in_the_configuration_is_not_the_students(name: str, how: bool
 
 
 @pytest.mark.parametrize("name", list(RECIPES))
-def test_the_teacher_stays_as_it_is(name: str) -> None:
+def test_the_teacher_does_not_change(name: str) -> None:
     teacher = tiny_teacher("llama")
     before = {key: value.clone() for key, value in teacher.model.state_dict().items()}
     method = built(teacher, RECIPES[name])
@@ -392,7 +384,7 @@ def test_the_teacher_stays_as_it_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
+def test_a_random_student_is_initialized_by_transformers(tied: bool) -> None:
     teacher = tiny_teacher("qwen2", tied)
     state = torch.get_rng_state()
     recipe = recipe_of("scratch", initialize={"seed": 4})
@@ -412,7 +404,7 @@ def test_a_random_student_is_one_of_transformers_own(tied: bool) -> None:
     assert not torch.equal(other.student().lm_head.weight, student.lm_head.weight)
 
 
-def test_alignment_is_trained_but_no_part_of_the_student() -> None:
+def test_alignment_is_trained_but_not_exported() -> None:
     for name, shapes in (("tinybert", LAYERS + 1), ("activation-clone", 2 * LAYERS)):
         method = built(tiny_teacher("llama"), RECIPES[name])
         aligned = {k: v for k, v in method.parameters().items() if k.startswith("alignment.")}
@@ -438,7 +430,7 @@ def refuse_for(model: nn.Module) -> Callable[..., Any]:
     forward = type(model).forward
 
     def checked(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        assert self is not model, "the teacher ran"
+        assert self is not model, "the teacher must not run"
         return forward(self, *args, **kwargs)
 
     return checked
@@ -471,16 +463,13 @@ def test_settings_without_effect_are_found() -> None:
         "objective.clone",
     ]
     assert unused_settings(make_recipe(recipe.model_dump() | {"method": "lrc"})) == []
-    defaults = {"data": {"text": ["x"]}, "teacher": {"model": "t"}, "student": {"hidden_size": 8}}
     for name in METHODS:
-        assert unused_settings(make_recipe({**defaults, "method": name})) == []
+        assert unused_settings(tiny_recipe(method=name)) == []
 
 
 def test_every_method_is_complete() -> None:
-    """What a new method must not forget."""
-    sections = make_recipe(
-        {"teacher": {"model": "t"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
-    )
+    """Requirements for every new method."""
+    sections = tiny_recipe()
     for name, method in METHODS.items():
         assert method.title
         for key in method.used_settings or ():
@@ -502,9 +491,3 @@ def test_operations_of_a_step_follow_the_losses() -> None:
     assert 0 < alone < with_teacher < clone
     for name in ("tinybert", "minilm", "activation-clone"):
         assert METHODS[name].build(teacher, recipe_of(name)).step_flops(0, 64, 16) is None
-
-
-def test_counts_are_those_of_the_whole_step() -> None:
-    """A guard of this file's own batches: the second micro-batch is smaller than the first."""
-    counts = [count([batch]).tokens for batch in BATCHES["padded"]]
-    assert counts == [13, 5]

@@ -1,4 +1,4 @@
-"""Importance from activations, against loops over tokens, and the student that it chooses."""
+"""Importance from activations, against loops over tokens, and the resulting student."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
 from stories import sample
 from tiny import FFN, HEAD_DIM, LLAMAS, tiny_batch, tiny_teacher
+from tiny_runs import tiny_recipe
 
 HIDDEN, LAYERS, KV_HEADS, QUERIES = 24, 3, 3, 2
-"""PrunedShape of the teachers here; QUERIES are the query heads of a key/value head."""
+"""Sizes of the teachers here; QUERIES is the number of query heads per key/value head."""
 
 BATCHES = {
     "whole": tiny_batch(rows=10),
@@ -36,19 +37,18 @@ def grouped(family: str = "llama", **changes: Any) -> Teacher:
 
 
 def recipe_of(**sections: Any) -> Recipe:
-    base = {"teacher": {"model": "t"}, "student": {"hidden_size": 12}, "data": {"text": ["x"]}}
-    return make_recipe({"method": "minitron", **base, **sections})
+    return tiny_recipe(**{"method": "minitron", "student": {"hidden_size": 12}, **sections})
 
 
 def pool(scores: list[Tensor], how: str) -> Tensor:
-    """One score a part from [parts] of tokens or of sequences."""
+    """One score per part, from the scores [parts] of tokens or sequences."""
     if how == "mean":
         return sum(score.abs() for score in scores) / len(scores)
     return sum(score**2 for score in scores) ** 0.5
 
 
 class Reference:
-    """The teacher's activations, sequence by sequence, by transformers' own modules alone."""
+    """The teacher's activations, sequence by sequence, by transformers' own modules."""
 
     def __init__(self, teacher: Teacher, batch: Batch) -> None:
         model = teacher.model
@@ -139,8 +139,8 @@ def test_the_largest_scores_stay() -> None:
     assert [neurons.tolist() for neurons in kept.neurons] == [[1, 2], [1, 2]]
 
 
-def test_idle_parts_go_first() -> None:
-    """A layer, heads, neurons and channels that do nothing are the ones that are pruned."""
+def test_idle_parts_are_pruned_first() -> None:
+    """Idle layers, heads, neurons and channels are pruned."""
     teacher = grouped()
     with torch.no_grad():
         for name, weight in teacher.model.named_parameters():
@@ -199,7 +199,7 @@ def test_fewer_layers_cost_less() -> None:
     assert half.step_flops(0, 64, 16) < whole.step_flops(0, 64, 16)
 
 
-def test_the_papers_losses_unless_the_recipe_says() -> None:
+def test_the_papers_losses_are_the_default() -> None:
     paper = recipe_of().objective
     assert (paper.kl_weight, paper.temperature, paper.lm_weight) == (1, 1, 0)
     asked = recipe_of(objective={"lm_weight": 0.5, "temperature": 3}).objective
@@ -225,8 +225,8 @@ def test_padding_does_not_count() -> None:
 
 
 @torch.no_grad()
-def test_importance_tells_what_matters(stories_folder: Path) -> None:
-    """On a trained model, a quarter of the parts costs more where it is the most important one."""
+def test_important_parts_matter_for_the_loss(stories_folder: Path) -> None:
+    """In a trained model, removing the most important parts costs more than removing the least."""
     model = AutoModelForCausalLM.from_pretrained(stories_folder)
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
     ids = sample(teacher, 32, 64)

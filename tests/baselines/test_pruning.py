@@ -19,15 +19,15 @@ from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import PrunedShapeSection
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-from tiny import FFN, HEAD_DIM, HIDDEN, LAYERS, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import FFN, HEAD_DIM, HIDDEN, LAYERS, TINY_CASES, Case, tiny_teacher, tiny_tokens
 
-IDS = torch.randint(0, TOKENS, (2, 9), generator=torch.Generator().manual_seed(0))
+IDS = tiny_tokens(2, 9, seed=0)
 GROUPED = {"num_attention_heads": 6, "num_key_value_heads": 3, "num_hidden_layers": 3}
 
 
 def grouped(family: str = "llama", tied: bool = False, **changes: Any) -> Teacher:
     """A teacher of three layers, with two query heads for each of three key/value heads."""
-    hidden = 18  # Llama's is a multiple of its heads
+    hidden = 18  # must be a multiple of Llama's heads
     return tiny_teacher(family, tied, **{**GROUPED, "hidden_size": hidden, **changes})
 
 
@@ -118,8 +118,8 @@ def test_keeping_all_is_the_model(case: Case) -> None:
 
 
 @pytest.mark.parametrize("part", ["layer", "group", "neuron"])
-def test_a_part_without_effect_can_go(part: str) -> None:
-    """Cutting what writes nothing leaves the logits as they are."""
+def test_parts_without_effect_can_be_removed(part: str) -> None:
+    """If their outputs are zero, the logits do not change."""
     teacher = grouped("qwen3")
     kept = keep_all(teacher.model)
     model = teacher.model
@@ -144,7 +144,7 @@ def test_a_part_without_effect_can_go(part: str) -> None:
 @settings(max_examples=15, deadline=None)
 @given(data=st.data())
 def test_every_shape(data: st.DataObject) -> None:
-    """A cut of any shape has its widths, its weights and its count, and runs."""
+    """A cut to any shape has the right widths, weights and size, and runs."""
     family = data.draw(st.sampled_from(["llama", "mistral", "qwen2", "qwen3"]))
     tied = data.draw(st.booleans())
     teacher = grouped(family, tied, hidden_size=24)
@@ -183,7 +183,7 @@ def test_a_tied_model_can_be_cut_untied() -> None:
     assert torch.equal(head, teacher.model.model.embed_tokens.weight[:, KEPT.hidden])
 
 
-def test_layer_types_go_with_the_layers() -> None:
+def test_layer_types_follow_the_kept_layers() -> None:
     kinds = ["full_attention", "sliding_attention", "full_attention"]
     teacher = grouped("qwen3", layer_types=kinds, use_sliding_window=True, sliding_window=4)
     shape = PrunedShape(2, 18, 3, FFN)
@@ -220,14 +220,14 @@ def test_the_target_is_lrcs_shape_by_default() -> None:
     assert asked(grouped(), 8, layers=1, kv_heads=2, intermediate_size=7) == PrunedShape(1, 8, 2, 7)
 
 
-def test_heads_that_go_change_what_the_hidden_size_divides_by() -> None:
+def test_the_hidden_size_must_suit_the_remaining_heads() -> None:
     with pytest.raises(UserError, match="even multiple of their 6 attention heads"):
         asked(grouped(), 8)
     asked(grouped(), 8, kv_heads=2)
     asked(grouped("qwen3"), 8)
 
 
-def test_all_that_does_not_fit_is_told_together() -> None:
+def test_all_wrong_sizes_are_reported_together() -> None:
     with pytest.raises(UserError) as error:
         asked(tiny_teacher("llama"), 18, layers=3, kv_heads=2, intermediate_size=21)
     message = str(error.value)
@@ -241,7 +241,7 @@ def test_all_that_does_not_fit_is_told_together() -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_sizes_beside_lrcs(tied: bool) -> None:
+def test_sizes_are_compared_with_lrcs(tied: bool) -> None:
     teacher = tiny_teacher("llama", tied)
     student = StudentSection(hidden_size=8)
     same = compare_sizes(teacher, student, pruned_config(teacher, PrunedShape(LAYERS, 8, 1, FFN)))

@@ -1,18 +1,16 @@
 """Sheared LLaMA's two stages: losses and gradients in float64, then whole runs that are killed."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM
 
-from data_helpers import Document, write_shards
-from killing import Start, assert_same_run, run_and_kill
+from data_helpers import Document, write_jsonl, write_shards
+from killing import Start, run_and_kill
 from lrc.baselines.sheared_llama import ShearedLlama
 from lrc.data.identity import tokenizer_identity
 from lrc.methods import METHODS
@@ -23,7 +21,8 @@ from lrc.run import Run
 from lrc.train import train
 from lrc.train.batches import count
 from lrc.train.setup import new_state, set_up
-from tiny import gradients, tiny_batch, tiny_teacher, tiny_tokenizer, use_exact_norms
+from tiny import gradients, tiny_batch, tiny_teacher, tiny_tokenizer, tiny_tokens
+from tiny_runs import assert_same_run, copy_until, save_teacher, tiny_documents, tiny_recipe
 
 SHAPE = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
 TARGET = {"layers": 2, "kv_heads": 1, "intermediate_size": 7}
@@ -33,13 +32,11 @@ KINDS = ("layers", "hidden", "groups", "neurons")
 def recipe_of(method: dict[str, Any], **sections: dict[str, Any]) -> Recipe:
     settings = {
         "method": {"name": "sheared-llama", **method},
-        "teacher": {"model": "tiny"},
-        "student": {"hidden_size": 8},
         "data": {"text": ["x"], "sequence_length": 9},
         "objective": {"chunk_tokens": 7, "temperature": 3.0, "kl_weight": 0.7, "lm_weight": 0.9},
         "train": {"tokens": 10 * 2 * 9, "micro_batch": 2, "token_grad_clip": 0},
     }
-    return make_recipe({**settings, **sections})
+    return tiny_recipe(**settings | sections)
 
 
 def built(recipe: Recipe, family: str = "qwen3") -> tuple[Teacher, ShearedLlama]:
@@ -49,10 +46,10 @@ def built(recipe: Recipe, family: str = "qwen3") -> tuple[Teacher, ShearedLlama]
     return teacher, method
 
 
-def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss is KL + LM of the masked model and the Lagrangian; multipliers ascend; micro-batches
-    of one step add up to the batch."""
-    use_exact_norms(monkeypatch)
+@pytest.mark.usefixtures("exact_norms")
+def test_losses_and_gradients_of_stage_one() -> None:
+    """The loss is KL + LM of the masked model and the Lagrangian. Multipliers ascend. Micro-batches
+    of a step add up to the whole batch."""
     _, method = built(recipe_of({**TARGET, "pruning_share": 0.5}))
     with torch.no_grad():
         for number, multiplier in enumerate(method.masks.multipliers()):
@@ -88,7 +85,7 @@ def test_losses_and_gradients_of_stage_one(monkeypatch: pytest.MonkeyPatch) -> N
         assert found == pytest.approx(slope, rel=1e-4, abs=1e-8), kind
 
 
-def test_multipliers_ascend_and_rates_are_their_own() -> None:
+def test_multipliers_ascend_with_their_own_rates() -> None:
     rates = {"mask_learning_rate": 0.5, "multiplier_learning_rate": 3.0}
     train = {"tokens": 180, "micro_batch": 2, "warmup_ratio": 0, "weight_decay": 0.1}
     _, method = built(recipe_of({**TARGET, **rates}, train=train))
@@ -106,11 +103,13 @@ def test_multipliers_ascend_and_rates_are_their_own() -> None:
     state.optimizer.step()
     for kind, gap in method.masks.gaps(1.0).items():
         assert (gap > 0).all()
-        assert (method.masks.linear[kind] > 0).all(), "too many are open, so the price goes up"
+        assert (method.masks.linear[kind] > 0).all(), (
+            "too many are open, so the multiplier must grow"
+        )
 
 
 def test_what_stage_two_trains() -> None:
-    """The exact shape, plain, the teacher's weights at the kept units; and back to stage one."""
+    """A plain model of the exact shape with the teacher's weights. Loading can undo the stage."""
     teacher, method = built(recipe_of({**TARGET, "pruning_share": 0.3}))
     assert method.stage_ends() == (3,)
     with torch.no_grad():
@@ -149,7 +148,7 @@ def test_what_stage_two_trains() -> None:
 
 
 def test_shares_of_sources() -> None:
-    """w' in proportion to w exp(max(loss - reference, 0)), the paper's algorithm 1."""
+    """w' is proportional to w exp(max(loss - reference, 0)): algorithm 1 of the paper."""
     _, method = built(recipe_of({}))
     shares = {"web": 0.5, "code": 0.3, "books": 0.2}
     found = method.source_shares(shares, {"web": 2.5, "code": 1.0}, {"web": 2.0, "code": 1.4})
@@ -179,9 +178,7 @@ def documents(source: str, first: int, number: int) -> list[Document]:
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two sources, three layers to two, and a checkpoint after every step."""
     folder = tmp_path_factory.mktemp("sheared")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32, **SHAPE)
-    teacher.model.save_pretrained(folder / "teacher")
-    teacher.tokenizer.save_pretrained(folder / "teacher")
+    save_teacher(folder / "teacher", **SHAPE)
     write_shards(
         folder / "shards",
         [
@@ -227,7 +224,7 @@ def test_a_whole_run(whole: Run) -> None:
     assert [line["step"] for line in lines if "lagrangian" in line] == [1, 2, 3, 4]
     changed = [line["step"] for line in lines if "hidden_by_rank" in line]
     assert changed == [STAGE_ONE]
-    # The optimizer's schedule begins anew: the rate falls to 0 twice.
+    # The optimizer's schedule restarts: the rate falls to 0 twice.
     rates = [line["learning_rate"] for line in lines[1:]]
     assert rates[:STAGE_ONE] == rates[STAGE_ONE:]
     assert rates == sorted(rates[:STAGE_ONE], reverse=True) * 2 or rates[1] > rates[2]
@@ -237,7 +234,7 @@ def test_a_whole_run(whole: Run) -> None:
     assert (config.num_hidden_layers, config.hidden_size) == (2, 8)
     assert (config.num_key_value_heads, config.intermediate_size) == (1, 7)
     setup = set_up(whole)
-    ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
+    ids = tiny_tokens(2)
     with torch.no_grad():
         theirs = setup.method.student()(ids).logits
         torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
@@ -262,7 +259,7 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
         shares = line.get("source_shares", shares)
     assert shares is not None
     assert shares != {"web": 0.75, "code": 0.25}
-    # The sequences are drawn accordingly, to within one.
+    # The sequences are drawn by these shares, to within one.
     header = json.loads((max(whole.checkpoints.iterdir()) / "checkpoint.json").read_text())
     place = header["text"]["by_source"]
     assert place["position"] == sum(place["taken"]) == STEPS * 4
@@ -273,7 +270,7 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
 def test_killed_in_both_stages_and_at_the_boundary(
     recipe_file: Path, whole: Run, tmp_path: Path
 ) -> None:
-    """The run that was killed again and again is the run that was not, bit by bit."""
+    """A run that is killed several times equals the uninterrupted run, bit for bit."""
     part = tmp_path / "part"
     starts: list[Start] = [
         ("stepping", 2, "train", recipe_file, "--out", part),
@@ -282,34 +279,26 @@ def test_killed_in_both_stages_and_at_the_boundary(
         ("saving", 7, "resume", part),
     ]
     assert run_and_kill(part, starts) == [2, STAGE_ONE - 1, STAGE_ONE, 6]
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part))
+    train(Run.open(part))
     assert_same_run(Run.open(part), whole)
 
 
-def test_begins_anew_before_the_first_checkpoint(whole: Run, tmp_path: Path) -> None:
-    """Killed after the first measurement: it is not made again, but its shares are set."""
-    folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
-    for name in ("checkpoints", "student"):
-        shutil.rmtree(folder / name)
-    (folder / "summary.json").unlink()
-    run = Run.open(folder)
+def test_a_run_without_a_checkpoint_starts_over(whole: Run, tmp_path: Path) -> None:
+    """Killed after the first measurement, it does not measure again, but uses its shares."""
+    run = copy_until(whole, tmp_path / "run", -1)
     run.keep_metrics_until(0)
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(run)
+    train(run)
     assert_same_run(run, whole)
 
 
 def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(
     whole: Run, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
-    shutil.copytree(whole.folder, folder)
+    run = copy_until(whole, tmp_path / "run", STEPS)
     for step in range(STAGE_ONE, STEPS + 1):
-        file = folder / "checkpoints" / f"step-{step:08d}" / "state.safetensors"
+        file = run.checkpoints / f"step-{step:08d}" / "state.safetensors"
         file.write_bytes(file.read_bytes()[:-1] + b"x")
-    setup = set_up(Run.open(folder))
+    setup = set_up(run)
     assert setup.state.step == STAGE_ONE - 1
     assert "masks.hidden.log_alpha" in setup.state.parameters
     assert setup.method.student().config.num_hidden_layers == 2
@@ -318,17 +307,14 @@ def test_a_damaged_checkpoint_of_stage_two_leads_back_to_stage_one(
 def test_text_without_sources_is_read_in_its_order(
     recipe_file: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    text = tmp_path / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
     settings = yaml.safe_load(recipe_file.read_text())
     changes = {"data.text": [str(text)], "data.cache": str(tmp_path / "cache"), "train.tokens": 256}
     run = Run.create(tmp_path / "run", make_recipe(settings, changes))
-    with mock.patch("lrc.train.closing.draw_curves", lambda _, path: path.touch()):
-        train(run)
+    train(run)
     assert caplog.text.count("no sources to weigh") == 1
     assert not any("source_shares" in line for line in run.metrics())
 
 
-def test_is_registered() -> None:
+def test_every_method_has_a_section() -> None:
     assert METHODS.keys() == METHOD_SECTIONS.keys()

@@ -1,4 +1,4 @@
-"""SliceGPT against the teacher with its residual stream projected by hooks."""
+"""SliceGPT against the teacher whose residual stream is projected by hooks."""
 
 from pathlib import Path
 
@@ -15,28 +15,17 @@ from lrc.baselines.slicegpt import SliceGpt
 from lrc.data.batch import Batch
 from lrc.methods import METHODS
 from lrc.model.teacher import Teacher, as_teacher
-from lrc.recipe import Recipe, make_recipe
+from lrc.recipe import Recipe
 from lrc.system.errors import UserError
 from stories import sample
-from tiny import HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher, use_exact_norms
+from tiny import HIDDEN, TINY_CASES, Case, tiny_teacher, tiny_tokens
+from tiny_runs import tiny_recipe
 
-IDS = torch.randint(0, TOKENS, (3, 9), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+IDS = tiny_tokens(3, 9, seed=0)
 
 
 def recipe_of(hidden_size: int) -> Recipe:
-    return make_recipe(
-        {
-            "method": "slicegpt",
-            "teacher": {"model": "t"},
-            "student": {"hidden_size": hidden_size},
-            "data": {"text": ["x"]},
-        }
-    )
+    return tiny_recipe(method="slicegpt", student={"hidden_size": hidden_size})
 
 
 def sliced(teacher: Teacher, hidden_size: int, ids: Tensor = IDS) -> SliceGpt:
@@ -55,7 +44,7 @@ def random_basis(hidden_size: int, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def projected_logits(teacher: Teacher, projector: Tensor) -> Tensor:
-    """Logits of the teacher when all that is written to its stream is projected.
+    """Logits of the teacher if everything written to its stream is projected.
 
     A tied head reads the projected states through its projected rows.
     """
@@ -76,8 +65,9 @@ def projected_logits(teacher: Teacher, projector: Tensor) -> Tensor:
     return logits
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("case", TINY_CASES)
-def test_the_whole_width_is_the_teacher(exact: None, case: Case) -> None:
+def test_the_whole_width_is_the_teacher(case: Case) -> None:
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, **changes)
     student = sliced(teacher, HIDDEN).student()
@@ -89,9 +79,10 @@ def test_the_whole_width_is_the_teacher(exact: None, case: Case) -> None:
     assert not torch.allclose(weight, teacher.model.model.layers[0].self_attn.q_proj.weight)
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("case", TINY_CASES)
-def test_a_cut_stream_is_the_teachers_projected(exact: None, case: Case) -> None:
-    """With rows divided by the same eps, which counts for d_S numbers or for d_T."""
+def test_a_cut_stream_is_the_teachers_projected(case: Case) -> None:
+    """With a tiny eps, since it is added to a mean over d_S or d_T numbers."""
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, rms_norm_eps=1e-14, **changes)
     student = METHODS["slicegpt"].build(teacher, recipe_of(8)).student()
@@ -120,7 +111,8 @@ def test_every_width(hidden_size: int, family: str, tied: bool) -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)  # norms are float32 inside
 
 
-def test_the_leading_directions_stay(exact: None) -> None:
+@pytest.mark.usefixtures("exact_norms")
+def test_leading_directions_are_kept() -> None:
     """A teacher whose stream has only eight directions loses nothing."""
     teacher = tiny_teacher("llama", rms_norm_eps=1e-14)
     plane = random_basis(8, seed=3)
@@ -139,9 +131,7 @@ def test_the_leading_directions_stay(exact: None) -> None:
 def test_the_student_is_of_lrcs_shape_and_plain(tmp_path: Path) -> None:
     teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
     method = sliced(teacher, 8)
-    clone = METHODS["lrc"].build(
-        teacher, make_recipe({**recipe_of(8).model_dump(), "method": "lrc"})
-    )
+    clone = METHODS["lrc"].build(teacher, tiny_recipe())
     shapes = [p.shape for p in method.student().parameters()]
     assert shapes == [p.shape for p in clone.student().parameters()]
     assert all(parameter.requires_grad for parameter in method.parameters().values())
@@ -166,7 +156,7 @@ def leading(stream: Tensor, hidden_size: int) -> Tensor:
 
 @torch.no_grad()
 def sliced_by_block(teacher: Teacher, ids: Tensor, seen: int, hidden_size: int) -> Tensor:
-    """Logits of the paper's SliceGPT, one rotation a block, found in order on the cut stream.
+    """Logits of the paper's SliceGPT, one rotation per block, found in order on the cut stream.
 
     A skip matrix Q_l^T Q_(l+1) of a cut stream is the projection Q_(l+1) Q_(l+1)^T of the whole
     one, so the teacher's own layers run here, with the stream projected before and inside them.
@@ -195,7 +185,7 @@ def loss_of(logits: Tensor, ids: Tensor) -> float:
 
 
 def test_what_one_rotation_costs(stories_folder: Path) -> None:
-    """As the method's docstring says: a little, on a trained model."""
+    """A little, on a trained model, as the method's docstring says."""
     model = AutoModelForCausalLM.from_pretrained(stories_folder)
     teacher = as_teacher(model, AutoTokenizer.from_pretrained(stories_folder), "stories")
     ids = sample(teacher, 64, 96)

@@ -22,11 +22,10 @@ from tiny import (
     linear_path,
     tiny_batch,
     tiny_teacher,
-    use_exact_norms,
 )
 
 GROUPS, SIZE = 2, 2
-"""Key/value heads, and query heads of each."""
+"""Number of key/value heads, and of query heads per key/value head."""
 
 HEADS = {"num_attention_heads": GROUPS * SIZE, "num_key_value_heads": GROUPS}
 
@@ -38,7 +37,7 @@ def grouped(case: Case) -> Teacher:
 
 
 def vectors(layer: int, kind: str) -> Iterator[tuple[int, int, str, list[int]]]:
-    """The rows or columns of every group: group, linear map's place in it, path, numbers."""
+    """The rows or columns of every group: group, the linear map's position in it, path, numbers."""
     if kind == "neurons":
         for neuron in range(FFN):
             for place, name in enumerate(("gate", "up", "down")):
@@ -107,7 +106,7 @@ def combine(shares: list[float], grouping: Grouping) -> float:
 def naive(
     teacher: Teacher, kind: str, grouping: Grouping, of_vector: Callable[[str, int], float]
 ) -> Tensor:
-    """TaylorImportance [layers, groups] from that of single rows and columns."""
+    """Importance [layers, groups] from that of single rows and columns."""
     places, groups = (4, GROUPS) if kind == "groups" else (3, FFN)
     result = torch.zeros(LAYERS, groups, dtype=torch.float64)
     for layer in range(LAYERS):
@@ -130,7 +129,9 @@ BATCHES = {
 def test_against_a_loop_over_weights(
     taylor: Taylor, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lrc.baselines.pruning.taylor.PASS", 16)  # two sequences, and what is left
+    monkeypatch.setattr(
+        "lrc.baselines.pruning.taylor.PASS", 16
+    )  # two sequences, and the remaining one
     teacher = grouped(("qwen2", False, {}))  # biases on q, k and v
     whole = gradient(teacher, batch)
     single = [gradient(teacher, row_of(batch, row)) for row in range(len(batch.input_ids))]
@@ -156,10 +157,10 @@ def test_against_a_loop_over_weights(
         torch.testing.assert_close(getattr(found, kind), expected, rtol=1e-5, atol=1e-9)
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("case", TINY_CASES[4::2])
-def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row's first-order importance is the slope of the loss as the row is scaled."""
-    use_exact_norms(monkeypatch)
+def test_against_finite_differences(case: Case) -> None:
+    """A row's first-order importance is the slope of the loss when the row is scaled."""
     teacher, batch, step = grouped(case), BATCHES["padded"], 1e-5
     parameters = dict(teacher.model.named_parameters())
 
@@ -182,9 +183,9 @@ def test_against_finite_differences(case: Case, monkeypatch: pytest.MonkeyPatch)
         torch.testing.assert_close(getattr(found, kind), value, rtol=1e-5, atol=1e-8)
 
 
-def test_it_is_the_change_of_the_loss_without_a_neuron(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a neuron has little to say, taking it out changes the loss by its importance."""
-    use_exact_norms(monkeypatch)
+@pytest.mark.usefixtures("exact_norms")
+def test_it_is_the_change_of_the_loss_without_a_neuron() -> None:
+    """Removing a neuron with a small output changes the loss by its importance."""
     teacher, batch = grouped(("llama", False, {})), BATCHES["whole"]
     downs = [teacher.model.get_submodule(linear_path(i, "down")).weight for i in range(LAYERS)]
     with torch.no_grad():
@@ -203,7 +204,7 @@ def test_it_is_the_change_of_the_loss_without_a_neuron(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("grouping", get_args(Grouping))
-def test_how_linear_maps_are_put_together(grouping: Grouping) -> None:
+def test_how_scores_of_linear_maps_are_combined(grouping: Grouping) -> None:
     teacher, batch = grouped(("qwen3", True, {})), BATCHES["whole"]
     slopes = gradient(teacher, batch)
     weights = dict(teacher.model.named_parameters())
@@ -235,7 +236,7 @@ def test_nothing_is_left_in_the_model() -> None:
         assert torch.equal(parameter, before[name])
 
 
-def test_gradients_of_a_narrow_teacher_are_wide() -> None:
+def test_gradients_of_a_low_precision_teacher_are_float32() -> None:
     teacher = tiny_teacher("llama", dtype=torch.bfloat16)
     found = lm_gradients(teacher, BATCHES["whole"], squared=True)
     assert {value.dtype for value in [*found.mean.values(), *found.squared.values()]} == {

@@ -1,11 +1,10 @@
-"""The command line: the whole way on a tiny teacher, and what it says to bad input."""
+"""The command line: a whole run on a tiny teacher, and its answers to bad input."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,51 +13,23 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import lrc
-from lrc.cli import main
+import lrc as package
+from command_line import Command
 from lrc.recipe import load_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
 from lrc.system.errors import UserError
-from lrc.train import loop as training_loop
 from lrc.train import train
-from tiny import tiny_teacher
-
-Refusal = Callable[..., str]
+from tiny_runs import diverge_at, file_settings, save_teacher
 
 
 @pytest.fixture(scope="module")
-def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in words))
-    return file
-
-
-@pytest.fixture
-def recipe_file(tmp_path: Path, teacher_folder: Path, text_file: Path) -> Path:
-    settings = {
-        "teacher": {"model": str(teacher_folder), "license": "mit"},
-        "student": {"hidden_size": 8},
-        "data": {
-            "text": [str(text_file)],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(tmp_path / "cache"),
-        },
-        "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},
-    }
-    file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(settings))
+def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recipe")
+    save_teacher(folder / "teacher")
+    train = {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3}
+    file = folder / "tiny.yaml"
+    file.write_text(yaml.safe_dump(file_settings(folder, teacher={"license": "mit"}, train=train)))
     return file
 
 
@@ -72,31 +43,12 @@ def run_lrc(*arguments: Any, cwd: Path | None = None) -> subprocess.CompletedPro
     )
 
 
-@pytest.fixture
-def refusal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refusal:
-    """The one sentence with which the command line refuses its arguments, in this process."""
-
-    def refuse(*arguments: Any) -> str:
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr().err
-        assert end.value.code == 2, printed
-        assert "Traceback" not in printed
-        (sentence,) = [line for line in printed.splitlines() if line.startswith("Error: ")]
-        return sentence
-
-    return refuse
-
-
-def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> None:
+def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     run = tmp_path / "run"
     trained = run_lrc("train", recipe_file, "--out", run)
     assert trained.returncode == 0, trained.stderr
     tokens = Run.open(run).summary()["calibration_tokens"]
-    assert 1000 < tokens < 40 * 61, "more than the text holds"
+    assert 1000 < tokens < 40 * 61, "more tokens than the text has"
     assert f"is short: the student is initialized from {tokens:,} tokens" in trained.stdout
     assert "same top-1 prediction" in trained.stdout
     for name in ("recipe.yaml", "environment.json", "curves.png", "summary.json"):
@@ -112,8 +64,7 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> No
     assert "license: mit" in card
     assert "hidden size | 16 | 8" in card
 
-    exported = run_lrc("export", run, tmp_path / "student", "--dtype", "bfloat16")
-    assert exported.returncode == 0, exported.stderr
+    lrc.printed("export", run, tmp_path / "student", "--dtype", "bfloat16")
     ours = AutoModelForCausalLM.from_pretrained(run / "student", dtype="auto")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
     assert theirs.dtype == torch.bfloat16
@@ -122,28 +73,18 @@ def test_train_export_info_and_generate(recipe_file: Path, tmp_path: Path) -> No
     ):
         assert torch.equal(weight.to(torch.bfloat16), other), name
 
-    shown = run_lrc("info", run)
-    assert shown.returncode == 0, shown.stderr
-    assert "smaller" in shown.stdout
-    said = run_lrc("generate", run, "w3 w4", "--max-new-tokens", "4")
-    assert said.returncode == 0, said.stderr
+    assert "smaller" in lrc.printed("info", run)
+    said = lrc.printed("generate", run, "w3 w4", "--max-new-tokens", 4)
     tokenizer = AutoTokenizer.from_pretrained(run / "student")
     prompt = tokenizer("w3 w4", return_tensors="pt").input_ids
     written = ours.generate(prompt, max_new_tokens=4, do_sample=False, pad_token_id=1)[0, 2:]
-    assert said.stdout.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
+    assert said.strip() == tokenizer.decode(written, skip_special_tokens=True).strip()
 
 
-def test_init_then_resume(
-    recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compress_then_resume(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     run = tmp_path / "run"
     start = ["--set", "initialize=closed-form", "--set", "initialize.calibration_tokens=256"]
-    monkeypatch.setattr(
-        sys, "argv", ["lrc", "compress", str(recipe_file), *start, "--out", str(run)]
-    )
-    with pytest.raises(SystemExit) as end:
-        main()
-    assert end.value.code == 0
+    lrc.printed("compress", recipe_file, *start, "--out", run)
     opened = Run.open(run)
     assert opened.summary()["tokens"] == 0
     untrained = opened.student().state_dict()
@@ -156,8 +97,8 @@ def test_init_then_resume(
     assert any(not torch.equal(untrained[name], trained[name]) for name in untrained)
 
 
-def test_a_recorded_recipe_that_was_edited_is_noticed(
-    recipe_file: Path, tmp_path: Path, refusal: Refusal
+def test_an_edited_recipe_of_a_run_is_refused(
+    recipe_file: Path, tmp_path: Path, lrc: Command
 ) -> None:
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
     train(run)
@@ -166,18 +107,16 @@ def test_a_recorded_recipe_that_was_edited_is_noticed(
     shutil.rmtree(run.student_folder)
     settings["train"]["learning_rate"] = 1.0
     resolved.write_text(yaml.safe_dump(settings))
-    assert "belongs to a run with another recipe" in refusal("resume", run.folder)
+    assert "belongs to a run with another recipe" in lrc.refusal("resume", run.folder)
     settings["train"]["token_grad_clip"] = -1.0
     resolved.write_text(yaml.safe_dump(settings))
-    assert "train.token_grad_clip" in refusal("resume", run.folder)
+    assert "train.token_grad_clip" in lrc.refusal("resume", run.folder)
 
 
-def test_a_run_folder_is_never_overwritten(
-    recipe_file: Path, tmp_path: Path, refusal: Refusal
-) -> None:
+def test_a_run_folder_is_never_overwritten(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "precious").write_text("data")
-    assert "already exists" in refusal("train", recipe_file, "--out", tmp_path / "taken")
+    assert "already exists" in lrc.refusal("train", recipe_file, "--out", tmp_path / "taken")
 
 
 @pytest.mark.parametrize(
@@ -195,35 +134,35 @@ def test_a_run_folder_is_never_overwritten(
         ("train", "section.key=value"),
     ],
 )
-def test_bad_settings_are_refused_in_a_sentence(
-    recipe_file: Path, tmp_path: Path, refusal: Refusal, setting: str, words: str
+def test_bad_settings_are_refused_in_one_sentence(
+    recipe_file: Path, tmp_path: Path, lrc: Command, setting: str, words: str
 ) -> None:
-    assert words in refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+    assert words in lrc.refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
 
 
-def test_empty_text_is_refused(recipe_file: Path, tmp_path: Path, refusal: Refusal) -> None:
+def test_empty_text_is_refused(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     (tmp_path / "empty.txt").write_text("\n\n")
     setting = f"data.text=[{tmp_path / 'empty.txt'}]"
-    refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+    lrc.refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
 
 
 def test_an_unknown_family_is_refused_by_name(
-    recipe_file: Path, tmp_path: Path, refusal: Refusal
+    recipe_file: Path, tmp_path: Path, lrc: Command
 ) -> None:
     folder = tmp_path / "gpt2"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
     setting = f"teacher.model={folder}"
-    sentence = refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
+    sentence = lrc.refusal("train", recipe_file, "--set", setting, "--out", tmp_path / "run")
     assert "gpt2" in sentence
     assert "llama" in sentence
     assert "qwen3_5_text" in sentence
 
 
-def test_what_is_missing_is_said(tmp_path: Path, refusal: Refusal) -> None:
-    assert "--hidden-size" in refusal("train", "--teacher", "x")
-    assert "quickstart" in refusal("train", tmp_path / "no.yaml")
-    assert "not a run's folder" in refusal("resume", tmp_path)
+def test_missing_inputs_are_named(tmp_path: Path, lrc: Command) -> None:
+    assert "--hidden-size" in lrc.refusal("train", "--teacher", "x")
+    assert "quickstart" in lrc.refusal("train", tmp_path / "no.yaml")
+    assert "not a run's folder" in lrc.refusal("resume", tmp_path)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
@@ -232,17 +171,11 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert "Traceback" in result.stderr
 
 
-def test_nan_stops_with_the_last_checkpoint_kept(
+def test_nan_stops_and_keeps_the_last_checkpoint(
     recipe_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run.create(tmp_path / "run", load_recipe(recipe_file, {"train.checkpoint_every": 1}))
-    clip = training_loop.Loop._clip
-
-    def poisoned(self: training_loop.Loop) -> torch.Tensor:
-        norm = clip(self)
-        return norm * torch.nan if self.setup.state.step == 3 else norm
-
-    monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
+    diverge_at(4, monkeypatch)
     with pytest.raises(UserError, match=r"step 4 .*step-00000003.*learning_rate"):
         train(run)
     kept = sorted(folder.name for folder in run.checkpoints.iterdir())
@@ -271,11 +204,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(
     assert [folder.name for folder in run.checkpoints.iterdir()] == ["step-00000000"]
 
 
-def test_python_interface(teacher_folder: Path, text_file: Path, tmp_path: Path) -> None:
-    run = lrc.clone(
-        str(teacher_folder),
+def test_python_interface(recipe_file: Path, tmp_path: Path) -> None:
+    run = package.clone(
+        str(recipe_file.parent / "teacher"),
         hidden_size=8,
-        text=str(text_file),
+        text=str(recipe_file.parent / "text.jsonl"),
         out=tmp_path / "run",
         settings={
             "train.tokens": 64,
@@ -295,12 +228,16 @@ def test_shipped_recipes_parse(name: str) -> None:
 
 
 def test_element_types_of_exports_and_evaluations(
-    recipe_file: Path, tmp_path: Path, refusal: Refusal
+    recipe_file: Path, tmp_path: Path, lrc: Command
 ) -> None:
-    """Each command takes the names that it can use, and says what to do about others."""
+    """Each command accepts the names that it supports, and suggests what to do about others."""
     run = Run.create(tmp_path / "run", load_recipe(recipe_file))
     train(run)
-    assert "exists only in GGUF" in refusal("export", run.folder, tmp_path / "s", "--dtype", "q8_0")
+    assert "exists only in GGUF" in lrc.refusal(
+        "export", run.folder, tmp_path / "s", "--dtype", "q8_0"
+    )
     named = tmp_path / "s.gguf"
-    assert "leave out --format" in refusal("export", run.folder, named, "--format", "safetensors")
+    assert "leave out --format" in lrc.refusal(
+        "export", run.folder, named, "--format", "safetensors"
+    )
     assert not (tmp_path / "s").exists()

@@ -1,53 +1,31 @@
-"""`lrc data build` and `lrc data inspect`, and the shipped mix that is run on this machine."""
+"""`lrc data build` and `lrc data inspect`, and the shipped mix for local data."""
 
 import gzip
 import json
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from build_helpers import TEMPLATE, documents, rows, write_rows
-from data_helpers import byte_tokenizer
+from build_helpers import TEMPLATE, documents, rows
+from command_line import Command
+from data_helpers import byte_tokenizer, write_rows
 from lrc.cli import data as commands
-from lrc.cli import main
 from lrc.cli.console import TextConsole
 from lrc.corpus import splitting
 from lrc.data.shards import open_shards
 from lrc.model.teacher import load_tokenizer
-from stories import shared_data, stories_source
-
-Lrc = Callable[..., str]
+from stories import shared_data
 
 
-@pytest.fixture
-def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Lrc:
-    """Run the command line in this process; gives what it printed, or its one sentence of error
-    where it exits with code 2."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-
-    def run(*arguments: Any) -> str:
-        monkeypatch.setattr(commands, "console", TextConsole(width=160))
-        monkeypatch.setattr(sys, "argv", ["lrc", "data", *map(str, arguments)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            main()
-        printed = capsys.readouterr()
-        if end.value.code:
-            assert end.value.code == 2, printed
-            (sentence,) = [s for s in printed.err.splitlines() if s.startswith("Error: ")]
-            return sentence
-        return printed.out
-
-    return run
+@pytest.fixture(autouse=True)
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commands, "console", TextConsole(width=160))
 
 
 def save_teacher(folder: Path, **more: Any) -> Path:
-    """A folder that holds a tokenizer and is called a model."""
+    """A folder with a tokenizer that passes for a model."""
     tokenizer = byte_tokenizer(**more)
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -57,7 +35,7 @@ def save_teacher(folder: Path, **more: Any) -> Path:
 
 @pytest.fixture
 def stand_in(tmp_path: Path) -> Path:
-    """A folder such as `local-small` wants, generated."""
+    """A generated folder with the files that `local-small` needs."""
     folder = tmp_path / "data"
     texts = documents(80, words=60)
     (folder / "text").mkdir(parents=True)
@@ -72,10 +50,10 @@ def stand_in(tmp_path: Path) -> Path:
     return folder
 
 
-def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> None:
+def test_local_small_on_a_stand_in(lrc: Command, stand_in: Path, tmp_path: Path) -> None:
     teacher, out = save_teacher(tmp_path / "teacher"), tmp_path / "out"
     command = ("build", "local-small", out, "--root", stand_in, "--teacher", teacher)
-    printed = lrc(*command, "--workers", 1)
+    printed = lrc.printed("data", *command, "--workers", 1)
     assert "Note: 'chat': " in printed
     assert "sft.jsonl:21 is not valid JSON" in printed
     shards = open_shards(out)
@@ -86,67 +64,76 @@ def test_local_small_on_a_stand_in(lrc: Lrc, stand_in: Path, tmp_path: Path) -> 
     assert {"characters 200 to ∞", "near-duplicates", "tokens 16 to 4096"} <= steps
     assert f"{shards.tokens('train'):,} training tokens in 1 shard are" in printed
 
-    printed = lrc("inspect", out, "--documents", 2, "--teacher", teacher)
+    printed = lrc.printed("data", "inspect", out, "--documents", 2, "--teacher", teacher)
     assert "Every file is intact." in printed
     assert printed.count("<|bos|>") == 2
     for tokens in shards.tokens_by_source("train").values():
         assert f"{tokens:,}" in printed
     other = save_teacher(tmp_path / "other", extra=["<more>"])
-    message = lrc("inspect", out, "--tokenizer", other)
+    message = lrc.refusal("data", "inspect", out, "--tokenizer", other)
     assert f"not with that of '{other}': rebuild them" in message
 
     flipped = out / "train-00000.bin"
     content = bytearray(flipped.read_bytes())
     content[100] ^= 1
     flipped.write_bytes(content)
-    message = lrc("inspect", out)
+    message = lrc.refusal("data", "inspect", out)
     assert message.startswith(f"Error: Damaged files: {flipped}; copy them again")
-    assert "document" in lrc("inspect", out, "--no-checksums", "--documents", 1)
+    assert "document" in lrc.printed("data", "inspect", out, "--no-checksums", "--documents", 1)
 
 
-def test_settings_win_over_the_mix(lrc: Lrc, stand_in: Path, tmp_path: Path) -> None:
+def test_settings_override_the_mix(lrc: Command, stand_in: Path, tmp_path: Path) -> None:
     command = ("build", "local-small", tmp_path / "out", "--root", stand_in, "--workers", 1)
     command += ("--teacher", save_teacher(tmp_path / "teacher"))
     changes = ("--set", "sources.prose.tokens=3k", "--evaluation", stand_in / "sets")
     write_rows(stand_in / "sets" / "one.jsonl", [{"q": "none"}])
-    lrc(*command, *changes, "--set", "held_out_fraction=0")
+    lrc.printed("data", *command, *changes, "--set", "held_out_fraction=0")
     shards = open_shards(tmp_path / "out")
     assert shards.tokens_by_source("train")["prose"] == pytest.approx(3_000, abs=400)
     assert shards.build["mix"]["decontaminate"]["folder"] == str(stand_in / "sets")
 
 
-def test_bad_arguments(lrc: Lrc, tmp_path: Path) -> None:
-    assert "There is no mix 'nothing'" in lrc("build", "nothing", tmp_path / "out")
-    assert "contains no finished shards" in lrc("inspect", tmp_path)
-    message = lrc("build", "local-small", tmp_path / "out", "--set", "sources.prose.weigt=1")
+def test_bad_arguments(lrc: Command, tmp_path: Path) -> None:
+    assert "There is no mix 'nothing'" in lrc.refusal("data", "build", "nothing", tmp_path / "out")
+    assert "contains no finished shards" in lrc.refusal("data", "inspect", tmp_path)
+    message = lrc.refusal(
+        "data", "build", "local-small", tmp_path / "out", "--set", "sources.prose.weigt=1"
+    )
     assert "unknown key 'sources.prose.weigt' (nearest: 'sources.prose.weight')" in message
 
 
-@pytest.mark.skipif(not shared_data().is_dir(), reason="shared data is not there")
 def test_local_small_on_real_data(
-    lrc: Lrc, tmp_path: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
+    lrc: Command, tmp_path: Path, stories_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The shipped mix as it is, on a part of real prose and conversations."""
+    """The shipped mix on some of the real prose and conversations."""
     monkeypatch.setattr(splitting, "UNIT_BYTES", 1 << 19)
     teacher = tmp_path / "teacher"
     tokenizer = load_tokenizer(str(stories_folder))
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(teacher)
     (teacher / "config.json").write_text((stories_folder / "config.json").read_text())
-    command = ("build", "local-small", tmp_path / "out", "--root", stories_source().parents[1])
+    command = (
+        "build",
+        "local-small",
+        tmp_path / "out",
+        "--root",
+        shared_data("text", "chat", "eval"),
+    )
     command += ("--teacher", teacher, "--workers", 1)
-    lrc(*command, "--set", "sources.prose.tokens=300k", "--set", "sources.chat.tokens=100k")
+    lrc.printed(
+        "data", *command, "--set", "sources.prose.tokens=300k", "--set", "sources.chat.tokens=100k"
+    )
     shards = open_shards(tmp_path / "out")
     assert shards.tokens_by_source("train")["prose"] == pytest.approx(300_000, abs=9_000)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
-    # The prose was cleaned of these sets by another program, the conversations nearly so.
+    # Another program has removed these sets from the prose, and nearly so from the conversations.
     dropped = sum(one["documents_dropped"] for one in summary["evaluation_sets"].values())
     assert dropped <= 1
     assert {"boolq", "sciq", "mmlu", "winogrande"} <= set(summary["evaluation_sets"])
     assert summary["sources"]["prose"]["steps"][0]["documents_in"] < 1_500
 
 
-def test_filters_are_shown_with_their_square_brackets(lrc: Lrc, tmp_path: Path) -> None:
+def test_filters_are_shown_with_their_square_brackets(lrc: Command, tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher")
     texts = documents(30)
     data = [{"text": t, "language": "en" if i % 3 else "de"} for i, t in enumerate(texts)]
@@ -161,7 +148,7 @@ def test_filters_are_shown_with_their_square_brackets(lrc: Lrc, tmp_path: Path) 
         },
     }
     (tmp_path / "mix.yaml").write_text(yaml.safe_dump(mix))
-    printed = lrc("build", tmp_path / "mix.yaml", tmp_path / "out", "--workers", 1)
+    printed = lrc.printed("data", "build", tmp_path / "mix.yaml", tmp_path / "out", "--workers", 1)
     assert "language in [en]" in printed
     assert "drop /[0-9]{9}/" in printed
     assert "training tokens in 1 shard are in" in printed

@@ -1,4 +1,4 @@
-"""What a newcomer meets: versions, typos, missing teachers, no network, special tokens."""
+"""First contact: versions, typos, missing teachers, no network, special tokens."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from lrc.report.curves import draw_curves
 from lrc.system import hub
 from lrc.system.errors import UserError
 from lrc.train import closing
-from model_files import SHORT, save_model, text_of
+from model_files import SHORT, save_model, save_text, short_run
 from tiny import tiny_teacher
 
 CODE = """
@@ -42,7 +42,7 @@ print("heavy", sorted({"torch", "transformers"} & set(sys.modules)))
 
 
 def outside(*arguments: Any, **environment: str) -> list[str]:
-    """The lines of the command line in another process, and which heavy modules it imported."""
+    """Output lines of the command line in another process, and the heavy modules it imported."""
     done = subprocess.run(
         [sys.executable, "-c", CODE, *map(str, arguments)],
         capture_output=True, text=True, timeout=60, env=os.environ | environment,
@@ -67,14 +67,14 @@ TYPOS = [
 
 
 @pytest.mark.parametrize("arguments", TYPOS, ids=" ".join)
-def test_a_typo_is_told_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
+def test_typos_are_reported_before_torch_is_imported(arguments: tuple[str, ...]) -> None:
     lines = outside(*arguments)
     assert "exit 2" in lines
     assert "heavy []" in lines
     assert sum(line.startswith("Error: ") for line in lines) == 1
 
 
-def test_a_wrong_size_is_told_before_torch_is_imported(tmp_path: Path) -> None:
+def test_wrong_sizes_are_reported_before_torch_is_imported(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
     lines = outside("train", "quickstart", "--teacher", folder, "--hidden-size", 7)
     assert "heavy []" in lines
@@ -98,7 +98,7 @@ def test_python_dash_m(tmp_path: Path) -> None:
     assert done.stderr.splitlines()[-1].startswith("Error: ")
 
 
-def test_a_fault_of_ours_is_called_one(
+def test_an_unexpected_error_is_called_a_bug(
     tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails(*_: Any) -> None:
@@ -114,8 +114,8 @@ def test_a_fault_of_ours_is_called_one(
 # No network
 
 
-def test_no_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One question to the hub, whatever is asked for."""
+def test_a_missing_network_is_reported_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one request to the hub, whatever is needed."""
     asked = []
 
     class Session:
@@ -139,13 +139,14 @@ def test_no_network_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("command", [("info", "some/model"), ("generate", "some/model", "x"),
                                      ("eval", "some/model", "--tasks", "piqa")])  # fmt: skip
 def test_a_hub_id_without_a_network_is_one_sentence(command: tuple[str, ...], lrc: Command) -> None:
-    code, _, errors = lrc(*command)
-    assert code == 2
-    assert "There is no model 'some/model' on this machine and the hub cannot be reached" in errors
+    assert (
+        "There is no model 'some/model' on this machine and the hub cannot be reached"
+        in lrc.refusal(*command)
+    )
 
 
 @pytest.mark.parametrize("name", shipped("comparison"))
-def test_a_comparison_says_what_makes_its_teacher(
+def test_a_comparison_says_how_to_make_its_teacher(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -162,7 +163,7 @@ def test_a_comparison_says_what_makes_its_teacher(
 
 @pytest.fixture
 def framing(tmp_path: Path) -> Path:
-    """A model whose tokenizer puts bos before and eos after a text; its template brings bos."""
+    """A model whose tokenizer adds bos and eos to a text, and whose template adds bos."""
     folder = save_model(tmp_path / "framing")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -174,7 +175,7 @@ def framing(tmp_path: Path) -> Path:
 
 
 def prompts_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Token ids that the model is asked to continue."""
+    """Token ids of the prompts that the model gets."""
     seen: list[list[int]] = []
     generate = type(model).generate
 
@@ -186,7 +187,7 @@ def prompts_of(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
-def test_prompts_hold_each_special_token_once(
+def test_prompts_have_bos_once(
     framing: Path, monkeypatch: pytest.MonkeyPatch, lrc: Command
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(framing)
@@ -194,8 +195,7 @@ def test_prompts_hold_each_special_token_once(
     bare = tokenizer("Once upon", add_special_tokens=False)["input_ids"]
     seen = prompts_of(model, monkeypatch)
     for more in ([], ["--chat"]):
-        code, _, errors = lrc("generate", framing, "Once upon", "--max-new-tokens", 2, *more)
-        assert code == 0, errors
+        lrc.printed("generate", framing, "Once upon", "--max-new-tokens", 2, *more)
     assert seen == [[0, *bare], [0, *bare]]
     generate_text(model, tokenizer, "", 2)
     assert seen[-1] == [0]
@@ -213,8 +213,8 @@ def test_eval_contexts_do_not_end_a_text(framing: Path) -> None:
     assert [*context, *continuation] == [0, *bare[1]]
 
 
-def test_greedy_is_greedy_whatever_the_teacher_likes() -> None:
-    """Neither beams, nor penalties, nor forced or forbidden tokens of the generation config."""
+def test_greedy_text_ignores_the_generation_config() -> None:
+    """Its beams, penalties, and forced or forbidden tokens."""
     teacher = tiny_teacher("llama", dtype=torch.float32)
     ids = [3, 7, 11]
     own = teacher.model.generation_config
@@ -263,8 +263,8 @@ def test_weights_beyond_float16_are_refused_and_bfloat16_is_named(tmp_path: Path
     {"rope_type": "default", "rope_theta": 123.0},
     {"rope_type": "linear", "rope_theta": 500.0, "factor": 2.0},
 ])  # fmt: skip
-def test_older_versions_find_what_they_read(tmp_path: Path, rope: dict[str, Any]) -> None:
-    """transformers 4.x reads rope_theta and rope_scaling, and knows no TokenizersBackend."""
+def test_exports_have_the_settings_of_older_versions(tmp_path: Path, rope: dict[str, Any]) -> None:
+    """transformers 4.x reads rope_theta and rope_scaling, and has no TokenizersBackend."""
     teacher = tiny_teacher("llama", dtype=torch.float32, rope_parameters=rope)
     teacher.tokenizer.add_special_tokens({"additional_special_tokens": ["w9"]})
     export_student(teacher.model, teacher.tokenizer, None, tmp_path / "model")
@@ -283,15 +283,11 @@ def test_older_versions_find_what_they_read(tmp_path: Path, rope: dict[str, Any]
     assert "w9" in again.all_special_tokens
 
 
-def test_a_gguf_file_says_what_it_was_made_from(tmp_path: Path, lrc: Command) -> None:
+def test_a_gguf_file_names_its_base_model(tmp_path: Path, lrc: Command) -> None:
     folder = save_model(tmp_path / "My-Teacher")
     (folder / "README.md").write_text("---\nlicense: mit\nlanguage: [en, de]\n---\n")
-    run = package.clone(
-        folder, hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
-        settings=SHORT | {"data.cache": str(tmp_path / "cache")},
-    )  # fmt: skip
-    code, _, errors = lrc("export", run.folder, tmp_path / "student.gguf")
-    assert code == 0, errors
+    run = short_run(folder)
+    lrc.printed("export", run.folder, tmp_path / "student.gguf")
     from gguf_helpers import read_fields
 
     fields = read_fields(tmp_path / "student.gguf")
@@ -302,24 +298,22 @@ def test_a_gguf_file_says_what_it_was_made_from(tmp_path: Path, lrc: Command) ->
     assert "language:\n- en\n- de" in card
 
 
-# Folders that are not ours
+# Other folders
 
 
-def test_eval_and_compare_replace_nothing_that_is_not_theirs(tmp_path: Path, lrc: Command) -> None:
+def test_eval_replaces_only_evaluations(tmp_path: Path, lrc: Command) -> None:
     folder = save_model(tmp_path / "model")
-    text = text_of(tmp_path)
+    text = save_text(tmp_path)
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "results.txt").write_text("mine")
     arguments = ("--tasks", "heldout", "--teacher", folder, "--text", text)
-    code, _, errors = lrc("eval", folder, *arguments, "--out", precious)
-    assert code == 2
-    assert "something other than an evaluation" in errors
+    assert "something other than an evaluation" in lrc.refusal(
+        "eval", folder, *arguments, "--out", precious
+    )
     assert os.listdir(precious) == ["results.txt"]
-    code, _, errors = lrc("eval", folder, *arguments, "--out", tmp_path / "fresh")
-    assert code == 0, errors
-    code, _, errors = lrc("eval", folder, *arguments, "--out", tmp_path / "fresh")
-    assert code == 0, errors
+    lrc.printed("eval", folder, *arguments, "--out", tmp_path / "fresh")
+    lrc.printed("eval", folder, *arguments, "--out", tmp_path / "fresh")
 
 
 def comparison_file(folder: Path, rate: float, name: str = "one") -> Path:
@@ -343,27 +337,24 @@ def comparison_file(folder: Path, rate: float, name: str = "one") -> Path:
     return path
 
 
-def test_another_comparison_does_not_write_over_one(tmp_path: Path, lrc: Command) -> None:
+def test_a_comparison_does_not_overwrite_another(tmp_path: Path, lrc: Command) -> None:
     save_model(tmp_path / "model")
-    text_of(tmp_path)
+    save_text(tmp_path)
     out = tmp_path / "out"
-    code, _, errors = lrc("compare", comparison_file(tmp_path, 1e-3), "--out", out)
-    assert code == 0, errors
+    lrc.printed("compare", comparison_file(tmp_path, 1e-3), "--out", out)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
     for other in (comparison_file(tmp_path, 1e-2), comparison_file(tmp_path, 1e-3, "two")):
-        code, _, errors = lrc("compare", other, "--out", out)
-        assert code == 2
-        assert "choose another" in errors
+        assert "choose another" in lrc.refusal("compare", other, "--out", out)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before
 
 
-# Names that libraries take for something else
+# Names that have a meaning in libraries
 
 
 NAMES = ["$\\frac$", "[/b]", "_hidden", "a$b", "%s {x} \\u", "<b>", "日本"]
 
 
-def test_any_name_of_a_source_can_be_drawn_and_printed(tmp_path: Path) -> None:
+def test_any_name_of_a_source_can_be_drawn(tmp_path: Path) -> None:
     lines = [
         {"step": n, "tokens": 16 * n, "held_out_lm": 3.0, "lm": 3.0,
          "held_out_lm_by_source": dict.fromkeys(NAMES, 2.0),
@@ -374,7 +365,7 @@ def test_any_name_of_a_source_can_be_drawn_and_printed(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 
-def test_a_share_of_the_peak_beyond_one_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_impossible_flop_utilization_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     class Method:
         clock = type("Clock", (), {"seconds": {"student": 1.0}})()
 
@@ -399,7 +390,7 @@ def test_a_share_of_the_peak_beyond_one_is_left_out(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:
-    """Its test and validation files and its README are left out, and told."""
+    """Its test and validation files and its README are left out, and named."""
     folder = save_model(tmp_path / "model")
     data = tmp_path / "data"
     (data / "validation").mkdir(parents=True)
@@ -412,8 +403,7 @@ def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:
     (data / "LICENSE.txt").write_text("Do as you please.\n")
     more = [f"--set={key}={value}" for key, value in SHORT.items()]
     arguments = ("--teacher", folder, "--hidden-size", 8, "--out", tmp_path / "run", *more)
-    code, output, errors = lrc("train", "--text", data, *arguments)
-    assert code == 0, errors
+    output = lrc.printed("train", "--text", data, *arguments)
     lines = output.splitlines()
     (read,) = [line for line in lines if line.startswith("Reading ") and line.endswith(".")]
     for name in ("train-00000-of-00001.jsonl", "latest.jsonl", "contest.jsonl"):
@@ -424,11 +414,10 @@ def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:
                  "wiki.test.jsonl"):  # fmt: skip
         assert name in left
     shutil.rmtree(tmp_path / "run")
-    code, _, errors = lrc("train", "--text", data / names[1], *arguments)
-    assert code == 0, errors
+    lrc.printed("train", "--text", data / names[1], *arguments)
 
 
-def test_the_former_name_of_compress_says_the_new_one(lrc: Command) -> None:
+def test_init_names_compress_as_its_new_name(lrc: Command) -> None:
     code, output, errors = lrc("init", "quickstar")
     assert code == 2
     assert "`lrc init` is now called `lrc compress`." in output

@@ -1,9 +1,6 @@
-"""Every method through the real command line: training, what it leaves, and resuming."""
+"""Every method through the real command line: training, its files, and resuming."""
 
-import json
-import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,105 +10,79 @@ from transformers import AutoModelForCausalLM
 
 from command_line import Command
 from lrc.methods import METHODS
+from lrc.report.curves import draw_curves
 from lrc.run import Run
 from lrc.train.setup import set_up
-from tiny import tiny_teacher
+from tiny import tiny_tokens
+from tiny_runs import assert_same_run, copy_until, file_settings, save_teacher
 
 STEPS = 12
-TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
-TIMES += ("calibration_forward_seconds",)
 
 
 @pytest.fixture(scope="module")
 def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("methods")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder / "teacher")
-    teacher.tokenizer.save_pretrained(folder / "teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    lines = [json.dumps({"text": text}) + "\n" for text in words]
-    (folder / "text.jsonl").write_text("".join(lines))
-    settings = {
-        "teacher": {"model": str(folder / "teacher")},
-        "student": {"hidden_size": 8},
-        "data": {
-            "text": [str(folder / "text.jsonl")],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "document_mask": True,
-            "cache": str(folder / "cache"),
-        },
-        "train": {
-            "tokens": STEPS * 2 * 2 * 16,
-            "micro_batch": 2,
-            "accumulate": 2,
-            "learning_rate": 1e-2,
-            "weight_decay": 0.1,
-            "eval_every": 4,
-            "checkpoint_every": 4,
-            "keep_checkpoints": 9,
-        },
+    save_teacher(folder / "teacher")
+    train = {
+        "tokens": STEPS * 2 * 2 * 16,
+        "micro_batch": 2,
+        "accumulate": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "eval_every": 4,
+        "checkpoint_every": 4,
+        "keep_checkpoints": 9,
     }
     file = folder / "tiny.yaml"
-    file.write_text(yaml.safe_dump(settings))
+    file.write_text(
+        yaml.safe_dump(file_settings(folder, data={"document_mask": True}, train=train))
+    )
     return file
-
-
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
 
 
 @pytest.mark.parametrize("name", list(METHODS))
 def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name: str) -> None:
-    whole, part = tmp_path / "whole", tmp_path / "part"
-    code, _, errors = lrc("train", recipe_file, "--method", name, "--out", whole)
-    assert code == 0, errors
+    whole = tmp_path / "whole"
+    lrc.printed("train", recipe_file, "--method", name, "--out", whole)
     run = Run.open(whole)
-    metrics = run.metrics()
-    measured = [line["held_out_lm"] for line in metrics if "held_out_lm" in line]
-    assert len(set(measured)) == len(measured) == 4, "it does not move"
+    measured = [line["held_out_lm"] for line in run.metrics() if "held_out_lm" in line]
+    assert len(set(measured)) == len(measured) == 4, "the loss does not change"
     assert run.summary()["method"] == run.recipe.method.name == name
     assert METHODS[name].title in (whole / "student" / "README.md").read_text()
+    draw_curves(run.metrics(), tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
 
-    # The export is the training-time student, in plain transformers.
+    # In plain transformers, the export computes what the student in training computes.
     student = AutoModelForCausalLM.from_pretrained(whole / "student")
     setup = set_up(run)
-    ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
+    ids = tiny_tokens(2)
     with torch.no_grad():
         theirs = setup.method.student()(ids).logits
         torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
 
-    # A run that was cut after step 4 and resumed is the whole run, bit by bit.
-    shutil.copytree(whole, part)
-    for step in (8, 12):
-        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
-    shutil.rmtree(part / "student")
-    (part / "summary.json").unlink()
-    code, _, errors = lrc("resume", part)
-    assert code == 0, errors
-    assert without_times(Run.open(part).metrics()) == without_times(metrics)
-    last = f"checkpoints/step-{STEPS:08d}/state.safetensors"
-    for file in (last, "student/model.safetensors"):
-        assert (part / file).read_bytes() == (whole / file).read_bytes(), file
-    tensors = load_file(whole / last)
+    # A run that was killed after step 4 and resumed is the whole run, bit for bit.
+    part = copy_until(run, tmp_path / "part", 4)
+    lrc.printed("resume", part.folder)
+    assert_same_run(part, run)
+    tensors = load_file(whole / "checkpoints" / f"step-{STEPS:08d}" / "state.safetensors")
     assert not any(key.startswith("parameter.teacher") for key in tensors)
 
 
-def test_settings_without_effect_are_told(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
+def test_settings_without_effect_are_reported(
+    recipe_file: Path, tmp_path: Path, lrc: Command
+) -> None:
     options = ["--set", "initialize=pca", "--set", "train.tokens=64"]
-    code, output, _ = lrc(
+    output = lrc.printed(
         "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
     )
-    assert code == 0
     assert "No effect with method scratch: initialize.method." in output
 
 
 def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
     options = ["--method", "minilm", "--set", "method.relation_weight=2"]
-    code, _, _ = lrc(
+    lrc.printed(
         "train", recipe_file, *options, "--set", "train.tokens=64", "--out", tmp_path / "run"
     )
-    assert code == 0
     assert Run.open(tmp_path / "run").recipe.method.model_dump() == {
         "name": "minilm",
         "relation_weight": 2.0,
@@ -119,21 +90,19 @@ def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) ->
 
 
 def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:
-    """What is not LRC's size is told, trained, exported and resumed."""
+    """Another size than LRC's is reported, trained and exported."""
     shape = ["--set", "method.layers=1", "--set", "method.intermediate_size=10"]
     run = tmp_path / "run"
-    code, output, errors = lrc(
+    output = lrc.printed(
         "train", recipe_file, "--method", "minitron", *shape, "--set", "train.tokens=64",
         "--out", run,
     )  # fmt: skip
-    assert code == 0, errors
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     assert (student.config.num_hidden_layers, student.config.intermediate_size) == (1, 10)
     size = sum(parameter.numel() for parameter in student.parameters())
     assert f"The student has {size:,} parameters, LRC's" in output
     assert "more than 3% apart." in output
-    code, _, errors = lrc("export", run, tmp_path / "again")
-    assert code == 0, errors
+    lrc.printed("export", run, tmp_path / "again")
     files = [folder / "model.safetensors" for folder in (run / "student", tmp_path / "again")]
     assert files[0].read_bytes() == files[1].read_bytes()
 
@@ -162,10 +131,7 @@ def test_another_pruned_shape(recipe_file: Path, tmp_path: Path, lrc: Command) -
         ),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(
+def test_mistakes_are_refused_in_one_sentence(
     recipe_file: Path, tmp_path: Path, lrc: Command, options: list[str], words: str
 ) -> None:
-    code, _, errors = lrc("train", recipe_file, *options, "--out", tmp_path / "run")
-    assert code == 2
-    assert words in errors
-    assert "Traceback" not in errors
+    assert words in lrc.refusal("train", recipe_file, *options, "--out", tmp_path / "run")

@@ -1,9 +1,7 @@
 """`lrc prune` through the real command line, on a run and on a model folder."""
 
-import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,34 +13,18 @@ from command_line import Command
 from lrc.recipe import load_recipe
 from lrc.run import Run
 from lrc.train import train
-from tiny import tiny_teacher
-
-TIMES = ("seconds", "step_seconds", "calibration_seconds", "tokens_per_second")
-WIDE = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+from tiny_runs import assert_same_run, copy_until, file_settings, save_teacher
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher, a text, and a recipe of an LRC run."""
     folder = tmp_path_factory.mktemp("prune")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32, **WIDE)
-    teacher.model.save_pretrained(folder / "teacher")
-    teacher.tokenizer.save_pretrained(folder / "teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    lines = [json.dumps({"text": text}) + "\n" for text in words]
-    (folder / "text.jsonl").write_text("".join(lines))
+    wide = {"num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 40}
+    save_teacher(folder / "teacher", **wide)
     (folder / "short.txt").write_text("w3 w4 w5")
-    settings = {
-        "teacher": {"model": str(folder / "teacher"), "license": "mit"},
-        "student": {"hidden_size": 8},
-        "data": {
-            "text": [str(folder / "text.jsonl")],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(folder / "cache"),
-        },
-        "train": {"tokens": 128, "micro_batch": 2, "learning_rate": 1e-2, "eval_sequences": 5},
-    }
+    train = {"tokens": 128, "micro_batch": 2, "learning_rate": 1e-2, "eval_sequences": 5}
+    settings = file_settings(folder, teacher={"license": "mit"}, train=train)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings))
     return folder
 
@@ -57,17 +39,14 @@ def clone(folder: Path) -> Path:
 
 def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
     out = tmp_path / "pruned"
-    code, output, errors = lrc(
-        "prune", clone, "--ratio", 0.25, "--calibration-tokens", 64, "--out", out
-    )
-    assert code == 0, errors
+    output = lrc.printed("prune", clone, "--ratio", 0.25, "--calibration-tokens", 64, "--out", out)
     run, before = Run.open(out), Run.open(clone).summary()
     summary = run.summary()
     assert run.recipe.data == Run.open(clone).recipe.data
     assert run.recipe.train.eval_sequences == 5
     assert summary["tokens"] == 0
     assert summary["calibration_tokens"] == 64
-    # The text of the run: what is pruned has the held-out loss that it had at its end.
+    # The text is that of the run, so the pruned model has the held-out loss of the run's end.
     assert summary["teacher_held_out_lm"] == pytest.approx(before["student_held_out_lm"], rel=1e-6)
     assert summary["teacher_parameters"] == before["student_parameters"]
     share = summary["student_parameters"] / summary["teacher_parameters"]
@@ -77,7 +56,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
     assert "FFN width" in output
     assert "license: mit" in (out / "student" / "README.md").read_text()
 
-    # Plain transformers, and slices of the student that was pruned.
+    # Plain transformers loads it. Its weights are slices of those before.
     student = AutoModelForCausalLM.from_pretrained(out / "student")
     tokenizer = AutoTokenizer.from_pretrained(out / "student")
     ids = tokenizer("w3 w4 w5", return_tensors="pt").input_ids
@@ -91,8 +70,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
     down = gate.replace("gate", "down")
     assert torch.equal(ours[down], theirs[down][:, places])
 
-    code, _, errors = lrc("export", out, tmp_path / "exported")
-    assert code == 0, errors
+    lrc.printed("export", out, tmp_path / "exported")
     again = load_file(tmp_path / "exported" / "model.safetensors")
     assert all(torch.equal(again[name], value) for name, value in ours.items())
 
@@ -101,7 +79,7 @@ def test_prune_a_run(clone: Path, tmp_path: Path, lrc: Command) -> None:
 def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str) -> None:
     if way == "lora":
         pytest.importorskip("peft")
-    whole, part = tmp_path / "whole", tmp_path / "part"
+    whole = tmp_path / "whole"
     options = ["--text", folder / "text.jsonl", "--recover", way, "--tokens", 384]
     given = {
         "data.sequence_length": 16,
@@ -119,18 +97,16 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
     }
     for key, value in given.items():
         options += ["--set", f"{key}={value}"]
-    code, _, errors = lrc(
+    lrc.printed(
         "prune", folder / "teacher", "--ratio", 0.3, "--importance", "param_mix", *options,
         "--out", whole,
     )  # fmt: skip
-    assert code == 0, errors
     run = Run.open(whole)
     method = run.recipe.method.model_dump()
     assert (method["recovery"], method["importance"], method["grouping"]) == (
         way, "param_mix", "max",
     )  # fmt: skip
-    metrics = run.metrics()
-    measured = [line["held_out_lm"] for line in metrics if "held_out_lm" in line]
+    measured = [line["held_out_lm"] for line in run.metrics() if "held_out_lm" in line]
     assert len(set(measured)) == 4
     assert measured[-1] < measured[0]
     assert run.summary()["student_held_out_lm"] == pytest.approx(measured[-1], rel=1e-5)
@@ -138,20 +114,9 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
     tensors = load_file(whole / "student" / "model.safetensors")
     assert not any("lora" in name or "base_layer" in name for name in tensors)
 
-    shutil.copytree(whole, part)
-    for step in (4, 6):
-        shutil.rmtree(part / "checkpoints" / f"step-{step:08d}")
-    shutil.rmtree(part / "student")
-    (part / "summary.json").unlink()
-    code, _, errors = lrc("resume", part)
-    assert code == 0, errors
-
-    def timeless(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
-
-    assert timeless(Run.open(part).metrics()) == timeless(metrics)
-    for file in ("checkpoints/step-00000006/state.safetensors", "student/model.safetensors"):
-        assert (part / file).read_bytes() == (whole / file).read_bytes(), file
+    part = copy_until(run, tmp_path / "part", 2)
+    lrc.printed("resume", part.folder)
+    assert_same_run(part, run)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +132,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
         (["teacher", "--ratio", "0.2", "--text", "text.jsonl", "--tokens", "9"], "--recover"),
     ],
 )
-def test_mistakes_are_told_in_a_sentence(
+def test_mistakes_are_refused_in_one_sentence(
     folder: Path,
     tmp_path: Path,
     lrc: Command,
@@ -176,16 +141,13 @@ def test_mistakes_are_told_in_a_sentence(
     words: str,
 ) -> None:
     monkeypatch.chdir(folder)
-    code, _, errors = lrc("prune", *arguments, "--out", tmp_path / "run")
-    assert code == 2
-    assert words in errors
-    assert "Traceback" not in errors
+    assert words in lrc.refusal("prune", *arguments, "--out", tmp_path / "run")
 
 
 def test_a_run_without_a_student(clone: Path, tmp_path: Path, lrc: Command) -> None:
     unfinished = tmp_path / "clone"
     shutil.copytree(clone, unfinished)
     shutil.rmtree(unfinished / "student")
-    code, _, errors = lrc("prune", unfinished, "--ratio", 0.2, "--out", tmp_path / "run")
-    assert code == 2
-    assert "has no student yet" in errors
+    assert "has no student yet" in lrc.refusal(
+        "prune", unfinished, "--ratio", 0.2, "--out", tmp_path / "run"
+    )

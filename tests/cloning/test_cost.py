@@ -9,8 +9,7 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.batches import count
-from starts import initialize_random
-from tiny import Case, tiny_teacher
+from tiny import Case, initialize_random, tiny_teacher
 
 OBJECTIVES = [
     ObjectiveSection(),

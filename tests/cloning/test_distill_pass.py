@@ -1,4 +1,4 @@
-"""The pass over both models: hooks that stay and rest, and the plain view of the student."""
+"""The pass over both models: hooks that are installed once, and the plain view of the student."""
 
 import gc
 from typing import Any
@@ -42,7 +42,7 @@ def test_hooks_are_installed_once(recomputes: bool) -> None:
 
 
 def test_the_order_of_the_hooks_on_a_linear_map() -> None:
-    """Clip, recompute, compare: what the module says, as torch has it."""
+    """Clip, recompute, compare: torch keeps the documented order."""
     method = a_method()
     up = method.model.get_submodule("model.layers.0.mlp.up_proj")
     names = []
@@ -51,7 +51,7 @@ def test_the_order_of_the_hooks_on_a_linear_map() -> None:
     assert names == ["_clip", "_read_up", "_compare"]
 
 
-def test_outside_of_a_pass_the_hooks_do_nothing() -> None:
+def test_hooks_do_nothing_outside_a_pass() -> None:
     method = a_method()
     batch = tiny_batch()
     gradients(method, batch)
@@ -64,7 +64,7 @@ def test_outside_of_a_pass_the_hooks_do_nothing() -> None:
     assert torch.equal(losses["loss"], again["loss"])
 
 
-def test_two_passes_over_one_teacher_do_not_meet() -> None:
+def test_two_passes_over_one_teacher_do_not_interfere() -> None:
     teacher = tiny_teacher("llama")
     first, second = a_method(teacher), a_method(teacher)
     alone, _ = gradients(a_method(tiny_teacher("llama")), tiny_batch())
@@ -76,8 +76,8 @@ def test_two_passes_over_one_teacher_do_not_meet() -> None:
     assert not any(n or m for _, n, m in hooks_of(teacher.model))
 
 
-def test_what_a_pass_holds_is_released() -> None:
-    """The teacher's activations while the student runs, everything else at the end of the step."""
+def test_a_pass_releases_its_tensors() -> None:
+    """The teacher's activations during the student's pass, everything else after the step."""
     method = a_method()
     method.begin_step(0)
     losses = method.losses(tiny_batch(), count([tiny_batch()]))
@@ -108,7 +108,7 @@ def test_the_student_is_a_plain_view(recomputes: bool) -> None:
         assert not value.requires_grad
         assert value.data_ptr() == live[name].data_ptr()
     assert type(student) is type(method.teacher.model)
-    # It follows training, and nothing done to it reaches training but through the weights.
+    # It follows training. Only changes of its weights affect training.
     student.requires_grad_(True)
     student(tiny_batch().input_ids).logits.sum().backward()
     assert all(

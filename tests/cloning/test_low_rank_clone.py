@@ -1,4 +1,4 @@
-"""The whole method in float64: Lemma 1, every term, every gradient, and what must not matter."""
+"""The whole method in float64: Lemma 1, every term, every gradient, and what has no effect."""
 
 from typing import Any
 
@@ -14,38 +14,24 @@ from lrc.train.batches import count
 from tiny import (
     LAYERS,
     LLAMAS,
-    READERS,
-    TINY_CASES,
+    TERMS,
     TOKENS,
     WRITERS,
     Case,
     assert_finite_differences,
+    clone_of,
     gradients,
     linear_path,
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
     watch,
 )
 
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 NO_TERMS = dict.fromkeys(TERMS, False)
 
 
-@pytest.fixture(autouse=True)
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
-
-
-@pytest.fixture(params=TINY_CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-def clone_of(case: Case, objective: dict[str, Any] | None = None, **student: Any) -> LowRankClone:
-    family, tied, changes = case
-    return tiny_method(tiny_teacher(family, tied, **changes), student, objective)
+pytestmark = pytest.mark.usefixtures("exact_norms")
 
 
 def close(ours: Any, theirs: Any, rtol: float = 1e-10, atol: float = 1e-12) -> None:
@@ -53,7 +39,7 @@ def close(ours: Any, theirs: Any, rtol: float = 1e-10, atol: float = 1e-12) -> N
 
 
 def test_lemma_1(case: Case) -> None:
-    """Where gate and up agree with the teacher's, the FFN's output is the teacher's, projected."""
+    """If gate and up equal the teacher's, the FFN's output is the teacher's, projected."""
     method = clone_of(case)
     student = method.student()
     for layer in range(LAYERS):
@@ -70,7 +56,7 @@ def test_lemma_1(case: Case) -> None:
 def direct_terms(
     method: LowRankClone, batch: Batch, space: str = "student", relative: bool = False
 ) -> dict[str, Tensor]:
-    """The clone terms [layers] by name, from activations that hooks of this test take."""
+    """The clone terms [layers] by name, from activations that this test's hooks record."""
     paths = {(i, name): linear_path(i, name) for i in range(LAYERS) for name in TERMS}
     taken = []
     for model in (method.student(), method.teacher.model):
@@ -103,7 +89,7 @@ def direct_terms(
 
 
 def watch_inputs(model: torch.nn.Module) -> tuple[dict[int, Tensor], Any]:
-    """What enters o in every layer: the attention heads' outputs."""
+    """Inputs of o in every layer: the outputs of the attention heads."""
     seen: dict[int, Tensor] = {}
 
     def hook(layer: int) -> Any:
@@ -267,7 +253,7 @@ def test_a_mask_of_ones_does_not_matter(case: Case) -> None:
 
 
 def test_documents_of_a_row_are_apart(case: Case) -> None:
-    """Packed documents with positions that restart give what each gives on its own."""
+    """Packed documents with restarting positions give the same losses as separate ones."""
     method = clone_of(case)
     packed = tiny_batch(documents=[[5, 4], [2, 7]])
     pieces = [packed.input_ids[0].split([5, 4]), packed.input_ids[1].split([2, 7])]
@@ -279,7 +265,7 @@ def test_documents_of_a_row_are_apart(case: Case) -> None:
     close(grads, expected_grads)
 
 
-def test_documents_without_positions_do_see_each_other() -> None:
+def test_documents_without_positions_see_each_other() -> None:
     method = clone_of(("llama", True, {}))
     open_row, _ = gradients(method, tiny_batch())
     apart, _ = gradients(method, tiny_batch(documents=[[5, 4], [2, 7]]))
@@ -395,7 +381,3 @@ def test_the_student_of_weights_in_bfloat16_runs_without_autocast() -> None:
     assert {value.dtype for value in ours.parameters()} == {torch.bfloat16}
     ids = tiny_batch().input_ids
     close(ours(ids).logits.float(), theirs.bfloat16()(ids).logits.float(), rtol=0, atol=0)
-
-
-def test_no_reader_is_forgotten() -> None:
-    assert set(TERMS) == {*READERS, *WRITERS}

@@ -19,9 +19,9 @@ from lrc.cloning.objective import (
 )
 from lrc.cloning.objective.clone import naive_clone_term
 from lrc.cloning.objective.vocabulary import naive_vocabulary_losses
-from lrc.recipe import make_recipe
 from lrc.recipe.sections import Divergence
 from lrc.system.errors import UserError
+from tiny_runs import tiny_recipe
 
 ROWS, TOKENS, D_S, D_T = 37, 33, 8, 16
 
@@ -409,7 +409,7 @@ def test_clone_term_leaves_its_inputs_alone() -> None:
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
+def test_a_reused_target_holds_the_difference(weighted: bool) -> None:
     """Same loss and gradient, and no buffer beside the target's own."""
     ours, theirs, mask = sides(4)
     target = theirs.detach().clone()
@@ -422,7 +422,7 @@ def test_a_spent_target_holds_the_difference(weighted: bool) -> None:
     assert torch.equal(torch.autograd.grad(term, ours)[0], expected_grad)
 
 
-def test_a_target_is_spent_only_where_it_can_be() -> None:
+def test_a_target_is_reused_only_if_possible() -> None:
     """Not where it takes a gradient, and not where the difference needs another precision."""
     ours, theirs, _ = sides()
     copy = theirs.detach().clone()
@@ -489,10 +489,9 @@ def test_clone_term_of_a_product(weighting: str) -> None:
 
 
 def test_every_divergence_is_a_setting_of_the_recipe() -> None:
-    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
     for name in DIVERGENCES:
-        assert make_recipe(base, {"objective.divergence": name}).objective.divergence == name
+        assert tiny_recipe({"objective.divergence": name}).objective.divergence == name
     with pytest.raises(UserError, match="'kl', 'reverse_kl' or 'jsd'"):
-        make_recipe(base, {"objective.divergence": "js"})
+        tiny_recipe({"objective.divergence": "js"})
     with pytest.raises(UserError, match="jsd_beta goes with divergence: jsd"):
-        make_recipe(base, {"objective.jsd_beta": 0.3})
+        tiny_recipe({"objective.jsd_beta": 0.3})

@@ -1,4 +1,4 @@
-"""The way back from the student's weights to the projections, and what takes gradients at all."""
+"""Gradients from the student's weights back to the projections, and which parameters get any."""
 
 from typing import Any
 
@@ -13,42 +13,31 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import Projections, project, projection_gradient
 from lrc.data.batch import Batch
 from lrc.recipe.sections import StudentSection
-from starts import initialize_random
 from tiny import (
     NORM_BEFORE,
     READERS,
     STUDENT_HIDDEN,
-    TINY_CASES,
     WRITERS,
     Case,
+    clone_of,
     expected_weights,
     gradients,
+    initialize_random,
     linear_path,
     stream_norms,
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
 )
 
 
-@pytest.fixture(params=TINY_CASES)
-def case(request: pytest.FixtureRequest) -> Case:
-    return request.param
-
-
-def clone_of(case: Case, **student: Any) -> LowRankClone:
-    family, tied, changes = case
-    return tiny_method(tiny_teacher(family, tied, **changes), student)
-
-
 def some_loss(logits: Tensor) -> Tensor:
-    """Any function that every logit matters to."""
+    """A function of every logit."""
     return logits.square().mean() + logits.log_softmax(-1)[..., 5].mean()
 
 
 def backward_by_hand(method: LowRankClone) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Gradients on the student's weights, and those that `Projections.backward` makes of them."""
+    """Gradients of the student's weights, and what `Projections.backward` computes from them."""
     method.begin_step(0)
     some_loss(method.model(tiny_batch().input_ids).logits).backward()
     on_weights = {
@@ -81,7 +70,7 @@ def test_readers_and_writers(case: Case) -> None:
             same(on_projections[f"layers.{layer}.{name}"], expected)
 
 
-def test_writer_biases_take_part() -> None:
+def test_writer_biases_get_gradients() -> None:
     on_weights, _ = backward_by_hand(clone_of(("llama", False, {"mlp_bias": True})))
     assert f"{linear_path(0, 'down')}.bias" in on_weights
 
@@ -111,7 +100,7 @@ def test_embedding_and_head_apart() -> None:
 
 
 def test_embedding_and_head_tied() -> None:
-    """One weight: its gradient is the sum of both uses, which are split here by a clone."""
+    """The gradient is the sum of both uses, which a copy of the weight separates here."""
     method = clone_of(("llama", True, {}))
     embedding = method.teacher.model.get_parameter("model.embed_tokens.weight")
     _, on_projections = backward_by_hand(method)
@@ -181,21 +170,19 @@ def test_student_follows_the_optimizer() -> None:
     assert not torch.equal(student.get_parameter(f"{linear_path(0, 'q')}.weight"), before)
 
 
-def test_steps_do_not_gather(case: Case) -> None:
+def test_gradients_do_not_add_up_over_steps(case: Case) -> None:
     """The second of two equal steps gives the gradients of the first, not their sum."""
     method = clone_of(case)
     _, first = gradients(method, tiny_batch())
-    method.student()  # a measurement between steps leaves no trace
+    method.student()  # a measurement between steps changes nothing
     _, second = gradients(method, tiny_batch())
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (2, 2), (1, 3)])
-def test_micro_batches_add_up(
-    case: Case, sizes: tuple[int, ...], padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    use_exact_norms(monkeypatch)
+def test_micro_batches_add_up(case: Case, sizes: tuple[int, ...], padded: bool) -> None:
     method = clone_of(case)
     whole = tiny_batch(rows=4, lengths=[9, 3, 7, 9] if padded else None)
     ids = whole.input_ids.split(sizes)
@@ -217,7 +204,7 @@ def fresh(seed: int, std: float = 0.02) -> dict[str, Tensor]:
 
 def test_random_start_follows_its_seed() -> None:
     first, again, other = fresh(3), fresh(3), fresh(4)
-    torch.manual_seed(99)  # the global generator has no part in it
+    torch.manual_seed(99)  # the global generator has no effect
     later = fresh(3)
     for key, value in first.items():
         assert torch.equal(value, again[key])
@@ -323,5 +310,5 @@ def test_weights_and_gradients_keep_their_memory(case: Case) -> None:
 
 
 def trained(student: Any) -> list[tuple[str, Any]]:
-    """The student's projected parameters, whose gradients gather over a step."""
+    """The student's projected parameters, whose gradients add up within a step."""
     return [(n, p) for n, p in student.named_parameters() if p.grad is not None and "norm" not in n]

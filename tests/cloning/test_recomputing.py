@@ -1,4 +1,4 @@
-"""FFNs that form their activation and product again, against transformers' FFNs as they are."""
+"""FFNs that recompute their activation and product, against transformers' own FFNs."""
 
 import copy
 from collections.abc import Callable
@@ -16,7 +16,7 @@ Pair = tuple[PreTrainedModel, PreTrainedModel]
 
 @pytest.fixture
 def student_and_twin() -> Callable[[str], Pair]:
-    """A model whose FFNs recompute, and the same one as it is."""
+    """A model whose FFNs recompute, and the same model without that."""
 
     def pair(family: str) -> Pair:
         teacher = tiny_teacher(family)
@@ -112,7 +112,7 @@ def test_neither_activation_nor_product_is_kept(student_and_twin: Callable[[str]
     assert len(calls) == 2
 
 
-def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind(
+def test_passes_without_gradients_or_with_errors_leave_nothing_behind(
     student_and_twin: Callable[[str], Pair],
 ) -> None:
     student, twin = student_and_twin("llama")
@@ -125,7 +125,7 @@ def test_a_pass_without_gradients_and_one_that_fails_leave_nothing_behind(
     assert_same_gradients(student, twin)
 
 
-def test_the_backward_pass_may_come_after_the_hooks_are_gone() -> None:
+def test_the_backward_pass_works_after_the_hooks_are_removed() -> None:
     teacher = tiny_teacher("llama")
     twin = teacher.model.requires_grad_(True)
     student = copy.deepcopy(twin)

@@ -1,8 +1,7 @@
-"""The release: the student's own weights in place of projections, from a step of the run on."""
+"""The release: from some step on, the student's own weights are trained instead of projections."""
 
 import json
 import math
-import shutil
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -16,8 +15,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM
 
 from command_line import Command
+from data_helpers import write_jsonl
 from flops import counted_products
-from killing import Start, assert_same_run, run_and_kill
+from killing import Start, run_and_kill
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.data.batch import Batch
@@ -34,6 +34,7 @@ from lrc.train.setup import schedule, set_up, stretch
 from tiny import (
     LAYERS,
     LLAMAS,
+    TERMS,
     WRITERS,
     Case,
     assert_finite_differences,
@@ -43,12 +44,19 @@ from tiny import (
     tiny_batch,
     tiny_method,
     tiny_teacher,
-    use_exact_norms,
+    tiny_tokens,
     watch,
 )
-from tiny_runs import go, new_run
-
-TERMS = ("q", "k", "v", "o", "gate", "up", "down")
+from tiny_runs import (
+    assert_same_run,
+    copy_until,
+    file_settings,
+    go,
+    new_run,
+    save_teacher,
+    tiny_documents,
+    tiny_recipe,
+)
 
 CASES = [
     pytest.param(("llama", True, {}), {}, {}, id="llama-tied"),
@@ -62,11 +70,6 @@ CASES = [
     ),
     pytest.param(("mistral", False, {}), {}, {"alignment": "explicit"}, id="mistral-explicit"),
 ]
-
-
-@pytest.fixture
-def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
 
 
 def releasing(
@@ -83,9 +86,9 @@ def releasing(
 # Losses and gradients
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("case", "student", "objective"), CASES)
-def test_nothing_changes_at_the_release_but_what_is_trained(
+def test_the_release_changes_only_what_is_trained(
     case: Case, student: dict[str, Any], objective: dict[str, Any]
 ) -> None:
     method = releasing(case, student, objective)
@@ -102,7 +105,7 @@ def test_nothing_changes_at_the_release_but_what_is_trained(
     after, after_grads = gradients(method, batch)
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=1e-12, atol=1e-12)
-    # What is trained on both sides has the same gradients.
+    # Parameters trained before and after have the same gradients.
     shared = before_grads.keys() & after_grads.keys()
     assert {name for name in shared if "norm" in name} == {
         name for name in before_grads if "norm" in name
@@ -111,7 +114,7 @@ def test_nothing_changes_at_the_release_but_what_is_trained(
         torch.testing.assert_close(after_grads[name], before_grads[name], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize(("case", "student", "objective"), CASES)
 def test_gradients_are_finite_differences(
     case: Case, student: dict[str, Any], objective: dict[str, Any]
@@ -124,17 +127,17 @@ def test_gradients_are_finite_differences(
 
 
 def randomize_around(parameters: dict[str, torch.nn.Parameter]) -> None:
-    """Move weights off what the projections gave."""
+    """Move the weights away from those of the projections."""
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for value in parameters.values():
             value += 0.1 * torch.randn(value.shape, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.usefixtures("exact")
+@pytest.mark.usefixtures("exact_norms")
 @pytest.mark.parametrize("family", LLAMAS)
 def test_clone_terms_of_moved_weights(family: str) -> None:
-    """Readers against the teacher's as they are, writers through the projections of the release."""
+    """Readers are compared directly, writers through the projections of the release."""
     method = releasing((family, False, {}), {}, {})
     frozen = {k: v.detach().clone() for k, v in method.projections.values.items()}
     method.begin_step(0)
@@ -179,8 +182,8 @@ def test_clone_terms_of_moved_weights(family: str) -> None:
         ({"alpha_schedule": "linear", "alpha_zero_at": 0.6}, {"o", "down"}),
     ],
 )
-def test_projections_that_stay(objective: dict[str, Any], kept: set[str]) -> None:
-    """Those that something is still cloned through; memory of all others is let go."""
+def test_which_projections_are_kept(objective: dict[str, Any], kept: set[str]) -> None:
+    """Those of remaining clone terms; the memory of the others is freed."""
     method = releasing(("llama", False, {}), {}, objective)
     method.next_stage()
     assert {name.rpartition(".")[2] for name in method.projections.values} == kept
@@ -201,8 +204,8 @@ def test_gradient_checkpointing_changes_nothing(objective: dict[str, Any]) -> No
             torch.testing.assert_close(theirs[name], value, rtol=1e-12, atol=1e-13)
 
 
-def test_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    use_exact_norms(monkeypatch)
+@pytest.mark.usefixtures("exact_norms")
+def test_micro_batches_add_up() -> None:
     method = releasing(("qwen3", False, {}), {}, {})
     method.next_stage()
     whole = tiny_batch(rows=4)
@@ -234,7 +237,7 @@ def test_alpha_by_its_schedule(until: float | None) -> None:
 
 
 @pytest.mark.parametrize("name", ["lrc", "activation-clone"])
-def test_alpha_falls_on_the_way_and_then_nothing_is_cloned(tmp_path: Path, name: str) -> None:
+def test_nothing_is_cloned_once_alpha_is_zero(tmp_path: Path, name: str) -> None:
     run = new_run(tmp_path, release_at=0.7, learning_rate=1e-9, log_every=1)
     recipe = run.recipe.model_dump(mode="json")
     recipe["method"] = {"name": name}
@@ -251,7 +254,7 @@ def test_alpha_falls_on_the_way_and_then_nothing_is_cloned(tmp_path: Path, name:
         assert line["loss"] == pytest.approx(total, rel=1e-5)
 
 
-def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
+def test_the_teacher_runs_only_if_a_loss_needs_it() -> None:
     method = releasing(
         ("llama", False, {}),
         {},
@@ -293,10 +296,9 @@ def test_the_teacher_rests_where_nothing_asks_for_it() -> None:
         ),
     ],
 )
-def test_bad_settings_are_a_sentence(settings: dict[str, Any], words: str) -> None:
-    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]}}
+def test_bad_settings_are_refused(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        make_recipe(base, settings)
+        tiny_recipe(settings)
 
 
 @pytest.mark.parametrize(
@@ -312,8 +314,8 @@ def test_the_step_of_the_release(share: float, steps: int, ends: tuple[int, ...]
 
 @pytest.mark.parametrize("steps", [7, 10, 100])
 @pytest.mark.parametrize("share", [0.3, 0.33, 0.34, 0.36, 0.5])
-def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share: float) -> None:
-    """However the release is rounded to a step, before alpha is zero or after."""
+def test_clone_terms_after_the_release_have_their_projections(steps: int, share: float) -> None:
+    """However the release is rounded to a step, before or after alpha is zero."""
     method = tiny_method(tiny_teacher("llama"), objective={"alpha_schedule": "linear"})
     method.steps, method.release_at = steps, share
     [release] = method.stage_ends()
@@ -324,19 +326,16 @@ def test_what_is_cloned_after_the_release_has_its_projections(steps: int, share:
         assert ("clone" in losses.terms) == (step / steps < 1 / 3)
 
 
-def test_methods_without_projections_say_that_it_has_no_effect(
+def test_methods_without_projections_report_that_it_has_no_effect(
     tmp_path: Path, lrc: Command
 ) -> None:
-    teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.save_pretrained(tmp_path / "teacher")
-    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
-    text = new_run(tmp_path).recipe.data.text[0]
-    arguments = ["--teacher", tmp_path / "teacher", "--hidden-size", 8, "--text", text]
+    teacher = save_teacher(tmp_path / "teacher")
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
+    arguments = ["--teacher", teacher, "--hidden-size", 8, "--text", text]
     arguments += ["--set", "train.tokens=32", "--set", "data.sequence_length=16"]
     arguments += ["--set", "train.micro_batch=2", "--set", "data.held_out_fraction=0.2"]
     arguments += ["--set", "train.release_at=0.5", "--out", tmp_path / "run"]
-    code, output, errors = lrc("train", *arguments, "--method", "scratch")
-    assert code == 0, errors
+    output = lrc.printed("train", *arguments, "--method", "scratch")
     assert "No effect with method scratch: train.release_at." in " ".join(output.split())
 
 
@@ -363,25 +362,11 @@ STEPS, RELEASE = 8, 4
 
 
 def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any]:
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    if not (folder / "teacher").exists():
-        teacher.model.save_pretrained(folder / "teacher")
-        teacher.tokenizer.save_pretrained(folder / "teacher")
-        words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-        lines = [json.dumps({"text": line}) + "\n" for line in words]
-        (folder / "text.jsonl").write_text("".join(lines))
-    return {
-        "teacher": {"model": str(folder / "teacher")},
-        "student": {"hidden_size": 8},
-        "initialize": {"method": "pca", "calibration_tokens": 64},
-        "objective": objective,
-        "data": {
-            "text": [str(folder / "text.jsonl")],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(folder / "cache"),
-        },
-        "train": {
+    return file_settings(
+        folder,
+        initialize={"method": "pca", "calibration_tokens": 64},
+        objective=objective,
+        train={
             "tokens": STEPS * 2 * 2 * 16,
             "micro_batch": 2,
             "accumulate": 2,
@@ -394,17 +379,19 @@ def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any
             "checkpoint_every": 1,
             "keep_checkpoints": STEPS + 1,
         },
-    }
+    )
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("release")
+    folder = tmp_path_factory.mktemp("release")
+    save_teacher(folder / "teacher")
+    return folder
 
 
 @pytest.fixture(scope="module")
 def whole(folder: Path) -> Run:
-    """A run that releases half-way, without interruption."""
+    """An uninterrupted run with the release half-way."""
     recipe = make_recipe(settings_of(folder, RELEASE / STEPS, alpha_schedule="constant"))
     run = Run.create(folder / "whole", recipe)
     train(run)
@@ -413,7 +400,7 @@ def whole(folder: Path) -> Run:
 
 @pytest.fixture(scope="module")
 def at_once(folder: Path) -> Run:
-    """A run whose own weights are trained from the first step on, without a clone loss."""
+    """A run with the release before the first step, without a clone loss."""
     run = Run.create(folder / "at-once", make_recipe(settings_of(folder, 0.0, alpha=0.0)))
     train(run)
     return run
@@ -429,16 +416,15 @@ def test_a_whole_run(whole: Run) -> None:
     assert all("clone" in line for line in lines[1:])
     student = AutoModelForCausalLM.from_pretrained(whole.student_folder)
     assert type(student).__name__ == "Qwen3ForCausalLM"
-    ids = torch.randint(3, 33, (2, 11), generator=torch.Generator().manual_seed(0))
+    ids = tiny_tokens(2)
     method = set_up(whole).method
     with torch.no_grad():
         theirs = method.student()(ids).logits
         torch.testing.assert_close(student(ids).logits, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_what_the_steps_after_the_release_do(whole: Run) -> None:
-    """Adam from empty moments on all of the student's weights, matrices decayed; inner norms and
-    gains too."""
+def test_steps_after_the_release_train_all_weights(whole: Run) -> None:
+    """Adam starts from empty moments; matrices decay; inner norms and gains are trained too."""
     before, after = (
         load_file(whole.checkpoints / f"step-{step:08d}" / "state.safetensors")
         for step in (RELEASE, STEPS)
@@ -459,7 +445,7 @@ def test_what_the_steps_after_the_release_do(whole: Run) -> None:
 
 
 def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
-    """Against torch's Adam on the gradients of the released model, taken by hand."""
+    """Against torch's Adam on gradients of the released model that are computed by hand."""
     settings = settings_of(folder, 0.0, alpha_schedule="constant")
     settings["train"] |= {"warmup_ratio": 0, "weight_decay": 0, "grad_clip": 0}
     settings["train"] |= {"token_grad_clip": 0, "tokens": 2 * 2 * 16}
@@ -490,7 +476,7 @@ def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
 def test_killed_before_at_and_after_the_release(
     kind: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """The run that was killed again and again is the run that was not, bit by bit."""
+    """A run that is killed several times equals the uninterrupted run, bit for bit."""
     run: Run = request.getfixturevalue(kind)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(run.recipe.to_yaml())
@@ -512,34 +498,29 @@ def test_killed_before_at_and_after_the_release(
         ]
         left = [None, 0, 5]  # type: ignore[list-item]
     assert run_and_kill(part, starts) == left
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part))
+    train(Run.open(part))
     assert_same_run(Run.open(part), run)
 
 
 def test_a_damaged_checkpoint_leads_back_before_the_release(whole: Run, tmp_path: Path) -> None:
-    part = tmp_path / "run"
-    shutil.copytree(whole.folder, part)
-    shutil.rmtree(part / "student")
-    (part / "summary.json").unlink()
+    run = copy_until(whole, tmp_path / "run", STEPS)
     for step in range(RELEASE, STEPS + 1):
-        file = part / "checkpoints" / f"step-{step:08d}" / "state.safetensors"
+        file = run.checkpoints / f"step-{step:08d}" / "state.safetensors"
         if step == STEPS:
-            # Whole, but of another run's shape: found out after the method went to its stage.
+            # Intact, but with other parameters, which shows after the change of the stage.
             lose_a_tensor(file)
         else:
             file.write_bytes(file.read_bytes()[:-1] + b"x")
-    setup = set_up(Run.open(part))
+    setup = set_up(run)
     assert setup.state.step == RELEASE - 1
     assert "projections.embedding" in setup.state.parameters
     assert not setup.state.buffers
-    with mock.patch("lrc.train.closing.draw_curves"):
-        train(Run.open(part))
-    assert_same_run(Run.open(part), whole)
+    train(run)
+    assert_same_run(run, whole)
 
 
 def lose_a_tensor(file: Path) -> None:
-    """Take a tensor out of a checkpoint, checksums and all."""
+    """Remove a tensor from a checkpoint and update the checksums."""
     from safetensors.torch import save_file
 
     from lrc.system.checksums import file_sha256, json_sha256
@@ -556,25 +537,21 @@ def lose_a_tensor(file: Path) -> None:
 
 @pytest.mark.parametrize("step", [RELEASE - 1, RELEASE, STEPS - 1])
 def test_export_of_any_checkpoint(whole: Run, tmp_path: Path, step: int) -> None:
-    part = tmp_path / "run"
-    shutil.copytree(whole.folder, part)
-    for later in range(step + 1, STEPS + 1):
-        shutil.rmtree(part / "checkpoints" / f"step-{later:08d}")
-    assert export_run(Run.open(part), tmp_path / "student") == step
-    method = set_up(Run.open(part)).method
+    run = copy_until(whole, tmp_path / "run", step)
+    assert export_run(run, tmp_path / "student") == step
+    method = set_up(run).method
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     for name, value in method.student().state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
 
 
 def test_a_released_student_is_pruned(whole: Run, tmp_path: Path, lrc: Command) -> None:
-    code, _, errors = lrc("prune", whole.folder, "--ratio", 0.1, "--out", tmp_path / "pruned")
-    assert code == 0, errors
+    lrc.printed("prune", whole.folder, "--ratio", 0.1, "--out", tmp_path / "pruned")
     assert Run.open(tmp_path / "pruned").student().config.hidden_size == 8
 
 
 def test_release_at_once_shares_the_start(at_once: Run, whole: Run) -> None:
-    """Both begin from the same function; the first line says what is trained."""
+    """Both have the same first losses. The header says that the weights are trained."""
     ours, theirs = at_once.metrics(), whole.metrics()
     assert ours[0]["stage"] == "released"
     assert "stage" not in theirs[0]
@@ -587,21 +564,20 @@ def test_release_at_once_shares_the_start(at_once: Run, whole: Run) -> None:
     assert not any("projections" in name for name in tensors)
 
 
-def test_marks_in_pictures(whole: Run, at_once: Run, tmp_path: Path, lrc: Command) -> None:
+def test_plots_mark_the_release(whole: Run, at_once: Run, tmp_path: Path, lrc: Command) -> None:
     metrics = whole.metrics()
     tokens = RELEASE * 2 * 2 * 16
     assert stage_marks(metrics) == [(tokens, "released")]
     [(seconds, _)] = stage_marks(metrics, "seconds")
     assert 0 < seconds < metrics[-1]["seconds"]
-    assert stage_marks(at_once.metrics()) == []  # there from the beginning
+    assert stage_marks(at_once.metrics()) == []  # it is released from the beginning
     drawn: list[float] = []
     with mock.patch("matplotlib.axes.Axes.axvline", lambda _, at, **k: drawn.append(at)):
         draw_curves(metrics, tmp_path / "a.png")
     assert set(drawn) == {tokens}
-    code, _, errors = lrc("report", whole.folder, at_once.folder, "--out", tmp_path / "page.html")
-    assert code == 0, errors
+    lrc.printed("report", whole.folder, at_once.folder, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert page.count(">released</text>") >= 8  # a chart each, over tokens and over time
+    assert page.count(">released</text>") >= 8  # in every chart, over tokens and over time
 
 
 def test_a_diverged_run_names_the_rate_of_its_stage(folder: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Comparisons: what they run, what they skip, and what they make of it."""
+"""Comparisons: what they run, skip and report."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
+from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison import runner as runner_module
@@ -28,26 +28,20 @@ from lrc.train import loop as training_loop
 from lrc.train import session as session_module
 from lrc.train.session import train
 from lrc.train.starts import Starts
-from tiny import tiny_teacher
+from tiny_runs import save_teacher, tiny_documents
 
 Settings = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("llama", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
-    return folder
+    return save_teacher(tmp_path_factory.mktemp("teacher"), "llama")
 
 
 @pytest.fixture
 def plan(tmp_path: Path, teacher_folder: Path) -> Settings:
     """A comparison of a clone with a student from scratch; a rate of 1e30 cannot stay finite."""
-    text = tmp_path / "text.jsonl"
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(30)]
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents(30))
     return {
         "recipe": {
             "teacher": {"model": str(teacher_folder)},
@@ -118,7 +112,7 @@ def test_whole_comparison_and_its_second_start(
             assert run.curve[-1].loss == pytest.approx(run.held_out_lm, rel=1e-5)
             assert run.tokens_to_reach == [run.curve[0].tokens, None]
         first, second = (run.held_out_lm for run in entry.runs)
-        assert first != second, "the seeds changed nothing"
+        assert first != second, "the seeds have no effect"
         assert entry.mean("held_out_lm") == pytest.approx((first + second) / 2)
         assert entry.spread("held_out_lm") == pytest.approx(abs(first - second) / 2**0.5)
     assert results.entries[0].calibration_tokens == 64
@@ -170,10 +164,10 @@ def test_runs_share_their_start(
         Run.open(folder).metrics()[0]["calibration_seconds"]
         for folder in (*(out / "grid").iterdir(), out / run.folder)
     ]
-    assert len(set(seconds)) == 1  # charged to each of them
+    assert len(set(seconds)) == 1  # counted for each of them
     assert seconds[0] > 0
 
-    # A damaged start is solved anew, and one of another seed is another.
+    # A damaged start is computed again. Another seed gives another start.
     [kept] = (out / "starts").glob("*/step-00000000/state.safetensors")
     kept.write_bytes(kept.read_bytes()[:-8])
     for seed, folder in ((0, "damaged"), (1, "seed")):
@@ -327,7 +321,7 @@ def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
 
 
 def signaled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) -> list[str]:
-    """Send this process a signal at a step of a run; the names of the runs that were begun."""
+    """Send this process a signal at a step of a run. Returns the names of the runs begun so far."""
     begun: list[str] = []
     take = training_loop.Loop._step
 
@@ -342,7 +336,7 @@ def signaled(monkeypatch: pytest.MonkeyPatch, number: int, run: str, step: int) 
     return begun
 
 
-def test_a_stopped_comparison_goes_on(
+def test_a_stopped_comparison_continues(
     plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     one = {**plan, "grid": {"learning_rates": [1e-2], "tokens": 1}, "entries": plan["entries"][1:2]}
@@ -366,8 +360,8 @@ def test_a_stopped_comparison_goes_on(
     assert not json.loads((tmp_path / "out" / "comparison.json").read_text())["entries"][0]["tries"]
 
 
-def test_a_killed_comparison_goes_on(plan: Settings, tmp_path: Path) -> None:
-    """SIGKILL in the second run: the first is kept as it is, the second goes on."""
+def test_a_killed_comparison_continues(plan: Settings, tmp_path: Path) -> None:
+    """SIGKILL in the second run: the first does not change, the second continues."""
     plan["recipe"]["train"] |= {"checkpoint_every": 5, "eval_every": 1000}
     one = {**plan, "tokens": 32 * 200, "entries": plan["entries"][1:2]}
     path = write({**one, "grid": {"learning_rates": [1e-2], "tokens": 1}}, tmp_path)
@@ -391,7 +385,7 @@ def test_a_killed_comparison_goes_on(plan: Settings, tmp_path: Path) -> None:
     assert first.stat().st_mtime_ns == before
     metrics = Run.open(second).metrics()
     assert [line["step"] for line in metrics] == list(range(201))
-    assert metrics[:6] == logged, "it began anew"  # the clock tells
+    assert metrics[:6] == logged, "it started over"  # the clock tells
     assert [run.seed for run in results.entries[0].runs] == [0, 3]
 
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: what it holds, and that a real browser shows it."""
+"""The page of a comparison: its contents, and its look in a real browser."""
 
 import html
 import json
@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
+from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison.figure import comparison_figure
@@ -22,7 +22,7 @@ from lrc.comparison.results import EntryResult, Point, Results, RunResult
 from lrc.comparison.table import header, notes, row
 from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
-from tiny import tiny_teacher
+from tiny_runs import save_teacher, tiny_documents
 
 MANY = 11
 """Entries of the page that has more lines than there are colors."""
@@ -32,12 +32,8 @@ MANY = 11
 def compared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
     """A comparison that has ended, of two systems that search a rate and one that takes it."""
     folder = tmp_path_factory.mktemp("comparison")
-    teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.save_pretrained(folder / "some-teacher")
-    teacher.tokenizer.save_pretrained(folder / "some-teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(30)]
-    text = folder / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
+    save_teacher(folder / "some-teacher", "llama", tied=False)
+    text = write_jsonl(folder / "text.jsonl", tiny_documents(30))
     plan = {
         "recipe": {
             "teacher": {"model": str(folder / "some-teacher")},
@@ -96,7 +92,7 @@ def test_the_page_has_the_table_the_notes_and_the_grid(
     assert "3 entries on 192 training tokens each, with some-teacher as the teacher" in text
 
 
-def test_it_needs_nothing_beside_it(page: Path) -> None:
+def test_the_page_needs_no_other_files(page: Path) -> None:
     text = page.read_text()
     assert "<script" not in text
     assert not re.findall(r"url\((?!#)", text)
@@ -128,7 +124,7 @@ def entry_of(name: str, *curves: list[float]) -> EntryResult:
     return EntryResult(name, "lrc", {}, 1e-4, {}, False, 10, 200, 0, runs)
 
 
-def test_a_loss_that_rises_on_the_way_is_told() -> None:
+def test_a_loss_that_rises_during_training_is_reported() -> None:
     entries = [
         entry_of("falls", [5.0, 4.0, 4.04, 3.0]),
         entry_of("rises", [5.0, 4.0, 3.9], [5.0, 4.5, 4.9, 4.6, 3.0]),
@@ -237,7 +233,7 @@ def test_a_browser_shows_every_line(crowded: Path, tmp_path: Path, browser: Look
             assert (abs(part - np.array(color)).sum(1) < 60).sum() > 20, color
 
 
-def test_it_fits_a_telephone(page: Path, tmp_path: Path, browser: Look) -> None:
+def test_it_fits_a_phone(page: Path, tmp_path: Path, browser: Look) -> None:
     add_probe(page, tmp_path / "probed.html")
     report = 'onload="document.body.innerHTML = this.contentDocument.body.innerHTML"'
     outer = tmp_path / "outer.html"

@@ -1,4 +1,4 @@
-"""Building shards out of a mix, in one process: what comes out, and what is said to bad input."""
+"""Building shards from a mix in one process: results, and messages about bad input."""
 
 import errno
 import gzip
@@ -17,18 +17,8 @@ import zstandard
 from matplotlib.figure import Figure
 from PIL import Image
 
-from build_helpers import (
-    TEMPLATE,
-    build,
-    documents,
-    make_mix,
-    rows,
-    steps_of,
-    summary_of,
-    texts_of,
-    write_rows,
-)
-from data_helpers import ByteTokenizer, byte_tokenizer
+from build_helpers import TEMPLATE, build, documents, make_mix, rows, steps_of, summary_of, texts_of
+from data_helpers import ByteTokenizer, byte_tokenizer, write_rows
 from lrc.corpus import hub, splitting, summary
 from lrc.corpus.unit import UnitWorker
 from lrc.data.identity import HASH_RANGE, text_hash
@@ -51,7 +41,7 @@ def chat_tokenizer() -> ByteTokenizer:
 
 
 def test_every_kind_of_file(tmp_path: Path) -> None:
-    """The same documents in and out, by way of every format, each cut into units its own way."""
+    """Every format, each divided into units in its own way, gives the same documents."""
     texts = {kind: documents(60, seed) for seed, kind in enumerate("abcdefgh")}
     plain = "".join(json.dumps(row) + "\n" for row in rows(texts["b"])).encode()
     write_rows(tmp_path / "a.jsonl", rows(texts["a"]))
@@ -262,7 +252,7 @@ def tokens_of(texts: list[str]) -> int:
 def test_budget_takes_the_first_documents(tmp_path: Path, deduplicate: bool) -> None:
     texts, others = documents(200, words=30), documents(100, seed=1, words=30)
     write_rows(tmp_path / "a.jsonl", rows(texts))
-    # The end of `a`, which its budget leaves out, may stand in `b`.
+    # The end of `a`, which is beyond its budget, may occur in `b`.
     write_rows(tmp_path / "b.jsonl", rows([*others, *texts[60:80]]))
     budget = tokens_of(texts[:60]) - 5
     sources = {"a": {"files": ["a.jsonl"], "tokens": budget}, "b": {"files": ["b.jsonl"]}}
@@ -290,7 +280,7 @@ def test_weights_are_shares_of_tokens(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("repeat", [1, 2, 5])
-def test_source_that_runs_dry(tmp_path: Path, repeat: int) -> None:
+def test_a_source_that_is_too_short(tmp_path: Path, repeat: int) -> None:
     texts = documents(50)
     write_rows(tmp_path / "a.jsonl", rows(texts))
     once = tokens_of(texts)
@@ -410,7 +400,7 @@ def test_hub_data_set(tmp_path: Path, fake_hub: FakeHub, streaming: bool) -> Non
 
 @pytest.mark.parametrize("kind", ["streamed", "downloaded", "local"])
 def test_files_are_shuffled(tmp_path: Path, fake_hub: FakeHub, kind: str) -> None:
-    """A budget of a third takes it from files here and there."""
+    """A third of the text comes from files all over the source."""
     for i in range(2, 12):
         table = pa.table({"text": documents(80, seed=i), "meta": [{"n": 0}] * 80, "x": [0] * 80})
         pq.write_table(table, tmp_path / "hub" / f"{i}.parquet")
@@ -427,7 +417,7 @@ def test_files_are_shuffled(tmp_path: Path, fake_hub: FakeHub, kind: str) -> Non
         assert 4 <= len(taken[1]) <= 5
 
 
-def test_streamed_data_set_goes_on_where_it_stopped(
+def test_a_streamed_data_set_continues_where_it_stopped(
     tmp_path: Path, fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mix = make_mix(tmp_path, {"h": {"hub": "org/name"}}, held_out_fraction=0)
@@ -449,7 +439,7 @@ def test_streamed_data_set_goes_on_where_it_stopped(
     monkeypatch.setattr(datasets, "load_dataset", fake_hub)
     monkeypatch.setattr(hub, "load", counted)
     assert texts_of(build(mix, tmp_path / "out")) == texts_of(whole)
-    # What was done is not downloaded again, but for the rows that `datasets` reads ahead.
+    # Finished rows are not downloaded again, except those that `datasets` reads ahead.
     assert first > 100
     assert len(read) - first < 110
 
@@ -467,7 +457,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, unit: int) -> None:
 
 
 def refused(mix: Any, out: Path, message: str, tokenizer: Any = None) -> None:
-    """The build is refused with a message, and nothing that looks whole is left."""
+    """The build is refused with a message and leaves nothing that looks finished."""
     with pytest.raises(UserError, match=message):
         build(mix, out, tokenizer=tokenizer)
     assert not (out / "index.json").exists()
@@ -579,7 +569,7 @@ def test_folder_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     message = r"of another mix \(other settings: held_out_fraction and seed\)"
     with pytest.raises(UserError, match=message):
         build(other, tmp_path / "out")
-    # Once more is nothing to do.
+    # The second build has nothing to do.
     inode = (tmp_path / "out" / "train-00000.bin").stat().st_ino
     assert build(mix, tmp_path / "out") == done
     assert (tmp_path / "out" / "train-00000.bin").stat().st_ino == inode

@@ -1,4 +1,4 @@
-"""The parts of a build by themselves, against independent and naive references."""
+"""The parts of a build, against independent naive references."""
 
 import io
 import json
@@ -13,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from build_helpers import make_mix, write_rows
+from build_helpers import make_mix
+from data_helpers import write_rows
 from lrc.corpus import pieces, splitting
 from lrc.corpus.draw import draw
 from lrc.corpus.duplicates import SeenDocuments, band_keys
@@ -180,7 +181,7 @@ def test_seen_documents_like_a_set(rows: list[tuple[int, ...]], step: int) -> No
 
 
 def test_index_of_documents_stays_in_its_memory() -> None:
-    """A full index errs more and more often, says so about right, and does not grow."""
+    """A full index makes more errors, estimates their rate about right, and does not grow."""
     rng = np.random.default_rng(0)
     seen = SeenDocuments(Deduplicate(bands=2, memory_mib=1))
     dropped = 0
@@ -283,7 +284,7 @@ def refusal(tmp_path: Path, text: str) -> str:
     return str(caught.value)
 
 
-def test_mistakes_of_a_mix_are_told_together(tmp_path: Path) -> None:
+def test_mistakes_of_a_mix_are_reported_together(tmp_path: Path) -> None:
     message = refusal(
         tmp_path,
         """

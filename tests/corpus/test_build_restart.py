@@ -1,4 +1,4 @@
-"""A build that is killed goes on and gives the same bytes; so does any number of processes."""
+"""Killed builds continue and give the same bytes. So does any number of processes."""
 
 import gzip
 import json
@@ -13,8 +13,8 @@ import psutil
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, documents, files_of, make_mix, rows, write_rows
-from data_helpers import byte_tokenizer
+from build_helpers import build, documents, files_of, make_mix, rows
+from data_helpers import byte_tokenizer, write_rows
 from lrc.corpus import pool, run, splitting, summary
 from lrc.corpus.mix import Mix
 from lrc.corpus.pieces import Unit
@@ -25,7 +25,7 @@ from lrc.system.errors import UserError
 
 @pytest.fixture
 def mix(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mix:
-    """Two sources, one compressed, with everything on that depends on the order."""
+    """Two sources, one of them compressed, with every step that depends on the order."""
     monkeypatch.setattr(splitting, "UNIT_BYTES", 4_000)
     monkeypatch.setattr(summary, "draw", lambda _: Figure(figsize=(1, 1)))
     texts = documents(150, words=20)
@@ -134,7 +134,7 @@ def test_shards_that_are_finished_stay(
     shards = sorted((tmp_path / "out").glob("*.bin"))
     before = [(path, path.stat().st_ino) for path in shards]
     assert len(before) >= 9
-    # One that was cut short meanwhile is made anew.
+    # A shard that was cut short meanwhile is built again.
     lost = shards[-1]
     content = lost.read_bytes()
     lost.write_bytes(content[:-1])
@@ -146,7 +146,7 @@ def test_shards_that_are_finished_stay(
 
 
 def test_processes_give_the_same_and_end_with_a_killed_build(mix: Mix, tmp_path: Path) -> None:
-    """Two real processes; the build is killed in its middle, and they are gone with it."""
+    """With two real processes: they end if the build is killed."""
     whole = tmp_path / "whole"
     build(mix, whole)
     out = tmp_path / "out"
@@ -167,7 +167,9 @@ def test_processes_give_the_same_and_end_with_a_killed_build(mix: Mix, tmp_path:
     assert files_of(out) == files_of(whole)
 
 
-def test_killed_process_is_told(mix: Mix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_process_is_reported(
+    mix: Mix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pool.Pool(2) as two:
         future = two.submit(os.kill, 0, 0)  # Starts the processes.
         two.wait(future)

@@ -2,10 +2,7 @@
 
 import json
 import math
-import shutil
-import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from data_helpers import Document, write_shards
-from lrc.cli import main
+from command_line import Command
+from data_helpers import Document, write_rows, write_shards
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.data import Batch, StreamedText, TrainingText
 from lrc.data.by_source import SourceLosses
@@ -25,8 +22,10 @@ from lrc.recipe import Recipe, make_recipe
 from lrc.run import Run
 from lrc.train import train
 from lrc.train.batches import count
+from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import closing_table
 from tiny import TOKENS, tiny_method, tiny_teacher, tiny_tokenizer
+from tiny_runs import assert_same_run, copy_until, save_teacher, tiny_documents
 
 NAMES = ("web", "code", "unused")
 
@@ -83,7 +82,7 @@ def means_of(found: list[tuple[float, int]]) -> dict[str, float]:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_losses_of_a_step_by_source(masked: bool) -> None:
-    """Over two micro-batches; and the loss itself is untouched."""
+    """Over two micro-batches. The loss itself does not change."""
     method = tiny_method(tiny_teacher("llama"))
     batches = [random_batch(seed, masked) for seed in (0, 1)]
     sums = SourceLosses(NAMES)
@@ -150,10 +149,7 @@ def documents(source: str, first: int, number: int) -> list[Document]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     """A tiny teacher and shards of two sources."""
-    folder = tmp_path_factory.mktemp("teacher")
-    teacher = tiny_teacher("qwen3", tied=True, dtype=torch.float32)
-    teacher.model.save_pretrained(folder)
-    teacher.tokenizer.save_pretrained(folder)
+    folder = save_teacher(tmp_path_factory.mktemp("teacher"))
     shards = tmp_path_factory.mktemp("shards") / "shards"
     write_shards(
         shards,
@@ -182,20 +178,11 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     )
 
 
-def without_times(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in line.items() if "second" not in k} for line in lines]
-
-
 def go_on(run: Run, folder: Path) -> Run:
-    """A copy of a run that has ended, continued from its last checkpoint but one."""
-    shutil.copytree(run.folder, folder)
-    for name in ("student", "summary.json", "curves.png"):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    shutil.rmtree(max((folder / "checkpoints").iterdir()))
-    resumed = Run.open(folder)
-    with mock.patch("lrc.train.closing.draw_curves"):  # half of the time
-        train(resumed)
+    """A copy of a finished run, continued from its last checkpoint but one."""
+    last = int(list_checkpoints(run.checkpoints)[0].name.removeprefix("step-"))
+    resumed = copy_until(run, folder, last - 1)
+    train(resumed)
     return resumed
 
 
@@ -221,21 +208,15 @@ def test_run_on_shards(recipe: Recipe, tmp_path: Path) -> None:
         "  of code",
         *(f"{by_source['code'][f'{who}_lm']:.4f}" for who in ("teacher", "student")),
     ] in rows
-    assert (run.folder / "curves.png").stat().st_size > 0
-
-    resumed = go_on(run, tmp_path / "resumed")
-    assert without_times(resumed.metrics()) == without_times(lines)
-    files = [r.student_folder / "model.safetensors" for r in (run, resumed)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert (run.folder / "curves.png").exists()
+    assert_same_run(go_on(run, tmp_path / "resumed"), run)
 
 
-def test_training_begins_after_what_the_start_was_solved_on(recipe: Recipe, tmp_path: Path) -> None:
+def test_training_begins_after_the_calibration_text(recipe: Recipe, tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", recipe)
     read = TrainingText.training_batch
-    with (
-        mock.patch("lrc.train.closing.draw_curves", lambda _, path: path.touch()),
-        mock.patch.object(TrainingText, "training_batch", autospec=True, side_effect=read) as taken,
-    ):
+    patch = mock.patch.object(TrainingText, "training_batch", autospec=True, side_effect=read)
+    with patch as taken:
         train(run)
     (first, calibration), *trained = (call.args[1:] for call in taken.call_args_list)
     assert (first, calibration) == (0, 256 // recipe.data.sequence_length)
@@ -245,10 +226,8 @@ def test_training_begins_after_what_the_start_was_solved_on(recipe: Recipe, tmp_
 
 
 def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
-    """The same way, with documents that are read, shuffled and packed as they come."""
-    source = tmp_path / "text.jsonl"
-    texts = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(20)) for d in range(60)]
-    source.write_text("".join(json.dumps({"body": text}) + "\n" for text in texts))
+    """The same with documents that are read, shuffled and packed on the fly."""
+    source = write_rows(tmp_path / "text.jsonl", ({"body": text} for text in tiny_documents()))
     changes = {
         "data.stream.dataset": "json",
         "data.stream.data_files": [str(source)],
@@ -258,42 +237,30 @@ def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
     }
     streamed = make_recipe(recipe.model_dump(), changes)
     run = Run.create(tmp_path / "run", streamed)
-    with mock.patch("lrc.train.closing.draw_curves", lambda _, path: path.touch()):
-        train(run)
+    train(run)
     lines = run.metrics()
     assert len({line["loss"] for line in lines if "loss" in line}) == streamed.steps()
     assert not any("lm_by_source" in line for line in lines)
-    # It goes to its place, rather than reading all documents again until it is there.
+    # It skips to its position instead of reading all documents again.
     load = StreamedText.load_state
     with mock.patch.object(StreamedText, "load_state", autospec=True, side_effect=load) as loaded:
         resumed = go_on(run, tmp_path / "resumed")
     calibration = 256 // streamed.data.sequence_length
     taken = calibration + 7 * streamed.train.step_sequences()
     assert loaded.call_args.args[1]["position"] == taken
-    assert without_times(resumed.metrics()) == without_times(lines)
-    files = [r.student_folder / "model.safetensors" for r in (run, resumed)]
-    assert files[0].read_bytes() == files[1].read_bytes()
+    assert_same_run(resumed, run)
 
 
-def test_command_line(
-    recipe: Recipe,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Without a recipe file; and what is wrong is told in a sentence."""
+def test_command_line(recipe: Recipe, tmp_path: Path, lrc: Command) -> None:
+    """Without a recipe file; folders without shards are refused."""
 
-    def lrc(*shards: str) -> int:
+    def arguments(*shards: str) -> list[str]:
         shape = ["--teacher", recipe.teacher.model, "--hidden-size", "8", "--out"]
         settings = [f"--set=data.shards={json.dumps(shards)}", "--set=data.sequence_length=16"]
-        arguments = ["compress", *shape, str(tmp_path / "run"), *settings]
-        monkeypatch.setattr(sys, "argv", ["lrc", *arguments])
-        with pytest.raises(SystemExit) as end:
-            main()
-        return end.value.code
+        return ["compress", *shape, str(tmp_path / "run"), *settings]
 
-    assert lrc(str(tmp_path / "none")) == 2
-    assert "contains no finished shards" in capsys.readouterr().err
+    none = arguments(str(tmp_path / "none"))
+    assert "contains no finished shards" in lrc.refusal(*none)
     assert not (tmp_path / "run").exists()
-    assert lrc(*recipe.data.shards) == 0
+    lrc.printed(*arguments(*recipe.data.shards))
     assert set(Run.open(tmp_path / "run").summary()["held_out_by_source"]) == {"web", "code"}

@@ -43,7 +43,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def both(packed: PackedText, tokenizer: ByteTokenizer) -> tuple[list[str], list[str]]:
-    """The texts of the training and of the held-out documents, bos and eos taken off."""
+    """Texts of the training and held-out documents, without bos and eos."""
     sides = []
     for part in (packed.train, packed.held_out):
         documents = unpack(part)
@@ -153,7 +153,7 @@ def test_progress_counts_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     st.floats(0.001, 0.999),
     st.randoms(),
 )
-def test_no_text_is_on_both_sides(
+def test_no_text_is_in_both_splits(
     documents: list[str], fraction: float, random: random.Random
 ) -> None:
     documents = [d for d in documents if d.strip()]
@@ -207,7 +207,7 @@ def test_broken_build_leaves_nothing(
     assert prepare(section, byte_tokenizer()).train.documents > 30
 
 
-def test_what_a_killed_build_left_is_removed_in_the_end(tmp_path: Path) -> None:
+def test_files_of_a_killed_build_are_removed_later(tmp_path: Path) -> None:
     section = data_section(tmp_path, write_jsonl(tmp_path / "a.jsonl", TEXTS))
     packed = prepare(section, byte_tokenizer())
     young, old = (packed.folder.with_name(f"{packed.folder.name}.tmp-{n}") for n in "ab")
@@ -251,7 +251,7 @@ def test_damaged_cache_is_built_again(tmp_path: Path, name: str, damage: str) ->
     assert file.read_bytes() == whole
 
 
-def test_index_tells_what_is_there(tmp_path: Path) -> None:
+def test_index_describes_the_cache(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
     packed = prepare(data_section(tmp_path, source), byte_tokenizer())
     index = json.loads((packed.folder / "index.json").read_text())
@@ -367,13 +367,13 @@ def test_special_token_in_the_text_is_no_boundary(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 50), st.integers(-(2**70), 2**70), st.integers(0, 5))
-def test_every_sequence_comes_once_an_epoch(sequences: int, seed: int, epoch: int) -> None:
+def test_every_sequence_occurs_once_per_epoch(sequences: int, seed: int, epoch: int) -> None:
     taken = ShuffledOrder(sequences, seed).take(epoch * sequences, sequences)
     assert sorted(taken) == list(range(sequences))
 
 
 @given(st.integers(1, 20), st.integers(0, 9), st.lists(st.integers(0, 30), max_size=10))
-def test_order_goes_on_from_any_position(sequences: int, seed: int, counts: list[int]) -> None:
+def test_order_continues_from_any_position(sequences: int, seed: int, counts: list[int]) -> None:
     whole = ShuffledOrder(sequences, seed).take(0, sum(counts))
     order, position = ShuffledOrder(sequences, seed), 0
     for count in counts:

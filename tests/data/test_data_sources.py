@@ -19,7 +19,7 @@ def read(*sources: Path | str, field: str = "text") -> list[str]:
 
 
 def compress(path: Path, data: bytes) -> Path:
-    """Write `data` as the ending of the name says."""
+    """Write `data`, compressed according to the file's suffix."""
     kinds = {".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
     path.write_bytes(kinds[path.suffix](data) if path.suffix in kinds else data)
     return path
@@ -73,7 +73,7 @@ def test_text_without_blank_lines_is_cut_too(tmp_path: Path) -> None:
     ("valid_2.md", False), ("eval/a.txt", False), ("data/validation/a.txt", False),
     ("squad_dev.txt", False), ("README.md", False), ("LICENSE.txt", False),
 ])  # fmt: skip
-def test_folders_give_what_is_to_be_trained_on(tmp_path: Path, name: str, is_read: bool) -> None:
+def test_folders_give_training_files_only(tmp_path: Path, name: str, is_read: bool) -> None:
     path = tmp_path / name
     path.parent.mkdir(parents=True, exist_ok=True)
     compress(path, b"text")
@@ -119,7 +119,7 @@ def test_data_set_on_disk(tmp_path: Path) -> None:
     assert names == {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
 
 
-def test_source_files_tell_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_source_files_have_size_and_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.txt").write_text("four")
     monkeypatch.chdir(tmp_path)
     (found,) = source_files(["a.txt"])
@@ -186,7 +186,7 @@ def test_bad_data_set(tmp_path: Path) -> None:
         read(tmp_path / "single")
 
 
-def test_missing_source_is_told_at_once(tmp_path: Path) -> None:
+def test_missing_source_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file or folder '.*none\.txt'"):
         read_documents([str(tmp_path / "none.txt")], "text")
     with pytest.raises(UserError, match=r"no file or folder 'none'"):

@@ -44,7 +44,7 @@ def byte_level() -> Tokenizer:
 
 
 def metaspace() -> Tokenizer:
-    """As sentencepiece: a space before every text, which stands in the word's first token."""
+    """Like sentencepiece: a space before every text, which is part of the word's first token."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
     backend.decoder = decoders.Metaspace()
@@ -81,7 +81,7 @@ def test_parts_make_up_the_text(text: str, longest: int) -> None:
 
 
 @pytest.mark.parametrize("make", [byte_level, metaspace])
-def test_special_tokens_are_text_unless_asked_for(make: Callable[[], Tokenizer]) -> None:
+def test_special_tokens_are_text_by_default(make: Callable[[], Tokenizer]) -> None:
     backend = make()
     control = backend.token_to_id(CONTROL)
     document = [f"The fox {CONTROL} jumps"]

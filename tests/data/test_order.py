@@ -1,4 +1,4 @@
-"""The order of training sequences, whole and in the shares of several processes."""
+"""The order of training sequences, in one process and divided among several."""
 
 import tracemalloc
 
@@ -35,7 +35,7 @@ def test_permutation_of_any_size_needs_no_others(size: int, places: list[float])
 
 
 def test_permutation_mixes_well() -> None:
-    """Neighbors end up far apart, and every number comes to every place about as often."""
+    """Neighbors end up far apart, and every number is about equally often at every position."""
     size, trials = 30, 3000
     results = np.stack([permuted(np.arange(size), size, keys(seed)) for seed in range(trials)])
     for place in (0, 1, 17, 29):
@@ -102,7 +102,7 @@ def test_shares_make_up_the_stream(
             for rank in range(world_size):
                 own = Share(rank, world_size).positions(step, batch)
                 positions += own
-                # Every process has an order of its own, begun at this step.
+                # Every process has its own order, which begins at this step.
                 ours += ShuffledOrder(sequences, 3).take(own.start, len(own))
             assert positions == list(range(step * batch, (step + 1) * batch))
             assert ours == whole.take(step * batch, batch)

@@ -1,4 +1,4 @@
-"""Reading token shards: what stands in a sequence, and what is refused."""
+"""Reading token shards: the contents of sequences, and refusals."""
 
 import tempfile
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def text_of(shards: Shards) -> Tokens:
 
 @settings(max_examples=60, deadline=None)
 @given(documents_of_shards, st.integers(1, 17))
-def test_sequences_go_on_across_shards(
+def test_sequences_continue_across_shards(
     lengths: list[list[tuple[str, int]]], sequence_length: int
 ) -> None:
     """Ids, positions and sources against a plain list of all tokens."""
@@ -79,7 +79,7 @@ def test_sequences_go_on_across_shards(
 def test_every_sequence_once_an_epoch(
     lengths: list[list[tuple[str, int]]], sequence_length: int, world_size: int
 ) -> None:
-    """All tokens but the last, which fill no sequence, come once, at any number of processes."""
+    """With any number of processes. The last tokens, which fill no sequence, are left out."""
     with tempfile.TemporaryDirectory() as name:
         whole = write_shards(Path(name), [("train", d) for d in numbered(lengths)], IDENTITY)
         sequences = Sequences(text_of(whole), sequence_length)
@@ -123,7 +123,7 @@ def side(source: str, first: int, documents: int = 4) -> list[Document]:
 
 
 def test_folders_are_read_together(tmp_path: Path) -> None:
-    """Sources are known by name, wherever they stand in a folder's own list."""
+    """Sources are identified by name, whatever their order in a folder."""
     one, two = tmp_path / "one", tmp_path / "two"
     write_shards(one, [("train", side("a", 0)), ("held_out", side("b", 300))], IDENTITY)
     order = ("c", "b", "a")
@@ -140,7 +140,7 @@ def test_folders_are_read_together(tmp_path: Path) -> None:
     assert [text.sources[s] for s in held.source_ids.flatten()] == ["b"] * 40 + ["c"] * 40
 
 
-def test_measured_sequences_stand_for_the_whole(tmp_path: Path) -> None:
+def test_measured_sequences_represent_the_whole(tmp_path: Path) -> None:
     """Not the first documents alone, which may all be of one source."""
     held = ("held_out", side("a", 300, 30) + side("b", 700, 10))
     write_shards(tmp_path, [("train", side("a", 0)), held], IDENTITY)
@@ -153,7 +153,7 @@ def test_measured_sequences_stand_for_the_whole(tmp_path: Path) -> None:
     assert whole.flatten().tolist() == [*range(300, 600), *range(700, 800)]
 
 
-def test_one_source_is_not_told_apart(tmp_path: Path) -> None:
+def test_a_single_source_is_not_reported(tmp_path: Path) -> None:
     sides = [("train", side("a", 0)), ("held_out", side("a", 300))]
     write_shards(tmp_path, sides, IDENTITY, ("a",))
     text = open_text(recipe(tmp_path), wide_tokenizer())

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from build_helpers import build, documents, make_mix, rows, texts_of, write_rows
-from data_helpers import byte_tokenizer, data_section, write_jsonl
+from build_helpers import build, documents, make_mix, rows, texts_of
+from data_helpers import byte_tokenizer, data_section, write_jsonl, write_rows
 from lrc.corpus import summary
 from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data import open_text, prepare
@@ -60,7 +60,7 @@ def test_what_is_written_is_read(tmp_path: Path, dtype: str) -> None:
     assert list(documents_of(found.of_split("held_out")[0])) == []
 
 
-def test_cache_of_a_recipe_reads_as_shards(tmp_path: Path) -> None:
+def test_the_cache_of_a_recipe_is_readable_as_shards(tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     texts = [f"Document number {i}." for i in range(30)]
     packed = prepare(data_section(tmp_path, write_jsonl(tmp_path / "a.jsonl", texts)), tokenizer)
@@ -104,7 +104,7 @@ def recipe_of(shards: Shards) -> Recipe:
     return validated(Recipe, values, "The recipe")
 
 
-def test_damage_is_told_when_training_opens_shards(shards: Shards) -> None:
+def test_damage_is_reported_when_training_opens_shards(shards: Shards) -> None:
     tokenizer = byte_tokenizer()
     recipe = recipe_of(shards)
     open_text(recipe, tokenizer)
@@ -132,7 +132,7 @@ def test_tokens_beyond_the_vocabulary_are_refused_whatever_the_checksum(shards: 
         open_text(recipe_of(shards), byte_tokenizer())
 
 
-def test_index_that_cannot_be_used(shards: Shards) -> None:
+def test_unusable_indices_are_refused(shards: Shards) -> None:
     file = shards.folder / "index.json"
     index = json.loads(file.read_text())
     for change, message in (

@@ -1,4 +1,4 @@
-"""Streaming a data set: packing on the fly, its order, and going on exactly."""
+"""Streaming a data set: packing on the fly, order, and exact continuation."""
 
 import json
 import random
@@ -97,7 +97,7 @@ def test_order_is_that_of_the_seed(opened: Callable[..., StreamedText]) -> None:
     assert not torch.equal(one, other)
 
 
-def test_held_out_text_is_never_learnt(opened: Callable[..., StreamedText]) -> None:
+def test_held_out_text_is_never_trained_on(opened: Callable[..., StreamedText]) -> None:
     text = opened(held_out=12)
     (held,) = text.held_out_batches(12, 16)
     texts = documents([held.input_ids])
@@ -108,7 +108,7 @@ def test_held_out_text_is_never_learnt(opened: Callable[..., StreamedText]) -> N
     assert [b.input_ids.shape[0] for b in text.held_out_batches(99, 8)] == [8, 4]
 
 
-def test_it_goes_on_from_any_place(opened: Callable[..., StreamedText]) -> None:
+def test_it_continues_from_any_place(opened: Callable[..., StreamedText]) -> None:
     """Through JSON, and into the second epoch."""
     whole, states = [], []
     text = opened(document_mask=True)
@@ -125,7 +125,7 @@ def test_it_goes_on_from_any_place(opened: Callable[..., StreamedText]) -> None:
             assert torch.equal(batch.position_ids, whole[later].position_ids)
 
 
-def test_going_on_reads_one_block_again(
+def test_continuing_reads_one_block_again(
     opened: Callable[..., StreamedText], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("lrc.data.stream.DOCUMENTS_PER_BATCH", 1)
@@ -140,7 +140,7 @@ def test_going_on_reads_one_block_again(
     assert 0 < len(read) <= 2 * 7 + 6  # two blocks of 7, and the held-out documents among them
 
 
-def test_it_begins_again(opened: Callable[..., StreamedText]) -> None:
+def test_it_can_start_over(opened: Callable[..., StreamedText]) -> None:
     """The closed-form start reads the head of the text, which is then trained on."""
     text = opened()
     head = text.training_batch(0, 5).input_ids
@@ -154,7 +154,7 @@ def test_it_begins_again(opened: Callable[..., StreamedText]) -> None:
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_shares_of_processes(opened: Callable[..., StreamedText], world_size: int) -> None:
-    """Each step is that of one process, also after going on with another number of processes."""
+    """Each step equals that of one process, also when another number of processes continues."""
     whole = opened()
     steps = [whole.training_batch(6 * step, 6).input_ids for step in range(4)]
 

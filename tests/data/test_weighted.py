@@ -1,4 +1,4 @@
-"""Training sequences drawn source by source, in shares that change on the way."""
+"""Training sequences drawn by source, in shares that change during training."""
 
 import json
 from collections import Counter
@@ -26,7 +26,7 @@ def order(seed: int = 0) -> WeightedOrder:
     return WeightedOrder(NAMES, OF, seed)
 
 
-def test_starts_with_the_texts_shares() -> None:
+def test_it_starts_with_the_shares_of_the_text() -> None:
     assert order().shares() == {"web": 0.7, "code": 0.3}
     taken = order().take(0, 10)
     assert sorted(taken) == list(range(10)), "an epoch of both is one of the text"
@@ -35,7 +35,7 @@ def test_starts_with_the_texts_shares() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(st.floats(0, 1), st.integers(1, 40)), min_size=1, max_size=5))
-def test_shares_are_kept_all_along(stretches: list[tuple[float, int]]) -> None:
+def test_shares_are_kept_at_every_step(stretches: list[tuple[float, int]]) -> None:
     stream, position, wanted, found = order(), 0, np.zeros(2), np.zeros(2)
     for web, number in stretches:
         stream.set_shares(position, {"web": web, "code": 1 - web})
@@ -46,7 +46,7 @@ def test_shares_are_kept_all_along(stretches: list[tuple[float, int]]) -> None:
             assert np.abs(found - wanted).max() <= 1.0 + 1e-9
 
 
-def test_every_source_has_epochs_of_its_own() -> None:
+def test_every_source_has_its_own_epochs() -> None:
     stream = order()
     stream.set_shares(0, {"web": 0.5, "code": 0.5})
     taken = stream.take(0, 12)
@@ -59,7 +59,7 @@ def test_every_source_has_epochs_of_its_own() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(st.integers(0, 30), st.lists(st.floats(0.01, 0.99), min_size=1, max_size=4))
-def test_goes_on_from_its_state(cut: int, shares: list[float]) -> None:
+def test_it_continues_from_its_state(cut: int, shares: list[float]) -> None:
     def run(stop: int, start: int = 0, state: str | None = None) -> tuple[list[int], str]:
         stream, taken = order(), []
         if state is not None:
@@ -92,7 +92,7 @@ def test_processes_share_one_stream() -> None:
     assert [first + second for first, second in pairs] == steps(0, 1)
 
 
-def test_never_goes_back() -> None:
+def test_it_never_goes_back() -> None:
     stream = order()
     stream.take(0, 4)
     with pytest.raises(IndexError):

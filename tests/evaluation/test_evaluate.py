@@ -1,4 +1,4 @@
-"""`lrc eval` as a whole: results, tables, what is kept, and what is refused."""
+"""`lrc eval` as a whole: results, tables, kept results, and refusals."""
 
 import importlib
 import json
@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from benchmarks_data import ROWS, save_byte_model, write_rows
-from lrc.cli import main
+from benchmarks_data import ROWS, save_byte_model
+from command_line import Command
+from data_helpers import write_rows
 from lrc.cli.console import TextConsole
 from lrc.data import open_text
 from lrc.evaluation import evaluation as evaluation_module
@@ -38,14 +39,8 @@ cli_module = importlib.import_module("lrc.cli.evaluate")  # `lrc.cli` has a func
 
 
 @pytest.fixture(autouse=True)
-def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness asks the machine for its details at every evaluation, which takes a second."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
-@pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_model(tmp_path_factory.mktemp("models") / "tiny")
+def wide_console(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +53,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run whose student was never trained."""
+    """A run with an untrained student."""
     folder = tmp_path_factory.mktemp("run")
     texts = [
         {"text": f"Animal {i} is a cow, and cow {i + 1} is an animal. " * 3} for i in range(40)
@@ -81,61 +76,31 @@ def run(byte_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def lrc(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
-    """The command line in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["lrc", *map(str, arguments)])
-    with pytest.raises(SystemExit) as end:
-        main()
-    return int(end.value.code or 0)
-
-
 def test_published_averages_are_means() -> None:
     tables = published()
     assert len(tables.tasks) == 9
     assert len(tables.models) == 12
     for row in tables.models:
         assert sum(row.accuracy) / 9 == pytest.approx(row.average, abs=0.006), row.model
-    lrc = {row.model: row for row in tables.models}["LRC-1.7B"]
-    assert (lrc.teacher, lrc.tokens, lrc.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
+    row = {row.model: row for row in tables.models}["LRC-1.7B"]
+    assert (row.teacher, row.tokens, row.accuracy[-1]) == ("Qwen2.5-3B", "20B", 54.93)
 
 
-def test_published_results_are_listed(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
-    assert lrc(monkeypatch, "eval", "--published") == 0
-    printed = capsys.readouterr().out
+def test_published_results_are_listed(lrc: Command) -> None:
+    printed = lrc.printed("eval", "--published")
     assert all(
         row.model in printed and f"{row.average:.2f}" in printed for row in published().models
     )
 
 
 def test_command_line(
-    byte_model: Path,
-    rows: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    byte_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lrc: Command
 ) -> None:
     other = save_byte_model(tmp_path / "other", seed=1)
-    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
     out = tmp_path / "out"
-    command = [
-        "eval",
-        byte_model,
-        "--tasks",
-        "piqa,winogrande",
-        "--data",
-        rows,
-        "--limit",
-        4,
-        "--compare",
-        other,
-        "--out",
-        out,
-    ]
-    assert lrc(monkeypatch, *command) == 0
-    printed = capsys.readouterr().out
+    command = ["eval", byte_model, "--tasks", "piqa,winogrande", "--data", rows]
+    compared = ["--limit", 4, "--compare", other, "--out", out]
+    printed = lrc.printed(*command, *compared)
     assert "tiny - other" in printed
     assert "Limited to the first 4 rows" in printed
     assert "4 of 1,838" in printed
@@ -154,39 +119,27 @@ def test_command_line(
     assert f"| {difference:+.2f} | 4 of 1,838 |" in text
 
     def unneeded(*_: Any) -> None:
-        raise AssertionError("all tasks are kept, so no model need be loaded")
+        raise AssertionError("all results are kept, so no model must be loaded")
 
     monkeypatch.setattr(evaluation_module, "load_model", unneeded)
     before = (out / "results.json").read_text()
-    assert lrc(monkeypatch, *command) == 0
+    lrc.printed(*command, *compared)
     assert json.loads(before)["models"] == json.loads((out / "results.json").read_text())["models"]
-    # Another limit is another result.
-    assert lrc(monkeypatch, *command[:-4], "--limit", 5, "--out", out) == 1
-    assert "a bug in lrc" in capsys.readouterr().err
+    # With another limit, nothing is reused.
+    code, _, errors = lrc(*command, "--limit", 5, "--out", out)
+    assert code == 1
+    assert "a bug in lrc" in errors
 
 
-def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_continues(byte_model: Path, rows: Path, tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_rows(data / "piqa.jsonl", ROWS["piqa"](4))
     write_rows(data / "sciq.jsonl", ROWS["sciq"](3000))
     out = tmp_path / "out"
     code = "from lrc.cli import main; main()"
-    command = [
-        sys.executable,
-        "-c",
-        code,
-        "eval",
-        byte_model,
-        "--tasks",
-        "piqa,sciq",
-        "--data",
-        data,
-        "--out",
-        out,
-        "--batch-size",
-        "1",
-    ]
+    command = [sys.executable, "-c", code, "eval", byte_model, "--tasks", "piqa,sciq"]
+    command += ["--data", data, "--out", out, "--batch-size", 1]
     process = subprocess.Popen(
         list(map(str, command)),
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -206,7 +159,7 @@ def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Pat
     assert not (out / "results.json").exists()
 
     written = kept[0].stat().st_mtime_ns
-    write_rows(data / "sciq.jsonl", ROWS["sciq"](5))  # its own key only
+    write_rows(data / "sciq.jsonl", ROWS["sciq"](5))  # changes the key of this task only
     settings = EvaluationSettings(("piqa", "sciq"), data=data)
     found = evaluate(str(byte_model), [], settings, out).models[0]
     assert kept[0].stat().st_mtime_ns == written
@@ -216,7 +169,7 @@ def test_a_killed_evaluation_goes_on(byte_model: Path, rows: Path, tmp_path: Pat
         assert found.tasks[name].metrics == result.metrics
 
 
-def test_kept_results_belong_to_all_settings(byte_model: Path, tmp_path: Path) -> None:
+def test_kept_results_depend_on_all_settings(byte_model: Path, tmp_path: Path) -> None:
     kept = KeptResults(tmp_path)
     key = {"task": "piqa", "limit": 3, "model": fingerprint_of(str(byte_model))}
     result = TaskResult(task="piqa", metrics={"acc": Score(value=0.5)}, rows=3, rows_in_all=9)
@@ -234,13 +187,9 @@ def test_kept_results_belong_to_all_settings(byte_model: Path, tmp_path: Path) -
     assert fingerprint_of(str(other)) == fingerprint_of(str(other))
 
 
-def test_held_out_of_a_run_is_its_closing_table(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(cli_module, "console", TextConsole(width=200))
-    code = lrc(monkeypatch, "eval", run.folder, "--tasks", "heldout", "--compare", "teacher")
-    assert code == 0
-    assert "same top-1 prediction" in capsys.readouterr().out
+def test_held_out_losses_of_a_run_are_those_of_its_closing_table(run: Run, lrc: Command) -> None:
+    printed = lrc.printed("eval", run.folder, "--tasks", "heldout", "--compare", "teacher")
+    assert "same top-1 prediction" in printed
     results = run.folder / "evaluation" / "results.json"
     found = Evaluation.model_validate_json(results.read_text())
     student, teacher = (
@@ -261,7 +210,7 @@ def test_held_out_of_a_run_is_its_closing_table(
 
 
 def test_held_out_of_a_plain_model(run: Run, byte_model: Path, tmp_path: Path) -> None:
-    """The student's folder with teacher and text by hand, against the losses written out."""
+    """A student's folder with teacher and text as arguments, against naive losses."""
     text = tmp_path / "own.txt"
     text.write_text("A cow is an animal.\n\nA hen is an animal too. " * 40)
     settings = EvaluationSettings(("heldout",), limit=2, teacher=str(byte_model), text=(str(text),))
@@ -287,7 +236,7 @@ def test_held_out_text_is_packed_as_for_training(run: Run) -> None:
     packed = open_text(run.recipe, tokenizer)
     ours = list(pack(data.model_copy(update={"sequence_length": 8}), tokenizer))
     flat = [token for row in ours for token in row]
-    # The recipe's split takes whole documents out; the first that stays is packed alike.
+    # The recipe's split removes whole documents. The first remaining one is packed the same way.
     start = packed.training_batch(0, 1).input_ids[0].tolist()
     assert any(flat[i : i + len(start)] == start for i in range(len(flat)))
 
@@ -311,14 +260,13 @@ def test_refusals(
     rows: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    lrc: Command,
 ) -> None:
     command = ["eval", byte_model, "--out", tmp_path / "out", "--data", rows, *arguments]
-    if "arc_eazy" in arguments:  # all 14,000 tasks are not needed to find the nearest
+    if "arc_eazy" in arguments:  # the nearest name is found without all 14,000 tasks
         folder = evaluation_module.open_tasks(["arc_easy"])
         monkeypatch.setattr(evaluation_module, "open_tasks", lambda names: folder)
-    assert lrc(monkeypatch, *command) == 2
-    assert says in capsys.readouterr().err
+    assert says in lrc.refusal(*command)
     assert not (tmp_path / "out").exists()
 
 
@@ -351,7 +299,7 @@ def result_of(task: str, accuracy: float, norm: float | None, rows: int) -> Task
     return TaskResult(task=task, metrics=metrics, rows=rows, rows_in_all=rows)
 
 
-def test_a_whole_evaluation_stands_beside_the_published_rows() -> None:
+def test_a_whole_evaluation_is_compared_with_published_rows() -> None:
     tasks = {
         name: result_of(name, 0.5, None if i % 2 else 0.6, benchmark.rows)
         for i, (name, benchmark) in enumerate(published().tasks.items())

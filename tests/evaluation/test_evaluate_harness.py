@@ -1,4 +1,4 @@
-"""The harness behind our door: the same prompts, targets, metrics and answers as without it."""
+"""The harness through lrc: the same prompts, targets, metrics and answers as without it."""
 
 import copy
 import dataclasses
@@ -20,7 +20,8 @@ from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows, save_byte_model, write_rows
+from benchmarks_data import ROWS, SUBJECTS_ROWS, mmlu_rows
+from data_helpers import write_rows
 from lrc.evaluation import harness
 from lrc.evaluation.harness import (
     evaluate_rows,
@@ -48,15 +49,10 @@ def task_index() -> TaskManager:
 
 @pytest.fixture
 def manager(task_index: TaskManager) -> TaskManager:
-    """A copy whose entries a test may replace."""
+    """A copy with entries that a test may replace."""
     own = copy.copy(task_index)
     own._index = dict(task_index._index)
     return own
-
-
-@pytest.fixture(scope="module")
-def byte_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_byte_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
@@ -65,15 +61,9 @@ def lm(byte_model: Path) -> Any:
     return harness_model(model, AutoTokenizer.from_pretrained(byte_model), batch_size=3)
 
 
-@pytest.fixture(autouse=True)
-def no_environment_report(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The harness asks the machine for its details at every evaluation, which takes a second."""
-    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda results: None)
-
-
 @pytest.fixture(scope="session")
 def subjects(task_index: TaskManager) -> list[str]:
-    """The subjects of mmlu as its data calls them."""
+    """The subjects of mmlu as named in its data."""
     entries = task_index.task_index.values()
     return [
         e.cfg["dataset_name"]
@@ -83,7 +73,7 @@ def subjects(task_index: TaskManager) -> list[str]:
 
 
 def stock(manager: TaskManager, name: str, rows: list[dict[str, Any]], patch: Any) -> Any:
-    """The harness's own task, unchanged, with rows in place of what it would fetch."""
+    """The harness's own task with given rows instead of downloaded ones."""
 
     def load_dataset(path: str, name: str | None = None, **_: Any) -> datasets.DatasetDict:
         own = [row for row in rows if row.get("subject", name) == name] if "mmlu" in path else rows
@@ -96,7 +86,7 @@ def stock(manager: TaskManager, name: str, rows: list[dict[str, Any]], patch: An
 
 
 def contents(task: Any) -> dict[str, Any]:
-    """Everything that the harness would ask and how it would score, by task."""
+    """All prompts of the harness and how they are scored, by task."""
     tasks = task.get_all_tasks() if hasattr(task, "get_all_tasks") else [task]
     found = {}
     for member in tasks:
@@ -114,7 +104,7 @@ def contents(task: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(published().tasks))
-def test_local_rows_are_asked_and_scored_as_the_hubs(
+def test_local_rows_give_the_prompts_and_scores_of_the_hubs(
     name: str,
     task_index: TaskManager,
     manager: TaskManager,
@@ -175,8 +165,8 @@ TOKENS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 def test_answers_equal_one_forward_pass_each(
     requests: list[tuple[list[int], list[int]]], batch_size: int
 ) -> None:
-    """Against a loop without batches, padding or shared prefixes; token 0, which is also the
-    padding, is among the tokens."""
+    """Against a loop without batches, padding or shared prefixes. Token 0, which is also the
+    padding, occurs in the text."""
     lm = _exact_model(batch_size)
     asked = [(("", ""), context, continuation) for context, continuation in requests]
     answers = lm._loglikelihood_tokens(asked, disable_tqdm=True)
@@ -235,7 +225,9 @@ def test_prompts_beyond_the_context_are_counted(
     rows[1]["passage"] *= 20
     write_rows(tmp_path / "boolq.jsonl", rows)
     use_folder(manager, ["boolq"], tmp_path, limited=False, scratch=tmp_path)
-    assert evaluate_task(lm, manager, "boolq", None).truncated == 2  # two answers to one question
+    assert (
+        evaluate_task(lm, manager, "boolq", None).truncated == 2
+    )  # two answers to the same question
 
 
 def test_names_tags_and_patterns(task_index: TaskManager) -> None:
@@ -248,7 +240,7 @@ def test_names_tags_and_patterns(task_index: TaskManager) -> None:
         find_tasks(task_index, ["zzz_*"])
 
 
-def test_whole_sets_come_before_samples_unless_limited(
+def test_whole_sets_are_preferred_to_samples_unless_limited(
     task_index: TaskManager, tmp_path: Path
 ) -> None:
     write_rows(tmp_path / "piqa_full.jsonl.gz", ROWS["piqa"](7))
@@ -309,7 +301,9 @@ def test_unfit_folders_are_refused(manager: TaskManager, tmp_path: Path) -> None
     assert "is written in Python or shows solved examples" in refused("sciq")
 
 
-def test_no_hub_is_one_sentence(manager: TaskManager, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_hub_is_reported_in_one_sentence(
+    manager: TaskManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def offline(*_: Any, **__: Any) -> None:
         raise ConnectionError("Couldn't reach the Hub")
 
@@ -339,7 +333,7 @@ def test_git_does_not_complain_on_the_terminal(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The harness asks git for the commit of the present folder, which need not have one."""
+    """The harness asks git for the commit of the current folder, which may have none."""
     write_rows(tmp_path / "piqa.jsonl", ROWS["piqa"](2))
     (tmp_path / "scratch").mkdir()
     use_folder(manager, ["piqa"], tmp_path, limited=False, scratch=tmp_path / "scratch")

@@ -1,4 +1,4 @@
-"""The exported student: plain transformers opens it and computes what training computed."""
+"""The exported student: plain transformers computes what training computed."""
 
 import errno
 import json
@@ -57,7 +57,7 @@ torch.save(logits, root / "logits.pt")
 """
 
 OTHERS = [(f, tied) for f in FAMILIES if f not in LLAMAS for tied in (False, True)]
-"""The families whose layers are not Llama's, untied and tied."""
+"""Families whose layers are not Llama's, untied and tied."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -75,7 +75,7 @@ def case_method(case: Case, settings: str = "plain") -> LowRankClone:
 
 @dataclass(frozen=True)
 class Seen:
-    """An export in another process that cannot import lrc, and the model of training."""
+    """An export in another process that cannot import lrc, and the model in training."""
 
     class_name: str
     logits: Tensor
@@ -87,7 +87,7 @@ class Seen:
 
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
-    """What another process makes of the export of every case."""
+    """The export of every case, computed by another process."""
     root = tmp_path_factory.mktemp("exports")
     tokens = tiny_batch(rows=3, length=12, seed=5).input_ids
     torch.save(tokens, root / "tokens.pt")
@@ -117,7 +117,7 @@ def elsewhere(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Seen]:
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, ids: list[int], new: int) -> list[int]:
-    """The likeliest token again and again, up to an end of the text (1 and 2)."""
+    """The most likely tokens, up to an end-of-text token (1 or 2)."""
     for _ in range(new):
         ids = [*ids, int(model(torch.tensor([ids])).logits[0, -1].argmax())]
         if ids[-1] in (1, 2):
@@ -145,7 +145,7 @@ def test_another_process_computes_the_same_for_every_family(
 ) -> None:
     seen = elsewhere[f"others-{family}-{tied}"]
     assert seen.class_name == type(tiny_teacher(family, tied).model).__name__
-    # Gemma holds the scale of its embedding in the element type that the model was created with.
+    # Gemma keeps the scale of its embedding in the dtype in which the model was created.
     tolerance = 1e-4 if family.startswith("gemma") else 1e-10
     torch.testing.assert_close(seen.logits, seen.trained_logits, rtol=0, atol=tolerance)
 
@@ -170,7 +170,7 @@ def test_files(exported: tuple[LowRankClone, Path]) -> None:
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
-def test_config_names_nothing_of_ours(exported: tuple[LowRankClone, Path], tmp_path: Path) -> None:
+def test_config_names_nothing_from_lrc(exported: tuple[LowRankClone, Path], tmp_path: Path) -> None:
     method, folder = exported
     config = json.loads((folder / "config.json").read_text())
     method.teacher.model.save_pretrained(tmp_path / "teacher")
@@ -215,7 +215,9 @@ def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
     assert len(weights) == len(list(student.named_parameters()))
     for name, value in weights.items():
         assert torch.equal(value, student.get_parameter(name).to(dtype))
-    assert student.dtype == student.config.dtype == torch.float64  # the student itself stays
+    assert (
+        student.dtype == student.config.dtype == torch.float64
+    )  # the student itself does not change
 
 
 def run_for(method: LowRankClone, folder: Path, **teacher: Any) -> Run:
@@ -250,7 +252,7 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
     assert front["pipeline_tag"] == "text-generation"
     assert front["license"] == "mit"
     assert "low-rank-clone" in front["tags"]
-    assert "base_model" not in front  # a folder of this machine means nothing to a reader
+    assert "base_model" not in front  # a folder of this machine is of no use to readers
     assert "| hidden size | 16 | 8 |" in text
     parameters = [sum(p.numel() for p in m.parameters()) for m in (method.teacher.model, student)]
     assert f"| parameters | {parameters[0]:,} | {parameters[1]:,} |" in text
@@ -277,7 +279,7 @@ FULL = [
         id="from-safetensors",
     ),
 ]
-"""How a full disk shows itself."""
+"""Errors of a full disk."""
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -285,7 +287,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("error", FULL)
-def test_full_disk_leaves_the_older_export(
+def test_full_disk_keeps_the_older_export(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     method = case_method(("llama", True, {}))

@@ -145,7 +145,7 @@ def test_the_shape_is_explicit(family: str, tokenizer: Any, tmp_path: Path) -> N
     assert fields[f"{architecture}.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-6)
 
 
-def test_it_says_what_it_is(tokenizer: Any, tmp_path: Path) -> None:
+def test_it_describes_the_model(tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_student("llama", tokenizer)
     write_gguf(student, tokenizer, tmp_path / "tiny.gguf", Kind.F16, ABOUT)
     fields = read_fields(tmp_path / "tiny.gguf")
@@ -249,7 +249,7 @@ def test_linear_rotary_scaling(tokenizer: Any, tmp_path: Path) -> None:
     assert fields["llama.rope.scaling.factor"] == 3.0
 
 
-def test_a_window_is_told(tokenizer: Any, tmp_path: Path) -> None:
+def test_a_sliding_window_is_reported(tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_student("mistral", tokenizer)
     notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
     assert any("window of 5 tokens" in note for note in notes)
@@ -294,7 +294,7 @@ def test_other_tokenizers(tokenizer: Any, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_older_file(
+def test_a_full_disk_keeps_the_older_file(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     student, path = tiny_student("llama", tokenizer), tmp_path / "t.gguf"

@@ -102,7 +102,7 @@ def test_byte_fallback_round_trip(tmp_path: Path, clone: tuple[Any, Any]) -> Non
     assert read_tokenizer(tmp_path / "again.gguf").encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
 
 
-def test_merges_that_sentencepiece_would_not_give_are_told(
+def test_merges_that_sentencepiece_would_not_make_are_reported(
     tmp_path: Path, clone: tuple[Any, Any], stories_folder: Path
 ) -> None:
     student, tokenizer = clone[0], AutoTokenizer.from_pretrained(stories_folder)

@@ -1,4 +1,4 @@
-"""What must hold for every family, whatever its layers are made of."""
+"""Tests that every family must pass, whatever its layers consist of."""
 
 import copy
 import math
@@ -29,23 +29,24 @@ from lrc.model.families import FAMILIES
 from lrc.model.layout import LinearSite
 from lrc.model.student import build_student, empty_student, student_config
 from lrc.model.teacher import Teacher, load_teacher
-from lrc.recipe import make_recipe
+from lrc.recipe import Recipe
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection, TeacherSection
 from lrc.system.errors import UserError
 from lrc.train import train
 from lrc.train.batches import count
-from starts import initialize_from_text
 from tiny import (
     DROPOUTS,
     HIDDEN,
     STUDENT_HIDDEN,
     TOKENS,
     gradients,
+    initialize_from_text,
     tiny_batch,
     tiny_method,
     tiny_teacher,
+    tiny_tokens,
 )
-from tiny_runs import new_run
+from tiny_runs import new_run, tiny_recipe
 
 CASES = [
     pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
@@ -58,11 +59,6 @@ CASES = [
 def teacher(request: pytest.FixtureRequest) -> Teacher:
     family, tied = request.param
     return tiny_teacher(family, tied)
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randint(3, TOKENS, (sequences, length), generator=generator)
 
 
 def logits(model: nn.Module, ids: Tensor) -> Tensor:
@@ -83,16 +79,16 @@ def test_identity_projections_give_the_teacher(family: str, tied: bool) -> None:
             value.copy_(torch.eye(HIDDEN))
         for norm in teacher.layout.stream_norms():
             method.model.get_submodule(norm).weight.copy_(teacher.parameter(f"{norm}.weight"))
-    ids = tokens(3)
+    ids = tiny_tokens(3)
     torch.testing.assert_close(
         logits(method.student(), ids), logits(teacher.model, ids), rtol=1e-12, atol=1e-12
     )
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-def test_losses_and_gradients_equal_autograds(family: str, tied: bool) -> None:
-    """Of the whole objective, written out: the weights are functions of the projections, all logits
-    exist at once, and every clone term is a mean of squares."""
+def test_losses_and_gradients_equal_plain_autograd(family: str, tied: bool) -> None:
+    """In the reference the weights are functions of the projections, all logits exist at once, and
+    every clone term is a mean of squares."""
     teacher = tiny_teacher(family, tied)
     method = tiny_method(teacher, {"fold_gains": True})
     batch = tiny_batch(lengths=[9, 6])
@@ -157,20 +153,20 @@ def naive_losses(method: LowRankClone, batch: Batch) -> dict[str, Tensor]:
 def test_the_closed_form_at_full_width_is_the_teacher(family: str, tied: bool) -> None:
     teacher = tiny_teacher(family, tied)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
-    initialize_from_text(method, "closed-form", tokens(24), refine_epochs=1)
-    ids = tokens(3)
+    initialize_from_text(method, "closed-form", tiny_tokens(24), refine_epochs=1)
+    ids = tiny_tokens(3)
     # transformers computes RMSNorm in float32, whatever the model's dtype.
     assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_pca_and_slicegpt_at_full_width_are_the_teacher(family: str, tied: bool) -> None:
-    teacher, ids = tiny_teacher(family, tied), tokens(24)
+    teacher, ids = tiny_teacher(family, tied), tiny_tokens(24)
     expected = logits(teacher.model, ids)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
     initialize_from_text(method, "pca", ids)
     found = logits(method.student(), ids)
-    if not tied:  # a tied head has no gain of its own to fold
+    if not tied:  # a tied head cannot fold a gain
         assert relative_error(found, expected) < 5e-4
     config = copy.deepcopy(teacher.config)
     sliced = empty_student(teacher.model, config)
@@ -180,10 +176,10 @@ def test_pca_and_slicegpt_at_full_width_are_the_teacher(family: str, tied: bool)
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)
-def test_the_student_has_the_stream_that_was_solved(
+def test_the_student_has_the_solved_stream(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And it starts nearer to the teacher than a random one."""
+    """And it is closer to the teacher than a random start."""
     streams: list[Tensor] = []
     rotations: list[Tensor] = []
     head = solve._solved_head
@@ -195,7 +191,7 @@ def test_the_student_has_the_stream_that_was_solved(
         return found
 
     monkeypatch.setattr(solve, "_solved_head", kept)
-    teacher, ids = tiny_teacher(family, tied), tokens(24)
+    teacher, ids = tiny_teacher(family, tied), tiny_tokens(24)
     method = LowRankClone(teacher, StudentSection(hidden_size=STUDENT_HIDDEN), ObjectiveSection())
     initialize_from_text(method, "closed-form", ids, refine_epochs=0)
     read: list[Tensor] = []
@@ -213,7 +209,7 @@ def test_the_student_has_the_stream_that_was_solved(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_hidden_state_gives_the_logits(family: str) -> None:
-    teacher, ids = tiny_teacher(family), tokens(2)
+    teacher, ids = tiny_teacher(family), tiny_tokens(2)
     with torch.no_grad():
         hidden = last_hidden(teacher.model, Batch(ids))
         found = hidden @ teacher.model.get_output_embeddings().weight.T
@@ -223,9 +219,9 @@ def test_the_last_hidden_state_gives_the_logits(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_documents_of_a_sequence_stay_apart_where_the_family_says_so(family: str) -> None:
+def test_which_families_keep_documents_apart(family: str) -> None:
     teacher = tiny_teacher(family)
-    ids = tokens(1)
+    ids = tiny_tokens(1)
     positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
     with torch.no_grad():
         packed = teacher.model(ids, position_ids=positions, use_cache=False).logits[:, 5:]
@@ -236,7 +232,7 @@ def test_documents_of_a_sequence_stay_apart_where_the_family_says_so(family: str
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_dropout_is_off(family: str, checkpointing: bool) -> None:
-    """Whatever a configuration says: the student is in evaluation mode throughout training."""
+    """Whatever the configuration says, the student is in evaluation mode during training."""
     batch = tiny_batch()
     found = []
     for rate in (0.0, 0.5):
@@ -250,7 +246,7 @@ def test_dropout_is_off(family: str, checkpointing: bool) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_not_projected_is_the_teachers(family: str) -> None:
+def test_everything_not_projected_is_the_teachers(family: str) -> None:
     """Parameters and saved buffers: biases, norms inside blocks, sinks, scales of layers."""
     teacher = tiny_teacher(family)
     for number, buffer in enumerate(teacher.model.buffers()):
@@ -269,23 +265,24 @@ def test_what_is_not_projected_is_the_teachers(family: str) -> None:
     assert not changed & set(rest)
 
 
-RUN = {
-    "student": {"hidden_size": STUDENT_HIDDEN},
-    "teacher": {"model": "tiny"},
-    "data": {"text": ["x"], "sequence_length": 12},
-    "train": {"tokens": 96, "micro_batch": 2},
-}
+RUN = {"data.sequence_length": 12, "train.tokens": 96, "train.micro_batch": 2}
+
+
+def recipe_for(name: str) -> Recipe:
+    """A recipe of a method; LLM-Pruner keeps the hidden size."""
+    if name == "llm-pruner":
+        return tiny_recipe(
+            RUN, method={"name": name, "ratio": 0.3}, student={"hidden_size": HIDDEN}
+        )
+    return tiny_recipe(RUN, method=name)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name != "lrc"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_baseline_trains_or_says_why_not(family: str, name: str) -> None:
-    """A loss with gradients after the start, or one sentence that names the family."""
+def test_every_baseline_trains_or_is_refused(family: str, name: str) -> None:
+    """Either a step gives gradients, or one sentence names the family."""
     teacher = tiny_teacher(family, num_key_value_heads=2, hidden_size=16)
-    settings: dict[str, Any] = {**RUN, "method": {"name": name}}
-    if name == "llm-pruner":
-        settings |= {"method": {"name": name, "ratio": 0.3}, "student": {"hidden_size": HIDDEN}}
-    recipe = make_recipe(settings)
+    recipe = recipe_for(name)
     if name not in ("scratch", "activation-clone", "slicegpt"):
         with suppress(UserError):
             METHODS[name].build(teacher, recipe)
@@ -295,7 +292,7 @@ def test_every_baseline_trains_or_says_why_not(family: str, name: str) -> None:
                 METHODS[name].build(teacher, recipe)
             return
     method = METHODS[name].build(teacher, recipe)
-    batch = Batch(tokens(4))
+    batch = Batch(tiny_tokens(4))
     method.initialize(batch, lambda done, parts: None)
     method.begin_step(0)
     losses = method.losses(batch, count([batch]))
@@ -320,9 +317,7 @@ def test_every_baseline_trains_or_says_why_not(family: str, name: str) -> None:
     ],
 )
 def test_which_baselines_are_refused(family: str, name: str, refused: bool) -> None:
-    section = {"name": name, **({"ratio": 0.3} if name == "llm-pruner" else {})}
-    student = {"hidden_size": HIDDEN if name == "llm-pruner" else STUDENT_HIDDEN}
-    recipe = make_recipe({**RUN, "method": section, "student": student})
+    recipe = recipe_for(name)
     teacher = tiny_teacher(family, num_key_value_heads=2)
     if refused:
         with pytest.raises(UserError, match=family):
@@ -379,12 +374,12 @@ def test_what_cannot_be_cloned_is_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_loaded_trained_and_exported(family: str, tmp_path: Path) -> None:
-    """The way of a user: a teacher's folder, a few steps, a student's folder, a resumed run."""
+    """From a teacher's folder through a few steps to a student's folder and a resumed run."""
     teacher = tiny_teacher(family, dtype=torch.float32)
     teacher.model.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.save_pretrained(tmp_path / "teacher")
     loaded = load_teacher(TeacherSection(model=str(tmp_path / "teacher")))
-    ids = tokens(2)
+    ids = tiny_tokens(2)
     found, expected = logits(loaded.model, ids), logits(teacher.model, ids)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
     run = new_run(tmp_path, tokens=96, release_at=0.7)

@@ -29,7 +29,7 @@ SMALL = {
     "head_dim": 8,
     "num_position_embeddings": 16,
 }
-"""Sizes of a vision tower, under the names that the various configurations use."""
+"""Sizes of a vision tower, under the names in the various configurations."""
 
 WRAPPERS = [
     ("gemma3", "gemma3_text"),

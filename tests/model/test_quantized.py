@@ -20,7 +20,7 @@ BLOCK = 128
 
 
 def fp8(name: str, value: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
-    """A weight in fp8 with its scale, and the number that it stands for."""
+    """A weight in fp8 with its scale, and its value."""
     if "_proj" not in name:
         return None
     scale = value.float().abs().max() / 448
@@ -30,7 +30,7 @@ def fp8(name: str, value: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
 
 
 def mxfp4(name: str, value: Tensor) -> tuple[dict[str, Tensor], Tensor] | None:
-    """Random experts in mxfp4, as gpt-oss stores them, and the numbers that they stand for."""
+    """Random experts in mxfp4, as gpt-oss stores them, and their values."""
     if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
         return None
     experts, read, written = value.shape
@@ -47,7 +47,7 @@ CASES = {
 
 
 def quantized(kind: str, folder: Path) -> dict[str, Tensor]:
-    """Save a quantized model; return the numbers that its weights stand for."""
+    """Save a quantized model; return the values of its weights."""
     family, quantize, settings = CASES[kind]
     sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
     tiny_teacher(family, dtype=torch.bfloat16, **sizes).model.save_pretrained(folder)
@@ -69,7 +69,7 @@ def quantized(kind: str, folder: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("kind", CASES)
-def test_they_are_read_as_the_numbers_they_stand_for(kind: str, tmp_path: Path) -> None:
+def test_quantized_weights_are_read_as_their_values(kind: str, tmp_path: Path) -> None:
     meant = quantized(kind, tmp_path / "model")
     assert meant
     check_recipe(
@@ -87,14 +87,14 @@ def test_they_are_read_as_the_numbers_they_stand_for(kind: str, tmp_path: Path) 
     assert {p.dtype for p in teacher.model.parameters()} == {torch.float32}
 
 
-def test_their_layers_cannot_stay_on_the_disk(tmp_path: Path) -> None:
+def test_quantized_layers_cannot_stay_on_the_disk(tmp_path: Path) -> None:
     quantized("fp8", tmp_path / "model")
     with pytest.raises(UserError, match=r"quantized \(fp8\).*teacher\.load to full"):
         load_teacher(TeacherSection(model=str(tmp_path / "model"), load="layers"))
 
 
 @pytest.mark.parametrize(("kind", "end"), [("fp8", "_scale_inv"), ("mxfp4", "_scales")])
-def test_without_their_scales_they_are_refused(kind: str, end: str, tmp_path: Path) -> None:
+def test_quantized_weights_without_scales_are_refused(kind: str, end: str, tmp_path: Path) -> None:
     quantized(kind, tmp_path / "model")
     path = tmp_path / "model" / "model.safetensors"
     tensors = load_file(path)

@@ -1,4 +1,4 @@
-"""Reading recipes, and telling what is wrong with them."""
+"""Reading recipes, and messages about mistakes in them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from lrc.system.errors import UserError
 
 
 def smallest(**sections: Any) -> dict[str, Any]:
-    """The settings that a recipe cannot do without, and `sections`."""
+    """The required settings of a recipe, and `sections`."""
     needed = {
         "teacher": {"model": "some/model"},
         "student": {"hidden_size": 64},
@@ -22,13 +22,13 @@ def smallest(**sections: Any) -> dict[str, Any]:
 
 
 def refusal(settings: dict[str, Any], overrides: dict[str, Any] | None = None) -> str:
-    """The message that settings are refused with."""
+    """The message of a refusal."""
     with pytest.raises(UserError) as caught:
         make_recipe(settings, overrides or {})
     return str(caught.value)
 
 
-def test_defaults_are_the_published_settings_but_for_some() -> None:
+def test_defaults_and_the_published_settings() -> None:
     recipe = make_recipe(smallest())
     assert recipe.initialize.method == "closed-form"
     assert recipe.student.fold_gains
@@ -47,8 +47,8 @@ def test_defaults_are_the_published_settings_but_for_some() -> None:
     assert (paper.train.token_grad_clip, paper.train.release_at) == (0, 1)
 
 
-def test_fingerprints_tell_recipes_apart() -> None:
-    """By what changes a result: not by a setting at its default, nor by how the teacher is read."""
+def test_fingerprints_differ_if_results_may_differ() -> None:
+    """Explicit defaults and the way to load the teacher do not count."""
     present = make_recipe(smallest()).fingerprint()
     for settings, same in (
         ({"train.tokens": make_recipe(smallest()).train.tokens}, True),
@@ -80,7 +80,7 @@ def test_unknown_key_names_the_nearest(override: str, nearest: str) -> None:
     assert f"unknown key '{override}' (nearest: '{nearest}')" in refusal(smallest(), {override: 1})
 
 
-def test_all_mistakes_are_told_together() -> None:
+def test_all_mistakes_are_reported_together() -> None:
     settings = smallest(student={"hidden_size": -2}, train={"tokns": 5, "schedule": "steps"})
     del settings["data"]
     message = refusal(settings)
@@ -104,13 +104,13 @@ def test_every_loss_off_is_refused() -> None:
     assert "every loss is off" in refusal(smallest(objective=no_terms))
 
 
-def test_overrides_win() -> None:
+def test_overrides_replace_settings() -> None:
     settings = smallest(train={"tokens": 5})
     texts = ["train.tokens=10", "train.learning_rate=1e-4", "data.text=[b.txt, c.txt]"]
     texts += ["objective.clone.q=false", "data.cache=", "teacher.model=a=b", "train.eps=1E-6"]
     recipe = make_recipe(settings, dict(parse_override(text) for text in texts))
     assert recipe.train.tokens == 10
-    # YAML 1.1 reads 1e-4 as a word.
+    # YAML 1.1 reads 1e-4 as a string.
     assert recipe.train.learning_rate == 1e-4
     assert recipe.train.eps == 1e-6
     assert recipe.data.text == ["b.txt", "c.txt"]
@@ -159,7 +159,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert set(yaml.safe_load(recipe.to_yaml())) == set(Recipe.model_fields)
 
 
-def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+def test_files_that_are_not_recipes(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no recipe 'none'"):
         load_recipe("none")
     path = tmp_path / "bad.yaml"

@@ -1,4 +1,4 @@
-"""The report: what its page holds, and that a real browser shows it."""
+"""The report: contents of the page, and its look in a real browser."""
 
 import json
 import math
@@ -29,7 +29,7 @@ TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """Two runs that have ended and differ in their learning rate."""
+    """Two finished runs that differ in their learning rate."""
     folder = tmp_path_factory.mktemp("runs")
     runs = [new_run(folder, name="first"), new_run(folder, name="second", learning_rate=0.1)]
     for run in runs:
@@ -45,7 +45,7 @@ def overlaid(finished: list[Run], tmp_path_factory: pytest.TempPathFactory) -> P
     return path
 
 
-def test_it_needs_nothing_beside_it(overlaid: Path) -> None:
+def test_the_page_needs_no_other_files(overlaid: Path) -> None:
     text = overlaid.read_text()
     assert "<script" not in text
     assert "@import" not in text
@@ -134,7 +134,7 @@ def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:
         write_report([Run.open(folder)], tmp_path / "page.html")
 
 
-def test_names_that_are_the_same_are_told_apart(finished: list[Run], tmp_path: Path) -> None:
+def test_equal_names_are_distinguished(finished: list[Run], tmp_path: Path) -> None:
     shutil.copytree(finished[0].folder, tmp_path / "first")
     stories = contents.read_runs([finished[0], Run.open(tmp_path / "first")])
     assert len({story.name for story in stories}) == 2
@@ -290,7 +290,7 @@ def test_command_line(copies: list[Run], tmp_path: Path, monkeypatch: pytest.Mon
     assert call(monkeypatch, "report", folders[0], "--out", tmp_path) == 2
 
 
-def test_a_report_that_breaks_off_leaves_the_older_one(
+def test_an_interrupted_report_keeps_the_older_one(
     copies: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "out" / "page.html"
@@ -341,7 +341,7 @@ def test_a_browser_shows_the_pictures(overlaid: Path, tmp_path: Path, browser: L
                 assert (abs(part - color).sum(1) < 60).sum() > 20, chart
 
 
-def test_it_fits_a_telephone(overlaid: Path, tmp_path: Path, browser: Look) -> None:
+def test_it_fits_a_phone(overlaid: Path, tmp_path: Path, browser: Look) -> None:
     """In a frame, since the browser's window has a least width."""
     add_probe(overlaid, tmp_path / "probed.html")
     report = 'onload="document.body.innerHTML = this.contentDocument.body.innerHTML"'

@@ -1,4 +1,4 @@
-"""Writing whole or not at all, and the C library's memory."""
+"""Atomic writing of files and folders, and the C library's memory."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from lrc.system.limits import bounded
 from lrc.system.memory import keep_freed_memory
 
 
-def test_a_failed_file_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
 
@@ -41,7 +41,7 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_old_folder(tmp_path: Path) -> None:
     path = tmp_path / "folder"
     with new_folder(path) as temporary:
         (temporary / "old").write_text("old")
@@ -57,7 +57,7 @@ def test_a_failed_folder_leaves_the_old_one(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_an_unwritable_place_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(UserError, match="choose a folder"):
         write_text(tmp_path / "file" / "below", "text")
@@ -67,8 +67,8 @@ def test_keeping_freed_memory_is_accepted_or_declined() -> None:
     assert keep_freed_memory() in (True, False)
 
 
-def test_links_that_somebody_left_are_not_followed(tmp_path: Path) -> None:
-    """Names of temporary files cannot be foreseen, and are created exclusively."""
+def test_links_are_not_followed(tmp_path: Path) -> None:
+    """Names of temporary files are random, and the files are created exclusively."""
     names = set()
     for _ in range(3):
         with new_file(tmp_path / "a.txt") as temporary:
@@ -106,7 +106,7 @@ with {kind}(Path(sys.argv[1])) as temporary:
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_what_killed_processes_leave_is_removed_and_what_live_ones_write_is_not(
+def test_only_files_of_killed_processes_are_removed(
     tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "_CLAIM_SECONDS", 0.0)
@@ -126,7 +126,7 @@ def test_what_killed_processes_leave_is_removed_and_what_live_ones_write_is_not(
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_folder_can_be_filled_where_it_cannot_be_replaced(
+def test_a_folder_that_cannot_be_replaced_is_filled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,14 +165,14 @@ ERRNOS = (
 
 @pytest.mark.parametrize("number", ERRNOS)
 @pytest.mark.parametrize("rust", [False, True])
-def test_every_error_of_the_system_is_a_sentence(tmp_path: Path, number: int, rust: bool) -> None:
-    """Python's, and those of libraries in Rust, which have types of their own."""
+def test_every_system_error_becomes_one_sentence(tmp_path: Path, number: int, rust: bool) -> None:
+    """From Python, and from Rust libraries, which have their own error types."""
     error: Exception = OSError(number, os.strerror(number))
     if rust:
         error = Exception(f"I/O error: {os.strerror(number)} (os error {number})")
-    with pytest.raises(UserError) as told, files.disk_errors(tmp_path / "a"):
+    with pytest.raises(UserError) as caught, files.disk_errors(tmp_path / "a"):
         raise error
-    sentence = str(told.value)
+    sentence = str(caught.value)
     assert sentence.endswith(".")
     assert ": " in sentence, "what to do"
     assert "\n" not in sentence
@@ -180,7 +180,7 @@ def test_every_error_of_the_system_is_a_sentence(tmp_path: Path, number: int, ru
         assert "disk is full" in sentence
 
 
-def test_an_error_of_ours_stays_one(tmp_path: Path) -> None:
+def test_other_errors_are_not_changed(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), files.disk_errors(tmp_path / "a"):
         raise ZeroDivisionError
 
@@ -199,9 +199,9 @@ def test_an_error_of_ours_stays_one(tmp_path: Path) -> None:
     ],
 )
 def test_anything_that_reading_raises_is_one_sentence(error: Exception) -> None:
-    with pytest.raises(UserError) as told, files.reading("the file", "get another"):
+    with pytest.raises(UserError) as caught, files.reading("the file", "get another"):
         raise error
-    sentence = str(told.value)
+    sentence = str(caught.value)
     assert sentence.startswith("the file cannot be read (")
     assert sentence.endswith("): get another.")
     assert len(sentence) < 400
@@ -219,7 +219,7 @@ def test_one_process_at_a_time(tmp_path: Path) -> None:
     with hold(tmp_path / "new", "held"):
         with pytest.raises(UserError, match=r"^held$"), hold(tmp_path / "new", "held"):
             pass
-        assert not is_taken(tmp_path / "new"), "a lock alone is no content"
+        assert not is_taken(tmp_path / "new"), "a lock is not content"
     with hold(tmp_path / "new", "held"):
         pass
 
@@ -234,10 +234,10 @@ def test_time_and_memory_can_be_bounded() -> None:
             work()
     with bounded(1, 0.5, "too much"):
         pass
-    assert len(bytearray(1 << 30)) == 1 << 30, "the bound is gone"
+    assert len(bytearray(1 << 30)) == 1 << 30, "the limit must be removed"
 
 
-def test_what_was_found_out_holds_until_the_file_changes(tmp_path: Path) -> None:
+def test_cached_findings_hold_until_the_file_changes(tmp_path: Path) -> None:
     path = tmp_path / "a"
     path.write_text("one")
     calls = []
@@ -252,6 +252,6 @@ def test_what_was_found_out_holds_until_the_file_changes(tmp_path: Path) -> None
     path.write_text("two")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert remembered(path, "length", find_out) == 3
-    assert len(calls) == 2, "the time of change of the inode cannot be set"
+    assert len(calls) == 2, "an inode's time of change cannot be set"
     assert remembered(path, "other", find_out) == 3
     assert len(calls) == 3

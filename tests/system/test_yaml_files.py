@@ -1,4 +1,4 @@
-"""Settings in YAML: what YAML lets pass and we do not."""
+"""Settings in YAML, with stricter rules than YAML's."""
 
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ VALUES = st.recursive(
 
 
 @given(VALUES)
-def test_what_pyyaml_reads_is_read_the_same(value: Any) -> None:
+def test_valid_yaml_is_read_as_by_pyyaml(value: Any) -> None:
     text = yaml.safe_dump(value)
     assert parse_yaml(text) == yaml.safe_load(text)
 
 
 @given(st.text(st.characters(categories=["Ll"]), min_size=1, max_size=5), st.integers(0, 3))
-def test_a_key_that_stands_twice_is_refused_at_any_depth(key: str, depth: int) -> None:
+def test_duplicate_keys_are_refused_at_any_depth(key: str, depth: int) -> None:
     pad = ["  " * level for level in range(depth + 1)]
     above = "".join(f"{pad[level]}above{level}:\n" for level in range(depth))
     text = f"{above}{pad[-1]}'{key}': 1\n{pad[-1]}other: 2\n{pad[-1]}'{key}': 3\n"
@@ -63,7 +63,7 @@ def test_hostile_and_broken_texts_are_refused(tmp_path: Path, text: str, words: 
     assert "\n" not in str(error.value)
 
 
-def test_files_that_hold_no_settings(tmp_path: Path) -> None:
+def test_files_without_settings_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     for content in (b"", b"[1]", b"words"):
         path.write_bytes(content)
@@ -77,7 +77,7 @@ def test_files_that_hold_no_settings(tmp_path: Path) -> None:
     assert read_yaml(path) == {"a": 1}
 
 
-def test_a_setting_is_given_once() -> None:
+def test_a_setting_is_given_only_once() -> None:
     flags = {"teacher.model": ("--teacher", "x"), "method": ("--method", None)}
     found = parse_overrides(["train.tokens=5", "method=scratch"], flags)
     assert found == {"teacher.model": "x", "train.tokens": 5, "method": "scratch"}

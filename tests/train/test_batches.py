@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from killing import without_times
 from lrc.cloning.activations import known_documents, last_hidden
 from lrc.data import Share
 from lrc.data.batch import Batch
@@ -19,7 +18,7 @@ from lrc.train.batches import BatchReader, count
 from lrc.train.loop import fetch
 from lrc.train.session import open_loop
 from tiny import tiny_batch, tiny_teacher
-from tiny_runs import new_run
+from tiny_runs import new_run, without_times
 
 
 class Numbers:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import lrc as package
 from command_line import Command
 from lrc.recipe import make_recipe
+from lrc.report.curves import draw_curves
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import hold
@@ -28,20 +29,14 @@ from lrc.train import session as session_module
 from lrc.train.checkpoint import list_checkpoints, read_checkpoint
 from lrc.train.export_run import export_run
 from lrc.train.session import initialize_only
-from model_files import SHORT, edit_json, edit_weights, save_model, text_of
+from model_files import SHORT, edit_json, edit_weights, save_model, save_text, short_run
 from tiny import tiny_teacher
-from tiny_runs import go, new_run
-
-
-@pytest.fixture(autouse=True)
-def without_drawing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave an empty picture, which takes a second less."""
-    monkeypatch.setattr(closing, "draw_curves", lambda _, path: path.touch())
+from tiny_runs import copy_until, go, new_run
 
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run of ten steps that has ended, with checkpoints of steps 9 and 10."""
+    """A finished run of ten steps, with checkpoints of steps 9 and 10."""
     run = new_run(tmp_path_factory.mktemp("ended"))
     go(run)
     return run
@@ -49,12 +44,8 @@ def ended(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def cut_off(ended: Run, tmp_path: Path) -> Run:
-    """The same run as if it had been killed after step 9 was kept."""
-    folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
-    shutil.rmtree(folder / "checkpoints" / "step-00000010")
-    shutil.rmtree(folder / "student")
-    (folder / "summary.json").unlink()
-    return Run.open(folder)
+    """The same run as if it had been killed after the checkpoint of step 9."""
+    return copy_until(ended, tmp_path / "run", 9)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
@@ -94,7 +85,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(
         header = read_checkpoint(folder, ended.recipe.fingerprint())[0]
     except UserError:
         return
-    # White space, and an escape that means the same, change nothing.
+    # Changes of white space and equivalent escapes have no effect.
     assert header == before
 
 
@@ -118,7 +109,7 @@ def test_an_edited_header_falls_back_to_the_checkpoint_before(
     assert same(run, ended)
 
 
-def test_no_checkpoint_that_can_be_used_is_a_sentence(ended: Run, tmp_path: Path) -> None:
+def test_a_run_without_a_usable_checkpoint_is_refused(ended: Run, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(ended.folder, tmp_path / "run"))
     (folder / "summary.json").unlink()
     run = Run.open(folder)
@@ -131,10 +122,10 @@ def test_no_checkpoint_that_can_be_used_is_a_sentence(ended: Run, tmp_path: Path
     assert len(list_checkpoints(run.checkpoints)) == 2
 
 
-def test_a_checkpoint_is_there_before_the_first_step(
+def test_the_first_checkpoint_precedes_the_first_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kill in the first step loses no start that took long to solve."""
+    """So a kill in the first step does not lose the start, which may take long."""
     run = new_run(tmp_path)
 
     def killed(*_: Any) -> None:
@@ -146,7 +137,9 @@ def test_a_checkpoint_is_there_before_the_first_step(
             go(run)
     assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000000"]
     with monkeypatch.context() as patch:
-        patch.setattr(session_module, "start", lambda *_: pytest.fail("solved again"))
+        patch.setattr(
+            session_module, "start", lambda *_: pytest.fail("the start is computed again")
+        )
         go(Run.open(run.folder))
     whole = new_run(tmp_path, name="whole")
     go(whole)
@@ -169,7 +162,7 @@ def test_a_run_without_a_checkpoint_says_that_it_starts_over(
 
 
 @pytest.mark.parametrize(("minutes", "kept"), [(1e-9, 11), (0, 2), (60, 2)])
-def test_checkpoints_come_by_time_too(tmp_path: Path, minutes: float, kept: int) -> None:
+def test_checkpoints_are_also_written_by_time(tmp_path: Path, minutes: float, kept: int) -> None:
     run = new_run(tmp_path, checkpoint_every=1000, keep_checkpoints=100, checkpoint_minutes=minutes)
     go(run)
     steps = [int(path.name[5:]) for path in list_checkpoints(run.checkpoints)]
@@ -185,17 +178,7 @@ def by_name(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose teacher is a folder, ended."""
     folder = tmp_path_factory.mktemp("by-name")
     save_model(folder / "teacher")
-    recipe = make_recipe(
-        {
-            "teacher": {"model": str(folder / "teacher")},
-            "student": {"hidden_size": 8},
-            "data": {"text": [str(text_of(folder))], "cache": str(folder / "cache")},
-        },
-        SHORT,
-    )
-    run = Run.create(folder / "run", recipe)
-    train(run)
-    return run
+    return short_run(folder / "teacher")
 
 
 def scaled(name: str) -> Callable[[Path], object]:
@@ -224,38 +207,35 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
+def moved(run: Run, folder: Path) -> Run:
+    """A copy of a run, its teacher and its text in another folder, before the first checkpoint."""
+    shutil.copytree(run.folder.parent, folder)
+    for name in ("checkpoints", "student"):
+        shutil.rmtree(folder / "run" / name)
+    (folder / "run" / "summary.json").unlink()
+    recipe = run.recipe.model_dump(mode="json")
+    recipe["teacher"]["model"] = str(folder / "teacher")
+    recipe["data"] |= {"text": [str(folder / "text.txt")], "cache": str(folder / "other-cache")}
+    copy = Run(folder / "run", make_recipe(recipe))
+    (copy.folder / "recipe.yaml").write_text(copy.recipe.to_yaml())
+    return copy
+
+
 @pytest.mark.parametrize("name", CHANGES)
 def test_other_inputs_do_not_continue_a_run(by_name: Run, tmp_path: Path, name: str) -> None:
     change, words = CHANGES[name]
-    shutil.copytree(by_name.folder.parent, tmp_path / "all")
-    folder = tmp_path / "all" / "run"
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(folder / "student")
-    (folder / "summary.json").unlink()
-    recipe = by_name.recipe.model_dump(mode="json")
-    recipe["teacher"]["model"] = str(tmp_path / "all" / "teacher")
-    recipe["data"] |= {"text": [str(tmp_path / "all" / "text.txt")], "cache": str(tmp_path / "c")}
-    run = Run(folder, make_recipe(recipe))
-    (folder / "recipe.yaml").write_text(run.recipe.to_yaml())
+    run = moved(by_name, tmp_path / "all")
     change(tmp_path / "all" / "teacher")
-    before = content(folder)
+    before = content(run.folder)
     with pytest.raises(UserError, match="began with other inputs") as error:
         train(run)
     assert words in str(error.value)
-    assert content(folder) == before
+    assert content(run.folder) == before
 
 
 def test_moved_and_touched_inputs_are_the_same(by_name: Run, tmp_path: Path) -> None:
-    """It is the content that counts, not where it lies or when it was written."""
-    shutil.copytree(by_name.folder.parent, tmp_path / "all")
-    folder = tmp_path / "all" / "run"
-    shutil.rmtree(folder / "checkpoints")
-    shutil.rmtree(folder / "student")
-    recipe = by_name.recipe.model_dump(mode="json")
-    recipe["teacher"]["model"] = str(tmp_path / "all" / "teacher")
-    recipe["data"] |= {"text": [str(tmp_path / "all" / "text.txt")], "cache": str(tmp_path / "c")}
-    run = Run(folder, make_recipe(recipe))
-    (folder / "recipe.yaml").write_text(run.recipe.to_yaml())
+    """Only their content matters, not their place or time."""
+    run = moved(by_name, tmp_path / "all")
     os.utime(tmp_path / "all" / "text.txt", ns=(0, 0))
     train(run)
     assert same(run, by_name)
@@ -276,9 +256,7 @@ def test_a_changed_teacher_exports_nothing(by_name: Run, tmp_path: Path) -> None
     export_run(by_name, tmp_path / "out")
 
 
-def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
-    by_name: Run, tmp_path: Path
-) -> None:
+def test_a_damaged_cache_is_built_again(by_name: Run, tmp_path: Path) -> None:
     cache = Path(str(by_name.recipe.data.cache))
     (file,) = cache.glob("*/train.bin")
     data = file.read_bytes()
@@ -288,22 +266,19 @@ def test_a_flipped_byte_of_the_cache_is_made_anew_and_one_of_shards_refused(
     assert file.read_bytes() == data
 
 
-# One process at a time, and runs that have ended
+# One process at a time, and finished runs
 
 
 def test_only_one_process_trains_a_run(cut_off: Run, lrc: Command) -> None:
     before = content(cut_off.folder)
     with hold(cut_off.folder, "held"):
-        code, _, errors = lrc("resume", cut_off.folder)
-    assert code == 2
-    assert "Another process is working on" in errors
+        assert "Another process is working on" in lrc.refusal("resume", cut_off.folder)
     assert content(cut_off.folder) == before
 
 
-def test_a_run_that_has_ended_is_left_alone(ended: Run, lrc: Command) -> None:
+def test_a_finished_run_does_not_change(ended: Run, lrc: Command) -> None:
     before = content(ended.folder)
-    code, output, _ = lrc("resume", ended.folder)
-    assert code == 0
+    output = lrc.printed("resume", ended.folder)
     assert "has ended" in output
     assert content(ended.folder) == before
 
@@ -330,7 +305,7 @@ NO_LINES = b"{", b"", b"\xff\xfe", b"[1]", b'{"x": 1}', b"[" * 9999
 @given(
     st.integers(0, 9), st.sampled_from([b"{", b"", b"\xff\xfe", b"[1]", b'{"x": 1}', b"[" * 9999])
 )
-def test_a_damaged_line_of_the_metrics_costs_that_line_alone(
+def test_a_damaged_line_of_the_metrics_loses_only_that_line(
     ended: Run, tmp_path: Path, number: int, damage: bytes
 ) -> None:
     folder = tmp_path / "run"
@@ -350,14 +325,14 @@ def test_a_damaged_line_of_the_metrics_costs_that_line_alone(
     assert run.keep_metrics_until(9) is None
 
 
-def test_the_last_line_may_be_cut_short(cut_off: Run) -> None:
+def test_the_last_line_may_be_incomplete(cut_off: Run) -> None:
     data = cut_off.metrics_file.read_bytes()
     cut_off.metrics_file.write_bytes(data[:-20])
     assert cut_off.keep_metrics_until(10) is None
     assert [line["step"] for line in cut_off.metrics()] == list(range(10))
 
 
-def test_a_resumed_run_says_what_it_left_out(
+def test_a_resumed_run_reports_dropped_lines(
     cut_off: Run, caplog: pytest.LogCaptureFixture
 ) -> None:
     lines = cut_off.metrics_file.read_text().splitlines()
@@ -372,10 +347,10 @@ def test_a_resumed_run_says_what_it_left_out(
 # Folders
 
 
-def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, lrc: Command) -> None:
-    """So that the corrected command can be given again."""
+def test_a_refused_run_leaves_no_folder(tmp_path: Path, lrc: Command) -> None:
+    """So the corrected command can use the same folder."""
     save_model(tmp_path / "teacher")
-    text = text_of(tmp_path)
+    text = save_text(tmp_path)
     out = tmp_path / "runs" / "mine"
     good = {"--teacher": tmp_path / "teacher", "--hidden-size": 8, "--text": text, "--out": out}
     more = [f"--set={key}={value}" for key, value in SHORT.items()]
@@ -387,15 +362,13 @@ def test_a_start_that_is_refused_leaves_no_folder(tmp_path: Path, lrc: Command) 
         ({"--text": tmp_path / "teacher" / "config.json"}, "train"),
     ):
         arguments = [part for pair in (good | change).items() for part in pair]
-        code, _, errors = lrc(command, *arguments, *more)
-        assert code == 2, errors
+        lrc.refusal(command, *arguments, *more)
         assert not out.exists()
-    code, _, errors = lrc("train", *(p for pair in good.items() for p in pair), *more)
-    assert code == 0, errors
+    lrc.printed("train", *(p for pair in good.items() for p in pair), *more)
 
 
-def test_a_folder_of_a_run_that_never_began_is_free(tmp_path: Path) -> None:
-    """A kill between making the folder and writing the recipe."""
+def test_the_folder_of_a_run_that_never_began_can_be_used(tmp_path: Path) -> None:
+    """A kill between creating the folder and writing the recipe leaves such a folder."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "environment.json").write_text("{}")
@@ -417,7 +390,7 @@ def test_a_run_in_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "here" / "student" / "model.safetensors").is_file()
 
 
-def test_another_run_begun_meanwhile_is_not_written_over(tmp_path: Path) -> None:
+def test_a_run_created_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     first, second = new_run(tmp_path), new_run(tmp_path, seed=5)
     go(first)
     before = content(first.folder)
@@ -426,11 +399,11 @@ def test_another_run_begun_meanwhile_is_not_written_over(tmp_path: Path) -> None
     assert content(first.folder) == before
 
 
-# Nothing beside the weights costs a student
+# A student survives every failure that does not concern its weights
 
 
 @pytest.mark.parametrize("broken", ["model_card", "samples", "draw_curves"])
-def test_what_is_not_the_weights_costs_no_student(
+def test_other_failures_lose_no_student(
     ended: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str,
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
@@ -449,37 +422,32 @@ def test_what_is_not_the_weights_costs_no_student(
 @pytest.mark.parametrize(
     "card", ["---\n: [\n---\n", "---\nlicense: [a]\n---\n", "\xff", "---\n- a\n---"]
 )
-def test_a_broken_readme_of_the_teacher_costs_no_student(tmp_path: Path, card: str) -> None:
+def test_a_broken_readme_of_the_teacher_loses_no_student(tmp_path: Path, card: str) -> None:
     save_model(tmp_path / "teacher")
     (tmp_path / "teacher" / "README.md").write_bytes(card.encode("latin-1"))
-    run = package.clone(
-        tmp_path / "teacher", hidden_size=8, text=str(text_of(tmp_path)), out=tmp_path / "run",
-        settings=SHORT | {"data.cache": str(tmp_path / "cache")},
-    )  # fmt: skip
+    run = short_run(tmp_path / "teacher")
     assert run.student().config.hidden_size == 8
     assert export_run(run, tmp_path / "out") == 2
 
 
-def test_no_path_of_this_machine_is_in_the_card(by_name: Run) -> None:
+def test_the_card_contains_no_path_of_this_machine(by_name: Run) -> None:
     card = (by_name.student_folder / "README.md").read_text()
     assert str(by_name.folder.parent) not in card
     assert "# A smaller teacher" in card
     assert "text.txt" in card
 
 
-def test_quiet_is_quiet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_python_interface_prints_nothing(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     save_model(tmp_path / "teacher")
-    text = str(text_of(tmp_path))
     capfd.readouterr()
-    package.clone(
-        tmp_path / "teacher", hidden_size=8, text=text, out=tmp_path / "run",
-        settings=SHORT | {"data.cache": str(tmp_path / "cache")},
-    )  # fmt: skip
+    short_run(tmp_path / "teacher")
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
 
 
-def test_the_python_interface_takes_strings_and_tells_what_it_does_not_take(by_name: Run) -> None:
+def test_the_python_interface_accepts_strings_and_refuses_other_types(by_name: Run) -> None:
     assert Run.open(str(by_name.folder)).recipe == by_name.recipe
     teacher = package.load_teacher(by_name.recipe.teacher.model)
     assert teacher.hidden_size == 16
@@ -491,7 +459,7 @@ def test_the_python_interface_takes_strings_and_tells_what_it_does_not_take(by_n
     assert package.__version__.count(".") >= 2
 
 
-def test_positions_that_the_teacher_was_not_made_for_are_told(
+def test_sequences_beyond_the_teachers_positions_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = new_run(tmp_path)
@@ -506,29 +474,32 @@ def test_positions_that_the_teacher_was_not_made_for_are_told(
 @pytest.mark.parametrize(
     "seconds", [0.3, *(pytest.param(s, marks=pytest.mark.slow) for s in (0.05, 0.15, 0.5, 0.7))]
 )
-def test_a_kill_at_any_moment_leaves_a_run_that_goes_on(
-    by_name: Run, tmp_path: Path, seconds: float
+def test_a_run_killed_at_any_moment_can_continue(
+    by_name: Run,
+    tmp_path: Path,
+    seconds: float,
+    lrc: Command,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The same command, or resume, ends with the student of a run that was never killed."""
+    """The same command, or `lrc resume`, gives the student of an uninterrupted run."""
     out = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(by_name.recipe.to_yaml())
-    command = [sys.executable, "-m", "lrc"]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [*command, "train", str(recipe), "--out", str(out)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        [sys.executable, "-m", "lrc", "train", str(recipe), "--out", str(out)],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert process.stdout is not None
-    for line in process.stdout:  # until torch is imported and the run begins
+    for line in process.stdout:  # until the run begins
         if line.startswith("Checking the inputs"):
             break
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    again = ["resume", str(out)] if (out / "recipe.yaml").is_file() else ["train", str(recipe)]
-    more = [] if again[0] == "resume" else ["--out", str(out)]
-    subprocess.run([*command, *again, *more], env=environment, check=True, capture_output=True)
+    monkeypatch.setattr(closing, "draw_curves", draw_curves)  # as in the killed process
+    begun = (out / "recipe.yaml").is_file()
+    lrc.printed(*(("resume", out) if begun else ("train", recipe, "--out", out)))
     run = Run.open(out)
     ours, theirs = weights(run), weights(by_name)
     assert all(torch.allclose(value, theirs[name], atol=1e-6) for name, value in ours.items())

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl, and that a resumed run goes on in the same log."""
+"""Trackers of metrics, and resumed runs that continue the same log."""
 
 import importlib.machinery
 import importlib.util
@@ -9,33 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.system.errors import UserError
-from lrc.train import loop as training_loop
 from lrc.train import train
 from lrc.train.trackers import tracked_values
 from tiny import LAYERS
-from tiny_runs import SETTINGS, go, new_run
-
-
-def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let the run break down in a step, after its last checkpoint."""
-    clip = training_loop.Loop._clip
-
-    def poisoned(self: training_loop.Loop) -> torch.Tensor:
-        norm = clip(self)
-        return norm * torch.nan if self.setup.state.step == step - 1 else norm
-
-    monkeypatch.setattr(training_loop.Loop, "_clip", poisoned)
+from tiny_runs import diverge_at, go, new_run, tiny_recipe
 
 
 def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Break a run down in step 9, which leaves a checkpoint of step 6, and resume it."""
+    """Let a run fail in step 9, with a checkpoint of step 6, and resume it."""
     with monkeypatch.context() as patch:
-        stop_at(9, patch)
+        diverge_at(9, patch)
         with pytest.raises(UserError, match="not finite"):
             go(run)
     go(Run.open(run.folder))
@@ -51,13 +37,12 @@ def test_nothing_is_sent_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not names & {"tensorboard", "wandb", "trackers.json"}
 
 
-def test_one_name_and_none_are_taken_too() -> None:
-    base = {**SETTINGS, "teacher": {"model": "x"}, "data": {"text": ["x"]}}
-    one = make_recipe(base, {"train.report_to": "tensorboard"})
+def test_one_name_and_none_are_accepted() -> None:
+    one = tiny_recipe({"train.report_to": "tensorboard"})
     assert one.train.report_to == ["tensorboard"]
-    assert make_recipe(base, {"train.report_to": "none"}).train.report_to == []
+    assert tiny_recipe({"train.report_to": "none"}).train.report_to == []
     with pytest.raises(UserError, match="report_to"):
-        make_recipe(base, {"train.report_to": ["mlflow"]})
+        tiny_recipe({"train.report_to": ["mlflow"]})
 
 
 def test_values() -> None:
@@ -78,14 +63,16 @@ def test_values() -> None:
     }
 
 
-def test_a_missing_library_is_told_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_reported_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name, *a: None if name == "wandb" else find(name, *a)
     )
     run = new_run(tmp_path, "wandb")
     with pytest.raises(UserError, match=r"pip install 'low-rank-clone\[wandb\]'"):
-        train(run)  # before the teacher, which does not exist, is looked for
+        train(run)  # before the search for the teacher, which does not exist
     assert not run.metrics_file.exists()
 
 
@@ -128,7 +115,7 @@ class FakeRun:
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
-def test_services_go_on_in_the_same_run(
+def test_services_continue_the_same_run(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[FakeRun] = []

@@ -262,7 +262,7 @@ class Loop:
             if name not in projected:
                 self.world.send(value.data, method.owners[name])
 
-    def _clip(self, missing: Collection[str] = ()) -> torch.Tensor:
+    def _clip(self, missing: Collection[str]) -> torch.Tensor:
         """Clip the gradients as the recipe says; return their norm before clipping.
 
         Args:

@@ -1,4 +1,4 @@
-"""The basis of the student's stream: Fisher information by hand, and what of the stream is lost."""
+"""The basis of the student's stream: Fisher information by hand, and how much is lost."""
 
 import pytest
 import torch
@@ -16,14 +16,10 @@ from lrc.cloning.start.basis import (
     stream_statistics,
 )
 from lrc.cloning.start.calibration import Calibration
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
+from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, Case, tiny_teacher, tiny_tokens
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 NORMS_INSIDE = 2
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -48,7 +44,7 @@ def test_the_gradients_are_those_of_the_whole_model(
 ) -> None:
     monkeypatch.setattr(basis, "GRADIENT_TOKENS", 40)  # three sequences of twelve
     family, tied, changes = case
-    teacher, ids = tiny_teacher(family, tied, **changes), tokens(8)
+    teacher, ids = tiny_teacher(family, tied, **changes), tiny_tokens(8)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = list(gradients(calibration))
 
@@ -78,7 +74,7 @@ def test_the_gradients_are_those_of_the_whole_model(
 
 def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(basis, "LARGEST_TOKEN_WEIGHT", 1e9)
-    teacher, ids = tiny_teacher("llama"), tokens(24)
+    teacher, ids = tiny_teacher("llama"), tiny_tokens(24)
     with Calibration(teacher, ids, STUDENT_HIDDEN) as calibration:
         found = stream_statistics(calibration)
         by_site = list(reversed([g.T @ g for g in gradients(calibration)]))
@@ -108,27 +104,27 @@ def test_statistics_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         torch.testing.assert_close(metric, span.T @ found.fisher[int(final)] @ span)
 
 
-def test_no_token_rules_the_fisher_information(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_token_dominates_the_fisher_information(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = drawn(0, 50, HIDDEN)
     rows[7] *= 1e4
     teacher = tiny_teacher("llama")
     sites = 2 * teacher.num_layers + 1
     monkeypatch.setattr(basis, "gradients", lambda _: iter([rows] * sites))
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         fisher = stream_statistics(calibration).fisher[0]
     along = rows[7] / rows[7].norm()
-    assert along @ fisher @ along < 0.3 * HIDDEN  # uncapped, it has FISHER_SHARE of the trace
+    assert along @ fisher @ along < 0.3 * HIDDEN  # without the cap it has FISHER_SHARE of the trace
 
 
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(2, 9), kept=st.integers(1, 8), seed=st.integers(0, 99))
-def test_what_is_lost_is_what_least_squares_cannot_tell(width: int, kept: int, seed: int) -> None:
+def test_the_loss_is_the_residual_of_least_squares(width: int, kept: int, seed: int) -> None:
     kept = min(kept, width)
     h = drawn(seed, 40, width)
     root = drawn(seed + 1, width, width)
     span = torch.linalg.qr(drawn(seed + 2, width, kept)).Q
-    told = h @ span @ torch.linalg.lstsq(h @ span, h).solution
-    expected = ((h - told) @ root).square().sum() / 40
+    predicted = h @ span @ torch.linalg.lstsq(h @ span, h).solution
+    expected = ((h - predicted) @ root).square().sum() / 40
     found = basis._lost(span, h.T @ h / 40, root @ root.T)
     whole = float((h @ root).square().sum() / 40)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * whole)
@@ -136,12 +132,10 @@ def test_what_is_lost_is_what_least_squares_cannot_tell(width: int, kept: int, s
 
 @settings(deadline=None, max_examples=25)
 @given(width=st.integers(2, 6), kept=st.integers(1, 5), seed=st.integers(0, 99))
-def test_what_a_tied_head_loses_is_least_over_what_it_can_be(
-    width: int, kept: int, seed: int
-) -> None:
+def test_the_loss_of_a_tied_head_is_the_least_possible(width: int, kept: int, seed: int) -> None:
     kept = min(kept, width)
     h, gain = drawn(seed, 40, width), drawn(seed + 3, width).abs() + 0.5
-    root = drawn(seed + 1, width, width)  # of the metric of u = diag(gain) h
+    root = drawn(seed + 1, width, width)  # of the metric for u = diag(gain) h
     span = torch.linalg.qr(drawn(seed + 2, width, kept)).Q
     weighed = root.T @ span
     columns = torch.einsum("ai,tj->taij", weighed, h @ span).reshape(-1, kept * kept)
@@ -172,7 +166,7 @@ def test_the_basis_loses_less_than_principal_directions(seed: int) -> None:
     assert lost(value, best) < lost(value, mean) < lost(value, principal)
 
 
-def test_where_all_norms_are_alike_the_best_basis_is_known() -> None:
+def test_the_best_basis_of_equal_norms_is_known() -> None:
     value, weights = statistics(0, 24), (NORMS_INSIDE, 1.0)
     moments, fisher = (each[:1].expand(2, -1, -1) for each in (value.moments, value.fisher))
     alike = StreamStatistics(moments, fisher, NORMS_INSIDE)
@@ -204,7 +198,7 @@ def test_a_tied_head_has_its_share() -> None:
 
 def test_the_principal_basis_is_of_all_norms() -> None:
     teacher = tiny_teacher("llama")
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         found = principal_basis(calibration)
         moments = stream_statistics(calibration)
     mean = moments.norms * moments.moments[0] + moments.moments[1]
@@ -212,13 +206,13 @@ def test_the_principal_basis_is_of_all_norms() -> None:
     torch.testing.assert_close(found @ found.T, expected @ expected.T, rtol=0, atol=1e-3)
 
 
-def test_massive_activations_rule_no_solve() -> None:
+def test_massive_activations_dominate_no_solve() -> None:
     teacher = tiny_teacher("llama")
-    with Calibration(teacher, tokens(24), STUDENT_HIDDEN) as calibration:
+    with Calibration(teacher, tiny_tokens(24), STUDENT_HIDDEN) as calibration:
         theirs, ours = drawn(0, 3, HIDDEN), drawn(1, 3, STUDENT_HIDDEN)
         ours *= 0.1  # as large as the teacher's, or smaller
-        theirs[1] *= 1e3  # the teacher's own
-        ours[2] *= 1e4  # one that the student invents
+        theirs[1] *= 1e3  # in the teacher
+        ours[2] *= 1e4  # only in the student
         weights = calibration.weights(theirs, ours)[:, 0]
         rms = theirs.square().mean(-1).sqrt()
     torch.testing.assert_close(weights[:2], 1 / rms[:2], rtol=1e-3, atol=0)

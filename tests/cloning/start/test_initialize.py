@@ -1,4 +1,4 @@
-"""The closed-form start: exact where it can be, least squares where it cannot, and far ahead."""
+"""The closed-form start: exact at full width, least squares below, better than a random start."""
 
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,19 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
-from starts import initialize_from_text, initialize_random
 from stories import sample
-from tiny import HIDDEN, LLAMAS, READERS, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+from tiny import (
+    HIDDEN,
+    LLAMAS,
+    READERS,
+    STUDENT_HIDDEN,
+    TINY_CASES,
+    Case,
+    initialize_from_text,
+    initialize_random,
+    tiny_teacher,
+    tiny_tokens,
+)
 
 
 def closed_form(
@@ -49,9 +55,9 @@ def closed_form(
 @pytest.mark.parametrize(
     ("fold", "epochs"), [(False, 0), (True, 0), (True, 1)], ids=["plain", "folded", "refined"]
 )
-def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool, epochs: int) -> None:
-    method = closed_form(case, HIDDEN, tokens(24), epochs, fold_gains=fold)
-    ids = tokens(3)
+def test_the_full_hidden_size_reproduces_the_teacher(case: Case, fold: bool, epochs: int) -> None:
+    method = closed_form(case, HIDDEN, tiny_tokens(24), epochs, fold_gains=fold)
+    ids = tiny_tokens(3)
     with torch.no_grad():
         theirs = method.teacher.model(ids).logits
         ours = method.student()(ids).logits
@@ -63,7 +69,7 @@ def test_the_full_hidden_size_gives_the_teacher_back(case: Case, fold: bool, epo
 def test_the_student_has_the_stream_that_was_solved(
     case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Up to the rotation of a tied student. At d_S = d_T no error of scale would show."""
+    """Up to the rotation of a tied student. At d_S = d_T an error of scale would not show."""
     solved: list[Tensor] = []
     head = solve._solved_head
 
@@ -75,7 +81,7 @@ def test_the_student_has_the_stream_that_was_solved(
         return found
 
     monkeypatch.setattr(solve, "_solved_head", kept)
-    ids = tokens(24)
+    ids = tiny_tokens(24)
     method = closed_form(case, STUDENT_HIDDEN, ids)
     read: list[Tensor] = []
     student = method.student()
@@ -92,7 +98,7 @@ def test_the_student_has_the_stream_that_was_solved(
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_folding_changes_no_student(case: Case) -> None:
     plain, folded = (
-        closed_form(case, STUDENT_HIDDEN, tokens(24), fold_gains=fold).student()
+        closed_form(case, STUDENT_HIDDEN, tiny_tokens(24), fold_gains=fold).student()
         for fold in (False, True)
     )
     for (name, a), b in zip(plain.state_dict().items(), folded.state_dict().values(), strict=True):
@@ -101,13 +107,13 @@ def test_folding_changes_no_student(case: Case) -> None:
 
 @pytest.mark.parametrize("case", TINY_CASES)
 def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
-    method = closed_form(case, STUDENT_HIDDEN, tokens(48))
-    ids = tokens(4)
+    method = closed_form(case, STUDENT_HIDDEN, tiny_tokens(48))
+    ids = tiny_tokens(4)
 
     def error() -> float:
         with torch.no_grad():
             ours, theirs = method.student()(ids).logits, method.teacher.model(ids).logits
-        return float((ours - theirs).var(dim=-1).mean())  # a shift of all logits says nothing
+        return float((ours - theirs).var(dim=-1).mean())  # a shift of all logits changes nothing
 
     solved = error()
     initialize_random(method.projections, 0.02, seed=0)
@@ -116,8 +122,10 @@ def test_it_imitates_the_teacher_better_than_a_random_start(case: Case) -> None:
 
 def test_readers_are_least_squares_of_the_students_own_stream() -> None:
     teacher = tiny_teacher("llama")
-    solved = solve_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=False).projections
-    ids = tokens(24)
+    solved = solve_projections(
+        teacher, tiny_tokens(24), STUDENT_HIDDEN, shared_head=False
+    ).projections
+    ids = tiny_tokens(24)
     x = teacher.model.get_input_embeddings()(ids).flatten(0, 1)
     h = x / (x.pow(2).mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
     y = x @ solved["embedding"]
@@ -129,9 +137,9 @@ def test_readers_are_least_squares_of_the_students_own_stream() -> None:
 
 
 @pytest.mark.parametrize("family", LLAMAS)
-def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
-    """Teacher and student run on them as if they were a sequence of their own."""
-    teacher, ids, restart = tiny_teacher(family), tokens(6), 4
+def test_the_last_tokens_of_a_sequence_are_a_separate_sequence(family: str) -> None:
+    """For the teacher and the student."""
+    teacher, ids, restart = tiny_teacher(family), tiny_tokens(6), 4
     long, short = slice(0, ids.shape[1] - restart), slice(ids.shape[1] - restart, None)
     with torch.no_grad(), Calibration(teacher, ids, STUDENT_HIDDEN, restart) as calibration:
         *_, last = calibration.teacher_layers()
@@ -144,7 +152,7 @@ def test_the_last_tokens_of_a_sequence_begin_anew(family: str) -> None:
 
 def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     teacher = tiny_teacher("llama")
-    whole = tokens(24)
+    whole = tiny_tokens(24)
     length = whole.shape[1] // 2
     before = solve_projections(teacher, whole, STUDENT_HIDDEN, shared_head=False).projections
     monkeypatch.setattr("lrc.cloning.start.closed_form.solve.LENGTH", length)
@@ -162,7 +170,7 @@ def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
-    teacher, ids = tiny_teacher("llama", tied=True), tokens(24)
+    teacher, ids = tiny_teacher("llama", tied=True), tiny_tokens(24)
     one = torch.eye(STUDENT_HIDDEN, dtype=torch.float64)
     for shared in (False, True):
         basis = solve_projections(teacher, ids, STUDENT_HIDDEN, shared).projections["embedding"]
@@ -174,18 +182,18 @@ def test_the_basis_is_orthonormal_and_a_tied_head_only_rotates_it() -> None:
 
 
 def test_the_principal_start_keeps_most_of_the_stream() -> None:
-    """No other subspace of its size keeps more of the normalized stream, and all uses are one."""
+    """More than another subspace of its size. All projections share it."""
     teacher = tiny_teacher("llama", tied=True)
-    start = pca_projections(teacher, tokens(24), STUDENT_HIDDEN, shared_head=True)
+    start = pca_projections(teacher, tiny_tokens(24), STUDENT_HIDDEN, shared_head=True)
     solved, gains = start.projections, start.final_gain
     basis = solved["embedding"]
-    scale = (HIDDEN / STUDENT_HIDDEN) ** 0.5  # a mean over fewer numbers of nearly the same square
+    scale = (HIDDEN / STUDENT_HIDDEN) ** 0.5  # the mean square is taken over fewer numbers
     for key, value in solved.items():
         reads = key.rpartition(".")[2] in READERS
         torch.testing.assert_close(value, scale * basis if reads else basis)
     with torch.no_grad():
-        states = teacher.model(tokens(24), output_hidden_states=True).hidden_states
-    x = torch.cat([state.flatten(0, 1) for state in states[:-1]])  # the last one is normed
+        states = teacher.model(tiny_tokens(24), output_hidden_states=True).hidden_states
+    x = torch.cat([state.flatten(0, 1) for state in states[:-1]])  # the last state is normalized
     h = x / (x.square().mean(-1, keepdim=True) + teacher.config.rms_norm_eps).sqrt()
     kept = (h @ basis).square().sum() / h.square().sum()
     other = torch.linalg.qr(torch.randn(HIDDEN, STUDENT_HIDDEN, dtype=h.dtype)).Q
@@ -199,11 +207,11 @@ def test_the_principal_start_keeps_most_of_the_stream() -> None:
 def test_the_principal_start_at_the_full_hidden_size_is_the_teacher(case: Case) -> None:
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, **changes)
-    student = StudentSection(hidden_size=HIDDEN, tie_projections=False)  # no gain is lost
+    student = StudentSection(hidden_size=HIDDEN, tie_projections=False)  # keeps all gains
     method = LowRankClone(teacher, student, ObjectiveSection())
-    initialize_from_text(method, "pca", tokens(24))
+    initialize_from_text(method, "pca", tiny_tokens(24))
     with torch.no_grad():
-        theirs, ours = teacher.model(tokens(3)).logits, method.student()(tokens(3)).logits
+        theirs, ours = teacher.model(tiny_tokens(3)).logits, method.student()(tiny_tokens(3)).logits
     assert (ours - theirs).abs().max() < 1e-4 * theirs.abs().max()
 
 
@@ -217,7 +225,7 @@ def test_regress_is_weighted_ridge_regression(p: int, q: int, n: int, seed: int)
     )
     w = torch.rand(n, 1, dtype=torch.float64, generator=generator) + 0.1
     rows = [(u[: n // 2], v[: n // 2], w[: n // 2]), (u[n // 2 :], v[n // 2 :], w[n // 2 :])]
-    found = regress(rows, rows, prior)  # the rows themselves take nothing back
+    found = regress(rows, rows, prior)  # held out on the same rows, nothing is shrunk
     ridge = least_squares.RIDGE * (w * u * u).sum().item() / p
     stacked = np.vstack([(w.sqrt() * u).numpy(), ridge**0.5 * np.eye(p)])
     targets = np.vstack([(w.sqrt() * v).numpy(), ridge**0.5 * prior.numpy()])
@@ -225,7 +233,7 @@ def test_regress_is_weighted_ridge_regression(p: int, q: int, n: int, seed: int)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7, atol=1e-9)
 
 
-def test_noise_is_not_followed() -> None:
+def test_noise_is_not_fitted() -> None:
     generator = torch.Generator().manual_seed(0)
     u, noise = torch.randn(2, 40, 8, dtype=torch.float64, generator=generator)
     fresh, other = torch.randn(2, 4000, 8, dtype=torch.float64, generator=generator)
@@ -235,8 +243,8 @@ def test_noise_is_not_followed() -> None:
     assert regress(fit, held_out, nothing).norm() < 0.1
 
 
-def test_each_direction_is_as_strong_as_the_held_out_rows_say() -> None:
-    """But never stronger than the rows that it was solved on say."""
+def test_held_out_rows_scale_every_direction() -> None:
+    """But never beyond the solution on the fitted rows."""
     generator = torch.Generator().manual_seed(0)
 
     def orthogonal(rows: int, columns: int) -> Tensor:
@@ -256,7 +264,7 @@ def test_each_direction_is_as_strong_as_the_held_out_rows_say() -> None:
     torch.testing.assert_close(found, prior + left * expected @ right.T)
 
 
-def test_the_prior_is_scaled_where_it_is_asked() -> None:
+def test_the_prior_is_scaled_on_request() -> None:
     u, prior = torch.randn(30, 5).double(), torch.randn(5, 4).double()
     rows = [(u, 2 * u @ prior, None)]
     torch.testing.assert_close(regress(rows, rows, prior, scale_prior=True), 2 * prior)
@@ -292,10 +300,10 @@ def test_square_roots_whiten() -> None:
     torch.testing.assert_close(color @ color, 6 * moment / moment.trace() + RIDGE * eye)
 
 
-def test_refining_starts_further_ahead(
+def test_refinement_improves_the_start(
     stories_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And where it does not, the tokens that no solve sees keep what was solved."""
+    """If it makes the loss on unseen tokens worse, the solved values stay."""
     teacher = load_teacher(TeacherSection(model=str(stories_folder)))
     text = sample(teacher, 64, 128)
     method = LowRankClone(teacher, StudentSection(hidden_size=32), ObjectiveSection())
@@ -309,7 +317,7 @@ def test_refining_starts_further_ahead(
     assert refined < solved - 0.05
     monkeypatch.setattr(refine, "LEARNING_RATE", 1e3)
     last, _ = start(2)
-    assert last < solved - 0.05  # the last layers and the head alone
+    assert last < solved - 0.05  # only the last layers and the head improve
     monkeypatch.setattr(predictions, "LEARNING_RATE", 1e4)
     diverged, values = start(1)
     assert diverged == solved

@@ -1,7 +1,6 @@
-"""Starts from text beyond memory: streams in files, teachers on the disk or in low precision."""
+"""Starts that need little memory: streams in files, teachers on disk or in low precision."""
 
 import errno
-import json
 import os
 import subprocess
 import sys
@@ -27,12 +26,16 @@ from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
 from lrc.system.errors import UserError
-from starts import initialize_from_text
-from tiny import HIDDEN, STUDENT_HIDDEN, TINY_CASES, TOKENS, Case, tiny_teacher
-
-
-def tokens(sequences: int, length: int = 12) -> Tensor:
-    return torch.randint(3, TOKENS, (sequences, length), generator=torch.Generator().manual_seed(1))
+from tiny import (
+    HIDDEN,
+    STUDENT_HIDDEN,
+    TINY_CASES,
+    Case,
+    initialize_from_text,
+    tiny_teacher,
+    tiny_tokens,
+)
+from tiny_runs import file_settings, save_teacher
 
 
 def started(
@@ -41,7 +44,7 @@ def started(
     """The weights of a student that was started from 26 sequences."""
     section = StudentSection(hidden_size=hidden_size, **student)
     method = LowRankClone(teacher, section, ObjectiveSection())
-    initialize_from_text(method, way, tokens(26))
+    initialize_from_text(method, way, tiny_tokens(26))
     return {name: value.clone() for name, value in method.student().state_dict().items()}
 
 
@@ -52,7 +55,7 @@ def assert_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 
 def saved(teacher: Teacher, folder: Path, shards: bool = True) -> Path:
-    """A model folder, by default with its layers over several files."""
+    """A model folder, by default with several weight files."""
     teacher.model.save_pretrained(folder, max_shard_size=6000 if shards else "1GB")
     teacher.tokenizer.save_pretrained(folder)
     assert (folder / "model.safetensors.index.json").exists() == shards
@@ -66,7 +69,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def scratch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The system's folder for temporary files, to which all streams go."""
+    """A folder for temporary files, where all streams are written."""
     folder = tmp_path / "scratch"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -120,12 +123,17 @@ def test_streams_in_files_give_the_same_student(
 
 
 def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head, "METRIC_TOKENS", 40)  # every seventh token: batches are no multiple
+    monkeypatch.setattr(
+        head, "METRIC_TOKENS", 40
+    )  # every seventh token is used: no batch size is a multiple
     found = []
     for batch in (60, 10_000):
         monkeypatch.setattr(calibration, "BATCH_TOKENS", batch)
         teacher = tiny_teacher("llama")
-        with torch.no_grad(), calibration.Calibration(teacher, tokens(26), STUDENT_HIDDEN) as ours:
+        with (
+            torch.no_grad(),
+            calibration.Calibration(teacher, tiny_tokens(26), STUDENT_HIDDEN) as ours,
+        ):
             *_, last = ours.teacher_layers()
             found.append(head.head_metric(ours, last.after))
     torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
@@ -134,7 +142,7 @@ def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.Mon
 def test_the_files_have_no_name_and_are_closed(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that is killed at any time leaves nothing; nor does one that goes on."""
+    """So a process leaves no files, even if it is killed."""
     made: list[Any] = []
     make = tempfile.TemporaryFile
 
@@ -156,11 +164,11 @@ def test_the_files_have_no_name_and_are_closed(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        initialize_from_text(method, "closed-form", tokens(26), look)
+        initialize_from_text(method, "closed-form", tiny_tokens(26), look)
     assert all(file.closed for file in made)
 
 
-def test_a_full_disk_is_told_before_the_work(
+def test_a_full_disk_is_reported_before_the_work(
     scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_arguments: int) -> None:
@@ -180,7 +188,7 @@ class FullFile:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_disk_that_fills_up_is_told(scratch: Path) -> None:
+def test_a_disk_that_fills_up_is_reported(scratch: Path) -> None:
     stream = ActivationStore((2, 3, 4), torch.float32, on_disk=True)
     stream._file = FullFile()  # type: ignore[assignment]
     with pytest.raises(UserError, match=f"disk is full while writing {scratch}"):
@@ -190,7 +198,7 @@ def test_a_disk_that_fills_up_is_told(scratch: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("way", ["closed-form", "pca"])
 @pytest.mark.parametrize("case", TINY_CASES)
-def test_a_teacher_of_low_precision_gives_the_student_of_its_float32_copy(
+def test_a_low_precision_teacher_gives_the_student_of_its_float32_copy(
     case: Case, way: str, dtype: torch.dtype
 ) -> None:
     family, tied, changes = case
@@ -204,14 +212,14 @@ def test_a_teacher_of_low_precision_gives_the_student_of_its_float32_copy(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", TINY_CASES)
-def test_the_full_hidden_size_gives_a_teacher_of_low_precision_back(
+def test_the_full_hidden_size_reproduces_a_low_precision_teacher(
     case: Case, dtype: torch.dtype
 ) -> None:
     family, tied, changes = case
     teacher = tiny_teacher(family, tied, dtype=dtype, **changes)
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
-    initialize_from_text(method, "closed-form", tokens(26))
-    ids = tokens(3)
+    initialize_from_text(method, "closed-form", tiny_tokens(26))
+    ids = tiny_tokens(3)
     with torch.no_grad():
         ours = method.student()(ids).logits
         theirs = teacher.model(ids).logits.float()
@@ -239,7 +247,7 @@ def test_a_teacher_on_the_disk_gives_the_same_student(case: Case, way: str, tmp_
 
 
 @pytest.mark.parametrize(("stored", "loaded"), [("float32", "bfloat16"), ("bfloat16", "float32")])
-def test_a_teacher_on_the_disk_has_the_dtype_that_is_asked_for(
+def test_a_teacher_on_the_disk_has_the_requested_dtype(
     stored: str, loaded: str, tmp_path: Path
 ) -> None:
     teacher = tiny_teacher("qwen2", tied=True, dtype=getattr(torch, stored))
@@ -266,30 +274,16 @@ def test_what_cannot_be_read_by_layers_is_refused(tmp_path: Path) -> None:
 
 def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: Command) -> None:
     folder = saved(tiny_teacher("qwen3", tied=True, dtype=torch.float32), tmp_path / "teacher")
-    words = [" ".join(f"w{3 + (7 * d + i * i) % 30}" for i in range(60)) for d in range(40)]
-    text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in words))
-    recipe = {
-        "teacher": {"model": str(folder)},
-        "student": {"hidden_size": 8},
-        "initialize": {"method": "closed-form", "calibration_tokens": 256},
-        "data": {
-            "text": [str(text)],
-            "held_out_fraction": 0.2,
-            "sequence_length": 16,
-            "cache": str(tmp_path / "cache"),
-        },
-        "train": {"tokens": 96, "micro_batch": 2},
-    }
+    recipe = file_settings(
+        tmp_path,
+        initialize={"method": "closed-form", "calibration_tokens": 256},
+        train={"tokens": 96, "micro_batch": 2},
+    )
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(recipe))
     whole, layers = Run(tmp_path / "whole", None), Run(tmp_path / "layers", None)
-    code, _, errors = lrc("compress", file, "--out", whole.folder)
-    assert code == 0, errors
-    code, printed, errors = lrc(
-        "compress", file, "--set", "teacher.load=layers", "--out", layers.folder
-    )
-    assert code == 0, errors
+    lrc.printed("compress", file, "--out", whole.folder)
+    printed = lrc.printed("compress", file, "--set", "teacher.load=layers", "--out", layers.folder)
     assert "calibration / teacher forward" in printed
     assert_equal(layers.student().state_dict(), whole.student().state_dict())
     ours, theirs = layers.summary(), whole.summary()
@@ -297,40 +291,38 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
     assert "not written" in ours["samples"]["teacher"]
     assert ours["samples"]["student"] == theirs["samples"]["student"]
-    for summary in (ours, theirs):  # the teacher runs twice, and that is not all
+    for summary in (ours, theirs):  # the teacher runs twice, and other work takes time too
         seconds = summary["calibration_forward_seconds"]
         assert summary["calibration_seconds"] > 2 * seconds > 0
         assert summary["calibration_forwards"] > 2
 
     low = Run(tmp_path / "low", None)
     low_layers = ["--set", "teacher.load=layers", "--set", "teacher.dtype=bfloat16"]
-    code, _, errors = lrc("compress", file, *low_layers, "--out", low.folder)
-    assert code == 0, errors
+    lrc.printed("compress", file, *low_layers, "--out", low.folder)
     assert low.student().dtype == torch.float32
     assert abs(low.summary()["student_held_out_lm"] - theirs["student_held_out_lm"]) < 0.05
 
     untouched = tmp_path / "untouched"
-    code, _, errors = lrc("train", file, "--set", "teacher.load=layers", "--out", untouched)
-    assert code == 2
-    assert "set teacher.load to full" in errors
+    assert "set teacher.load to full" in lrc.refusal(
+        "train", file, "--set", "teacher.load=layers", "--out", untouched
+    )
     assert not untouched.exists()
     with pytest.raises(UserError, match=r"set teacher\.load to full"):
         clone(
             str(folder),
             hidden_size=8,
-            text=str(text),
+            text=recipe["data"]["text"],
             out=untouched,
             settings={"teacher.load": "layers"},
         )
     assert not untouched.exists()
 
-    code, _, errors = lrc("resume", layers.folder)
-    assert code == 2
-    assert "needs the whole teacher in memory: set teacher.load to full" in errors
+    assert "needs the whole teacher in memory: set teacher.load to full" in lrc.refusal(
+        "resume", layers.folder
+    )
     resolved = layers.folder / "recipe.yaml"
     resolved.write_text(resolved.read_text().replace("load: layers", "load: full"))
-    code, _, errors = lrc("resume", layers.folder)
-    assert code == 0, errors
+    lrc.printed("resume", layers.folder)
     assert layers.summary()["tokens"] == 96
     key = "calibration_forward_seconds"
     assert layers.summary()[key] == ours[key]
@@ -361,7 +353,7 @@ def start(load, tokens, in_memory=2**30, folder="teacher"):
 
 
 def peaks(folder: Path, code: str) -> list[float]:
-    """What a process of its own prints about its memory, in MiB."""
+    """Peak memory in MiB, as another process prints it."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
     result = subprocess.run(
@@ -382,7 +374,7 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
     few, many, held = peaks(
         tmp_path,
         """
-        start("full", 4096, in_memory=0)  # what torch sets aside the first time
+        start("full", 4096, in_memory=0)  # memory that torch allocates once
         print(start("full", 8192, in_memory=0))
         print(start("full", 32768, in_memory=0))
         print(start("full", 32768))
@@ -390,31 +382,27 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
     )
     streams = 32768 * (3 * 256 + 2 * 32) * 4 / 2**20
     assert many - few < 0.3 * streams
-    assert held - many > 0.5 * streams  # a part reuses what was freed before
+    assert held - many > 0.5 * streams  # some of it reuses freed memory
 
 
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
     size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
-    teacher.model.save_pretrained(tmp_path / "teacher")
-    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
-    small = tiny_teacher(
-        "llama", tied=True, dtype=torch.float32, **shape | {"num_hidden_layers": 1}
-    )
-    saved(small, tmp_path / "small", shards=False)
+    saved(teacher, tmp_path / "teacher", shards=False)
+    save_teacher(tmp_path / "small", "llama", **shape | {"num_hidden_layers": 1})
     before, by_layers, whole = peaks(
         tmp_path,
         """
-        print(start("layers", 512, folder="small"))  # what one layer takes, and the libraries
+        print(start("layers", 512, folder="small"))  # one layer and the libraries
         print(start("layers", 512))
         print(start("full", 512))
         """,
     )
     student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
-    moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of groups of norms, for one layer three
-    # Of four last layers, for one layer one: five numbers for each of their projections', and
-    # the student's weights with their gradients.
+    moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of all groups of norms; one layer has three
+    # The last four layers are refined (one of one): five numbers per entry of their projections,
+    # and the student's weights with their gradients.
     refined = 3 * (5 * 7 * 512 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 512)
     assert by_layers - before < student + moments + refined + 0.5 * size
-    assert whole - before > 0.8 * size  # a part was in `before` already
+    assert whole - before > 0.8 * size  # `before` contains some of it

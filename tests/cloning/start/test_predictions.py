@@ -1,4 +1,4 @@
-"""The last layers and the head of a solved start, refined on the teacher's predictions."""
+"""Refinement of the last layers and the head on the teacher's predictions."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,22 +16,16 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from starts import initialize_from_text
-from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, tiny_teacher
+from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, initialize_from_text, tiny_teacher, tiny_tokens
 
 LAYERS = 4
 REFINED = 2
-"""Of four layers, the last two."""
-
-
-def tokens(sequences: int) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
-    return torch.randint(0, TOKENS, (sequences, 12), generator=generator)
+"""The last two of four layers are refined."""
 
 
 def leave_ffns_alone(monkeypatch: pytest.MonkeyPatch) -> list[None]:
-    """What is refined is then the last layers and the head alone. One item for each FFN that would
-    have been refined."""
+    """Refine only the last layers and the head. The list gets one item per FFN that would have been
+    refined."""
     asked: list[None] = []
 
     def solved(*arguments: Any) -> dict[str, Tensor]:
@@ -52,19 +46,20 @@ def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClon
 
 @pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("tied", [False, True])
-def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the tokens that no solve sees, by the exported student; and nothing before the last
-    layers changes."""
+def test_refinement_improves_predictions(
+    family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the exported student, on unseen tokens. Nothing before the last layers changes."""
     ffns = leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher(family, tied=tied, num_hidden_layers=LAYERS)
-    ids = tokens(400)
+    ids = tiny_tokens(400, seed=3)
     solved, refined = (start(teacher, ids, tied, epochs) for epochs in (0, 3))
     assert len(ffns) == LAYERS - REFINED
     unseen = [Batch(ids[350:])]
     before, after = (measure_agreement(teacher, m.student(), unseen).kl for m in (solved, refined))
     assert after < 0.985 * before
-    for site in teacher.layout.sites() if not tied else ():  # a tied student is rotated anew
+    for site in teacher.layout.sites() if not tied else ():  # a tied student is rotated again
         key = projection_key(site)
         same = torch.equal(solved.projections.values[key], refined.projections.values[key])
         assert same == (site.layer < LAYERS - REFINED)
@@ -72,11 +67,11 @@ def test_predictions_come_nearer(family: str, tied: bool, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("family", LLAMAS)
 @pytest.mark.parametrize("biases", [False, True])
-def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> None:
-    """The stream that refining sees is that of the student with the same projections."""
+def test_the_refined_layers_compute_what_the_student_computes(family: str, biases: bool) -> None:
+    """The last hidden states equal those of the student with the same projections."""
     changes = {"attention_bias": True, "mlp_bias": True} if biases and family == "llama" else {}
     teacher = tiny_teacher(family, num_hidden_layers=LAYERS, **changes)
-    ids = tokens(8)
+    ids = tiny_tokens(8, seed=3)
     method = start(teacher, ids, False, 0)
     student = method.student()
     with torch.no_grad():
@@ -95,13 +90,15 @@ def test_the_layers_run_as_those_of_the_student(family: str, biases: bool) -> No
         torch.testing.assert_close(stream[slice(0, len(ids))], final[0], rtol=1e-5, atol=1e-6)
 
 
-def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the text is not what the teacher expects, a larger weight of the LM loss brings the
-    student nearer to the text and leaves it farther from the teacher."""
+def test_the_lm_loss_has_a_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On text that the teacher does not expect, more weight for the LM loss lowers that loss and
+    increases the KL divergence."""
     leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 120)
     teacher = tiny_teacher("llama", tied=False, num_hidden_layers=LAYERS)
-    ids = (tokens(400)[:, :1] + torch.arange(12)) % TOKENS  # every token is the last one plus one
+    ids = (
+        tiny_tokens(400, seed=3)[:, :1] + torch.arange(12)
+    ) % TOKENS  # every token is the last one plus one
     found = []
     for weight in (0.0, 0.2):
         monkeypatch.setattr(predictions, "LM_WEIGHT", weight)
@@ -115,7 +112,7 @@ def test_the_lm_loss_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_token_counts_once_in_two_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     leave_ffns_alone(monkeypatch)
     monkeypatch.setattr(predictions, "STEP_TOKENS", 36)
-    ids = tokens(40)
+    ids = tiny_tokens(40, seed=3)
     learnt: list[Tensor] = []
     plain = predictions.vocabulary_losses
 
