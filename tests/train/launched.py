@@ -1,0 +1,54 @@
+"""What each process of a launch runs: the command line, once for each list of arguments.
+
+`faults` break one process: rank, step and kind.
+"""
+
+import json
+import os
+import sys
+
+import lrc.cli
+from lrc.system.distributed import join, leave
+from lrc.train.loop import Loop
+
+
+def main() -> None:
+    commands, faults = json.loads(sys.argv[1])
+    lrc.cli.leave = lambda: None  # the next command goes on with the same processes
+    world = join()
+    step_of_loop = Loop._step
+    if faults and faults["rank"] == world.rank:
+
+        def broken(self: Loop, progress):  # type: ignore[no-untyped-def]
+            if self.setup.state.step == faults["step"]:
+                if faults["kind"] == "kill":
+                    os.kill(os.getpid(), 9)
+                if faults["kind"] == "terminate":
+                    os.kill(os.getpid(), 15)
+                if faults["kind"] == "nan":
+                    for value in self.setup.method.model.parameters():
+                        value.data.fill_(float("nan"))
+                if faults["kind"] == "full disk":
+                    import lrc.train.checkpoint as checkpoint
+
+                    def full(*_):  # type: ignore[no-untyped-def]
+                        raise OSError(28, "No space left on device")
+
+                    checkpoint.save_file = full
+            return step_of_loop(self, progress)
+
+        Loop._step = broken  # type: ignore[method-assign]
+    code = 0
+    for command in commands:
+        mine = command[world.rank] if isinstance(command[0], list) else command
+        sys.argv = ["lrc", *mine]
+        try:
+            lrc.cli.main()
+        except SystemExit as end:
+            code = code or int(end.code or 0)
+    leave()
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

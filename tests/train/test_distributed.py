@@ -1,0 +1,238 @@
+"""Several processes with gloo train the run that one process trains."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from lrc.system.distributed import ALONE, World, assign
+from lrc.system.errors import UserError
+from lrc.train.checkpoint import list_checkpoints
+from lrc.train.session import check_division
+from tiny_runs import copy_until, file_settings, save_teacher, without_times
+
+TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
+TRAINING |= {"tokens": 6 * 2 * 2 * 16}
+EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
+"""MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
+same numbers."""
+
+CASES: dict[str, list[str]] = {
+    "released from step 0": [],
+    "never released": ["--set", "train.release_at=1"],
+    "random, released": [
+        "--set", "train.release_at=0.5", "--set", "initialize.method=random",
+        "--set", "objective.alpha_zero_at=1", "--set", "objective.alpha_schedule=linear",
+    ],
+    "pca": ["--set", "train.release_at=1", "--set", "initialize.method=pca"],
+    "scratch": ["--method", "scratch"],
+    "slicegpt": ["--method", "slicegpt"],
+    "tinybert": ["--method", "tinybert"],
+    "sheared-llama": ["--method", "sheared-llama"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launches")
+    save_teacher(folder / "teacher", tied=False)
+    write_recipe(folder / "recipe.yaml", TRAINING)
+    write_recipe(folder / "many.yaml", TRAINING | {"accumulate": 6, "tokens": 6 * 2 * 6 * 16})
+    return folder
+
+
+def write_recipe(path: Path, train: dict[str, Any]) -> None:
+    settings = file_settings(path.parent, train=train, objective={"alpha_schedule": "constant"})
+    settings["initialize"] = {"calibration_tokens": 512}
+    path.write_text(yaml.safe_dump(settings))
+
+
+def launch(
+    processes: int, *commands: Sequence[Any], fault: dict[str, Any] | None = None, limit: int = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run commands in several processes, as torchrun starts them."""
+    launched = Path(__file__).with_name("launched.py")
+    arguments = json.dumps([commands, fault])
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    return subprocess.run(
+        [*start, str(processes), str(launched), arguments],
+        env=os.environ | EXACT,
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
+
+
+def alone(*commands: Sequence[str]) -> None:
+    """Run commands in one process."""
+    launched = Path(__file__).with_name("launched.py")
+    arguments = json.dumps([commands, None])
+    subprocess.run([sys.executable, str(launched), arguments], env=os.environ | EXACT, check=True)
+
+
+def train(folder: Path, recipe: str, case: str, out: str) -> list[str]:
+    return ["train", str(folder / recipe), *CASES[case], "--out", str(folder / out)]
+
+
+def student(run: Run) -> dict[str, torch.Tensor]:
+    return load_file(run.student_folder / "model.safetensors")
+
+
+def assert_equal(ours: Run, theirs: Run) -> None:
+    """The same metrics, but for times, and bit by bit the same student."""
+    assert without_times(ours.metrics()) == without_times(theirs.metrics())
+    weights = student(theirs)
+    for name, value in student(ours).items():
+        assert torch.equal(value, weights[name]), name
+
+
+def assert_near(ours: Run, theirs: Run, tolerance: float) -> None:
+    for mine, other in zip(ours.metrics(), theirs.metrics(), strict=True):
+        assert mine.keys() == other.keys()
+        for name in {"loss", "kl", "lm", "clone", "held_out_lm"} & mine.keys():
+            assert mine[name] == pytest.approx(other[name], rel=tolerance), (mine["step"], name)
+    weights = student(theirs)
+    for name, value in student(ours).items():
+        error = (value - weights[name]).abs().max() / weights[name].abs().max()
+        assert error < tolerance, name
+
+
+@pytest.fixture(scope="module")
+def pairs(folder: Path) -> None:
+    """Every case on two processes and on one, two micro-batches a step each."""
+    done = launch(2, *(train(folder, "recipe.yaml", case, f"two/{case}") for case in CASES))
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone(*(train(folder, "recipe.yaml", case, f"one/{case}") for case in CASES))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_the_run_of_one(pairs: None, folder: Path, case: str) -> None:
+    two, one = (Run.open(folder / number / case) for number in ("two", "one"))
+    assert len(list((two.checkpoints / "step-00000006").glob("state-*-of-2.safetensors"))) == 2
+    assert_equal(two, one)
+
+
+@pytest.mark.slow
+def test_the_number_of_processes_may_change(folder: Path) -> None:
+    """Two processes, then one, then two, then three, as near one process as rounding allows."""
+    case = "never released"
+    alone(train(folder, "many.yaml", case, "alone"))
+    assert launch(2, train(folder, "many.yaml", case, "first")).returncode == 0
+    run = Run.open(folder / "first")
+    assert_near(run, Run.open(folder / "alone"), 1e-4)
+    for number, (processes, step) in enumerate([(1, 2), (2, 4), (3, 4)]):
+        run = copy_until(run, folder / f"changed-{number}", step)
+        resume = ["resume", str(run.folder)]
+        if processes == 1:
+            alone(resume)
+        else:
+            done = launch(processes, resume)
+            assert done.returncode == 0, done.stderr[-3000:]
+    assert_near(run, Run.open(folder / "alone"), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("float64", 1e-11)])
+def test_more_micro_batches_differ_by_rounding(folder: Path, dtype: str, tolerance: float) -> None:
+    command = train(folder, "many.yaml", "random, released", f"three-{dtype}")
+    other = train(folder, "many.yaml", "random, released", f"single-{dtype}")
+    extra = ["--set", f"teacher.dtype={dtype}"]
+    assert launch(3, [*command, *extra]).returncode == 0
+    alone([*other, *extra])
+    assert_near(
+        Run.open(folder / f"three-{dtype}"), Run.open(folder / f"single-{dtype}"), tolerance
+    )
+
+
+# Faults
+
+
+def broken(folder: Path, kind: str, rank: int, **options: Any) -> tuple[Run, str]:
+    """A run that breaks in the step after the third, and what was printed."""
+    out = f"broken-{kind}-{rank}"
+    command = train(folder, "recipe.yaml", "scratch", out)
+    began = time.monotonic()
+    fault = {"kind": kind, "rank": rank, "step": 3}
+    done = launch(2, command, fault=fault, **options)
+    assert done.returncode != 0
+    assert time.monotonic() - began < 120
+    return Run.open(folder / out), done.stderr
+
+
+def errors(printed: str) -> list[str]:
+    return re.findall(r"^(?:\[rank\d\]:)?Error: .*$", printed, flags=re.MULTILINE)
+
+
+def test_a_killed_process_ends_all_and_the_run_goes_on(folder: Path) -> None:
+    run, printed = broken(folder, "kill", rank=1)
+    assert len(errors(printed)) <= 1  # none if the launcher is faster
+    assert list_checkpoints(run.checkpoints)[0].name == "step-00000002"
+    assert not list(run.checkpoints.glob("*tmp*"))
+    alone(["resume", str(run.folder)], train(folder, "recipe.yaml", "scratch", "unbroken"))
+    assert_equal(Run.open(run.folder), Run.open(folder / "unbroken"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all(folder: Path) -> None:
+    run, printed = broken(folder, "terminate", rank=1)
+    assert errors(printed) == []
+    assert list_checkpoints(run.checkpoints)[0].name == "step-00000004"
+
+
+@pytest.mark.slow
+def test_nan_in_one_process_stops_all(folder: Path) -> None:
+    run, printed = broken(folder, "nan", rank=1)
+    assert any("not finite at step 4" in error for error in errors(printed))
+    assert list_checkpoints(run.checkpoints)[0].name == "step-00000002"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_full_disk_in_one_process_keeps_the_checkpoint_before(folder: Path, rank: int) -> None:
+    run, printed = broken(folder, "full disk", rank)
+    assert any("disk is full" in error or "No space" in error for error in errors(printed)), printed
+    assert list_checkpoints(run.checkpoints)[0].name == "step-00000002"
+
+
+@pytest.mark.slow
+def test_processes_of_different_recipes_are_refused(folder: Path) -> None:
+    commands = [train(folder, "recipe.yaml", case, "disagreeing") for case in ("scratch", "pca")]
+    done = launch(2, commands)
+    assert done.returncode != 0
+    assert "Processes 0 and 1 differ in the recipe" in done.stderr
+    assert not (folder / "disagreeing" / "recipe.yaml").exists()
+
+
+@given(st.dictionaries(st.text(), st.floats(0, 1e6), max_size=30), st.integers(1, 8))
+def test_work_is_shared_evenly(costs: dict[str, float], size: int) -> None:
+    owners = assign(costs, size)
+    assert owners.keys() == costs.keys()
+    loads = [sum(costs[name] for name in costs if owners[name] == rank) for rank in range(size)]
+    largest = max(costs.values(), default=0)
+    assert max(loads) <= sum(costs.values()) / size + largest + 1e-3
+
+
+@pytest.mark.parametrize(("accumulate", "size", "nearest"), [(3, 2, 4), (1, 8, 8), (20, 8, 16)])
+def test_steps_that_cannot_be_divided_are_refused(accumulate: int, size: int, nearest: int) -> None:
+    settings = {
+        "teacher": {"model": "x"}, "student": {"hidden_size": 8}, "data": {"text": ["x"]},
+        "train": {"accumulate": accumulate},
+    }  # fmt: skip
+    recipe = make_recipe(settings)
+    check_division(recipe, ALONE)
+    with pytest.raises(UserError, match=f"cannot divide: set it to {nearest}"):
+        check_division(recipe, World(0, size))
