@@ -30,6 +30,7 @@ REFUSED = {
 
 GEMMA4 = Family(
     "gemma4_text",
+    gguf="gemma4",
     unsupported=lambda config: next((REFUSED[n] for n in REFUSED if getattr(config, n, 0)), None),
     branches=branches,
     embedding_scale=root_of_width,
