@@ -37,7 +37,9 @@ and 4, Qwen3.5, Mistral 3) is read out of it.
   `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
 * **Documents**: whether `data.document_mask` can keep packed documents apart.
 * **BOS**: whether every training sequence starts with BOS, because the models fail without.
-* **GGUF**: llama.cpp's architecture, if `lrc export` can write it.
+* **GGUF**: llama.cpp's architecture, if `lrc export` can write it. `make test-gguf` runs each in
+  llama.cpp; none is unverified with llama-cpp-python 0.3.36. `no`: llama.cpp takes hidden_size /
+  heads for the width of a head; run the folder in transformers or vLLM.
 * **vLLM**: whether vLLM's own class takes a student's explicit head_dim (read in its source, not
   run). Where not, vLLM runs transformers' class with `--model-impl transformers`.
 

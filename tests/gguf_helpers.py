@@ -1,11 +1,12 @@
 """Tiny students with a byte-level BPE tokenizer, and stories260K's clone, to be written as GGUF."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
@@ -88,10 +89,13 @@ TEXTS = (
 """Text that tokenizers differ on."""
 
 
-def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer, as GPT-2's, with a chat template."""
+def byte_level_bpe(splits: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer with a chat template; it splits text as GPT-2's, or by
+    regular expressions."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)
+    rules = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in splits]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*rules, own]) if splits else own
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,

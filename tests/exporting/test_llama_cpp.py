@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from gguf_helpers import (
     BIASES,
@@ -33,6 +34,7 @@ from gguf_helpers import (
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
+from lrc.exporting.gguf_vocabulary import DEEPSEEK_V3
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_model
 from lrc.system.errors import UserError
@@ -213,6 +215,8 @@ def vocabularies(
     tokenizers = {
         "gpt-2": byte_level_bpe(),
         "qwen2": retrained(Qwen2Tokenizer()),
+        "qwen35": retrained(Qwen3_5Tokenizer()),
+        "deepseek-v3": byte_level_bpe(DEEPSEEK_V3),
         "stories": AutoTokenizer.from_pretrained(stories_folder),
     }
     for name, tokenizer in tokenizers.items():
@@ -230,14 +234,14 @@ def retrained(tokenizer: Any) -> PreTrainedTokenizerFast:
     return tokenizer.train_new_from_iterator(TEXTS, 330)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "stories"])
+@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "qwen35", "deepseek-v3", "stories"])
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=40)))
 def test_tokens(name: str, text: str, vocabularies: dict[str, tuple[Any, Any]]) -> None:
     theirs, ours = vocabularies[name]
     if "\0" in text:  # a C string ends there
         return
-    if name == "qwen2":  # llama.cpp does not normalize, which docs/export.md says
+    if name.startswith("qwen"):  # llama.cpp does not normalize, which docs/export.md says
         text = unicodedata.normalize("NFC", text)
     assert their_tokens(theirs, text) == ours.encode(text, add_special_tokens=False)
 
