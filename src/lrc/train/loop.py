@@ -6,7 +6,7 @@ It uses a method only through the interface in `lrc.cloning.method`.
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,11 +191,21 @@ class Loop:
         train = self.run.recipe.train
         own = self.share.positions(self.setup.state.step, train.step_sequences())
         seen = self._calibration_sequences()
-        return [
-            self.text.training_batch(seen + first, min(train.micro_batch, own.stop - first)).to(
-                self.setup.device
-            )
+        return self._prepared(
+            self.text.training_batch(seen + first, min(train.micro_batch, own.stop - first))
             for first in range(own.start, own.stop, train.micro_batch)
+        )
+
+    def _prepared(self, batches: Iterable[Batch]) -> list[Batch]:
+        """Batches on the device, with documents in rows of their own if the model cannot keep those
+        of a row apart."""
+        device, apart = self.setup.device, self.setup.teacher.family.keeps_documents_apart
+        return [
+            part.to(device)
+            for batch in batches
+            for part in (
+                [batch] if apart or batch.position_ids is None else batch.split_documents()
+            )
         ]
 
     def _calibration_sequences(self) -> int:
@@ -289,7 +299,7 @@ class Loop:
         """The held-out batches to measure, the same throughout the run."""
         train = self.run.recipe.train
         batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
-        return [batch.to(self.setup.device) for batch in batches]
+        return self._prepared(batches)
 
     def tokens(self) -> int:
         """Training tokens so far, over all processes."""
