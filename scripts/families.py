@@ -35,9 +35,12 @@ and 4, Qwen3.5, Mistral 3) is read out of it.
   writer together with the gain of that norm.
 * **Pruning** means `minitron`, `sheared-llama`, `llm-pruner` and `lrc prune`; **attention** means
   `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
-* **Documents**: whether `data.document_mask` can keep packed documents apart.
+* **Documents**: `masked` if attention masks keep packed documents apart; `split` if the model
+  cannot, so that `data.document_mask` makes every document a sequence of its own.
 * **BOS**: whether every training sequence starts with BOS, because the models fail without.
-* **GGUF**: llama.cpp's architecture, if `lrc export` can write it.
+* **GGUF**: llama.cpp's architecture, if `lrc export` can write it. `make test-gguf` runs each in
+  llama.cpp; none is unverified with llama-cpp-python 0.3.36. `no`: llama.cpp takes hidden_size /
+  heads for the width of a head; run the folder in transformers or vLLM.
 * **vLLM**: whether vLLM's own class takes a student's explicit head_dim (read in its source, not
   run). Where not, vLLM runs transformers' class with `--model-impl transformers`.
 
@@ -82,7 +85,7 @@ def row(family: Family) -> str:
         "norms" if layout.after_norms() else "yes",
         "yes" if can_be_pruned(model) else "no",
         observed,
-        "yes" if family.keeps_documents_apart else "no",
+        "masked" if family.keeps_documents_apart else "split",
         "yes" if family.needs_bos else "",
         f"`{family.gguf}`" if family.gguf else "no",
         {True: "yes", False: "no", None: "not checked"}[family.vllm],

@@ -1,14 +1,16 @@
 """Tiny students with a byte-level BPE tokenizer, and stories260K's clone, to be written as GGUF."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from gguf import GGUFReader
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from tiny import initialize_from_text, tiny_method, tiny_teacher
@@ -28,6 +30,50 @@ LLAMA3_ROPE = {
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 BIASES = {"attention_bias": True, "mlp_bias": True}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+MSCALES = {"mscale": 0.7, "mscale_all_dim": 0.7}
+PARTIAL_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+QWEN3_5 = {
+    "rope_parameters": {**PARTIAL_ROPE, "mrope_section": [1, 1, 0]},
+    "linear_value_head_dim": 4,
+}
+
+EXPORTED = tuple(name for name, family in FAMILIES.items() if family.gguf)
+"""Families that can be written as GGUF."""
+
+GGUF_QUIRKS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "ministral": {"sliding_window": 60},
+    "ministral3": {
+        "rope_parameters": {
+            **YARN,
+            "beta_fast": 8.0,
+            "beta_slow": 0.5,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.3,
+        }
+    },
+    "qwen3_moe": {"norm_topk_prob": True},
+    "qwen3_next": {"linear_value_head_dim": 4},
+    "qwen3_5_text": QWEN3_5,
+    "qwen3_5_moe_text": QWEN3_5,
+    "gemma2": {"query_pre_attn_scalar": 10},
+    "gemma3_text": {"query_pre_attn_scalar": 10},
+    "gemma4_text": {"num_key_value_heads": 2},
+    "gpt_oss": {"rope_parameters": YARN},
+    "smollm3": {"num_hidden_layers": 4, "no_rope_layers": None},
+    "glm4": {"head_dim": 8},
+    "glm4_moe": {"head_dim": 8, "use_qk_norm": True, "routed_scaling_factor": 1.5},
+    "cwm": {"sliding_window": 60},
+}
+"""What llama.cpp needs besides `tiny.QUIRKS`: no window that it does not compute, and an even
+number of rotated rows."""
 
 TEXTS = (
     "Once upon a time, there was a little girl named Lily.",
@@ -42,10 +88,13 @@ TEXTS = (
 """Texts on which tokenizers differ."""
 
 
-def byte_level_bpe() -> PreTrainedTokenizerFast:
-    """A small byte-level BPE tokenizer like GPT-2's, with a chat template."""
+def byte_level_bpe(splits: Sequence[str] = ()) -> PreTrainedTokenizerFast:
+    """A small byte-level BPE tokenizer with a chat template; it splits text as GPT-2's, or by
+    regular expressions."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    own = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=not splits)
+    rules = [pre_tokenizers.Split(Regex(rule), "isolated") for rule in splits]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*rules, own]) if splits else own
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=320,

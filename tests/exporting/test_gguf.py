@@ -19,10 +19,14 @@ import lrc
 from gguf_helpers import (
     BIASES,
     CHAT_TEMPLATE,
+    EXPORTED,
+    GGUF_QUIRKS,
     LINEAR_ROPE,
     LLAMA3_ROPE,
     PADDING_ROWS,
+    PARTIAL_ROPE,
     TEXTS,
+    YARN,
     byte_level_bpe,
     read_fields,
     stories_clone,
@@ -31,6 +35,7 @@ from gguf_helpers import (
 from lrc.cli import main
 from lrc.exporting import gguf_file
 from lrc.exporting.gguf_file import About, convert_to_gguf, write_gguf
+from lrc.model.families import FAMILIES
 from lrc.system.errors import UserError
 from tiny import FFN, HEAD_DIM, HEADS, KV_HEADS, LAYERS, LLAMAS, tiny_teacher, tiny_tokenizer
 
@@ -48,6 +53,8 @@ PARTS = {
     "post_attention_layernorm": "ffn_norm",
 }
 """llama.cpp's names of the parts of a layer, written out."""
+
+PARTIAL = {"rope_parameters": PARTIAL_ROPE, "head_dim": 8}
 
 ABOUT = About("tiny", "mit", "maker/teacher", ("low-rank-clone",))
 
@@ -255,7 +262,82 @@ def test_a_sliding_window_is_reported(tokenizer: Any, tmp_path: Path) -> None:
     assert any("window of 5 tokens" in note for note in notes)
 
 
+@pytest.mark.parametrize("family", EXPORTED)
+def test_every_number_of_every_family_is_written_once(
+    family: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    """tests/exporting/test_llama_cpp.py shows that they are in the right places."""
+    student = tiny_student(family, tokenizer, tied=True, **GGUF_QUIRKS.get(family, {}))
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    values = {n: v for n, (_, v) in read_tensors(tmp_path / "t.gguf").items() if "freqs" not in n}
+    copies = ("lm_head.weight", "act_fn.")  # the embedding again; settings
+    stored = [v for n, v in student.state_dict().items() if not any(c in n for c in copies)]
+    written = sum(v.size for n, v in values.items() if n != "output.weight")
+    assert written == sum(v.numel() for v in stored)
+    fields = read_fields(tmp_path / "t.gguf")
+    architecture = FAMILIES[family].gguf
+    assert fields["general.architecture"] == architecture
+    assert fields[f"{architecture}.attention.key_length"] != 8 // HEADS
+
+
+def test_a_part_of_each_head_is_rotated(tokenizer: Any, tmp_path: Path) -> None:
+    """As a whole head some of whose frequencies are nearly zero."""
+    student = tiny_student("phi3", tokenizer, rope_parameters=PARTIAL_ROPE, head_dim=8)
+    write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    found = read_tensors(tmp_path / "t.gguf")
+    rows = student.model.layers[0].self_attn.qkv_proj.weight.detach().float().numpy()
+    order = [0, 2, 1, 3, 4, 5, 6, 7]
+    np.testing.assert_array_equal(found["blk.0.attn_q.weight"][1][:8], rows[order])
+    angles = 10000.0 ** -(np.arange(0, 8, 2) / 8) / found["rope_freqs.weight"][1]
+    np.testing.assert_allclose(angles, [1, 0.01, 0, 0], rtol=1e-5, atol=1e-20)
+
+
 # ------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(EXPORTED)))
+def test_families_that_llama_cpp_cannot_take(family: str, tokenizer: Any, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"{family} .*transformers"):
+        write_gguf(tiny_student(family, tokenizer), tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("gemma", {}, "tie_projections"),
+        ("gemma2", {}, "tie_projections"),
+        ("gemma2", {"attn_logit_softcapping": 0.0, "tied": True}, "capped"),
+        ("gemma3_text", {"layer_types": ["full_attention"] * 2}, "window"),
+        ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob"),
+        ("qwen3_moe", {"mlp_only_layers": [0]}, "dense layers"),
+        ("qwen3_next", {"linear_value_head_dim": 4, "mlp_only_layers": [1]}, "dense layers"),
+        ("qwen3_5_text", {}, "width"),
+        ("qwen3_5_text", {"layer_types": ["full_attention", "linear_attention"]}, "irregular"),
+        ("smollm3", {}, "unusual layers"),
+        ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
+        ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank"),
+        ("deepseek_v3", {"rope_parameters": YARN}, "mscale"),
+        ("granite_swa", {"layer_rope_theta": [10000.0, 5000.0]}, "several bases"),
+        ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast"),
+        ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "llama3"),
+        ("smollm3", {"num_hidden_layers": 4, "no_rope_layers": None, **PARTIAL}, "part of a head"),
+    ],
+)
+def test_models_that_their_architecture_cannot_take(
+    family: str, changes: dict[str, Any], words: str, tokenizer: Any, tmp_path: Path
+) -> None:
+    student = tiny_student(family, tokenizer, **changes)
+    with pytest.raises(UserError, match=words):
+        write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_ramp_of_yarn_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    rope = {**YARN, "truncate": False}
+    student = tiny_student("gpt_oss", tokenizer, rope_parameters=rope)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    assert any("YaRN" in note for note in notes)
 
 
 @pytest.mark.parametrize(

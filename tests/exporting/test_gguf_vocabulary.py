@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 from transformers.models.qwen2.tokenization_qwen2 import Qwen2Tokenizer
+from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from gguf_helpers import (
     PADDING_ROWS,
@@ -22,7 +23,7 @@ from gguf_helpers import (
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
-from lrc.exporting.gguf_vocabulary import pre_tokenizer_name
+from lrc.exporting.gguf_vocabulary import DEEPSEEK_V3, pre_tokenizer_name
 from lrc.system.errors import UserError
 
 ABOUT = About("tiny")
@@ -123,10 +124,10 @@ def bpe_settings(
     return json.loads(backend.to_str())
 
 
-def split(pattern: str) -> Any:
+def split(*patterns: str) -> Any:
     return pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -149,6 +150,9 @@ def test_pre_tokenizers_by_what_they_do() -> None:
     qwen = json.loads(Qwen2Tokenizer().backend_tokenizer.to_str())
     assert qwen["normalizer"]["type"] == "NFC"
     assert pre_tokenizer_name(qwen) == "qwen2"
+    qwen = json.loads(Qwen3_5Tokenizer().backend_tokenizer.to_str())
+    assert pre_tokenizer_name(qwen) == "qwen35"
+    assert pre_tokenizer_name(bpe_settings(split(*DEEPSEEK_V3))) == "deepseek-v3"
 
 
 @pytest.mark.parametrize(
@@ -157,6 +161,7 @@ def test_pre_tokenizers_by_what_they_do() -> None:
         bpe_settings(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         bpe_settings(pre_tokenizers.Whitespace()),
         bpe_settings(split(r"\w+")),
+        bpe_settings(split(*DEEPSEEK_V3[::-1])),
         bpe_settings(pre_tokenizers.ByteLevel(add_prefix_space=False), normalizers.Lowercase()),
         bpe_settings(
             pre_tokenizers.Sequence(
@@ -164,7 +169,14 @@ def test_pre_tokenizers_by_what_they_do() -> None:
             )
         ),
     ],
-    ids=["prefix-space", "whitespace", "unknown-split", "lowercase", "whole-numbers"],
+    ids=[
+        "prefix-space",
+        "whitespace",
+        "unknown-split",
+        "other-order",
+        "lowercase",
+        "whole-numbers",
+    ],
 )
 def test_unknown_pre_tokenizers_are_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"No known llama\.cpp pre-tokenizer"):

@@ -41,7 +41,7 @@ class Numbers:
 def reader(ahead: bool, share: Share = Share()) -> tuple[BatchReader, Numbers]:  # noqa: B008
     text = Numbers()
     train = TrainSection(tokens=1, micro_batch=2, accumulate=3)
-    return BatchReader(text, train, share, 5, torch.device("cpu"), ahead), text  # type: ignore[arg-type]
+    return BatchReader(text, train, share, 5, torch.device("cpu"), True, ahead), text  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("ahead", [False, True])

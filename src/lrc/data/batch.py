@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,38 @@ class Batch:
         optional = (self.position_ids, self.attention_mask, self.source_ids)
         changed = [None if tensor is None else change(tensor) for tensor in optional]
         return Batch(change(self.input_ids), *changed)
+
+    def split_documents(self) -> "list[Batch]":
+        """Every document, or its part in a sequence, as a padded sequence of its own, for models
+        that cannot keep the documents of a sequence apart. Requires `position_ids`.
+
+        Sequences of similar length share a batch, so little is padded, and no batch has more
+        places than this one.
+        """
+        assert self.position_ids is not None
+        pieces = []
+        for row, positions in enumerate(self.position_ids):
+            starts = (positions == 0).nonzero().flatten().tolist()
+            ends = [*starts[1:], len(positions)]
+            pieces += [(row, slice(*part)) for part in zip(starts, ends, strict=True)]
+        pieces.sort(key=lambda piece: piece[1].start - piece[1].stop)
+        batches = []
+        while pieces:
+            longest = pieces[0][1].stop - pieces[0][1].start
+            rows = max(1, self.input_ids.numel() // longest)
+            some, pieces = pieces[:rows], pieces[rows:]
+            batches.append(self._padded(some))
+        return batches
+
+    def _padded(self, pieces: list[tuple[int, slice]]) -> "Batch":
+        """Parts of rows as rows, padded at their ends."""
+
+        def rows(tensor: Tensor) -> Tensor:
+            return pad_sequence([tensor[row, part] for row, part in pieces], batch_first=True)
+
+        sources = None if self.source_ids is None else rows(self.source_ids)
+        mask = rows(torch.ones_like(self.input_ids))
+        return Batch(rows(self.input_ids), None, None if mask.all() else mask, sources)
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""

@@ -1,9 +1,9 @@
 """Models as GGUF files, for llama.cpp and the tools built on it (Ollama, LM Studio).
 
 llama.cpp's `gguf` package writes the container, names the tensors and quantizes. transformers only
-reads GGUF, and no package contains llama.cpp's converter script. So this module does the part in
-between: it decides which numbers go where. Every tensor is converted when it is written, so memory
-never holds a second copy of the model.
+reads GGUF, and no package contains llama.cpp's converter script. So `gguf_architectures.py`,
+`gguf_rope.py` and `gguf_tensors.py` decide which numbers go where. Every tensor is converted when
+it is written, so memory never holds a second copy of the model.
 """
 
 import math
@@ -16,18 +16,18 @@ import gguf
 import numpy as np
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGUFWriter, LlamaFileType
 from gguf.quants import quant_shape_to_byte_shape, quantize
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from lrc.exporting.gguf_architectures import ARCHITECTURES, add_shape, check_runs, sliding_layers
+from lrc.exporting.gguf_rope import add_rope, rope_of
+from lrc.exporting.gguf_tensors import Change, pieces, same
 from lrc.exporting.gguf_vocabulary import add_vocabulary
 from lrc.exporting.plain import check_range
 from lrc.model.families import family_of
-from lrc.model.layout import LinearSite, layout_of
-from lrc.model.shapes import head_dim_of
 from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
@@ -55,21 +55,21 @@ class StoredPlace(NamedTuple):
     name: str
     """Its name in the model, for messages."""
     tensor: Tensor
+    shape: torch.Size
+    """The stored shape."""
     kind: Kind
     """The stored element type."""
-    heads: int | None = None
-    """Number of heads, if `neighbors_from_halves` must reorder the rows."""
+    change: Change = same
+    """What is stored of the tensor."""
 
-    def shape(self) -> tuple[int, ...]:
+    def bytes_shape(self) -> tuple[int, ...]:
         """The stored shape in bytes."""
-        return quant_shape_to_byte_shape(self.tensor.shape, self.kind)
+        return quant_shape_to_byte_shape(self.shape, self.kind)
 
     def stored(self) -> np.ndarray[Any, Any]:
         """The stored values."""
-        values = self.tensor.detach()
+        values = self.change(self.tensor.detach())
         check_range([(self.name, values)], TORCH_TYPES.get(self.kind, torch.float32))
-        if self.heads is not None:
-            values = neighbors_from_halves(values, self.heads)
         return quantize(values.to("cpu", torch.float32).contiguous().numpy(), self.kind)
 
 
@@ -113,18 +113,25 @@ def write_gguf(
     """
     family = family_of(model.config.model_type)
     if family.gguf is None:
-        raise UserError(f"{family.model_type} models cannot be written as GGUF; use safetensors.")
+        raise UserError(
+            f"llama.cpp takes hidden_size / heads for the width of a head in {family.model_type} "
+            "models, which is wrong for a student: export to a folder, for transformers or for "
+            "vLLM with --model-impl transformers."
+        )
+    architecture = check_runs(family.gguf, model.config)
     tensors = dict(_tensors(model, kind))
     with new_file(path) as temporary:
         writer = GGUFWriter(temporary, family.gguf)
         try:
             _add_about(writer, model, about, kind)
-            factors = _add_shape(writer, model)
+            add_shape(writer, model, architecture)
+            divisors = add_rope(writer, model.config, architecture)
             notes = add_vocabulary(writer, tokenizer, model.config.vocab_size)
-            if factors is not None:
-                tensors["rope_freqs.weight"] = StoredPlace("rope_freqs", factors, Kind.F32)
+            if divisors is not None:
+                place = StoredPlace("rope_freqs", divisors, divisors.shape, Kind.F32)
+                tensors["rope_freqs.weight"] = place
             for name, place in tensors.items():
-                shape = place.shape()
+                shape = place.bytes_shape()
                 byte = np.dtype(np.uint8)
                 writer.add_tensor_info(name, shape, byte, math.prod(shape), place.kind)
             writer.write_header_to_file()
@@ -135,7 +142,7 @@ def write_gguf(
                 progress(done + 1, len(tensors))
         finally:
             writer.close()
-    return [*notes, *_notes(model, kind, [place.kind for place in tensors.values()])]
+    return [*notes, *_notes(model.config, kind, list(tensors.values()))]
 
 
 def convert_to_gguf(
@@ -161,45 +168,25 @@ def kind_of(dtype: torch.dtype) -> Kind:
 
 
 def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPlace]]:
-    """llama.cpp's name of every parameter and the tensor to store; tied parameters appear once."""
-    layout, config = layout_of(model), model.config
-    family = layout.family
-    architecture = next(a for a, name in gguf.MODEL_ARCH_NAMES.items() if name == family.gguf)
-    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    heads = {}
-    if family.gguf_neighbors:
-        for layer in range(layout.num_layers):
-            heads[layout.linear(LinearSite(layer, "q"))] = config.num_attention_heads
-            heads[layout.linear(LinearSite(layer, "k"))] = config.num_key_value_heads
-    for path, parameter in model.named_parameters():
-        name = names.get_name(path, try_suffixes=(".weight", ".bias"))
-        no_bias = family.gguf != "llama" and path.endswith(".bias")  # llama has all of them
-        if name is None or no_bias:
-            raise UserError(f"llama.cpp's {family.gguf} has no place for the parameter '{path}'.")
-        module = path.rpartition(".")[0]
-        yield name, StoredPlace(path, parameter, _stored(parameter, kind), heads.get(module))
+    """The name of every tensor of the file, and what to store."""
+    for piece in pieces(model):
+        # The device `meta` computes shapes without numbers.
+        shape = piece.change(torch.empty_like(piece.tensor, device="meta")).shape
+        stored = _stored(piece.name, shape, kind)
+        yield piece.name, StoredPlace(piece.path, piece.tensor, shape, stored, piece.change)
 
 
-def neighbors_from_halves(weight: Tensor, heads: int) -> Tensor:
-    """Reorder the rows of q or k, or its bias, for rotary embedding of neighboring rows.
-
-    Args:
-        weight: [heads * head_dim, width] or [heads * head_dim]; row i of a head is rotated with row
-            i + head_dim / 2.
-        heads: number of heads.
-
-    Returns:
-        The same rows, with each rotated pair side by side.
-    """
-    return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)
+EXACT = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
+"""Ends of the names of matrices that are always float32: llama.cpp has no other code for them, or
+they are small and decide much."""
 
 
-def _stored(parameter: Tensor, kind: Kind) -> Kind:
-    """The stored type of a parameter in a file of type `kind`."""
-    if parameter.ndim == 1:
+def _stored(name: str, shape: torch.Size, kind: Kind) -> Kind:
+    """The stored type of a tensor in a file of type `kind`."""
+    if len(shape) == 1 or name.endswith(EXACT):
         return Kind.F32
     block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if parameter.shape[-1] % block == 0 else Kind.F16
+    return kind if shape[-1] % block == 0 else Kind.F16
 
 
 def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: Kind) -> None:
@@ -229,77 +216,38 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _add_shape(writer: GGUFWriter, model: PreTrainedModel) -> Tensor | None:
-    """Write the model's shape, with explicit head widths, since they are not hidden_size / heads.
-
-    Returns:
-        The divisor of each rotary frequency, [head_dim / 2], if the model needs one.
-
-    Raises:
-        UserError: if llama.cpp cannot compute this model.
-    """
-    config = model.config
-    if config.hidden_act != "silu":
-        raise UserError(
-            f"llama.cpp runs this model class only with silu, not {config.hidden_act}; use "
-            "safetensors."
-        )
-    head_dim = head_dim_of(config)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_dimension_count(head_dim)
-    return _add_rope(writer, config, head_dim)
-
-
-def _add_rope(writer: GGUFWriter, config: Any, head_dim: int) -> Tensor | None:
-    rope = config.rope_parameters
-    writer.add_rope_freq_base(rope["rope_theta"])
-    kind = rope.get("rope_type", "default")
-    if kind == "default":
-        return None
-    if kind == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-        return None
-    if kind == "llama3" and writer.arch == "llama":
-        scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-        return 1.0 / (rope["rope_theta"] ** exponents) / scaled
-    raise UserError(f"Rotary scaling of type '{kind}' cannot be written as GGUF; use safetensors.")
-
-
-def _notes(model: PreTrainedModel, kind: Kind, stored: list[Kind]) -> list[str]:
+def _notes(config: Any, kind: Kind, places: list[StoredPlace]) -> list[str]:
     """Notes for the user about a written file."""
     notes = []
-    config = model.config
-    kept = sum(found == Kind.F16 != kind for found in stored)
+    matrices = [place for place in places if place.kind != Kind.F32]
+    kept = sum(place.kind == Kind.F16 != kind for place in matrices)
     if kept:
         block, _ = gguf.GGML_QUANT_SIZES[kind]
-        matrices = sum(found != Kind.F32 for found in stored)
         notes.append(
-            f"{kept} of {matrices} matrices are f16 because their row length is not a multiple of "
-            f"{block}, the block size of {kind.name.lower()} (hidden size {config.hidden_size}, "
-            f"FFN width {config.intermediate_size})."
+            f"{kept} of {len(matrices)} matrices are f16 because their row length is not a "
+            f"multiple of {block}, the block size of {kind.name.lower()}."
         )
-    uneven = [w for w in (config.hidden_size, config.intermediate_size) if w % K_BLOCK]
+    uneven = sorted(
+        {place.shape[-1] for place in places if len(place.shape) > 1 and place.shape[-1] % K_BLOCK}
+    )
     if uneven:
-        widths = " and ".join(map(str, uneven))
         notes.append(
             f"llama.cpp's K-quants (q4_k_m and others) need row lengths that are a multiple of "
-            f"{K_BLOCK}; for matrices with rows of {widths}, llama.cpp falls back to other types."
+            f"{K_BLOCK}; for matrices with rows of {', '.join(map(str, uneven))}, llama.cpp falls "
+            "back to other types."
         )
-    window = getattr(config, "sliding_window", None)
-    if window and window < config.max_position_embeddings:
+    architecture = ARCHITECTURES[str(family_of(config.model_type).gguf)]
+    if architecture.window is None and any(sliding_layers(config)):
+        window = config.sliding_window
+        if window < config.max_position_embeddings:
+            notes.append(
+                f"llama.cpp attends to the whole context here, not to a window of {window} "
+                "tokens: longer texts give other results than in transformers."
+            )
+    rope = rope_of(config)
+    if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
         notes.append(
-            f"llama.cpp attends to the whole context here, not to a window of {window} tokens: "
-            "longer texts give other results than in transformers."
+            "llama.cpp rounds the limits of YaRN's ramp, which transformers does not for this "
+            "model: logits differ a little, as in every GGUF file of this family."
         )
     return notes

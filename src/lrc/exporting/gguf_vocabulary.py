@@ -25,8 +25,22 @@ SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """A byte token in a vocabulary with byte fallback."""
 
-SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[n]: n for n in ("llama-bpe", "qwen2", "tekken", "gpt-4o")}
+NAMES = ("llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
+SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in NAMES}
 """llama.cpp's pre-tokenizer name by regular expression, from transformers' own table."""
+
+DEEPSEEK_V3 = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^"""
+    "\r\n"
+    r"\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+["
+    "\r\n"
+    r"]*|\s*["
+    "\r\n"
+    r"]+|\s+(?!\S)|\s+",
+)
+"""The expressions by which DeepSeek V3 and Hunyuan split text, one after another."""
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[str]:
@@ -193,12 +207,17 @@ def pre_tokenizer_name(settings: dict[str, Any]) -> str:
                 return "gpt-2"
             if kinds == ["Digits", "ByteLevel"] and before[0]["individual_digits"]:
                 return "smollm"
-        if not last["add_prefix_space"] and not last["use_regex"] and kinds[:-1] == ["Split"]:
-            name = SPLITS.get(before[0]["pattern"].get("Regex"))
+        plain = all(
+            step["type"] == "Split" and step["behavior"] == "Isolated" and not step["invert"]
+            for step in before
+        )
+        if plain and not last["add_prefix_space"] and not last["use_regex"]:
+            rules = tuple(step["pattern"].get("Regex", "") for step in before)
+            name = "deepseek-v3" if rules == DEEPSEEK_V3 else SPLITS.get(" then ".join(rules))
             # llama-bpe keeps words that are tokens; smaug-bpe always merges.
             if name == "llama-bpe" and not settings["model"].get("ignore_merges"):
                 return "smaug-bpe"
-            if name and before[0]["behavior"] == "Isolated" and not before[0]["invert"]:
+            if name:
                 return name
     raise UserError(
         f"No known llama.cpp pre-tokenizer matches this tokenizer ({', '.join(kinds)}): export "

@@ -280,7 +280,8 @@ class DataSection(Section):
     """Tokens per training sequence."""
 
     document_mask: bool = False
-    """Block attention across the boundary between two packed documents."""
+    """Block attention across the boundary between two packed documents. Models that cannot (see
+    docs/families.md) get every document as a sequence of its own, padded at its end."""
 
     cache: str | None = None
     """Folder of the tokenized cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""

@@ -1,6 +1,6 @@
 """The micro-batches of every step, read ahead of time where a device computes in the meantime."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,8 @@ class BatchReader:
     first_sequence: int
     """The sequence that step 0 begins with."""
     device: torch.device
+    keeps_documents_apart: bool
+    """Whether the models keep the documents of a sequence apart."""
     reads_ahead: bool
     """Whether to read the next step's batches in a thread, while the device works on the present
     ones. Not if something between two steps changes what is read."""
@@ -71,14 +73,30 @@ class BatchReader:
     def _read(self, step: int) -> StepBatches:
         size = self.train.micro_batch
         own = self.share.positions(step, self.train.step_sequences())
-        batches = [
+        read = (
             self.text.training_batch(self.first_sequence + first, min(size, own.stop - first))
             for first in range(own.start, own.stop, size)
-        ]
+        )
+        batches = list(separated(read, self.keeps_documents_apart))
         counts = count(batches)
         if self.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
         return StepBatches(batches, counts, self.text.state())
+
+
+def separated(batches: Iterable[Batch], keeps_apart: bool) -> Iterator[Batch]:
+    """Batches with masked documents in sequences of their own, for models that cannot keep the
+    documents of a sequence apart.
+
+    Args:
+        batches: the batches.
+        keeps_apart: whether the models can.
+    """
+    for batch in batches:
+        if keeps_apart or batch.position_ids is None:
+            yield batch
+        else:
+            yield from batch.split_documents()
 
 
 def count(batches: Sequence[Batch]) -> Counts:

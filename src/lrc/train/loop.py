@@ -24,7 +24,7 @@ from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.system.progress import Task, task
-from lrc.train.batches import BatchReader
+from lrc.train.batches import BatchReader, separated
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.setup import (
     Setup,
@@ -101,6 +101,7 @@ class Loop:
             Share(self.world.rank, self.world.size),
             self._calibration_sequences(),
             setup.device,
+            setup.teacher.family.keeps_documents_apart,
             reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
         )
         with (
@@ -366,7 +367,8 @@ class Loop:
         """The held-out batches to measure, the same throughout the run."""
         train = self.run.recipe.train
         batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
-        return [batch.to(self.setup.device) for batch in batches]
+        apart = self.setup.teacher.family.keeps_documents_apart
+        return [batch.to(self.setup.device) for batch in separated(batches, apart)]
 
     def tokens(self) -> int:
         """Training tokens so far, over all processes."""

@@ -60,11 +60,6 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
     kind = METHODS[recipe.method.name]
     if unused := unused_settings(recipe):
         _warn([f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
-    if recipe.data.document_mask and not teacher.family.keeps_documents_apart:
-        raise UserError(
-            f"data.document_mask is set, but {teacher.family.model_type} models cannot keep the "
-            "documents of a sequence apart: set it to false."
-        )
     method = kind.build(teacher, recipe)
     _warn([*context_notes(teacher, recipe), *method.notes()])
     state = restore(run, method, world)

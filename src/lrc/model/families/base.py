@@ -189,14 +189,11 @@ class Family:
     attention heads, even if head_dim is explicit."""
 
     gguf: str | None = None
-    """llama.cpp's architecture name, for GGUF files; None if none fits."""
+    """llama.cpp's architecture name, for GGUF files; None: llama.cpp takes hidden_size / heads for
+    the width of a head."""
 
     unsupported: Callable[[Any], str | None] = lambda _config: None
     """What a configuration has that cannot be cloned, as the end of a sentence; None: nothing."""
 
     vllm: bool | None = None
     """Whether vLLM's own class for this family takes an explicit head_dim; None: not checked."""
-
-    gguf_neighbors: bool = False
-    """Whether llama.cpp rotates neighboring rows of q and k together in this architecture.
-    transformers rotates row i of a head with row i + head_dim / 2."""

@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-CWM = Family("cwm", divides_by_heads=True)
+CWM = Family("cwm", gguf="llama", divides_by_heads=True)

@@ -14,5 +14,6 @@ def ffn(config: Any, layer: int) -> Branch:
 
 DEEPSEEK_V3 = Family(
     "deepseek_v3",
+    gguf="deepseek2",
     branches=lambda config, layer: (latent_attention(config), ffn(config, layer)),
 )

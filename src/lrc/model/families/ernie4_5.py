@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-ERNIE4_5 = Family("ernie4_5")
+ERNIE4_5 = Family("ernie4_5", gguf="ernie4_5")

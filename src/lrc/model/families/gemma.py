@@ -11,4 +11,6 @@ def root_of_width(config: Any) -> float:
     return float(config.hidden_size**0.5)
 
 
-GEMMA = Family("gemma", gain_offset=1.0, embedding_scale=root_of_width, needs_bos=True)
+GEMMA = Family(
+    "gemma", gguf="gemma", gain_offset=1.0, embedding_scale=root_of_width, needs_bos=True
+)

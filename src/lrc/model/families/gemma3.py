@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from lrc.model.families.gemma2 import GEMMA2
 
-GEMMA3 = replace(GEMMA2, model_type="gemma3_text")
+GEMMA3 = replace(GEMMA2, model_type="gemma3_text", gguf="gemma3")

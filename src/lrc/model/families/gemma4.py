@@ -16,8 +16,7 @@ def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     """Gemma 2's, without v where the keys are the values."""
     attention, ffn = BETWEEN_NORMS
     if config.attention_k_eq_v and config.layer_types[layer] == "full_attention":
-        readers = {name: path for name, path in attention.readers.items() if name != "v"}
-        attention = replace(attention, readers=readers)
+        attention = replace(attention, readers={n: attention.readers[n] for n in ("q", "k")})
     return attention, ffn
 
 
@@ -30,6 +29,7 @@ REFUSED = {
 
 GEMMA4 = Family(
     "gemma4_text",
+    gguf="gemma4",
     unsupported=lambda config: next((REFUSED[n] for n in REFUSED if getattr(config, n, 0)), None),
     branches=branches,
     embedding_scale=root_of_width,

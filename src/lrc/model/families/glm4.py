@@ -6,6 +6,7 @@ from lrc.model.families.base import ATTENTION, Branch, Family, always
 
 GLM4 = Family(
     "glm4",
+    gguf="glm4",
     branches=always(
         replace(ATTENTION, after="post_self_attn_layernorm"),
         Branch(

@@ -3,4 +3,6 @@
 from lrc.model.families.base import ATTENTION, Family
 from lrc.model.families.deepseek_v3 import ffn
 
-GLM4_MOE = Family("glm4_moe", branches=lambda config, layer: (ATTENTION, ffn(config, layer)))
+GLM4_MOE = Family(
+    "glm4_moe", gguf="glm4moe", branches=lambda config, layer: (ATTENTION, ffn(config, layer))
+)

@@ -6,6 +6,7 @@ from lrc.model.families.base import ATTENTION, EXPERTS, Experts, Family, always
 
 GPT_OSS = Family(
     "gpt_oss",
+    gguf="gpt-oss",
     branches=always(
         ATTENTION,
         replace(

@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-HUNYUAN_V1_DENSE = Family("hunyuan_v1_dense")
+HUNYUAN_V1_DENSE = Family("hunyuan_v1_dense", gguf="hunyuan-dense")

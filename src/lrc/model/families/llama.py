@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-LLAMA = Family("llama", divides_by_heads=True, gguf="llama", vllm=True, gguf_neighbors=True)
+LLAMA = Family("llama", divides_by_heads=True, gguf="llama", vllm=True)

@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-MINISTRAL = Family("ministral")
+MINISTRAL = Family("ministral", gguf="llama")

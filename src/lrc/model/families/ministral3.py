@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-MINISTRAL3 = Family("ministral3")
+MINISTRAL3 = Family("ministral3", gguf="mistral3")

@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-MISTRAL = Family("mistral", gguf="llama", vllm=True, gguf_neighbors=True)
+MISTRAL = Family("mistral", gguf="llama", vllm=True)

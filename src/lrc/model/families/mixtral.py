@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import ATTENTION, EXPERTS, Family, always
 
-MIXTRAL = Family("mixtral", branches=always(ATTENTION, EXPERTS))
+MIXTRAL = Family("mixtral", gguf="llama", branches=always(ATTENTION, EXPERTS))

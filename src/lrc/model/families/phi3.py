@@ -14,6 +14,7 @@ def unsupported(config: Any) -> str | None:
 
 PHI3 = Family(
     "phi3",
+    gguf="llama",
     unsupported=unsupported,
     branches=always(
         replace(ATTENTION, readers={"qkv": "self_attn.qkv_proj"}),

@@ -6,4 +6,4 @@ student. Its `llama` has explicit head widths and optional biases, and computes 
 
 from lrc.model.families.base import Family
 
-QWEN2 = Family("qwen2", gguf="llama", vllm=False, gguf_neighbors=True)
+QWEN2 = Family("qwen2", gguf="llama", vllm=False)

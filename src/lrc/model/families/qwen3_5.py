@@ -20,6 +20,7 @@ def mixer(config: Any, layer: int) -> Branch:
 
 QWEN3_5 = Family(
     "qwen3_5_text",
+    gguf="qwen35",
     branches=lambda config, layer: (mixer(config, layer), FFN),
     gain_offset=1.0,
     keeps_documents_apart=False,

@@ -10,5 +10,6 @@ SHARED = with_shared(EXPERTS, "mlp.shared_expert", router="mlp.shared_expert_gat
 QWEN3_5_MOE = replace(
     QWEN3_5,
     model_type="qwen3_5_moe_text",
+    gguf="qwen35moe",
     branches=lambda config, layer: (mixer(config, layer), SHARED),
 )

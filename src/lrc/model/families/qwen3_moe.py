@@ -12,5 +12,6 @@ def is_dense(config: Any, layer: int) -> bool:
 
 QWEN3_MOE = Family(
     "qwen3_moe",
+    gguf="qwen3moe",
     branches=lambda config, layer: (ATTENTION, FFN if is_dense(config, layer) else EXPERTS),
 )

@@ -20,4 +20,4 @@ def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     return FUSED_DELTA_NET if linear else ATTENTION, FFN if is_dense(config, layer) else SHARED
 
 
-QWEN3_NEXT = replace(QWEN3_5_MOE, model_type="qwen3_next", branches=branches)
+QWEN3_NEXT = replace(QWEN3_5_MOE, model_type="qwen3_next", gguf="qwen3next", branches=branches)

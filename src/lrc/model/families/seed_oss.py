@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-SEED_OSS = Family("seed_oss")
+SEED_OSS = Family("seed_oss", gguf="seed_oss")

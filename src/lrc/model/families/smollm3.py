@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import Family
 
-SMOLLM3 = Family("smollm3")
+SMOLLM3 = Family("smollm3", gguf="smollm3")

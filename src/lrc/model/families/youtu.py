@@ -2,4 +2,6 @@
 
 from lrc.model.families.base import FFN, Family, latent_attention
 
-YOUTU = Family("youtu", branches=lambda config, _layer: (latent_attention(config), FFN))
+YOUTU = Family(
+    "youtu", gguf="deepseek2", branches=lambda config, _layer: (latent_attention(config), FFN)
+)

@@ -1,0 +1,370 @@
+"""What llama.cpp's architectures compute and which settings they read.
+
+Facts are from llama.cpp's src/models and its converter, read in the version of llama-cpp-python
+0.3.36; tests/exporting/test_llama_cpp.py runs every one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gguf import ExpertGatingFuncType, GGUFWriter
+from transformers import PreTrainedModel
+
+from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.system.errors import UserError
+
+QKV = frozenset({"attn_q", "attn_k", "attn_v"})
+ATTENTION = QKV | {"attn_output"}
+ALL = ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"}
+"""Tensors of linear maps that may have a bias."""
+
+XIELU = ("alpha_n", "alpha_p", "beta", "eps")
+"""The numbers of Apertus' activation, one of each in a layer."""
+
+
+def nothing(_writer: GGUFWriter, _model: PreTrainedModel) -> None:
+    """No settings beyond the shape."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What llama.cpp computes under one name, where it is not Llama's."""
+
+    activation: str = "silu"
+    """The only activation that it computes, by transformers' name."""
+
+    neighbors: bool = False
+    """Whether rows of q and k must be reordered: llama.cpp rotates neighboring rows together,
+    transformers row i of a head with row i + half the width."""
+
+    partial_rope: bool = False
+    """Whether it may rotate only the first rows of each head."""
+
+    rope_factors: bool = False
+    """Whether it reads a divisor for each rotary frequency."""
+
+    yarn_betas: bool = False
+    """Whether it reads the limits of YaRN's ramp."""
+
+    latent: bool = False
+    """Whether its attention is multi-head latent attention."""
+
+    biases: frozenset[str] = frozenset()
+    """The tensors that may have a bias."""
+
+    head: str = "optional"
+    """`optional`: the embedding is the LM head if there is no other; `required`: it is never;
+    `tied`: it always is."""
+
+    window: int | None = None
+    """n if every n-th layer has no sliding window, unless the file says which; 0: the file always
+    says; None: it has no windows."""
+
+    names: str | None = None
+    """The architecture whose tensor names it uses; None: its own."""
+
+    settings: Callable[[GGUFWriter, PreTrainedModel], None] = nothing
+    """Writes what it reads beyond the shape."""
+
+    refuses: Callable[[Any], str | None] = lambda _config: None
+    """What it cannot compute, as the end of "models with ..."; None: nothing."""
+
+
+def check_runs(name: str, config: Any) -> Architecture:
+    """The architecture of this name.
+
+    Raises:
+        UserError: if it cannot compute this model.
+    """
+    architecture = ARCHITECTURES[name]
+    reason = architecture.refuses(config)
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != architecture.activation:
+        reason = f"the activation {activation}, only with {architecture.activation}"
+    if architecture.head == "tied" and not config.tie_word_embeddings:
+        reason = "an LM head of their own (training with student.tie_projections: true avoids it)"
+    if architecture.window is not None and not any(sliding_layers(config)):
+        reason = "no sliding window"
+    if reason is not None:
+        raise UserError(f"llama.cpp's {name} does not run models with {reason}; use safetensors.")
+    return architecture
+
+
+def add_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architecture) -> None:
+    """Write a model's shape, with explicit head widths, since they are not hidden_size / heads."""
+    config = model.config
+    head_dim = head_dim_of(config)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(ffn_width(config))
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if not architecture.latent:
+        writer.add_head_count_kv(kv_heads(config))
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    _add_window(writer, config, architecture)
+    _add_experts(writer, config)
+    architecture.settings(writer, model)
+
+
+def ffn_width(config: Any) -> int:
+    """The width of the dense FFN, or of an expert if there is none."""
+    return int(getattr(config, "intermediate_size", None) or config.moe_intermediate_size)
+
+
+def kv_heads(config: Any) -> int | list[int]:
+    """The number of heads of keys and values; of each layer if layers differ."""
+    if layers_differ(config):
+        return [int(layer.num_key_value_heads) for layer in config.per_layer_config]
+    return int(config.num_key_value_heads)
+
+
+def sliding_layers(config: Any) -> list[bool]:
+    """Which layers have a sliding window."""
+    layers = config.num_hidden_layers
+    if getattr(config, "sliding_window", None) is None:
+        return [False] * layers
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * layers
+    return [kind == "sliding_attention" for kind in kinds]
+
+
+def _add_window(writer: GGUFWriter, config: Any, architecture: Architecture) -> None:
+    slides = sliding_layers(config)
+    if architecture.window is None:
+        return
+    writer.add_sliding_window(config.sliding_window)
+    period = architecture.window
+    if period == 0 or slides != [(layer + 1) % period != 0 for layer in range(len(slides))]:
+        writer.add_sliding_window_pattern(slides)
+
+
+def _add_experts(writer: GGUFWriter, config: Any) -> None:
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    count = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
+    if count is None:
+        return
+    writer.add_expert_count(count)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    writer.add_expert_feed_forward_length(width)
+    if shared := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
+
+
+# ---------------------------------------------------------------- settings of one architecture
+
+
+def gemma2_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+    writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def gemma3_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    if config.final_logit_softcapping:
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def gemma4_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    gemma3_settings(writer, model)
+    narrow = min(layer.head_dim for layer in config.per_layer_config)
+    writer.add_key_length_swa(narrow)
+    writer.add_value_length_swa(narrow)
+    writer.add_rope_dimension_count_swa(narrow)
+    writer.add_embedding_length_per_layer_input(0)
+    writer.add_shared_kv_layers(0)
+
+
+def apertus_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    """The numbers of the activation, of each layer."""
+    layers = model.model.layers
+    for name in XIELU:
+        values = [float(getattr(layer.mlp.act_fn, name)) for layer in layers]
+        getattr(writer, f"add_xielu_{name}")(values)
+
+
+def granite_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    writer.add_attention_scale(config.attention_multiplier)
+    writer.add_embedding_scale(config.embedding_multiplier)
+    writer.add_residual_scale(config.residual_multiplier)
+    writer.add_logit_scale(config.logits_scaling)
+
+
+def granite_swa_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    granite_settings(writer, model)
+    pattern = [theta != 0 for theta in config.layer_rope_theta]
+    writer.add_array(f"{writer.arch}.attention.rope_pattern", pattern)
+
+
+def mistral3_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    if scale := config.rope_parameters.get("llama_4_scaling_beta"):
+        writer.add_attn_temperature_scale(scale)
+
+
+def sigmoid_experts(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    """DeepSeek V3's router, some dense layers before, and a shared expert."""
+    config = model.config
+    writer.add_leading_dense_block_count(config.first_k_dense_replace)
+    writer.add_expert_shared_count(config.n_shared_experts)
+    writer.add_expert_weights_scale(config.routed_scaling_factor)
+    writer.add_expert_weights_norm(config.norm_topk_prob)
+    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
+    writer.add_expert_group_count(config.n_group)
+    writer.add_expert_group_used_count(config.topk_group)
+
+
+def latent_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    """llama.cpp attends in the space of the latent keys, with one head of keys and values."""
+    config = model.config
+    writer.add_head_count_kv(1)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    if config.q_lora_rank is not None:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    if hasattr(config, "n_routed_experts"):
+        sigmoid_experts(writer, model)
+        return
+    writer.add_leading_dense_block_count(config.num_hidden_layers)
+    writer.add_expert_feed_forward_length(config.intermediate_size)
+    writer.add_expert_shared_count(0)
+
+
+def attention_interval(config: Any) -> int:
+    """n if the first layer with attention is the n-th; one more than layers if there is none."""
+    return int([*config.layer_types, "full_attention"].index("full_attention")) + 1
+
+
+def delta_net_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    writer.add_ssm_conv_kernel(config.linear_conv_kernel_dim)
+    writer.add_ssm_state_size(config.linear_key_head_dim)
+    writer.add_ssm_group_count(config.linear_num_key_heads)
+    writer.add_ssm_time_step_rank(config.linear_num_value_heads)
+    writer.add_ssm_inner_size(config.linear_value_head_dim * config.linear_num_value_heads)
+    writer.add_full_attention_interval(attention_interval(config))
+
+
+def qwen35_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    delta_net_settings(writer, model)
+    sections = config.rope_parameters.get("mrope_section", [11, 11, 10])
+    writer.add_rope_dimension_sections([*sections, 0])
+
+
+# ---------------------------------------------------------------- refusals of one architecture
+
+
+def unsummed_experts(config: Any) -> str | None:
+    """llama.cpp always divides the weights of the chosen experts by their sum."""
+    return None if config.norm_topk_prob else "norm_topk_prob: false"
+
+
+def dense_layers(config: Any) -> str | None:
+    """llama.cpp takes experts in every layer."""
+    if config.mlp_only_layers or config.decoder_sparse_step != 1:
+        return "dense layers between their experts"
+    return unsummed_experts(config)
+
+
+def odd_delta_net(config: Any) -> str | None:
+    """llama.cpp takes attention in every n-th layer, and one width for keys and values."""
+    interval = attention_interval(config)
+    kinds = ["linear_attention", "full_attention"]
+    regular = [kinds[(layer + 1) % interval == 0] for layer in range(config.num_hidden_layers)]
+    if config.layer_types != regular:
+        return "an irregular order of attention and delta net layers"
+    if config.linear_key_head_dim != config.linear_value_head_dim:
+        return "delta nets whose keys and values differ in width"
+    return dense_layers(config) if hasattr(config, "mlp_only_layers") else None
+
+
+def odd_latent(config: Any) -> str | None:
+    if not config.rope_interleave:
+        return "latent attention that rotates halves (rope_interleave: false)"
+    if (config.q_lora_rank is None) != (config.num_hidden_layers in (26, 27)):
+        return "q_lora_rank in 26 or 27 layers, or without it in another number of layers"
+    return None
+
+
+def rotates_odd_layers(config: Any) -> str | None:
+    """llama.cpp leaves out the rotary embedding of every fourth layer."""
+    fourth = [int((layer + 1) % 4 != 0) for layer in range(config.num_hidden_layers)]
+    return None if config.no_rope_layers == fourth else "rotary embedding in unusual layers"
+
+
+def several_bases(config: Any) -> str | None:
+    thetas = {theta for theta in config.layer_rope_theta if theta}
+    if thetas != {config.rope_parameters["rope_theta"]}:
+        return "several bases of the rotary embedding"
+    return None
+
+
+def no_softcap(config: Any) -> str | None:
+    if config.attn_logit_softcapping and config.final_logit_softcapping:
+        return None
+    return "logits that are not capped"
+
+
+LLAMA = Architecture(neighbors=True, rope_factors=True, biases=ALL)
+GRANITE = replace(LLAMA, settings=granite_settings)
+GEMMA = Architecture(activation="gelu_pytorch_tanh", head="tied")
+QWEN3_NEXT = Architecture(partial_rope=True, settings=delta_net_settings, refuses=odd_delta_net)
+QWEN3_5 = replace(QWEN3_NEXT, settings=qwen35_settings)
+
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral3": replace(LLAMA, yarn_betas=True, settings=mistral3_settings),
+    "smollm3": Architecture(neighbors=True, biases=ALL, refuses=rotates_odd_layers),
+    "granite": GRANITE,
+    "granite_swa": replace(
+        GRANITE,
+        names="granite",
+        window=0,
+        settings=granite_swa_settings,
+        refuses=several_bases,
+    ),
+    "arcee": Architecture(activation="relu2", neighbors=True, rope_factors=True),
+    "apertus": Architecture(
+        activation="xielu",
+        rope_factors=True,
+        biases=ATTENTION,
+        head="required",
+        settings=apertus_settings,
+    ),
+    "ernie4_5": Architecture(),
+    "seed_oss": Architecture(biases=QKV),
+    "hunyuan-dense": Architecture(),
+    "qwen3": Architecture(),
+    "qwen3moe": Architecture(refuses=dense_layers),
+    "qwen3next": QWEN3_NEXT,
+    "qwen35": QWEN3_5,
+    "qwen35moe": QWEN3_5,
+    "gemma": GEMMA,
+    "gemma2": replace(GEMMA, window=2, settings=gemma2_settings, refuses=no_softcap),
+    "gemma3": replace(GEMMA, head="optional", window=6, settings=gemma3_settings),
+    "gemma4": replace(
+        GEMMA, head="optional", window=0, rope_factors=True, settings=gemma4_settings
+    ),
+    "gpt-oss": Architecture(
+        biases=ATTENTION
+        | {f"ffn_{part}" for part in ("gate_inp", "gate_exps", "up_exps", "down_exps")},
+        head="required",
+        window=2,
+    ),
+    "glm4": Architecture(partial_rope=True, biases=QKV),
+    "glm4moe": Architecture(partial_rope=True, biases=QKV, settings=sigmoid_experts),
+    "deepseek2": Architecture(latent=True, settings=latent_settings, refuses=odd_latent),
+}
+"""llama.cpp's architectures by name; `Family.gguf` says which one runs a family."""
