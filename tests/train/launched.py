@@ -8,7 +8,7 @@ import os
 import sys
 
 import lrc.cli
-from lrc.system.distributed import join, leave
+from lrc.system.distributed import join, leave, restarts
 from lrc.train.loop import Loop
 
 
@@ -17,7 +17,7 @@ def main() -> None:
     lrc.cli.leave = lambda: None  # the next command goes on with the same processes
     world = join()
     step_of_loop = Loop._step
-    if faults and faults["rank"] == world.rank:
+    if faults and faults["rank"] == world.rank and not restarts():
 
         def broken(self: Loop, progress):  # type: ignore[no-untyped-def]
             if self.setup.state.step == faults["step"]:

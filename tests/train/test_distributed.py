@@ -62,14 +62,19 @@ def write_recipe(path: Path, train: dict[str, Any]) -> None:
 
 
 def launch(
-    processes: int, *commands: Sequence[Any], fault: dict[str, Any] | None = None, limit: int = 300
+    processes: int,
+    *commands: Sequence[Any],
+    fault: dict[str, Any] | None = None,
+    restarts: int = 0,
+    limit: int = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run commands in several processes, as torchrun starts them."""
     launched = Path(__file__).with_name("launched.py")
     arguments = json.dumps([commands, fault])
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    options = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return subprocess.run(
-        [*start, str(processes), str(launched), arguments],
+        [*start, *options, str(launched), arguments],
         env=os.environ | EXACT,
         capture_output=True,
         text=True,
@@ -191,6 +196,19 @@ def test_a_signal_to_one_process_stops_all(folder: Path) -> None:
     run, printed = broken(folder, "terminate", rank=1)
     assert errors(printed) == []
     assert list_checkpoints(run.checkpoints)[0].name == "step-00000004"
+
+
+@pytest.mark.slow
+def test_a_launcher_that_restarts_processes_completes_the_run(folder: Path) -> None:
+    commands = [train(folder, "recipe.yaml", "scratch", name) for name in ("restarted", "whole")]
+    fault = {"kind": "kill", "rank": 1, "step": 3}
+    done = launch(2, commands[0], fault=fault, restarts=1)
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone(commands[1])
+    assert_equal(Run.open(folder / "restarted"), Run.open(folder / "whole"))
+    without_folder = ["train", str(folder / "recipe.yaml")]
+    refused = launch(2, without_folder, restarts=1)
+    assert "needs --out" in refused.stderr
 
 
 @pytest.mark.slow

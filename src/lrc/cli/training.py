@@ -137,7 +137,7 @@ def _new_run(
     from lrc.recipe import make_recipe, parse_overrides
     from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
-    from lrc.system.distributed import join
+    from lrc.system.distributed import join, may_restart
     from lrc.system.yaml_files import read_yaml
 
     flags: dict[str, tuple[str, Any]] = {
@@ -157,6 +157,11 @@ def _new_run(
     resolved = make_recipe(base, overrides)
     name = Path(recipe).stem if recipe else None
     world = join()
+    if out is None and may_restart():
+        raise UserError(
+            "A launcher that restarts processes needs --out: otherwise they would choose another "
+            "folder each time."
+        )
     run = Run.create(out or default_folder(resolved, name), resolved, world)
     check_recipe(resolved)
     return run

@@ -159,6 +159,11 @@ def restarts() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
+def may_restart() -> bool:
+    """Whether the launcher would start this process again after a failure."""
+    return _number("TORCHELASTIC_MAX_RESTARTS", 0) > 0
+
+
 def local_rank() -> int:
     """Number of this process on its machine."""
     return _number("LOCAL_RANK", 0)
