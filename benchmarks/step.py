@@ -53,8 +53,8 @@ from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSect
 from lrc.system.clock import Clock
 from lrc.system.environment import describe_environment
 from lrc.system.memory import keep_freed_memory
+from lrc.train.batches import count
 from lrc.train.compiling import compile_small_modules
-from lrc.train.loop import count
 
 KL_WEIGHT, TEMPERATURE, ALPHA = 1.28, 40.0, 0.2
 """The published settings."""
