@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
+from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, Progress, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start import STARTS, initialize
@@ -29,7 +30,7 @@ from lrc.model.layout import LinearSite
 from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
-from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
+from lrc.recipe.sections import InitializeSection, Kernels, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 
 
@@ -55,6 +56,7 @@ class LowRankClone(Method, Staged):
         steps: int = 1,
         release_at: float = 1.0,
         token_grad_clip: float = 0.0,
+        kernels: Kernels = "torch",
     ) -> None:
         """
         Args:
@@ -66,11 +68,16 @@ class LowRankClone(Method, Staged):
             steps: optimizer steps of the whole run, which alpha's schedule and the release go by.
             release_at: share of them after which the projections are released.
             token_grad_clip: largest gradient of a token, in medians.
+            kernels: as in the recipe's `train`.
+
+        Raises:
+            UserError: if the kernels cannot run.
         """
         self.teacher, self.section = teacher, student
         self.objective = objective
         self.gradient_checkpointing = gradient_checkpointing
         self.token_grad_clip = token_grad_clip
+        self.triton = use_triton(kernels, teacher.model.device)
         self.start = start
         self.steps, self.release_at = steps, release_at
         self.clock = Clock()
@@ -88,6 +95,7 @@ class LowRankClone(Method, Staged):
             recipe.steps(),
             recipe.train.release_at,
             recipe.train.token_grad_clip,
+            recipe.train.kernels,
         )
 
     def _begin(self) -> None:
@@ -103,6 +111,7 @@ class LowRankClone(Method, Staged):
             self._pair,
             self.token_grad_clip,
             self.gradient_checkpointing,
+            self.triton,
         )
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":
