@@ -12,7 +12,6 @@ from torch import Tensor
 
 from lrc.model.precision import upcast_dtype
 
-
 NORMS = "token_norms"
 """Attribute of a gradient that has just been written: the norms of its tokens, and the tensor's
 version then."""

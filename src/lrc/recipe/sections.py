@@ -366,8 +366,8 @@ class TrainSection(Section):
 
     kernels: Kernels = "auto"
     """`triton`: fused Triton kernels for KL + LM and the clone terms, and liger-kernel's norms,
-    SwiGLU and rotary embedding, which need the extra `cuda`. `torch`: plain torch. `auto`: triton on
-    CUDA where it is installed, else torch."""
+    FFNs and rotary embedding (the extra `cuda`). `torch`: plain torch. `auto`: triton on CUDA where
+    it is installed, else torch. Losses differ by rounding."""
 
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""

@@ -9,6 +9,8 @@ import torch
 from rich.console import Console
 
 from lrc.cloning.activations import last_hidden
+from lrc.cloning.kernels import use_triton
+from lrc.cloning.kernels.liger import apply_liger
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.model.teacher import Teacher
@@ -215,7 +217,10 @@ def open_loop(
         calibration = start(setup, run.recipe, text, console)
         if starts:
             starts.keep(setup, run.recipe, calibration)
+    models = setup.teacher.model, setup.method.model
+    if use_triton(run.recipe.train.kernels, setup.device) and (unused := apply_liger(*models)):
+        console.print(unused, style="yellow")
     if run.recipe.train.compile:
-        for model in (setup.teacher.model, setup.method.model):
+        for model in models:
             compile_small_modules(model)
     return Loop(run, setup, text, console, *calibration)

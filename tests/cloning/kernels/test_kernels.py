@@ -1,8 +1,12 @@
 """The Triton kernels against the torch code, in float64. Without a GPU, Triton's interpreter runs
 them, which cuts what it rounds to bfloat16."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,9 +22,7 @@ from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.cloning.objective.clone import compare_activations, naive_clone_term, relative_weight
 from lrc.cloning.objective.vocabulary import naive_vocabulary_losses
 from lrc.cloning.token_clipping import clip_output, clip_tokens, known_norms
-from lrc.recipe.sections import Divergence
 from lrc.system.errors import UserError
-from tiny_runs import go, new_run
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts what the interpreter does")
@@ -248,11 +250,6 @@ def test_other_divergences_and_float64_run_in_torch(monkeypatch: pytest.MonkeyPa
     assert vocabulary_losses(*states, labels, mask, weights).weighted > 0
 
 
-def test_only_the_kl_has_a_kernel() -> None:
-    """A new divergence is not taken for the KL."""
-    assert Divergence.__args__ == ("kl", "reverse_kl", "jsd")
-
-
 @on_gpu
 def test_bfloat16_on_a_gpu_rounds_once() -> None:
     """The kernel adds at most 1e-3 to what rounding the gradient to bfloat16 costs anyway."""
@@ -427,7 +424,7 @@ def test_where_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [use_triton("torch", device) for device in (cpu, cuda)] == [False, False]
     monkeypatch.setattr("lrc.cloning.kernels._interprets", lambda: False)
     assert use_triton("triton", cuda)
-    with pytest.raises(UserError, match="needs a CUDA device, not cpu"):
+    with pytest.raises(UserError, match="needs a CUDA device instead of cpu"):
         use_triton("triton", cpu)
     monkeypatch.setattr("lrc.cloning.kernels.find_spec", lambda name: None)
     assert not use_triton("auto", cuda)
@@ -441,3 +438,50 @@ def test_clip_tokens_without_known_norms_makes_a_new_tensor() -> None:
     before = gradient.clone()
     clip_tokens(gradient, torch.zeros(1, 4, dtype=torch.bool), 3.0)
     assert torch.equal(gradient, before)
+
+
+COMPILE = """
+import sys, warnings
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from lrc.cloning.kernels import clone, vocabulary
+
+warnings.simplefilter("ignore")
+wide, scalar = "*bf16", "fp32"
+options = ("HAS_KL", "HAS_MASK", "HAS_CAP")
+logits = dict(
+    logits=wide, teacher=wide, labels="*i64", mask="*i1", kl="*fp32", lm="*fp32", stride="i32",
+    teacher_stride="i32", vocab="i32", inverse_t=scalar, kl_factor=scalar, lm_factor=scalar,
+    cap=scalar,
+)
+sums = dict(squares="*fp32", sizes="*fp32", width="i32")
+sides = dict(student=wide, target=wide, difference=wide)
+gradients = dict(received=wide, difference=wide, gradient=wide)
+rows = dict(factors="*fp32", width="i32")
+norms = dict(factors="*fp32", norms="*fp32", width="i32")
+cases = [
+    (vocabulary._kernel, logits, dict(zip(options, values), BLOCK=4096))
+    for values in ((True, False, False), (True, True, True), (False, False, False))
+]
+cases += [
+    (clone._forward, {**sides, **sums}, dict(BLOCK=2048)),
+    (clone._backward, {**gradients, **norms}, dict(BLOCK=2048)),
+    (clone._scale, {"gradient": wide, **rows}, dict(BLOCK=2048)),
+]
+for kernel, signature, constants in cases:
+    types = {**signature, **dict.fromkeys(constants, "constexpr")}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(types) if types[name][0] == "*" or types[name] == "i32"
+    }
+    source = ASTSource(kernel, types, constants, aligned)
+    ptx = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
+    assert "ld.global.v4.b32" in ptx, kernel  # 16 bytes a thread at once
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path: Path) -> None:
+    """Not everything that the interpreter runs does. This needs no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", COMPILE], check=True, env=environment)

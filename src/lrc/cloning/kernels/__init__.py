@@ -30,7 +30,8 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
         )
     if device.type != "cuda" and not _interprets():
         raise UserError(
-            f"train.kernels is triton, which needs a CUDA device, not {device.type}: set it to auto."
+            f"train.kernels is triton, which needs a CUDA device instead of {device.type}: "
+            "set it to auto."
         )
     return True
 

@@ -49,7 +49,7 @@ def clone_term(
         As `lrc.cloning.objective.clone_term`.
     """
     source, projection = factors or (None, None)
-    return _Clone.apply(  # type: ignore[no-untyped-call]
+    return _Clone.apply(
         student, target, projection, source, mask, 1 / (tokens * student.shape[-1]), relative
     )
 
