@@ -461,13 +461,13 @@ gradients = dict(received=wide, difference=wide, gradient=wide)
 rows = dict(factors="*fp32", width="i32")
 norms = dict(factors="*fp32", norms="*fp32", width="i32")
 cases = [
-    (vocabulary._kernel, logits, dict(zip(options, values), BLOCK=4096))
+    (vocabulary._kl_lm_kernel, logits, dict(zip(options, values), BLOCK=4096))
     for values in ((True, False, False), (True, True, True), (False, False, False))
 ]
 cases += [
-    (clone._forward, {**sides, **sums}, dict(BLOCK=2048)),
-    (clone._backward, {**gradients, **norms}, dict(BLOCK=2048)),
-    (clone._scale, {"gradient": wide, **rows}, dict(BLOCK=2048)),
+    (clone._clone_forward, {**sides, **sums}, dict(BLOCK=2048)),
+    (clone._clone_backward, {**gradients, **norms}, dict(BLOCK=2048)),
+    (clone._scale_tokens, {"gradient": wide, **rows}, dict(BLOCK=2048)),
 ]
 for kernel, signature, constants in cases:
     types = {**signature, **dict.fromkeys(constants, "constexpr")}

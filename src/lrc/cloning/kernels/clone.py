@@ -72,7 +72,7 @@ class _Clone(torch.autograd.Function):
         difference = torch.empty(s.shape, dtype=wider, device=s.device)
         sums = torch.empty(2, *s.shape[:-1], dtype=torch.float32, device=s.device)
         squares, sizes = sums  # of the difference and of the target, by token
-        _launch(_forward, s, t, difference, squares, sizes)
+        _launch(_clone_forward, s, t, difference, squares, sizes)
         weight = weight_of_size(sizes / width, mask) if relative else mask
         unit = None  # the gradient of the projection for a loss gradient of 1
         if projection is not None and source is not None and ctx.needs_input_grad[2]:
@@ -95,7 +95,7 @@ class _Clone(torch.autograd.Function):
             received = grad_student.contiguous()
             grad = torch.empty_like(received)
             norms = torch.empty(grad.shape[:-1], dtype=torch.float32, device=grad.device)
-            _launch(_backward, received, difference, grad, by_token.contiguous(), norms)
+            _launch(_clone_backward, received, difference, grad, by_token.contiguous(), norms)
             remember_norms(grad, norms)
         grad_projection = None if unit is None else unit * grad_loss
         return grad, None, grad_projection, None, None, None, None
@@ -104,7 +104,7 @@ class _Clone(torch.autograd.Function):
 def scale_tokens(gradient: Tensor, factors: Tensor) -> Tensor:
     """Multiply the tokens of a contiguous gradient [batch, sequence, width] in place by factors
     [batch, sequence], and return it. Tokens with factor 1 cost nothing."""
-    _launch(_scale, gradient, factors.contiguous())
+    _launch(_scale_tokens, gradient, factors.contiguous())
     return gradient
 
 
@@ -114,11 +114,12 @@ def _launch(kernel: Any, *tensors: Tensor) -> None:
     block = min(BLOCK, triton.next_power_of_2(width))
     if tensors[0].numel():
         programs = (tensors[0].numel() // width,)
-        kernel[programs](*tensors, width, BLOCK=block, num_warps=8 if block > 2048 else 4)
+        with torch.cuda.device_of(tensors[0]):
+            kernel[programs](*tensors, width, BLOCK=block, num_warps=8 if block > 2048 else 4)
 
 
 @triton.jit
-def _forward(student, target, difference, squares, sizes, width, BLOCK: tl.constexpr):
+def _clone_forward(student, target, difference, squares, sizes, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     square = 0.0
     size = 0.0
@@ -136,7 +137,7 @@ def _forward(student, target, difference, squares, sizes, width, BLOCK: tl.const
 
 
 @triton.jit
-def _backward(received, difference, gradient, factors, norms, width, BLOCK: tl.constexpr):
+def _clone_backward(received, difference, gradient, factors, norms, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     factor = tl.load(factors + token)
     square = 0.0
@@ -152,7 +153,7 @@ def _backward(received, difference, gradient, factors, norms, width, BLOCK: tl.c
 
 
 @triton.jit
-def _scale(gradient, factors, width, BLOCK: tl.constexpr):
+def _scale_tokens(gradient, factors, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     factor = tl.load(factors + token)
     if factor != 1.0:

@@ -65,8 +65,10 @@ def losses_in_place(
     kl, lm = (torch.zeros(chunk, dtype=torch.float32, device=logits.device) for _ in range(2))
     teacher = logits if scaled_teacher is None else scaled_teacher
     block = min(BLOCK, triton.next_power_of_2(vocab))
-    if chunk:
-        _kernel[(chunk,)](
+    if not chunk:
+        return kl, lm
+    with torch.cuda.device_of(logits):
+        _kl_lm_kernel[(chunk,)](
             logits,
             teacher,
             labels.contiguous(),
@@ -113,7 +115,7 @@ def _capped(x, cap, HAS_CAP: tl.constexpr):
 
 
 @triton.jit
-def _kernel(
+def _kl_lm_kernel(
     logits,
     teacher,
     labels,
