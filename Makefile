@@ -29,7 +29,7 @@ setup: .venv/ready
 	touch $@
 
 .venv/ready-dev: .venv/ready
-	PYTHON=$(PYTHON) scripts/setup.sh .venv dev,eval
+	PYTHON=$(PYTHON) scripts/setup.sh .venv dev,eval,cuda
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import DistillPass, MakePair
+from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.student import empty_student, plain_view, student_config
@@ -77,6 +78,7 @@ class PlainStudent(Method):
             self.pair,
             train.token_grad_clip,
             train.gradient_checkpointing,
+            use_triton(train.kernels, self.teacher.model.device),
         )
 
     def parameters(self) -> dict[str, nn.Parameter]:

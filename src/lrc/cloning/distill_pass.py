@@ -28,8 +28,7 @@ from lrc.cloning.activations import Output, activation_of, last_hidden
 from lrc.cloning.method import Counts, StepLosses
 from lrc.cloning.objective import (
     VocabularyWeights,
-    clone_term,
-    relative_weight,
+    compare_activations,
     vocabulary_losses,
 )
 from lrc.cloning.recomputing import recompute_ffns, recompute_layers
@@ -83,6 +82,7 @@ class DistillPass(nn.Module):
         token_grad_clip: as in the recipe's `train`; 0: nothing is clipped.
         recomputes_layers: whether to run the student's layers again in the backward pass. If not,
             and if something is cloned, its FFNs recompute their activations.
+        triton: whether to use the Triton kernels (`lrc.cloning.kernels`).
     """
 
     def __init__(
@@ -94,11 +94,13 @@ class DistillPass(nn.Module):
         pair: MakePair | None = None,
         token_grad_clip: float = 0.0,
         recomputes_layers: bool = False,
+        triton: bool = False,
     ) -> None:
         super().__init__()
         self.student, self.teacher_model = student, teacher.model
         self.teacher, self.objective, self.clock, self.pair = teacher, objective, clock, pair
         self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
+        self.triton = triton
         self.alpha = objective.alpha if pair else 0.0
         """Weight of the clone terms in the present step. At 0 nothing is cloned."""
         self.sites = [
@@ -203,6 +205,7 @@ class DistillPass(nn.Module):
                     objective.divergence,
                     objective.jsd_beta,
                     self.teacher.logit_softcap,
+                    self.triton,
                 ),
                 None if token_lm is None else token_lm.view(-1),
             )
@@ -258,16 +261,16 @@ class DistillPass(nn.Module):
             again = self.recomputes_layers
             target = batch.targets[site] if again else batch.targets.pop(site)
             pair = self.pair(site, inputs[0], activation_of(output), target)
-            weight = None if batch.mask is None else batch.mask.view(target.shape[:-1])
-            if self.objective.clone_scale == "relative":
-                weight = relative_weight(pair.teacher, weight)
-            compared, batch.terms[site] = clone_term(
+            mask = None if batch.mask is None else batch.mask.view(target.shape[:-1])
+            compared, batch.terms[site] = compare_activations(
                 pair.student,
                 pair.teacher,
-                weight,
+                mask,
                 batch.counts.tokens,
+                self.objective.clone_scale == "relative",
                 pair.factors,
                 reuse_target_buffer=not again,
+                triton=self.triton,
             )
         return compared if pair.student is output else output
 

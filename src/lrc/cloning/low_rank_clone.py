@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
+from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, Progress, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start import STARTS, initialize
@@ -30,7 +31,7 @@ from lrc.model.precision import forward_dtype, product_dtype
 from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
-from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
+from lrc.recipe.sections import InitializeSection, Kernels, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 from lrc.system.distributed import World
 
@@ -60,6 +61,7 @@ class LowRankClone(Method, Staged):
         token_grad_clip: float = 0.0,
         weight_dtype: torch.dtype | None = None,
         tf32: bool = False,
+        kernels: Kernels = "torch",
     ) -> None:
         """
         Args:
@@ -74,11 +76,16 @@ class LowRankClone(Method, Staged):
             weight_dtype: element type of the student's projected weights during training; None:
                 that of the projections.
             tf32: as in the recipe's `train`.
+            kernels: as in the recipe's `train`.
+
+        Raises:
+            UserError: if the kernels cannot run.
         """
         self.teacher, self.section = teacher, student
         self.objective = objective
         self.gradient_checkpointing = gradient_checkpointing
         self.token_grad_clip = token_grad_clip
+        self.triton = use_triton(kernels, teacher.model.device)
         self.start = start
         self.steps, self.release_at = steps, release_at
         self.weight_dtype, self.tf32 = weight_dtype, tf32
@@ -102,6 +109,7 @@ class LowRankClone(Method, Staged):
             recipe.train.token_grad_clip,
             low,
             recipe.train.tf32,
+            recipe.train.kernels,
         )
 
     def _begin(self) -> None:
@@ -119,6 +127,7 @@ class LowRankClone(Method, Staged):
             self._pair,
             self.token_grad_clip,
             self.gradient_checkpointing,
+            self.triton,
         )
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":

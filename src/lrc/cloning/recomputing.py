@@ -61,6 +61,7 @@ class RecomputedFfn:
     """Make an FFN, down(activation(gate(x)) * up(x)), recompute the activation and the product in
     the backward pass. It keeps only the outputs of gate and up, which are two of six numbers per
     token and neuron. The cost is one more pass of the activation function and one more product.
+    If a fused kernel has both (`lrc.cloning.kernels.liger`), only the product is recomputed here.
 
     Args:
         student: the model. It must not use `recompute_layers` too.
@@ -69,14 +70,15 @@ class RecomputedFfn:
     """
 
     def __init__(self, student: PreTrainedModel, layout: Layout, layer: int) -> None:
-        up, down = (layout.linear(LinearSite(layer, name)) for name in ("up", "down"))
+        gate, up, down = (layout.linear(LinearSite(layer, n)) for n in ("gate", "up", "down"))
         ffn = student.get_submodule(down.rpartition(".")[0])
-        (activation,) = (
+        (self._activation,) = (
             child for child in ffn.children() if next(child.parameters(), None) is None
         )
         self.hooks = [
             ffn.register_forward_pre_hook(self._begin),
-            activation.register_forward_hook(self._activate),
+            student.get_submodule(gate).register_forward_hook(self._read_gate),
+            self._activation.register_forward_hook(self._activate),
             student.get_submodule(up).register_forward_hook(self._read_up),
             student.get_submodule(down).register_forward_pre_hook(self._multiply),
             ffn.register_forward_hook(self._end, always_call=True),
@@ -100,9 +102,13 @@ class RecomputedFfn:
             self._saving.__exit__()
             self._saving = None
 
-    def _activate(self, module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+    def _read_gate(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         if self._saving is not None:  # false in a backward pass, where the context is closed
-            self._kept = _Kept(module, inputs[0])
+            self._kept = _Kept(self._activation, output)
+
+    def _activate(self, _module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        if self._kept is not None:
+            self._kept.gate = inputs[0].detach()
             self._forget(output, self._kept.activated)
 
     def _read_up(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:

@@ -12,6 +12,25 @@ from torch import Tensor
 
 from lrc.model.precision import upcast_dtype
 
+NORMS = "token_norms"
+"""Attribute of a gradient that has just been written: the norms of its tokens, and the tensor's
+version then."""
+
+
+def remember_norms(gradient: Tensor, norms: Tensor) -> None:
+    """Tell `clip_tokens` the norms [batch, sequence] of a new gradient [batch, sequence, width].
+
+    Nothing else may refer to its memory, because it may be clipped in place. If autograd adds
+    another gradient to it, the norms are forgotten.
+    """
+    setattr(gradient, NORMS, (norms, gradient._version))
+
+
+def known_norms(gradient: Tensor) -> Tensor | None:
+    """What `remember_norms` was told, if the gradient has not changed since."""
+    norms, version = getattr(gradient, NORMS, (None, None))
+    return norms if version == gradient._version else None
+
 
 def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
     """Clip the gradient at the output of a linear map per token in the backward pass.
@@ -34,11 +53,20 @@ def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:
         gradient: [batch, sequence, width].
         spared: tokens not to clip, bool [batch, sequence].
         limit: the largest norm, in medians.
+
+    Returns:
+        The clipped gradient: the same tensor if its norms were known, else a new one.
     """
-    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
+    norms = known = known_norms(gradient)
+    if norms is None:
+        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
     counted = norms.where(norms > 0, torch.nan)
     # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
     largest = limit * counted.flatten().nanmedian(0).values
     over = (norms > largest) & ~spared
     factors = torch.where(over, largest / norms, 1.0)
+    if known is not None:
+        from lrc.cloning.kernels.clone import scale_tokens
+
+        return scale_tokens(gradient, factors)
     return gradient * factors[..., None].to(gradient.dtype)

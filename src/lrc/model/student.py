@@ -109,7 +109,8 @@ def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
 def plain_view(model: PreTrainedModel) -> PreTrainedModel:
     """Create a plain model that shares only its weights with a model in training.
 
-    It has no hooks, no gradients and no recomputation. Training updates its weights too.
+    It has no hooks, no gradients, no recomputation and no kernels of `train.kernels`. Training
+    updates its weights too.
     """
     instead: dict[int, Any] = {id(buffer): buffer.detach() for buffer in model.buffers()}
     for value in model.parameters():
@@ -120,6 +121,8 @@ def plain_view(model: PreTrainedModel) -> PreTrainedModel:
                 instead[id(hooks)] = type(hooks)()
     view = copy.deepcopy(model, instead)  # uses these as copies already made
     view.activation_checkpointing_disable()
+    for module in view.modules():
+        vars(module).pop("forward", None)  # liger-kernel's
     return view.eval()
 
 

@@ -13,6 +13,10 @@ Divergence = Literal["kl", "reverse_kl", "jsd"]
 `lrc.cloning.objective`."""
 
 
+Kernels = Literal["auto", "triton", "torch"]
+"""Ways to compute what dominates a step on CUDA (`train.kernels`)."""
+
+
 class Section(BaseModel):
     """Base of all sections: immutable, refuses unknown keys, takes field docs from docstrings."""
 
@@ -366,6 +370,11 @@ class TrainSection(Section):
     """Compile norms and activation functions of both models, as they are when training begins, with
     torch.compile, which needs a C++ compiler. On two CPU cores this is 2% faster, after 15 s of
     compilation. Not with `gradient_checkpointing`."""
+
+    kernels: Kernels = "auto"
+    """`triton`: fused Triton kernels for KL + LM and the clone terms, and liger-kernel's norms,
+    FFNs and rotary embedding (the extra `cuda`). `torch`: plain torch. `auto`: triton on CUDA where
+    it is installed, else torch. Losses differ by rounding."""
 
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""

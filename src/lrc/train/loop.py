@@ -77,7 +77,7 @@ class Loop:
     reads_ahead: bool | None = None
     """Whether to read the next step's text in a thread; None: if the device is not the CPU, which
     has nothing to spare."""
-    _batches: BatchReader = field(init=False)
+    batches: BatchReader = field(init=False)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
@@ -94,18 +94,8 @@ class Loop:
         if self._weigher() and not self.text.sources:
             logger.warning("The text has no sources to weigh, so it is read in its own order.")
         logger.info("Training on %s.", describe_compute(recipe.train, setup.device))
-        ahead = setup.device.type != "cpu" if self.reads_ahead is None else self.reads_ahead
-        self._batches = BatchReader(
-            self.text,
-            recipe.train,
-            Share(self.world.rank, self.world.size),
-            self._calibration_sequences(),
-            setup.device,
-            setup.teacher.family.keeps_documents_apart,
-            reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
-        )
         with (
-            closing(self._batches),
+            closing(self.open_batches()) as self.batches,
             stop_on_signals() as stop,
             open_trackers(self.run, self.first_step, self.world) as self.trackers,
             task("Training", steps, self.first_step) as progress,
@@ -137,6 +127,20 @@ class Loop:
                 self._save()
         return stop
 
+    def open_batches(self) -> BatchReader:
+        """A reader of the batches of every step."""
+        setup = self.setup
+        ahead = setup.device.type != "cpu" if self.reads_ahead is None else self.reads_ahead
+        return BatchReader(
+            self.text,
+            self.run.recipe.train,
+            Share(self.world.rank, self.world.size),
+            self._calibration_sequences(),
+            setup.device,
+            setup.teacher.family.keeps_documents_apart,
+            reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
+        )
+
     def _agree(self, stop: StopRequest) -> bool:
         """Whether a signal asked any of the processes to stop. All then stop at the same step."""
         asked = [signal for signal in self.world.gather(stop.signal) if signal is not None]
@@ -164,7 +168,7 @@ class Loop:
         train, setup = self.run.recipe.train, self.setup
         method, state = setup.method, setup.state
         with method.clock.part("data"):
-            read = self._batches.take(state.step, state.step + 1 == self.run.recipe.steps())
+            read = self.batches.take(state.step, state.step + 1 == self.run.recipe.steps())
         counts = add_counts(self.world.gather(read.counts))
         method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
@@ -408,7 +412,7 @@ class Loop:
 
     def _save(self) -> None:
         train = self.run.recipe.train
-        self.setup.state.text = self._batches.text_state()
+        self.setup.state.text = self.batches.text_state()
         self.setup.state.method = stages_of(self.setup.method).state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(

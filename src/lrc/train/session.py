@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from lrc.cloning.activations import last_hidden
+from lrc.cloning.kernels import use_triton
+from lrc.cloning.kernels.liger import apply_liger
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.model.teacher import Teacher
@@ -280,7 +282,10 @@ def open_loop(
         calibration = start(setup, run.recipe, text, world)
         if starts:
             starts.keep(setup, run.recipe, calibration)
+    models = setup.teacher.model, setup.method.model
+    if use_triton(run.recipe.train.kernels, setup.device) and (unused := apply_liger(*models)):
+        logger.warning(unused)
     if run.recipe.train.compile:
-        for model in (setup.teacher.model, setup.method.model):
+        for model in models:
             compile_small_modules(model)
     return Loop(run, setup, text, *calibration, world=world)

@@ -17,7 +17,7 @@ To add a divergence, add a file with `divergence` and `reference` here, like `re
 add its name to `Divergence` in `lrc.recipe.sections`.
 """
 
-from lrc.cloning.objective.clone import clone_term, relative_weight
+from lrc.cloning.objective.clone import clone_term, compare_activations, relative_weight
 from lrc.cloning.objective.vocabulary import (
     VocabularyLosses,
     VocabularyWeights,
@@ -30,6 +30,7 @@ __all__ = [
     "VocabularyWeights",
     "cap_logits",
     "clone_term",
+    "compare_activations",
     "relative_weight",
     "vocabulary_losses",
 ]

@@ -13,6 +13,31 @@ from torch.autograd.function import once_differentiable
 from lrc.model.precision import upcast, upcast_dtype
 
 
+def compare_activations(
+    student: Tensor,
+    target: Tensor,
+    mask: Tensor | None,
+    tokens: int,
+    relative: bool,
+    factors: tuple[Tensor, Tensor] | None = None,
+    reuse_target_buffer: bool = False,
+    triton: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`clone_term` with all tokens alike or, if `relative`, with the weights of `relative_weight`.
+
+    Args:
+        mask: bool [batch, sequence], false for tokens to ignore; None: use all.
+        triton: whether to use the Triton kernels (`lrc.cloning.kernels.clone`). They take no
+            float64, and no target that needs a gradient; these are compared in torch.
+    """
+    if triton and not target.requires_grad and max(student.itemsize, target.itemsize) <= 4:
+        from lrc.cloning.kernels import clone
+
+        return clone.clone_term(student, target, mask, tokens, relative, factors)
+    weight = relative_weight(target, mask) if relative else mask
+    return clone_term(student, target, weight, tokens, factors, reuse_target_buffer)
+
+
 def clone_term(
     student: Tensor,
     target: Tensor,
@@ -61,11 +86,15 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
         Weights [batch, sequence], zero for masked tokens, at least float32.
     """
     truth = upcast(target.detach())
-    mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
+    return weight_of_size(torch.linalg.vecdot(truth, truth) / target.shape[-1], mask)
+
+
+def weight_of_size(mean_square: Tensor, mask: Tensor | None) -> Tensor:
+    """`relative_weight` from the mean square of each token, [batch, sequence]."""
     counted = mean_square if mask is None else mean_square.where(mask, torch.nan)
     # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
     median = counted.flatten().nanmedian(0).values
-    weight = 1 / (mean_square + median).clamp_min(torch.finfo(truth.dtype).tiny)
+    weight = 1 / (mean_square + median).clamp_min(torch.finfo(mean_square.dtype).tiny)
     return weight if mask is None else weight * mask
 
 

@@ -52,6 +52,9 @@ class VocabularyWeights(NamedTuple):
     """Weight of the teacher in the mixture of `jsd`."""
     softcap: float | None = None
     """c if the logits of both models are c tanh(logits / c)."""
+    triton: bool = False
+    """Whether to use the Triton kernel (`lrc.cloning.kernels.vocabulary`). It has only the KL, up
+    to float32; anything else still runs in torch."""
 
 
 def vocabulary_losses(
@@ -112,6 +115,8 @@ class _Vocabulary(torch.autograd.Function):
         device, dtype = student_hidden.device.type, product_dtype(student_hidden)
         head = student_head[: weights.vocab].to(dtype)
         frozen_head = teacher_head[: weights.vocab].to(dtype)
+        cap, has_kernel = weights.softcap, weights.divergence == "kl" or not weights.kl_weight
+        fused = weights.triton and has_kernel and dtype.itemsize <= 4
         grad_hidden = torch.empty_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=upcast_dtype(student_head))
         kl = student_hidden.new_zeros(())
@@ -120,16 +125,21 @@ class _Vocabulary(torch.autograd.Function):
             for start in range(0, len(student_hidden), weights.chunk_tokens):
                 rows = slice(start, start + weights.chunk_tokens)
                 hidden = student_hidden[rows].to(dtype)
-                logits = upcast(hidden @ head.T)
-                slope = cap_logits(logits, weights.softcap)
+                logits = hidden @ head.T
                 scaled = None
                 if weights.kl_weight:
                     scaled = teacher_hidden[rows].to(dtype) / weights.temperature
-                    scaled = upcast(scaled @ frozen_head.T)
-                    cap_logits(scaled, weights.softcap and weights.softcap / weights.temperature)
+                    scaled = scaled @ frozen_head.T
                 chunk_mask = None if mask is None else mask[rows]
                 chunk_token_lm = None if token_lm is None else token_lm[rows]
-                chunk_kl, chunk_lm = _differentiate(
+                slope = None
+                if not fused:
+                    logits = upcast(logits)
+                    slope = cap_logits(logits, cap)
+                    if scaled is not None:
+                        scaled = upcast(scaled)
+                        cap_logits(scaled, cap and cap / weights.temperature)
+                chunk_kl, chunk_lm = (_differentiate_fused if fused else _differentiate)(
                     logits, scaled, labels[rows], chunk_mask, weights, chunk_token_lm
                 )
                 kl += chunk_kl
@@ -217,6 +227,35 @@ def _differentiate(
         if gradient is not None:
             s += gradient
     return total, lm
+
+
+def _differentiate_fused(
+    logits: Tensor,
+    scaled_teacher: Tensor | None,
+    labels: Tensor,
+    mask: Tensor | None,
+    weights: VocabularyWeights,
+    token_lm: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`_differentiate` by the Triton kernel. Logits come before the softcap, in any element type up
+    to float32."""
+    from lrc.cloning.kernels.vocabulary import losses_in_place
+
+    kl, lm = losses_in_place(
+        logits,
+        scaled_teacher,
+        labels,
+        mask,
+        kl_weight=weights.kl_weight,
+        lm_weight=weights.lm_weight,
+        temperature=weights.temperature,
+        tokens=weights.tokens,
+        label_count=weights.labels,
+        softcap=weights.softcap,
+    )
+    if token_lm is not None:
+        token_lm.copy_(lm)
+    return weights.temperature**2 * kl.sum() / weights.tokens, lm.sum() / weights.labels
 
 
 def naive_vocabulary_losses(
