@@ -127,10 +127,10 @@ class Chunk:
         return kl.cpu(), lm.cpu(), gradient.cpu()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
-    n=st.integers(1, 6),
-    vocab=st.integers(1, 300),
+    n=st.integers(1, 4),
+    vocab=st.integers(1, 200),
     block=st.sampled_from([16, 64, 512]),
     temperature=st.sampled_from([0.7, 1.0, 2.0, 40.0]),
     scale=st.sampled_from([0.05, 1.0, 5.0, 30.0]),
@@ -182,14 +182,27 @@ def test_mass_that_comes_after_many_blocks() -> None:
     """The teacher's likely tokens are last, and the first ones differ by far more nats than e^d
     can take, up and down."""
     for shift in (-500.0, -70.0, -15.0, 15.0, 70.0, 500.0):
-        chunk = Chunk(3, 640, 1.0, 1.0, 0.1)
-        chunk.student[:, :320] += -40 + shift
-        chunk.teacher[:, :320] -= 40
+        chunk = Chunk(2, 320, 1.0, 1.0, 0.1)
+        chunk.student[:, :160] += -40 + shift
+        chunk.teacher[:, :160] -= 40
         kl, _, gradient = chunk.reference()
         with blocks_of(32):
             ours = chunk.ours()
         assert error(ours[0], kl) < 1e-4, shift
         assert error(ours[2], gradient) < 1e-5, shift
+
+
+def test_a_block_with_a_wide_range_in_a_row_without() -> None:
+    """Within the first block, e^d would be too large, but not about the mean of the row."""
+    chunk = Chunk(1, 64, 1.0, 1.0, 0.0)
+    chunk.student[:], chunk.teacher[:] = 2.0, 2.0
+    chunk.student[:, :16], chunk.teacher[:, :16] = 0.0, 0.0
+    chunk.student[:, :10] = -100.0
+    kl, _, gradient = chunk.reference()
+    with blocks_of(16):
+        ours = chunk.ours()
+    assert error(ours[0], kl) < 1e-5
+    assert error(ours[2], gradient) < 1e-5
 
 
 def test_a_confident_teacher_and_an_opposed_student() -> None:
@@ -363,7 +376,7 @@ def clipped_gradient(sides: Sides, triton: bool, consumers: int = 1) -> tuple[Te
     """The gradient that a linear map's input gets through clipping and a clone term, and whether
     the norms were known."""
     known: list[bool] = []
-    x = sides.student.to(DEVICE).requires_grad_()
+    x = sides.student.to(DEVICE, copy=True).requires_grad_()
     output = x * 1
     output.register_hook(lambda gradient: known.append(known_norms(gradient) is not None))
     clip_output(output, torch.zeros(output.shape[:2], dtype=torch.bool, device=DEVICE), 2.0)
