@@ -153,6 +153,9 @@ class RandomText:
     def __init__(self, vocab: int, sequence: int) -> None:
         self.vocab, self.sequence = vocab, sequence
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
     def training_batch(self, first: int, rows: int) -> Batch:
         generator = torch.Generator().manual_seed(first)
         return Batch(torch.randint(self.vocab, (rows, self.sequence), generator=generator))
