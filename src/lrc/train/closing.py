@@ -60,7 +60,7 @@ def close_run(loop: Loop, console: Console, report: bool = True) -> dict[str, An
     )
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     write_text(run.summary_file, json.dumps(summary, indent=2))
-    best_effort(console, "the plot", lambda: draw_curves(run.metrics(), run.folder / "curves.png"))
+    best_effort(console, "the plot", lambda: draw_curves(run, run.folder / "curves.png"))
     print_summary(summary, quiet)
     quiet.print(
         f"Everything is in {run.folder}; the student is in {run.student_folder}.",
