@@ -146,23 +146,14 @@ def shapes(views: Sequence[RunView]) -> Table:
     return Table([label for label, _ in columns], rows)
 
 
-def settings(views: Sequence[RunView]) -> tuple[Table, Table]:
-    """The settings that differ between the runs, and all settings."""
-    flat = [flatten(view.run.recipe.model_dump(mode="json")) for view in views]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
-    rows = [(name, [written(recipe.get(name)) for recipe in flat]) for name in names]
-    head = [view.series for view in views]
-    return Table(head, [row for row in rows if len(set(row[1])) > 1]), Table(head, rows)
+def settings(views: Sequence[RunView]) -> Table:
+    """The recipes, setting by setting."""
+    return _side_by_side(views, [view.run.recipe.model_dump(mode="json") for view in views])
 
 
 def environments(views: Sequence[RunView]) -> Table:
     """Versions, commit and machine of every run."""
-    flat = [flatten(view.environment()) for view in views]
-    names = dict.fromkeys(name for environment in flat for name in environment)
-    rows = [
-        (name.removeprefix("packages."), [written(one.get(name)) for one in flat]) for name in names
-    ]
-    return Table([view.series for view in views], rows)
+    return _side_by_side(views, [view.environment() for view in views])
 
 
 def machines(environments: Iterable[dict[str, Any]]) -> str:
@@ -193,6 +184,15 @@ def written(value: Any) -> str:
     if value is None:
         return NONE
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _side_by_side(views: Sequence[RunView], tables: Sequence[dict[str, Any]]) -> Table:
+    flat = [flatten(table) for table in tables]
+    names = dict.fromkeys(name for table in flat for name in table)
+    rows = [
+        (name.removeprefix("packages."), [written(one.get(name)) for one in flat]) for name in names
+    ]
+    return Table([view.series for view in views], rows)
 
 
 def _columns(views: Sequence[RunView]) -> list[tuple[Label, RunView]]:

@@ -64,7 +64,8 @@ def _values(runs: Sequence[Run], prompts: Sequence[str], progress: Progress) -> 
     best = min(views, key=lambda view: min(view.losses[-1:], default=float("inf")))
     over_tokens, over_time = loss_charts(views), loss_charts(views, over_time=True)
     throughput = metric_chart(views, "tokens_per_second", "tokens per second")
-    different, settings = contents.settings(views)
+    settings = contents.settings(views)
+    different = [row for row in settings.rows if len(set(row[1])) > 1]
     return {
         "title": " · ".join(titles) if len(titles) < 4 else f"{len(titles)} students of {teachers}",
         "about": f"Low-rank clone{'s' if len(views) > 1 else ''} of {teachers}.",
@@ -89,7 +90,7 @@ def _values(runs: Sequence[Run], prompts: Sequence[str], progress: Progress) -> 
             if (shares := view.summary.get("time_shares"))
         ],
         "shapes": contents.shapes(views),
-        "different": different if len(views) > 1 else None,
+        "different": contents.Table(settings.head, different),
         "settings": settings,
         "environments": contents.environments(views),
         "evaluations": read_evaluations(runs),
