@@ -43,7 +43,7 @@ def own_log() -> Iterator[None]:
 def no_curves() -> Iterator[None]:
     """Let runs in this process leave an empty picture: drawing takes half of a tiny run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrc.train.closing.draw_curves", lambda _, path: path.touch())
+        patch.setattr("lrc.train.closing.draw_curves", lambda _run, path, _summary: path.touch())
         yield
 
 

@@ -21,8 +21,10 @@ from lrc.evaluation.harness import harness_model
 from lrc.evaluation.sample import continue_tokens, generate_text
 from lrc.exporting.gguf_file import About, Kind, write_gguf
 from lrc.exporting.plain import export_student
+from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
 from lrc.report.curves import draw_curves
+from lrc.run import Run
 from lrc.system import hub
 from lrc.system.errors import UserError
 from lrc.train import closing
@@ -361,7 +363,11 @@ def test_any_name_of_a_source_can_be_drawn(tmp_path: Path) -> None:
          "lm_by_source": dict.fromkeys(NAMES, 1.0)}
         for n in range(3)
     ]  # fmt: skip
-    draw_curves(lines, tmp_path / "a.png")
+    settings = {"student": {"hidden_size": 8}, "data": {"text": ["t.txt"]}}
+    run = Run.create(tmp_path / "_run", make_recipe(settings, {"teacher.model": "$\\frac$"}))
+    run.begin()
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    draw_curves(run, tmp_path / "a.png")
     assert (tmp_path / "a.png").stat().st_size > 1000
 
 

@@ -24,6 +24,7 @@ from lrc.data.batch import Batch
 from lrc.recipe import make_recipe
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TrainSection
 from lrc.report.curves import draw_curves, stage_marks
+from lrc.report.runs import read_runs
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import train
@@ -565,15 +566,15 @@ def test_release_at_once_shares_the_start(at_once: Run, whole: Run) -> None:
 
 
 def test_plots_mark_the_release(whole: Run, at_once: Run, tmp_path: Path, lrc: Command) -> None:
-    metrics = whole.metrics()
+    released, from_the_start = read_runs([whole, at_once])
     tokens = RELEASE * 2 * 2 * 16
-    assert stage_marks(metrics) == [(tokens, "released")]
-    [(seconds, _)] = stage_marks(metrics, "seconds")
-    assert 0 < seconds < metrics[-1]["seconds"]
-    assert stage_marks(at_once.metrics()) == []  # it is released from the beginning
+    assert stage_marks(released) == [(tokens, "released")]
+    [(seconds, _)] = stage_marks(released, "seconds")
+    assert 0 < seconds < released.seconds
+    assert stage_marks(from_the_start) == []  # it is released from the beginning
     drawn: list[float] = []
     with mock.patch("matplotlib.axes.Axes.axvline", lambda _, at, **k: drawn.append(at)):
-        draw_curves(metrics, tmp_path / "a.png")
+        draw_curves(whole, tmp_path / "a.png")
     assert set(drawn) == {tokens}
     lrc.printed("report", whole.folder, at_once.folder, "--out", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()

@@ -16,10 +16,11 @@ from PIL import Image
 from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
-from lrc.comparison.figure import comparison_figure
-from lrc.comparison.page import rate_grid, write_comparison_page
+from lrc.comparison.curves import curve_charts, draw_comparison
+from lrc.comparison.page import write_comparison_page
 from lrc.comparison.results import EntryResult, Point, Results, RunResult
-from lrc.comparison.table import header, notes, row
+from lrc.comparison.table import header, notes, rate_grid, rows
+from lrc.report import charts
 from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
 from tiny_runs import save_teacher, tiny_documents
@@ -74,11 +75,14 @@ def test_the_page_has_the_table_the_notes_and_the_grid(
     page: Path, compared: tuple[Path, Results]
 ) -> None:
     text, (_, results) = page.read_text(), compared
+    nbsp = "\N{NO-BREAK SPACE}"
     tables = Tables(text)
     found = tables.section("results")
     assert found[""] == header(results)[1:]
-    for entry in results.entries:
-        assert found[entry.name] == row(results, entry)[1:]
+    assert found == {row[0]: row[1:] for row in [header(results), *rows(results)]}
+    assert list(found) == ["", "teacher", "lrc", "scratch", "no-kl"]
+    assert found["teacher"][1] == f"{results.teacher_held_out_lm:.4f}"
+    assert found["teacher"][4] == f"{results.teacher_parameters:,}"
     for note in notes(results):
         assert f"<li>{html.escape(note)}</li>".replace("&#x27;", "&#39;") in text
     rates = tables.section("rates")
@@ -86,9 +90,19 @@ def test_the_page_has_the_table_the_notes_and_the_grid(
     assert rates == {"": ["0.001", "1e+30"], "lrc": [f"{chosen:.4f}", "not finite"]}
     assert f"<strong>{chosen:.4f}</strong>" in text
     entries = tables.section("entries")
-    assert entries["no-kl"] == ["lrc", "objective.kl_weight: 0", "runs/no-kl-seed0runs/no-kl-seed3"]
+    assert entries["no-kl"] == [
+        "lrc",
+        "objective.kl_weight: 0",
+        "runs/no-kl-seed0\nruns/no-kl-seed3",
+    ]
     assert entries["scratch"][:2] == ["scratch", "method: scratch"]
-    assert entries["train.micro_batch"] == ["2"]
+    assert tables.section("recipe")["train.micro_batch"] == ["2"]
+    title = f"some-teacher → {charts.short(results.entries[0].parameters, nbsp, 3)} (hidden{nbsp}8)"
+    assert f"<h1>{title}</h1>" in text
+    best = min(results.entries, key=lambda entry: entry.mean("held_out_lm"))
+    assert re.search(f"Lowest held-out loss: <span [^>]*>{best.name}<", text)
+    perplexities = (results.teacher_held_out_lm, best.mean("held_out_lm"))
+    assert f"<dd>{' → '.join(f'{math.exp(loss):.2f}' for loss in perplexities)}</dd>" in text
     assert "3 entries on 192 training tokens each, with some-teacher as the teacher" in text
 
 
@@ -134,20 +148,35 @@ def test_a_loss_that_rises_during_training_is_reported() -> None:
     assert "falls:" not in told
 
 
-@pytest.mark.parametrize("teacher_loss", [1.0, 3.05, None])
-def test_the_picture_shows_what_is_above_the_teacher(teacher_loss: float | None) -> None:
-    """On a logarithmic scale where every student is, so that a bad start flattens nothing."""
-    entries = [entry_of("good", [5.0, 3.2, 3.0]), entry_of("bad", [30.0, 9.0, 3.1])]
-    results = Results([], [0], 10, "good", teacher_loss, 20, entries)
-    axes = comparison_figure(results).axes[0]
-    drawn = {str(line.get_label()): list(np.asarray(line.get_ydata())) for line in axes.lines}
-    above = teacher_loss == 1.0
-    assert axes.get_yscale() == ("log" if above else "linear")
-    assert drawn["bad"] == ([29.0, 8.0, 2.1] if above else [30.0, 9.0, 3.1])
-    assert ("teacher" in drawn) == (teacher_loss == 3.05)
-    low, high = axes.get_ylim()
-    assert low < min(drawn["good"])
-    assert high > max(drawn["bad"])
+def test_the_charts_show_the_loss_itself_with_the_teacher() -> None:
+    """On a logarithmic scale, so that a bad start flattens nothing."""
+    entries = [entry_of("good", [5.0, 3.2, 3.0]), entry_of("bad", [30.0, 99.0, 3.1])]
+    for chart in curve_charts(Results([], [0], 10, "good", 2.5, 20, entries)):
+        assert chart.logarithmic
+        assert [line.y for line in chart.lines] == [[5.0, 3.2, 3.0], [30.0, 99.0, 3.1]]
+        assert [line.teacher for line in chart.lines] == [2.5, 2.5]
+        assert chart.top == 1.05 * 30.0
+    assert curve_charts(Results([], [0], 10, "good", None, None, [entry_of("none")])) == []
+
+
+def test_the_picture(
+    compared: tuple[Path, Results], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = []
+    monkeypatch.setattr(charts, "save_picture", lambda figure, _: saved.append(figure))
+    comparison = load_comparison(compared[0] / "comparison.yaml")
+    draw_comparison(comparison, compared[1], tmp_path / "curves.png")
+    (figure,) = saved
+    assert figure.get_suptitle().startswith("some-teacher → ")
+    assert [text.get_text() for text in figure.legends[0].texts] == ["lrc", "scratch", "no-kl"]
+    assert [axes.get_xlabel() for axes in figure.axes] == [
+        "training and calibration tokens",
+        "seconds",
+    ]
+    for axes in figure.axes:
+        assert axes.get_yscale() == "log"
+        assert [text.get_text() for text in axes.texts] == ["teacher"]
+        assert len(axes.lines) == 4  # with the teacher's
 
 
 def test_a_comparison_under_way(compared: tuple[Path, Results], tmp_path: Path) -> None:
@@ -211,9 +240,12 @@ def crowded(compared: tuple[Path, Results], tmp_path: Path) -> Path:
 
 def test_a_browser_shows_every_line(crowded: Path, tmp_path: Path, browser: Look) -> None:
     size = "--window-size=1200,3000"
-    seen = probe(browser, add_probe(crowded, tmp_path / "probed.html"), size)
+    probed = add_probe(crowded, tmp_path / "probed.html")
+    seen = probe(browser, probed, size)
     assert not seen["wide"]
-    assert len(seen["charts"]) == 2
+    assert [chart["shown"] for chart in seen["charts"]] == [True, False]
+    by_time = probe(browser, probed, size, axis="by-time")["charts"]
+    assert [chart["shown"] for chart in by_time] == [False, True]
     shot = tmp_path / "page.png"
     browser(f"--screenshot={shot}", size, f"file://{crowded}")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
@@ -223,14 +255,12 @@ def test_a_browser_shows_every_line(crowded: Path, tmp_path: Path, browser: Look
         for value in re.findall(r"--run-\d: #(\w{6})", style)
     ]
     assert len(colors) == 8
-    for chart in seen["charts"]:
-        left, top, right, bottom = map(math.floor, chart["box"])
-        assert chart["shown"]
-        assert right - left > 400
-        assert chart["lines"] >= MANY, chart
-        part = pixels[top:bottom, left:right].reshape(-1, 3)
-        for color in colors:
-            assert (abs(part - np.array(color)).sum(1) < 60).sum() > 20, color
+    left, top, right, bottom = map(math.floor, seen["charts"][0]["box"])
+    assert right - left > 400
+    assert seen["charts"][0]["lines"] >= MANY
+    part = pixels[top:bottom, left:right].reshape(-1, 3)
+    for color in colors:
+        assert (abs(part - np.array(color)).sum(1) < 60).sum() > 20, color
 
 
 def test_it_fits_a_phone(page: Path, tmp_path: Path, browser: Look) -> None:
@@ -240,7 +270,7 @@ def test_it_fits_a_phone(page: Path, tmp_path: Path, browser: Look) -> None:
     outer.write_text(f'<body><iframe src="probed.html" width="380" height="900" {report}></iframe>')
     seen = probe(browser, outer, "--allow-file-access-from-files")
     assert not seen["wide"]
-    assert all(250 < chart["box"][2] <= 380 for chart in seen["charts"])
+    assert 250 < seen["charts"][0]["box"][2] <= 380
 
 
 def test_rates_that_were_not_tried_are_left_empty() -> None:
@@ -254,10 +284,10 @@ def test_rates_that_were_not_tried_are_left_empty() -> None:
         entry("c", {}, 1),
     ]
     results = Results([], [0], 10, "a", None, None, entries)
-    rates, rows = rate_grid(results)
+    rates, found = rate_grid(results)
     assert rates == ["0.1", "0.2", "0.3"]
-    none = "\N{EN DASH}"
-    assert rows == [
+    none = "-"
+    assert found == [
         ("a", [("3.0000", True), ("not finite", False), (none, False)]),
         ("b", [(none, False), (none, False), ("2.0000", True)]),
     ]

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from build_helpers import make_mix
 from data_helpers import write_rows
-from lrc.corpus import pieces, splitting
+from lrc.corpus import splitting
 from lrc.corpus.draw import draw
 from lrc.corpus.duplicates import SeenDocuments, band_keys
 from lrc.corpus.mix import Deduplicate, load_mix
@@ -254,7 +254,7 @@ def test_a_part_without_line_ends_is_cut_between_characters(tmp_path: Path) -> N
 
 
 def test_rows_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "LONGEST_LINE", 60)
+    monkeypatch.setattr("lrc.data.text_files.LONGEST_LINE", 60)
     rows = ["\ufeff{}", "", '{"a": 1}', "{", "[1]", "null", f'"{"x" * 50}"', "y" * 70, '{"a":2}']
     path = write_rows(tmp_path / "a.jsonl", rows)
     size = path.stat().st_size
@@ -263,7 +263,7 @@ def test_rows_of_a_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     # The line that is too long is read in two pieces, both malformed.
     assert good == [(0, {}), (2, {"a": 1}), (9, {"a": 2})]
     problems = [row.problem for row in found if row.fields is None]
-    assert [problem.partition(" (")[0] for problem in problems] == [
+    assert [problem.partition(":")[0] for problem in problems] == [
         "not valid JSON",
         "not a JSON object but a list",
         "not a JSON object but a NoneType",

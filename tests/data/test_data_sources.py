@@ -10,7 +10,7 @@ import zstandard
 
 from data_helpers import write_jsonl
 from lrc.data import read_documents, source_files, stdlib_docs, text_files
-from lrc.data.sources import DOCUMENT_CHARACTERS, LONGEST_PIECE
+from lrc.data.rows import DOCUMENT_CHARACTERS, LONGEST_PIECE
 from lrc.system.errors import UserError
 
 
@@ -159,6 +159,7 @@ def test_not_utf8(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{bad", r"a\.jsonl:2 is not valid JSON"),
+        ('{"text": "\udcfc"}', r"a\.jsonl:2 is not UTF-8 text"),
         ("[1]", r"a\.jsonl:2 is not a JSON object"),
         ('{"body": "x"}', r"a\.jsonl:2 has no field 'text'.*\(body\)"),
         ('{"text": 3}', r"a\.jsonl:2 has type int in 'text' instead of text"),
@@ -166,7 +167,7 @@ def test_not_utf8(tmp_path: Path) -> None:
 )
 def test_bad_row(tmp_path: Path, line: str, message: str) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_text('{"text": "fine"}\n' + line + "\n")
+    path.write_text('{"text": "fine"}\n' + line + "\n", errors="surrogateescape")
     with pytest.raises(UserError, match=message):
         read(path)
 

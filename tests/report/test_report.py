@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lrc.cli import main
-from lrc.report import contents, evaluations, page
-from lrc.report.charts import spans
+from lrc.report import charts, contents, evaluations, page
+from lrc.report.charts import Chart, Line, Series, short, spans
+from lrc.report.curves import CHARTS, draw_curves, loss_charts
 from lrc.report.evaluations import read_evaluations
 from lrc.report.page import write_report
+from lrc.report.runs import read_runs
 from lrc.run import Run
 from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
@@ -57,16 +59,44 @@ def test_the_page_needs_no_other_files(overlaid: Path) -> None:
 
 def test_results_are_the_closing_tables(overlaid: Path, finished: list[Run]) -> None:
     rows = Tables(overlaid.read_text()).section("results")
-    assert rows[""] == ["first", "second"]
+    assert rows[""] == ["tiny", "first", "second"]
     summaries = [run.summary() for run in finished]
-    assert rows["held-out LM loss"] == [f"{s['student_held_out_lm']:.4f}" for s in summaries]
-    assert rows["teacher's held-out LM loss"] == [
-        f"{s['teacher_held_out_lm']:.4f}" for s in summaries
+    teacher = summaries[0]["teacher_held_out_lm"]
+    assert rows["held-out LM loss"] == [
+        f"{loss:.4f}" for loss in (teacher, *(s["student_held_out_lm"] for s in summaries))
     ]
-    assert rows["same top-1 prediction"] == [f"{s['top1_agreement']:.1%}" for s in summaries]
-    assert rows["training tokens"] == ["320", "320"]
-    assert rows["status"] == ["ended, 10 steps"] * 2
-    assert rows["teacher"] == ["tiny"] * 2
+    assert rows["held-out perplexity"][0] == f"{math.exp(teacher):.2f}"
+    assert rows["parameters"][0] == f"{summaries[0]['teacher_parameters']:,}"
+    assert rows["same top-1 prediction"] == [
+        "",
+        *(f"{s['top1_agreement']:.1%}" for s in summaries),
+    ]
+    assert rows["training tokens"] == ["", "320", "320"]
+    assert rows["status"] == ["", "ended, 10 steps", "ended, 10 steps"]
+
+
+def test_the_page_opens_with_the_figures_of_the_best_run(
+    overlaid: Path, finished: list[Run]
+) -> None:
+    text = overlaid.read_text().replace("\N{NO-BREAK SPACE}", " ")
+    best = min(finished, key=lambda run: run.summary()["student_held_out_lm"])
+    summary = best.summary()
+    sizes = [short(summary[f"{who}_parameters"], " ", 3) for who in ("teacher", "student")]
+    title = f"tiny → {sizes[1]} (hidden 8)"
+    assert f"<title>{title} · lrc report</title>" in text
+    opening = text[text.index("<h1>") : text.index('id="results"')]
+    assert f"<h1>{title}</h1>" in opening
+    assert "torch" in opening
+    assert re.search(f"Lowest held-out loss: <span [^>]*>{best.folder.name}<", opening)
+    found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", opening)
+    perplexities = [math.exp(summary[f"{who}_held_out_lm"]) for who in ("teacher", "student")]
+    assert found == [
+        ("parameters", " → ".join(sizes)),
+        ("held-out perplexity", " → ".join(f"{value:.2f}" for value in perplexities)),
+        ("same top-1 prediction", f"{summary['top1_agreement']:.1%}"),
+        ("training tokens", "320"),
+    ]
+    assert ">teacher</text>" in opening
 
 
 def test_shapes_and_recipes(overlaid: Path, finished: list[Run]) -> None:
@@ -77,7 +107,7 @@ def test_shapes_and_recipes(overlaid: Path, finished: list[Run]) -> None:
     different, everything = tables.rows["recipe"][:2], tables.section("recipe")
     assert different == [["", "first", "second"], ["train.learning_rate", "0.0003", "0.1"]]
     assert everything["student.hidden_size"] == ["8", "8"]
-    assert everything["python"] == [json.loads(environment(finished[1]))["python"]]
+    assert everything["python"] == [json.loads(environment(run))["python"] for run in finished]
 
 
 def environment(run: Run) -> str:
@@ -87,25 +117,24 @@ def environment(run: Run) -> str:
 def test_every_loss_is_drawn_for_every_run(overlaid: Path, finished: list[Run]) -> None:
     text = overlaid.read_text()
     logged = {key for line in finished[0].metrics() for key in line}
-    expected = [title for key, title in contents.CHARTS.items() if key in logged]
-    assert {"weighted loss", contents.CHARTS["kl"]} <= set(expected)
-    for part in (".charts tokens", ".charts time"):
-        name = part.removeprefix(".")
-        start = text.index(f'<div class="{name}">')
-        charts = re.findall(r"<figure>.*?</figure>", text[start:], re.DOTALL)[: len(expected)]
-        titles = [re.search(r"<figcaption>(.*?)</figcaption>", c).group(1) for c in charts]
+    expected = [title for key, title in CHARTS.items() if key in logged]
+    assert {"weighted loss", CHARTS["kl"]} <= set(expected)
+    for axis in ("tokens", "time"):
+        parts = re.findall(f'<div class="[a-z ]*{axis}">(.*?)</div>', text, re.DOTALL)
+        found = re.findall(r"<figure>.*?</figure>", "".join(parts), re.DOTALL)
+        titles = [re.search(r"<figcaption>(.*?)</figcaption>", c).group(1) for c in found]
         assert titles == expected
-        for chart in charts:
+        for chart in found:
             assert "var(--run-0)" in chart
             assert "var(--run-1)" in chart
-            assert "#0000" not in chart
+            assert not set(re.findall(r"#\w{6}\b", chart)) & set(charts._colors().values())
     assert Tables(text).pictures == 7 + 7 + 1 + 2 * (1 + len(TERMS))
 
 
 def test_one_run_alone(finished: list[Run], tmp_path: Path) -> None:
     write_report(finished[:1], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
-    assert Tables(text).section("results")[""] == ["first"]
+    assert Tables(text).section("results")[""] == ["tiny", "first"]
     assert "var(--run-1)" not in text.replace("--run-1:", "").split("</style>")[1]
 
 
@@ -117,9 +146,9 @@ def test_a_run_that_has_not_ended(finished: list[Run], tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("".join(lines[:6]) + '{"step": 6, "lo')
     write_report([Run.open(folder)], tmp_path / "page.html")
     rows = Tables((tmp_path / "page.html").read_text()).section("results")
-    assert rows["status"] == ["at step 5 of 10"]
-    assert rows["KL(teacher, student)"] == [contents.NONE]
-    assert rows["held-out LM loss"] != [contents.NONE]
+    assert rows["status"] == ["", "at step 5 of 10"]
+    assert rows["KL(teacher, student)"] == ["", contents.NONE]
+    assert contents.NONE not in rows["held-out LM loss"]
 
 
 def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:
@@ -136,8 +165,8 @@ def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:
 
 def test_equal_names_are_distinguished(finished: list[Run], tmp_path: Path) -> None:
     shutil.copytree(finished[0].folder, tmp_path / "first")
-    stories = contents.read_runs([finished[0], Run.open(tmp_path / "first")])
-    assert len({story.name for story in stories}) == 2
+    views = read_runs([finished[0], Run.open(tmp_path / "first")])
+    assert len({view.name for view in views}) == 2
 
 
 def test_text_cannot_become_markup(finished: list[Run], tmp_path: Path) -> None:
@@ -177,14 +206,14 @@ def test_heat_maps_show_the_values_of_their_time(
     monkeypatch.setattr(
         contents, "heat_map", lambda title, values, tokens, *_: drawn.update({title: values})
     )
-    (story,) = contents.read_runs(finished[:1])
-    lines = [line for line in story.metrics if "clone_layers" in line]
+    (view,) = read_runs(finished[:1])
+    lines = [line for line in view.metrics if "clone_layers" in line]
     assert len(lines) == 10
     # unevenly spaced: drop the lines of steps 2 and 3
     kept = [line for line in lines if line["step"] not in (2, 3)]
     monkeypatch.setattr(contents, "COLUMNS", 5)
-    story.metrics[:] = kept
-    contents.clone_maps(story)
+    view.metrics[:] = kept
+    contents.clone_maps(view)
     assert tuple(drawn) == TERMS
     smallest = np.quantile([list(line["clone_layers"].values()) for line in kept], 0.01)
     for term, values in drawn.items():
@@ -201,6 +230,85 @@ def test_heat_maps_show_the_values_of_their_time(
 )
 def test_durations(seconds: float, text: str) -> None:
     assert contents.duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (3e-5, "3e-05"),
+        (999, "999"),
+        (999.6, "1k"),
+        (20_000, "20k"),
+        (-1250, "-1.25k"),
+        (3_276_800, "3.28M"),
+        (2e9, "2B"),
+    ],
+)
+def test_thousands_have_a_unit(value: float, text: str) -> None:
+    assert short(value, digits=3) == text
+
+
+def lines_of(*teachers: float | None) -> list[Line]:
+    return [
+        Line(Series(f"run{i}", i), [0, 20_000, 40_000], [4.0, 3.5, 3.0], teacher, marked=True)
+        for i, teacher in enumerate(teachers)
+    ]
+
+
+def teacher_labels(svg: str) -> list[tuple[str, float]]:
+    """Color and height of every label "teacher", from the top."""
+    found = re.findall(r'<text style="[^"]*fill: var\((.*?)\)"([^>]*)>teacher</text>', svg)
+    heights = [float(re.search(r'y="([\d.]+)"', place).group(1)) for _, place in found]
+    return sorted(zip((color for color, _ in found), heights, strict=True), key=lambda x: x[1])
+
+
+def test_one_teacher_has_one_gray_line_and_several_have_their_runs_colors() -> None:
+    one = charts.svg_chart(Chart("loss", lines_of(2.0, 2.0, None), "tokens", logarithmic=True))
+    assert [color for color, _ in teacher_labels(one)] == ["--muted"]
+    assert ">20k</text>" in one
+    two = charts.svg_chart(Chart("loss", lines_of(2.0, 2.01, 3.5), "tokens", logarithmic=True))
+    (third, _), (second, high), (first, low) = teacher_labels(two)
+    assert (first, second, third) == ("--run-0", "--run-1", "--run-2")
+    assert low - high > 8  # close levels; the labels do not touch
+    assert two.count("stroke-dasharray") == 3
+
+
+def test_page_and_picture_draw_the_same(
+    finished: list[Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same lines in the same colors; the picture has a title and no empty panel."""
+    saved = []
+    monkeypatch.setattr(charts, "save_picture", lambda figure, _: saved.append(figure))
+    draw_curves(finished[0], tmp_path / "curves.png")
+    (figure,) = saved
+    expected = loss_charts(read_runs(finished[:1]))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [c.title for c in expected]
+    assert all(axes.lines for axes in figure.axes)
+    assert "tiny" in figure.get_suptitle()
+    held_out = figure.axes[0]
+    assert [t.get_text() for t in held_out.texts] == ["teacher"]
+    student, teacher = held_out.lines
+    assert list(student.get_ydata()) == list(expected[0].lines[0].y)
+    assert teacher.get_ydata()[0] == pytest.approx(expected[0].lines[0].teacher, abs=1e-3)
+    assert (
+        f"--run-0: {student.get_color()};" in (Path(page.__file__).parent / "page.css").read_text()
+    )
+
+
+def test_a_single_run_shows_its_sources(finished: list[Run], tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    shutil.copytree(finished[0].folder, folder)
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        if "held_out_lm" in line:
+            line["held_out_lm_by_source"] = {"code": 2.0, "wiki": 3.0}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    held_out = loss_charts(read_runs([Run.open(folder)]))[0]
+    assert [line.series.name for line in held_out.lines] == ["first", "code", "wiki"]
+    assert set(held_out.lines[2].y) == {3.0}
+    both = loss_charts(read_runs([Run.open(folder), finished[1]]))[0]
+    assert [line.series.name for line in both.lines] == ["first", "second"]
 
 
 # ------------------------------------------------------------------------------ evaluations

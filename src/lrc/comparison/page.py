@@ -1,19 +1,23 @@
 """A comparison as a self-contained HTML page, like the page of runs."""
 
-from collections.abc import Callable
-from importlib import resources
+import math
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
+from lrc.comparison.curves import comparison_title, curve_charts
 from lrc.comparison.folders import Folders
 from lrc.comparison.plan import Comparison, load_comparison
-from lrc.comparison.results import EntryResult, Results, collect
-from lrc.comparison.table import header, notes, row
-from lrc.model.teacher import short_name
+from lrc.comparison.results import Results, collect
+from lrc.comparison.table import header, notes, rate_grid, rows
+from lrc.model.locate import short_name
 from lrc.recipe import flatten
-from lrc.report.charts import DASHES, LARGE, RUN_COLORS, Line, line_chart, run_color
-from lrc.report.contents import NONE, time_unit, written
-from lrc.report.page import check_path, color_variable, write_page
+from lrc.report.charts import LARGE, Series, legend
+from lrc.report.contents import Table, headline, machines, written
+from lrc.report.page import Progress, check_path, pictures, write_page
+from lrc.report.runs import read_runs
+from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import reading
 
@@ -26,9 +30,7 @@ def is_comparison(folder: Path) -> bool:
     return (folder / PLAN).is_file()
 
 
-def write_comparison_page(
-    folder: Path, path: Path, progress: Callable[[str], None] = lambda text: None
-) -> None:
+def write_comparison_page(folder: Path, path: Path, progress: Progress = lambda text: None) -> None:
     """Write the page of a comparison, ended or not.
 
     It shows the table with notes, the curves of all entries, the grid of learning rates, and the
@@ -47,101 +49,72 @@ def write_comparison_page(
     comparison = load_comparison(folder / PLAN)
     with reading(folder, "one of its runs may be damaged: remove that run, or restore it"):
         results = collect(Folders(comparison, folder))
-    if not any(entry.runs for entry in results.entries):
-        raise UserError(
-            f"No run of {folder} has ended yet; start or continue it with `lrc compare`."
-        )
-    progress("drawing")
-    template = (resources.files("lrc.comparison") / "page.html").read_text(encoding="utf-8")
-    write_page(template, _values(folder.resolve().name, comparison, results), path)
-
-
-def _values(title: str, comparison: Comparison, results: Results) -> dict[str, Any]:
-    assert isinstance(comparison.recipe, dict)  # resolved by `load_comparison`
-    return {
-        "title": title,
-        "tokens": comparison.tokens,
-        "seeds": len(comparison.seeds),
-        "teacher": short_name(comparison.recipe["teacher"]["model"]),
-        "chips": {entry.name: _chip(number) for number, entry in enumerate(results.entries)},
-        "header": header(results)[1:],
-        "rows": [(entry.name, row(results, entry)[1:]) for entry in results.entries],
-        "notes": notes(results),
-        "charts": curve_charts(results),
-        "grid": rate_grid(results),
-        "grid_tokens": results.grid_tokens,
-        "entries": [
-            (entry.name, entry.method, _settings(entry), [run.folder for run in entry.runs])
-            for entry in results.entries
-        ],
-        "recipe": [(name, written(value)) for name, value in flatten(comparison.recipe).items()],
-    }
-
-
-def curve_charts(results: Results) -> list[tuple[str, str]]:
-    """Title and chart of the held-out loss over tokens and over time.
-
-    Each chart shows every entry's mean, with a band from its lowest run to its highest.
-    """
-    curves = [(number, entry.curve()) for number, entry in enumerate(results.entries)]
-    longest = max((max(curve.seconds) for _, curve in curves if curve), default=0.0)
-    unit, name = time_unit(longest)
-    start = results.highest_start()
-    charts = []
-    for title, label, over_time in (
-        ("over tokens", "training and calibration tokens", False),
-        ("over time", name, True),
-    ):
-        lines = [
-            Line(
-                results.entries[number].name,
-                run_color(number),
-                [second / unit for second in curve.seconds] if over_time else curve.tokens,
-                curve.loss,
-                results.teacher_held_out_lm,
-                marked=True,
-                band=(curve.low, curve.high),
-                dash=_dash(number),
+        ended = [run for entry in results.entries for run in entry.runs]
+        if not ended:
+            raise UserError(
+                f"No run of {folder} has ended yet; start or continue it with `lrc compare`."
             )
-            for number, curve in curves
-            if curve
-        ]
-        top = None if start is None else 1.05 * start
-        charts.append(
-            (title, line_chart(f"held-out LM loss {title}", lines, label, False, LARGE, top))
-        )
-    return charts
+        views = read_runs([Run.open(folder / run.folder) for run in ended])
+        machine = machines(view.environment() for view in views)
+    progress("drawing")
+    write_page("comparison", {**_values(comparison, results), "machines": machine}, path)
 
 
-def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
-    """The tried learning rates, and one row for every entry that tried some.
-
-    A row holds the held-out loss at each rate, and whether that rate was chosen.
-    """
-    searched = [entry for entry in results.entries if entry.tries]
-    rates = sorted({rate for entry in searched for rate in entry.tries})
-    rows = [
-        (entry.name, [(_try(entry, rate), rate == entry.learning_rate) for rate in rates])
-        for entry in searched
-    ]
-    return [f"{rate:g}" for rate in rates], rows
-
-
-def _try(entry: EntryResult, rate: float) -> str:
-    if rate not in entry.tries:
-        return NONE
-    loss = entry.tries[rate]
-    return "not finite" if loss is None else f"{loss:.4f}"
-
-
-def _chip(number: int) -> tuple[str, int]:
-    """Color and line style of an entry, for the chip before its name."""
-    return color_variable(run_color(number)), _dash(number)
-
-
-def _dash(number: int) -> int:
-    return number // len(RUN_COLORS) % len(DASHES)
-
-
-def _settings(entry: EntryResult) -> list[str]:
-    return [f"{name}: {written(value)}" for name, value in flatten(entry.settings).items()]
+def _values(comparison: Comparison, results: Results) -> dict[str, Any]:
+    assert isinstance(comparison.recipe, dict)
+    series = {entry.name: Series(entry.name, i) for i, entry in enumerate(results.entries)}
+    best = min(results.entries, key=lambda entry: entry.mean("held_out_lm") or math.inf)
+    seeds, entries = len(comparison.seeds), len(series)
+    charts = curve_charts(results)
+    rates, tries = rate_grid(results)
+    return {
+        "title": comparison_title(comparison, results),
+        "about": f"{entries} entr{'y' if entries == 1 else 'ies'} on {comparison.tokens:,} training"
+        f" tokens each, with {short_name(comparison.recipe['teacher']['model'])} as the teacher."
+        + (f" Curves are means over {seeds} seeds, with their range." if seeds > 1 else ""),
+        "best": series[best.name],
+        "headline": headline(
+            (results.teacher_parameters, best.parameters),
+            (results.teacher_held_out_lm, best.mean("held_out_lm")),
+            best.mean("top1_agreement"),
+            best.tokens,
+            best.seconds(),
+        ),
+        "held_out": pictures(charts[:1], charts[1:], LARGE),
+        "legend": legend(charts),
+        "results": Table(
+            header(results)[1:], [(series.get(row[0], row[0]), row[1:]) for row in rows(results)]
+        ),
+        "notes": notes(results),
+        "rates": Table(
+            rates,
+            [
+                (
+                    series[name],
+                    [
+                        Markup(f"<strong>{cell}</strong>") if chosen else cell
+                        for cell, chosen in row
+                    ],
+                )
+                for name, row in tries
+            ],
+        ),
+        "grid_tokens": results.grid_tokens,
+        "entries": Table(
+            ["method", "differs from the base in", "runs"],
+            [
+                (
+                    series[entry.name],
+                    [
+                        entry.method,
+                        "\n".join(f"{k}: {written(v)}" for k, v in flatten(entry.settings).items()),
+                        "\n".join(run.folder for run in entry.runs),
+                    ],
+                )
+                for entry in results.entries
+            ],
+        ),
+        "settings": Table(
+            [], [(key, [written(value)]) for key, value in flatten(comparison.recipe).items()]
+        ),
+    }

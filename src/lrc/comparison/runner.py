@@ -21,7 +21,7 @@ from pathlib import Path
 
 import yaml
 
-from lrc.comparison.figure import draw_comparison
+from lrc.comparison.curves import draw_comparison
 from lrc.comparison.folders import Folders, is_over
 from lrc.comparison.plan import Comparison
 from lrc.comparison.results import Results, collect
@@ -159,7 +159,7 @@ class Runner:
             results = collect(self.folders)
         write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
         write_text(out / "comparison.md", markdown(results))
-        draw_comparison(results, out / "curves.png")
+        draw_comparison(self.folders.comparison, results, out / "curves.png")
         return results
 
     def _finish(self, folder: Path, recipe: Recipe, what: str) -> bool:

@@ -22,8 +22,32 @@ def header(results: Results) -> list[str]:
     ]
 
 
-def row(results: Results, entry: EntryResult) -> list[str]:
-    """An entry's cells."""
+def rows(results: Results) -> list[list[str]]:
+    """The teacher, once its loss is known, and all entries."""
+    found = [_row(results, entry) for entry in results.entries]
+    if results.teacher_held_out_lm is None:
+        return found
+    teacher = dict.fromkeys(header(results), "")
+    teacher[""], teacher["held-out LM loss"] = "teacher", f"{results.teacher_held_out_lm:.4f}"
+    teacher["parameters"] = _number(results.teacher_parameters, ",")
+    return [list(teacher.values()), *found]
+
+
+def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
+    """The tried learning rates, and one row for every entry that tried some.
+
+    A row holds the held-out loss at each rate, and whether that rate was chosen.
+    """
+    searched = [entry for entry in results.entries if entry.tries]
+    rates = sorted({rate for entry in searched for rate in entry.tries})
+    found = [
+        (entry.name, [(_try(entry, rate), rate == entry.learning_rate) for rate in rates])
+        for entry in searched
+    ]
+    return [f"{rate:g}" for rate in rates], found
+
+
+def _row(results: Results, entry: EntryResult) -> list[str]:
     top1, seconds = entry.mean("top1_agreement"), entry.seconds()
     return [
         entry.name,
@@ -49,8 +73,6 @@ def notes(results: Results) -> list[str]:
         else f"One seed ({results.seeds[0]}), the same held-out tokens for all.",
         "Tokens to reach a loss include the calibration tokens of entries that use any.",
     ]
-    if results.teacher_held_out_lm is not None:
-        found.append(f"Held-out LM loss of the teacher: {results.teacher_held_out_lm:.4f}.")
     for entry in results.entries:
         difference = results.size_difference(entry)
         if difference is not None and abs(difference) > CLOSE:
@@ -75,28 +97,28 @@ def notes(results: Results) -> list[str]:
 def comparison_table(results: Results) -> Table:
     """The table for the terminal."""
     table = Table(header(results), caption="\n".join(notes(results)))
-    for entry in results.entries:
-        table.add_row(*row(results, entry))
+    for row in rows(results):
+        table.add_row(*row)
     return table
 
 
 def markdown(results: Results) -> str:
     """The table, its notes, and every try of the grid, in Markdown."""
     lines = [_line(header(results)), _line(["---"] * len(header(results)))]
-    lines += [_line(row(results, entry)) for entry in results.entries]
+    lines += [_line(row) for row in rows(results)]
     lines += ["", *(f"* {note}" for note in notes(results))]
-    searched = [entry for entry in results.entries if entry.tries]
-    if searched:
-        rates = sorted({rate for entry in searched for rate in entry.tries})
+    rates, tries = rate_grid(results)
+    if tries:
         lines += [
             "",
             f"Held-out LM loss by learning rate after {results.grid_tokens:,} tokens:",
             "",
+            _line(["", *rates]),
+            _line(["---"] * (len(rates) + 1)),
         ]
-        lines += [_line(["", *(f"{r:g}" for r in rates)]), _line(["---"] * (len(rates) + 1))]
-        for entry in searched:
-            cells = [_try(entry, rate) for rate in rates]
-            lines.append(_line([entry.name, *cells]))
+    for name, row in tries:
+        cells = [f"**{cell}**" if chosen else cell for cell, chosen in row]
+        lines.append(_line([name, *cells]))
     return "\n".join(lines) + "\n"
 
 
@@ -104,8 +126,8 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _number(value: float | None, form: str) -> str:
-    return MISSING if value is None else format(value, form)
+def _number(value: float | None, form: str, missing: str = MISSING) -> str:
+    return missing if value is None else format(value, form)
 
 
 def _rate(entry: EntryResult) -> str:
@@ -149,8 +171,5 @@ def _reach(entry: EntryResult, number: int) -> str:
 
 def _try(entry: EntryResult, rate: float) -> str:
     if rate not in entry.tries:
-        return ""
-    loss = entry.tries[rate]
-    if loss is None:
-        return "not finite"
-    return f"**{loss:.4f}**" if rate == entry.learning_rate else f"{loss:.4f}"
+        return MISSING
+    return _number(entry.tries[rate], ".4f", "not finite")

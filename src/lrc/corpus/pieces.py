@@ -1,22 +1,18 @@
 """Pieces of the input: parts of files that can be read independently, and their rows."""
 
 import io
-import itertools
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from lrc.data.sources import cut_documents, open_parquet
-from lrc.data.text_files import open_bytes, reading_errors
-from lrc.system.errors import UserError
+from lrc.data.rows import cut_documents, no_field, table_rows
+from lrc.data.text_files import json_rows, open_bytes, reading_errors
 from lrc.system.limits import LONGEST_LINE
 
-ROWS_AT_ONCE = 64
-"""Table rows held in memory at once."""
-
-UTF8_MARK = b"\xef\xbb\xbf"
+missing_field = partial(no_field, fix="use one of its fields in the mix")
+"""The error for a missing field."""
 
 
 @dataclass(frozen=True)
@@ -83,98 +79,33 @@ def read_rows(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
     Raises:
         UserError: if the file cannot be read, is damaged or not UTF-8, or a table lacks a column.
     """
-    readers = {"text": _text, "jsonl": _jsonl, "parquet": _parquet, "dataset": _dataset}
-    return readers[piece.kind](piece, columns)
+    if piece.kind == "text":
+        yield from _text(piece)
+    elif piece.kind == "jsonl":
+        yield from _jsonl(piece)
+    else:
+        choose = partial(_present, piece, columns)
+        rows = table_rows(piece.kind, piece.path, choose, piece.start, piece.end)
+        yield from (TextRow(number, row) for number, row in enumerate(rows))
 
 
-def missing_field(where: str, field: str, fields: Any) -> UserError:
-    """The error for a missing field."""
-    names = ", ".join(map(str, fields)) or "none"
-    return UserError(f"{where} has no field '{field}'; use one of its fields in the mix ({names}).")
-
-
-def _text(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
+def _text(piece: Piece) -> Iterator[TextRow]:
     with reading_errors(Path(piece.shown)), open(piece.path, "rb") as file:
         file.seek(piece.start)
-        data = file.read(piece.end - piece.start)
-        if not piece.start:
-            data = data.removeprefix(UTF8_MARK)
-        lines = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8")
+        data = io.BytesIO(file.read(piece.end - piece.start))
+        lines = io.TextIOWrapper(data, "utf-8" if piece.start else "utf-8-sig")
         for number, document in enumerate(cut_documents(lines)):
             yield TextRow(number, {"text": document})
 
 
-def _jsonl(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
+def _jsonl(piece: Piece) -> Iterator[TextRow]:
     # Copies are uncompressed, whatever their names; compressed files are copied first.
     with reading_errors(Path(piece.shown)), open(piece.path, "rb") as file:
         file.seek(piece.start)
-        left = piece.end - piece.start
-        for number in itertools.count():
-            line = file.readline(min(left, LONGEST_LINE))
-            if not line:
-                return
-            left -= len(line)
-            if not number and not piece.start:
-                line = line.removeprefix(UTF8_MARK)
-            if not line.isspace():
-                yield _parse(number, line)
-
-
-def _parse(number: int, line: bytes) -> TextRow:
-    """Parse one line of JSON into a row."""
-    try:
-        fields = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        long = len(line) == LONGEST_LINE
-        reason = f"longer than {LONGEST_LINE >> 20} MiB" if long else f"not valid JSON ({error})"
-        return TextRow(number, None, reason)
-    if not isinstance(fields, dict):
-        return TextRow(number, None, f"not a JSON object but a {type(fields).__name__}")
-    return TextRow(number, fields)
-
-
-def _parquet(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
-    with open_parquet(piece.path) as file:
-        wanted = _present(piece, columns, file.schema_arrow.names)
-        groups = list(range(piece.start, piece.end))
-        batches = file.iter_batches(ROWS_AT_ONCE, groups, wanted, use_threads=False)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from (TextRow(number, row) for number, row in enumerate(rows))
-
-
-def _dataset(piece: Piece, columns: set[str]) -> Iterator[TextRow]:
-    data = open_dataset(piece.path)
-    data = data.select_columns(_present(piece, columns, data.column_names)).with_format(None)
-    for start in range(piece.start, piece.end, ROWS_AT_ONCE):
-        rows = data[start : min(start + ROWS_AT_ONCE, piece.end)]
-        for number, values in enumerate(zip(*rows.values(), strict=True), start - piece.start):
-            yield TextRow(number, dict(zip(rows, values, strict=True)))
-
-
-def open_dataset(path: Path) -> Any:
-    """Open a data set saved by `datasets`, or one of its Arrow files.
-
-    Raises:
-        UserError: if the data set cannot be read, or has several splits and none named `train`.
-    """
-    import datasets  # Slow to import, and most mixes do not need it.
-
-    try:
-        if path.is_file():
-            return datasets.Dataset.from_file(str(path))
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The data set '{path}' cannot be read ({error}); save it again with `save_to_disk`."
-        ) from error
-    if not isinstance(data, datasets.DatasetDict):
-        return data
-    if "train" not in data:
-        raise UserError(
-            f"The data set '{path}' has no split 'train'; name one of its splits as a folder, "
-            f"such as {path / next(iter(data), 'train')}."
-        )
-    return data["train"]
+        for number, fields, problem in json_rows(file, piece.end - piece.start):
+            if not problem and not isinstance(fields, dict):
+                problem = f"not a JSON object but a {type(fields).__name__}"
+            yield TextRow(number, None if problem else fields, problem)
 
 
 def _present(piece: Piece, columns: set[str], names: list[str]) -> list[str]:

@@ -17,9 +17,10 @@ import numpy as np
 from lrc.corpus import hub
 from lrc.corpus.draw import draw
 from lrc.corpus.mix import Mix, Source
-from lrc.corpus.pieces import Piece, Unit, line_ends, open_dataset, rest_of_part
+from lrc.corpus.pieces import Piece, Unit, line_ends, rest_of_part
 from lrc.data import stdlib_docs
-from lrc.data.sources import STDLIB_DOCS, TextSource, expand_sources, open_parquet
+from lrc.data.rows import open_dataset, open_parquet
+from lrc.data.sources import STDLIB_DOCS, TextSource, expand_sources
 from lrc.data.text_files import COMPRESSED_SUFFIXES, open_bytes, reading_errors
 from lrc.system.files import new_file, write_text
 

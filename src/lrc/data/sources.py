@@ -7,11 +7,11 @@ in full is an error; it never silently yields less text.
 import glob
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TextIO
+from typing import Any, Literal, NamedTuple
 
 from lrc.data import stdlib_docs
+from lrc.data.rows import cut_documents, no_field, table_rows
 from lrc.data.text_files import COMPRESSED_SUFFIXES, json_lines, open_text
 from lrc.system.errors import UserError
 
@@ -21,12 +21,6 @@ STDLIB_DOCS = "stdlib-docs"
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
 JSONL_SUFFIXES = (".jsonl", ".json")
 PARQUET_SUFFIX = ".parquet"
-
-DOCUMENT_CHARACTERS = 4_000
-"""A text file is cut into documents at the first blank line after this many characters."""
-
-LONGEST_PIECE = 16_000
-"""Characters after which a text file without blank lines is cut at the end of a line."""
 
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
 
@@ -116,14 +110,12 @@ def _read_all(sources: Iterable[TextSource], text_field: str) -> Iterator[str]:
     for kind, path in sources:
         if kind == "stdlib":
             documents = stdlib_docs.documents()
-        elif kind == "dataset":
-            documents = _read_dataset(path, text_field)
-        elif kind == "parquet":
-            documents = _read_parquet(path, text_field)
         elif kind == "jsonl":
             documents = _read_jsonl(path, text_field)
-        else:
+        elif kind == "text":
             documents = _read_text(path)
+        else:
+            documents = _read_table(kind, path, text_field)
         yield from (document for document in documents if not document.isspace() and document)
 
 
@@ -233,20 +225,6 @@ def _read_text(path: Path) -> Iterator[str]:
         yield from cut_documents(file)
 
 
-def cut_documents(file: TextIO) -> Iterator[str]:
-    """Cut text into documents as described in `read_documents`; some may be empty."""
-    piece: list[str] = []
-    size = 0
-    # Reads are bounded: a file may be a single line of many gigabytes.
-    for line in iter(lambda: file.readline(LONGEST_PIECE), ""):
-        if size >= LONGEST_PIECE or (size >= DOCUMENT_CHARACTERS and line.isspace()):
-            yield "".join(piece).strip()
-            piece, size = [], 0
-        piece.append(line)
-        size += len(line)
-    yield "".join(piece).strip()
-
-
 def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
     """The field `text_field` of every line."""
     for number, row in json_lines(path):
@@ -259,58 +237,17 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
         yield text.encode("utf-8", "replace").decode("utf-8")
 
 
-def _read_dataset(path: Path, text_field: str) -> Iterator[str]:
-    """The column `text_field` of a data set saved on disk."""
-    import datasets  # Slow to import, and most recipes do not need it.
+def _read_table(kind: Literal["parquet", "dataset"], path: Path, text_field: str) -> Iterator[str]:
+    """The column `text_field` of a table."""
+    where = f"The data set '{path}'" if kind == "dataset" else str(path)
 
-    try:
-        data = datasets.load_from_disk(str(path))
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"The data set '{path}' cannot be read ({error}); save it again with `save_to_disk`."
-        ) from error
-    if isinstance(data, datasets.DatasetDict):
-        if "train" not in data:
-            raise UserError(
-                f"The data set '{path}' has no split 'train'; name one of its splits as a folder, "
-                f"such as {path / next(iter(data), 'train')}."
-            )
-        data = data["train"]
-    if text_field not in data.column_names:
-        raise no_field(f"The data set '{path}'", text_field, data.column_names)
-    column = data.select_columns([text_field]).with_format(None)
-    for rows in column.iter(batch_size=100):
-        for value in rows[text_field]:
-            yield text_of(value, f"The data set '{path}'", text_field)
+    def column(names: list[str]) -> list[str]:
+        if text_field not in names:
+            raise no_field(where, text_field, names)
+        return [text_field]
 
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[str]:
-    """The column `text_field` of a Parquet file."""
-    with open_parquet(path) as file:
-        if text_field not in file.schema_arrow.names:
-            raise no_field(str(path), text_field, file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=100, columns=[text_field]):
-            for value in batch.column(0).to_pylist():
-                yield text_of(value, str(path), text_field)
-
-
-@contextmanager
-def open_parquet(path: Path) -> Iterator[Any]:
-    """Open a Parquet file (a `pyarrow.parquet.ParquetFile`).
-
-    Raises:
-        UserError: if the file cannot be opened, or is found to be damaged while it is read.
-    """
-    import pyarrow  # Slow to import, and most recipes do not need it.
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield file
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{path} cannot be read ({str(error).splitlines()[0]}); check it or download it again."
-        ) from error
+    for row in table_rows(kind, path, column):
+        yield text_of(row[text_field], where, text_field)
 
 
 def text_of(value: Any, where: str, text_field: str) -> str:
@@ -332,11 +269,3 @@ def text_of(value: Any, where: str, text_field: str) -> str:
             "data.text_field to a text field."
         )
     return value
-
-
-def no_field(where: str, text_field: str, fields: Iterable[str]) -> UserError:
-    """The error for a missing field; it lists the fields that exist."""
-    names = ", ".join(fields) or "none"
-    return UserError(
-        f"{where} has no field '{text_field}'; set data.text_field to one of its fields ({names})."
-    )

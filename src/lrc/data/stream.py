@@ -20,7 +20,8 @@ from lrc.data.batch import Batch
 from lrc.data.identity import HASH_RANGE, text_hash, tokenizer_identity
 from lrc.data.packing import Progress, encode
 from lrc.data.reader import make_batch
-from lrc.data.sources import no_field, text_of
+from lrc.data.rows import no_field
+from lrc.data.sources import text_of
 from lrc.data.tokens import Span
 from lrc.recipe.sections import DataSection, StreamSection
 from lrc.system.errors import UserError, reason

@@ -2,7 +2,9 @@
 
 import gzip
 import io
+import itertools
 import json
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,9 @@ from lrc.system.limits import LONGEST_LINE
 
 COMPRESSED_SUFFIXES = (".gz", ".zst")
 """Suffixes of the compressed files that `open_text` decompresses."""
+
+UTF8_MARK = b"\xef\xbb\xbf"
+"""The byte order mark, which may begin a file and is not text."""
 
 
 @contextmanager
@@ -58,17 +63,38 @@ def json_lines(path: Path, fix: str = "give one JSON object per line") -> Iterat
     Raises:
         UserError: if the file cannot be read, or a line is not JSON or is too long.
     """
-    with open_text(path) as file:
-        for number, line in enumerate(iter(lambda: file.readline(LONGEST_LINE), ""), start=1):
-            if line.isspace():
-                continue
-            if len(line) == LONGEST_LINE:
-                raise UserError(f"{path}:{number} is longer than {LONGEST_LINE >> 20} MiB; {fix}.")
-            try:
-                value = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number} is {reason(error)}; {fix}.") from error
-            yield number, value
+    with open_bytes(path) as file:
+        for number, value, problem in json_rows(file):
+            if problem:
+                raise UserError(f"{path}:{number + 1} is {problem}; {fix}.")
+            yield number + 1, value
+
+
+def json_rows(file: BinaryIO, size: int = sys.maxsize) -> Iterator[tuple[int, Any, str]]:
+    """The values of the lines of a JSONL file; blank lines are skipped.
+
+    Args:
+        file: the file, at the start of a line.
+        size: number of bytes to read.
+
+    Yields:
+        The line's number from 0, its value, and what is wrong with it: empty if nothing is.
+    """
+    for number in itertools.count():
+        line = file.readline(min(size, LONGEST_LINE))
+        if not line:
+            return
+        size -= len(line)
+        line = line if number else line.removeprefix(UTF8_MARK)
+        if line.isspace():
+            continue
+        value, problem = None, ""
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            long = len(line) == LONGEST_LINE
+            problem = f"longer than {LONGEST_LINE >> 20} MiB" if long else reason(error)
+        yield number, value, problem
 
 
 @contextmanager

@@ -1,122 +1,82 @@
-"""The content of a page about runs, read only from their folders."""
+"""Tables and texts of a page about runs."""
 
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.colors import LogNorm
 
-from lrc.model.teacher import short_name
 from lrc.recipe import flatten
-from lrc.report.charts import Line, color_scale, heat_map, line_chart, run_color
-from lrc.report.curves import PANELS, stage_marks
-from lrc.run import Run
-
-CHARTS = {
-    **PANELS,
-    "loss": "weighted loss",
-    "grad_norm": "gradient norm",
-    "learning_rate": "learning rate",
-}
-"""Title of each chart, by key in metrics.jsonl."""
-
-LOGARITHMIC = ("clone", "loss", "grad_norm")
+from lrc.report.charts import Series, color_scale, heat_map, short
+from lrc.report.curves import HOUR
+from lrc.report.runs import NO_BREAK, RunView
 
 CLONE_LAYERS = "clone_layers"
 
 COLUMNS = 80
 """Maximum number of columns of a heat map."""
 
-HOUR = 3600
-
 NONE = "\N{EN DASH}"
 """Shown if a run has no value."""
 
+Label = str | Series
+"""A name in a table. A series is shown with its color."""
 
-@dataclass(frozen=True)
-class RunView:
-    """A run as a page shows it."""
+
+class Table(NamedTuple):
+    """A table: the names of its columns after the first, and its rows."""
+
+    head: Sequence[Label]
+    rows: Sequence[tuple[Label, Sequence[str]]]
+
+
+class Figure(NamedTuple):
+    """A headline figure."""
 
     name: str
-    color: str
-    run: Run
-    metrics: list[dict[str, Any]]
-    summary: dict[str, Any]
-    """The final results; empty if the run has not ended."""
-
-    @property
-    def teacher(self) -> str:
-        """The teacher's name, without its path."""
-        return short_name(self.run.recipe.teacher.model)
+    value: str
+    note: str
 
 
-def read_runs(runs: Sequence[Run]) -> list[RunView]:
-    """The runs, with distinct names."""
-    names = [run.folder.resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = [str(run.folder) for run in runs]
+def headline(
+    sizes: tuple[int | None, int | None],
+    losses: tuple[float | None, float | None],
+    top1: float | None,
+    tokens: int,
+    seconds: float | None,
+) -> list[Figure]:
+    """The four headline figures of a student.
+
+    Args:
+        sizes: parameters of teacher and student.
+        losses: held-out LM losses of teacher and student, in nats.
+        top1: share of held-out tokens with the teacher's most likely token.
+        tokens: training tokens.
+        seconds: training time.
+    """
+    arrow = " \N{RIGHTWARDS ARROW} "
+    ratio = f"{sizes[0] / sizes[1]:.2f}x smaller" if sizes[0] and sizes[1] else ""
     return [
-        RunView(
-            name,
-            run_color(i),
-            run,
-            run.metrics(),
-            run.summary() if run.summary_file.is_file() else {},
-        )
-        for i, (name, run) in enumerate(zip(names, runs, strict=True))
+        Figure("parameters", arrow.join(_or_dash(short, x, NO_BREAK, 3) for x in sizes), ratio),
+        Figure(
+            "held-out perplexity",
+            arrow.join(_or_dash(_perplexity, loss) for loss in losses),
+            f"LM loss {arrow.join(_or_dash(format, loss, '.3f') for loss in losses)}",
+        ),
+        Figure("same top-1 prediction", _or_dash(format, top1, ".1%"), "of held-out tokens"),
+        Figure(
+            "training tokens",
+            short(tokens, NO_BREAK, 3),
+            "" if seconds is None else f"in {duration(seconds)}",
+        ),
     ]
 
 
-def loss_charts(stories: Sequence[RunView], over_time: bool) -> list[tuple[str, str]]:
-    """Title and chart of every quantity in the metrics, over training tokens or over time."""
-    longest = max((_seconds(story) for story in stories), default=0.0)
-    unit, label = time_unit(longest) if over_time else (1.0, "training tokens")
-    charts = []
-    for key, title in CHARTS.items():
-        lines = []
-        for story in stories:
-            points = _points(story.metrics, key, over_time)
-            if points:
-                x, y = zip(*points, strict=True)
-                measured = key == "held_out_lm"
-                lines.append(
-                    Line(
-                        story.name,
-                        story.color,
-                        [value / unit for value in x],
-                        y,
-                        _teacher_level(story) if measured else None,
-                        marked=measured,
-                        stages=[
-                            (place / unit, stage)
-                            for place, stage in stage_marks(
-                                story.metrics, "seconds" if over_time else "tokens"
-                            )
-                        ],
-                    )
-                )
-        if lines:
-            charts.append((title, line_chart(title, lines, label, key in LOGARITHMIC)))
-    return charts
-
-
-def throughput_chart(stories: Sequence[RunView]) -> str | None:
-    """Tokens per second over training tokens."""
-    lines = []
-    for story in stories:
-        points = _points(story.metrics, "tokens_per_second", over_time=False)
-        if points:
-            x, y = zip(*points, strict=True)
-            lines.append(Line(story.name, story.color, x, y))
-    return line_chart("tokens per second", lines, "training tokens") if lines else None
-
-
-def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
+def clone_maps(view: RunView) -> tuple[Markup, list[Markup]] | None:
     """The clone terms by layer over the run: the color legend and one chart per term."""
-    lines = [line for line in story.metrics if CLONE_LAYERS in line]
+    lines = [line for line in view.metrics if CLONE_LAYERS in line]
     if not lines:
         return None
     tokens = np.array([line["tokens"] for line in lines], float)
@@ -136,64 +96,78 @@ def clone_maps(story: RunView) -> tuple[str, list[str]] | None:
         heat_map(term, np.maximum(values[:, i].T, low), tokens[-1], norm, "training tokens")
         for i, term in enumerate(terms)
     ]
-    scale = "relative " if story.run.recipe.objective.clone_scale == "relative" else ""
+    scale = "relative " if view.run.recipe.objective.clone_scale == "relative" else ""
     return color_scale(f"{scale}squared difference", norm), charts
 
 
-def results(stories: Sequence[RunView]) -> list[tuple[str, list[str]]]:
-    """The final results side by side: each row's name and its value for every run."""
-    rows = [
-        ("status", _status),
-        ("teacher", lambda s: s.teacher),
-        ("student parameters", lambda s: f"{s.summary['student_parameters']:,}"),
-        ("compression", _compression),
-        ("training tokens", lambda s: f"{s.metrics[-1]['tokens']:,}"),
-        ("training time", lambda s: duration(_seconds(s))),
-        ("teacher's held-out LM loss", lambda s: f"{_teacher_level(s):.4f}"),
-        ("held-out LM loss at the start", lambda s: f"{_held_out(s)[0]:.4f}"),
-        ("held-out LM loss", lambda s: f"{_held_out(s)[-1]:.4f}"),
-        ("held-out perplexity", lambda s: f"{math.exp(min(_held_out(s)[-1], 700)):,.2f}"),
-        ("KL(teacher, student)", lambda s: f"{s.summary['kl']:.4f}"),
-        ("same top-1 prediction", lambda s: f"{s.summary['top1_agreement']:.1%}"),
-        ("tokens per second", lambda s: f"{s.summary['tokens_per_second']:,.0f}"),
-        ("share of peak FLOP/s", lambda s: f"{s.summary['flop_utilization']:.0%}"),
-        ("peak memory", lambda s: f"{s.summary['peak_memory_gib']:.1f} GiB"),
+def results(views: Sequence[RunView]) -> Table:
+    """The final results side by side, with a column for every teacher."""
+    students: dict[str, Callable[[RunView], str]] = {
+        "status": _status,
+        "parameters": lambda v: f"{v.summary['student_parameters']:,}",
+        "compression": lambda v: (
+            f"{v.summary['teacher_parameters'] / v.summary['student_parameters']:.2f}x smaller"
+        ),
+        "training tokens": lambda v: f"{v.metrics[-1]['tokens']:,}",
+        "training time": lambda v: duration(v.seconds),
+        "held-out LM loss at the start": lambda v: f"{v.losses[0]:.4f}",
+        "held-out LM loss": lambda v: f"{v.losses[-1]:.4f}",
+        "held-out perplexity": lambda v: _perplexity(v.losses[-1]),
+        "KL(teacher, student)": lambda v: f"{v.summary['kl']:.4f}",
+        "same top-1 prediction": lambda v: f"{v.summary['top1_agreement']:.1%}",
+        "tokens per second": lambda v: f"{v.summary['tokens_per_second']:,.0f}",
+        "share of peak FLOP/s": lambda v: f"{v.summary['flop_utilization']:.0%}",
+        "peak memory": lambda v: f"{v.summary['peak_memory_gib']:.1f} GiB",
+    }
+    teachers: dict[str, Callable[[RunView], str]] = {
+        "parameters": lambda v: f"{v.summary['teacher_parameters']:,}",
+        "held-out LM loss": lambda v: f"{v.teacher_loss:.4f}",
+        "held-out perplexity": lambda v: _or_dash(_perplexity, v.teacher_loss),
+    }
+    columns = _columns(views)
+    rows = []
+    for name, student in students.items():
+        cells = [
+            _cell(student if isinstance(label, Series) else teachers.get(name, lambda v: ""), view)
+            for label, view in columns
+        ]
+        rows.append((name, cells))
+    return Table([label for label, _ in columns], rows)
+
+
+def shapes(views: Sequence[RunView]) -> Table:
+    """The shapes of teachers and students."""
+    columns = [
+        (label, view.summary["shapes"]["student" if isinstance(label, Series) else "teacher"])
+        for label, view in _columns([view for view in views if "shapes" in view.summary])
     ]
-    return [(name, [_or_dash(value, story) for story in stories]) for name, value in rows]
+    names = dict.fromkeys(row for _, shape in columns for row in shape)
+    rows = [(name, [str(shape.get(name, NONE)) for _, shape in columns]) for name in names]
+    return Table([label for label, _ in columns], rows)
 
 
-def _or_dash(value: Any, story: RunView) -> str:
-    """A value as text; a dash if the run does not have it yet."""
-    try:
-        return str(value(story))
-    except (KeyError, IndexError, TypeError):
-        return NONE
+def settings(views: Sequence[RunView]) -> Table:
+    """The recipes, setting by setting."""
+    return _side_by_side(views, [view.run.recipe.model_dump(mode="json") for view in views])
 
 
-def shapes(stories: Sequence[RunView]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Columns and rows of the shapes of teachers and students; shared teachers appear once."""
-    columns: dict[str, dict[str, Any]] = {}
-    for story in stories:
-        found = story.summary.get("shapes")
-        if found:
-            columns[story.teacher] = found["teacher"]
-            columns[story.name] = found["student"]
-    names = dict.fromkeys(row for column in columns.values() for row in column)
-    rows = [(row, [str(c.get(row, NONE)) for c in columns.values()]) for row in names]
-    return list(columns), rows
+def environments(views: Sequence[RunView]) -> Table:
+    """Versions, commit and machine of every run."""
+    return _side_by_side(views, [view.environment() for view in views])
 
 
-def settings(stories: Sequence[RunView]) -> list[tuple[str, list[str], bool]]:
-    """Every setting's name, its value for each run, and whether these values differ."""
-    flat = [flatten(story.run.recipe.model_dump(mode="json")) for story in stories]
-    names = dict.fromkeys(name for recipe in flat for name in recipe)
-    rows = [(name, [written(recipe.get(name)) for recipe in flat]) for name in names]
-    return [(name, values, len(set(values)) > 1) for name, values in rows]
-
-
-def time_shares(story: RunView) -> list[tuple[str, float]]:
-    """Shares of the time of the run's last session, largest first."""
-    return list(story.summary.get("time_shares", {}).items())
+def machines(environments: Iterable[dict[str, Any]]) -> str:
+    """Versions and machine in one line; several, if the runs differ."""
+    found = []
+    for table in environments:
+        packages = table.get("packages", {})
+        names = ("low-rank-clone", "torch", "transformers")
+        parts = [f"{name} {packages[name]}" for name in names if packages.get(name)]
+        parts += table.get("gpus") or [table[name] for name in ("cpu",) if table.get(name)]
+        if table.get("cores"):
+            parts.append(f"{table['cores']} CPU cores")
+        found.append(", ".join(parts))
+    return "; ".join(dict.fromkeys(filter(None, found)))
 
 
 def duration(seconds: float) -> str:
@@ -201,51 +175,6 @@ def duration(seconds: float) -> str:
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 2 * HOUR else f"{seconds / HOUR:.1f} h"
-
-
-def _points(
-    metrics: Sequence[dict[str, Any]], key: str, over_time: bool
-) -> list[tuple[float, float]]:
-    """Tokens or seconds, and the value, for every line with a finite value."""
-    place = "seconds" if over_time else "tokens"
-    return [
-        (line.get(place, 0), line[key])  # the line before the first step has no seconds yet
-        for line in metrics
-        if key in line and math.isfinite(line[key])
-    ]
-
-
-def time_unit(longest: float) -> tuple[float, str]:
-    """Length in seconds and name of a suitable unit for times up to `longest` seconds."""
-    if longest < 300:
-        return 1.0, "seconds"
-    return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")
-
-
-def _seconds(story: RunView) -> float:
-    return max((line.get("seconds", 0.0) for line in story.metrics), default=0.0)
-
-
-def _held_out(story: RunView) -> list[float]:
-    return [line["held_out_lm"] for line in story.metrics if "held_out_lm" in line]
-
-
-def _teacher_level(story: RunView) -> float | None:
-    levels = (line.get("teacher_held_out_lm") for line in story.metrics)
-    return next((level for level in levels if level is not None), None)
-
-
-def _status(story: RunView) -> str:
-    done = story.metrics[-1]["step"] if story.metrics else 0
-    steps = story.run.recipe.steps()
-    if story.summary:
-        return f"ended, {done:,} steps"
-    return f"at step {done:,} of {steps:,}"
-
-
-def _compression(story: RunView) -> str:
-    ratio = story.summary["teacher_parameters"] / story.summary["student_parameters"]
-    return f"{ratio:.2f}x smaller"
 
 
 def written(value: Any) -> str:
@@ -257,10 +186,50 @@ def written(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def environment(run: Run) -> list[tuple[str, str]]:
-    """The environment of a run: versions, commit, machine."""
-    path = run.folder / "environment.json"
-    if not path.is_file():
-        return []
-    flat = flatten(json.loads(path.read_text(encoding="utf-8")))
-    return [(name.removeprefix("packages."), written(value)) for name, value in flat.items()]
+def _side_by_side(views: Sequence[RunView], tables: Sequence[dict[str, Any]]) -> Table:
+    flat = [flatten(table) for table in tables]
+    names = dict.fromkeys(name for table in flat for name in table)
+    rows = [
+        (name.removeprefix("packages."), [written(one.get(name)) for one in flat]) for name in names
+    ]
+    return Table([view.series for view in views], rows)
+
+
+def _columns(views: Sequence[RunView]) -> list[tuple[Label, RunView]]:
+    """The columns of a table about models: every run, after its teacher's first occurrence.
+
+    A teacher that was measured on other held-out tokens has another column.
+    """
+    columns: list[tuple[Label, RunView]] = []
+    seen = set()
+    for view in views:
+        teacher = view.teacher, view.teacher_loss and round(view.teacher_loss, 3)
+        if teacher not in seen:
+            columns.append((view.teacher, view))
+        seen.add(teacher)
+        columns.append((view.series, view))
+    return columns
+
+
+def _cell(value: Callable[[RunView], str], view: RunView) -> str:
+    """A value as text; a dash if the run does not have it yet."""
+    try:
+        return value(view)
+    except (KeyError, IndexError, TypeError):
+        return NONE
+
+
+def _or_dash(form: Callable[..., str], value: Any, *arguments: Any) -> str:
+    return NONE if value is None else form(value, *arguments)
+
+
+def _perplexity(loss: float) -> str:
+    value = math.exp(min(loss, 700))
+    return f"{value:,.2f}" if value < 1000 else short(value, NO_BREAK, 3)
+
+
+def _status(view: RunView) -> str:
+    done = view.metrics[-1]["step"] if view.metrics else 0
+    if view.summary:
+        return f"ended, {done:,} steps"
+    return f"at step {done:,} of {view.run.recipe.steps():,}"

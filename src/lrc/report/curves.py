@@ -1,16 +1,16 @@
-"""Picture of a run's loss curves."""
+"""Loss charts of runs, for their page and for a run's curves.png."""
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from lrc.report.charts import Chart, Line, Series, save_charts
+from lrc.report.runs import RunView, read_runs
+from lrc.run import Run
 
-from lrc.report.pictures import as_label, save_picture
-
-PANELS = {
+CHARTS = {
     "held_out_lm": "held-out LM loss (nats)",
     "lm": "LM loss (nats)",
     "kl": "T² · KL (nats)",
@@ -21,62 +21,95 @@ PANELS = {
     "attention": "attention scores (mean squares)",
     "attention_relation": "attention relation (nats)",
     "value_relation": "value relation (nats)",
+    "loss": "weighted loss",
+    "grad_norm": "gradient norm",
+    "learning_rate": "learning rate",
 }
+"""Title of each chart, by key in metrics.jsonl."""
+
+LOGARITHMIC = ("held_out_lm", "clone", "hidden", "attention", "loss", "grad_norm")
+
+HOUR = 3600
 
 
-def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw the held-out loss and the method's own losses against training tokens, as a PNG.
+def draw_curves(run: Run, path: Path, summary: Mapping[str, Any] | None = None) -> None:
+    """Draw the losses of a run against training tokens, as a PNG.
 
     Args:
-        metrics: lines of metrics.jsonl; the line of step 0 may hold `teacher_held_out_lm`.
-        path: the picture to write.
+        run: the run.
+        path: the picture.
+        summary: its final table, if that is not written yet.
 
     Raises:
         UserError: if the disk is full.
     """
-    panels = {key: title for key, title in PANELS.items() if any(key in line for line in metrics)}
-    rows = max(2, math.ceil(len(panels) / 2))
-    figure = Figure(figsize=(10, 3.5 * rows), layout="constrained")
-    grid = figure.subplots(rows, 2, squeeze=False).ravel()
-    for axes in grid[len(panels) :]:
-        axes.set_axis_off()
-    for axes, (key, title) in zip(grid, panels.items(), strict=False):
-        _draw(axes, metrics, key, title)
-    teacher = [line["teacher_held_out_lm"] for line in metrics if "teacher_held_out_lm" in line]
-    if teacher and "held_out_lm" in panels:
-        grid[0].axhline(teacher[0], color="black", linestyle="--", label="teacher")
-        grid[0].legend(fontsize="small")
-    save_picture(figure, path)
+    (view,) = read_runs([run])
+    if summary is not None:
+        view = replace(view, summary=dict(summary))
+    save_charts(view.title, loss_charts([view]), path)
 
 
-def stage_marks(metrics: list[dict[str, Any]], place: str = "tokens") -> list[tuple[float, str]]:
+def loss_charts(views: Sequence[RunView], over_time: bool = False) -> list[Chart]:
+    """Charts of all quantities in the metrics, over training tokens or over time.
+
+    The chart of a single run also shows the loss on each source of the text.
+    """
+    charts = (metric_chart(views, key, title, over_time) for key, title in CHARTS.items())
+    return [chart for chart in charts if chart is not None]
+
+
+def metric_chart(
+    views: Sequence[RunView], key: str, title: str, over_time: bool = False
+) -> Chart | None:
+    """The chart of a quantity in the metrics; None if no run has it.
+
+    Args:
+        views: the runs.
+        key: the quantity.
+        title: title of the chart.
+        over_time: whether the horizontal axis is the time instead of the training tokens.
+    """
+    unit, label = time_unit(max(view.seconds for view in views)) if over_time else (1, "")
+    measured = key == "held_out_lm"
+    lines = []
+    for view in views:
+        place = "seconds" if over_time else "tokens"
+        values = {view.series: [(line, line.get(key)) for line in view.metrics]}
+        by_source = [(line, line.get(f"{key}_by_source", {})) for line in view.metrics]
+        sources = sorted({name for _, losses in by_source for name in losses})
+        for number, name in enumerate(sources if len(views) == 1 else (), start=1):
+            values[Series(name, number)] = [(line, losses.get(name)) for line, losses in by_source]
+        for series, found in values.items():
+            # The line before the first step has no seconds yet.
+            points = [
+                (line.get(place, 0) / unit, value)
+                for line, value in found
+                if value is not None and math.isfinite(value)
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                main = series == view.series
+                stages = [(at / unit, stage) for at, stage in stage_marks(view, place) if main]
+                teacher = view.teacher_loss if measured and main else None
+                lines.append(Line(series, x, y, teacher, marked=measured, stages=stages))
+    if not lines:
+        return None
+    return Chart(title, lines, label or "training tokens", logarithmic=key in LOGARITHMIC)
+
+
+def stage_marks(view: RunView, place: str = "tokens") -> list[tuple[float, str]]:
     """Positions where a method entered a later stage, with a label such as "released".
 
     Args:
-        metrics: lines of metrics.jsonl.
+        view: the run.
         place: the unit of the positions, "tokens" or "seconds".
     """
-    found = [(line.get(place, 0), line["stage"]) for line in metrics if "stage" in line]
+    found = [(line.get(place, 0), line["stage"]) for line in view.metrics if "stage" in line]
     return [(at, name) for at, name in found if at > 0]
 
 
-def _draw(axes: Axes, metrics: list[dict[str, Any]], key: str, title: str) -> None:
-    points = [(line["tokens"], line[key]) for line in metrics if key in line]
-    marker = "o" if key == "held_out_lm" else None
-    axes.plot(*zip(*points, strict=True), marker=marker, markersize=3, label="student")
-    by_source = [(line["tokens"], line.get(f"{key}_by_source", {})) for line in metrics]
-    for name in sorted({name for _, losses in by_source for name in losses}):
-        points = [(tokens, losses[name]) for tokens, losses in by_source if name in losses]
-        axes.plot(*zip(*points, strict=True), linewidth=0.8, label=as_label(name))
-    for at, name in stage_marks(metrics):
-        axes.axvline(at, color="gray", linestyle=":", label=name)
-    axes.set_title(title)
-    axes.set_xlabel("training tokens")
-    axes.set_xlim(0, max(metrics[-1]["tokens"], 1))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.grid(alpha=0.3)
-    if key in ("clone", "hidden", "attention"):
-        axes.set_yscale("log")
-    if len(axes.lines) > 1:
-        axes.legend(fontsize="small")
+def time_unit(longest: float) -> tuple[float, str]:
+    """Length in seconds and name of a suitable unit for times up to `longest` seconds."""
+    if longest < 300:
+        return 1.0, "seconds"
+    return (60.0, "minutes") if longest < 3 * HOUR else (float(HOUR), "hours")

@@ -11,8 +11,10 @@ from markupsafe import Markup
 
 from lrc.evaluation.sample import generate_text
 from lrc.report import contents
-from lrc.report.charts import VARIABLES
+from lrc.report.charts import LARGE, Chart, legend, svg_chart
+from lrc.report.curves import loss_charts, metric_chart
 from lrc.report.evaluations import read_evaluations
+from lrc.report.runs import RunView, read_runs
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import reading, write_text
@@ -22,12 +24,14 @@ GENERATOR = '<meta name="generator" content="lrc report">'
 
 SAMPLE_TOKENS = 64
 
+Progress = Callable[[str], None]
+
 
 def write_report(
     runs: Sequence[Run],
     path: Path,
     prompts: Sequence[str] = (),
-    progress: Callable[[str], None] = lambda text: None,
+    progress: Progress = lambda text: None,
 ) -> None:
     """Write a page about some runs, with their curves overlaid.
 
@@ -49,48 +53,79 @@ def write_report(
     folders = ", ".join(str(run.folder) for run in runs)
     with reading(folders, "a file of a run may be damaged: restore it, or leave the run out"):
         values = _values(runs, prompts, progress)
-    template = (resources.files("lrc.report") / "page.html").read_text(encoding="utf-8")
-    write_page(template, values, path)
+    write_page("report", values, path)
 
 
-def _values(
-    runs: Sequence[Run], prompts: Sequence[str], progress: Callable[[str], None]
-) -> dict[str, Any]:
+def _values(runs: Sequence[Run], prompts: Sequence[str], progress: Progress) -> dict[str, Any]:
     """The values for the page's template."""
-    stories = contents.read_runs(runs)
+    views = read_runs(runs)
+    titles = list(dict.fromkeys(view.title for view in views))
+    teachers = ", ".join(dict.fromkeys(view.teacher for view in views))
+    best = min(views, key=lambda view: min(view.losses[-1:], default=float("inf")))
+    over_tokens, over_time = loss_charts(views), loss_charts(views, over_time=True)
+    throughput = metric_chart(views, "tokens_per_second", "tokens per second")
+    settings = contents.settings(views)
+    different = [row for row in settings.rows if len(set(row[1])) > 1]
     return {
-        "title": " · ".join(story.name for story in stories),
-        "stories": stories,
-        "colors": {story.name: color_variable(story.color) for story in stories},
-        "results": contents.results(stories),
-        "charts": {
-            "tokens": contents.loss_charts(stories, over_time=False),
-            "time": contents.loss_charts(stories, over_time=True),
-        },
-        "throughput": contents.throughput_chart(stories),
-        "maps": {story.name: contents.clone_maps(story) for story in stories},
-        "shares": {story.name: contents.time_shares(story) for story in stories},
-        "shapes": contents.shapes(stories),
-        "settings": contents.settings(stories),
-        "environments": {story.name: contents.environment(story.run) for story in stories},
+        "title": " · ".join(titles) if len(titles) < 4 else f"{len(titles)} students of {teachers}",
+        "about": f"Low-rank clone{'s' if len(views) > 1 else ''} of {teachers}.",
+        "machines": contents.machines(view.environment() for view in views),
+        "best": best.series if len(views) > 1 else None,
+        "headline": contents.headline(
+            (best.summary.get("teacher_parameters"), best.summary.get("student_parameters")),
+            (best.teacher_loss, best.losses[-1] if best.losses else None),
+            best.summary.get("top1_agreement"),
+            best.metrics[-1]["tokens"],
+            best.seconds,
+        ),
+        "held_out": pictures(over_tokens[:1], over_time[:1], LARGE),
+        "legend": legend(over_tokens),
+        "results": contents.results(views),
+        "losses": pictures(over_tokens[1:], over_time[1:]),
+        "throughput": throughput and svg_chart(throughput),
+        "maps": [(view.series, maps) for view in views if (maps := contents.clone_maps(view))],
+        "shares": [
+            (view.series, shares.items())
+            for view in views
+            if (shares := view.summary.get("time_shares"))
+        ],
+        "shapes": contents.shapes(views),
+        "different": contents.Table(settings.head, different),
+        "settings": settings,
+        "environments": contents.environments(views),
         "evaluations": read_evaluations(runs),
-        "samples": _samples(stories, prompts, progress),
+        "samples": _samples(views, prompts, progress),
     }
 
 
-def write_page(template: str, values: dict[str, Any], path: Path) -> None:
-    """Fill a template and write the page.
+def pictures(
+    over_tokens: Sequence[Chart], over_time: Sequence[Chart], *size: tuple[float, float]
+) -> dict[str, list[tuple[str, Markup]]]:
+    """Titles and pictures of charts, by the axis that the page's switch chooses."""
+    axes = {"tokens": over_tokens, "time": over_time}
+    return {
+        axis: [(chart.title, svg_chart(chart, *size)) for chart in charts]
+        for axis, charts in axes.items()
+    }
+
+
+def write_page(kind: str, values: dict[str, Any], path: Path) -> None:
+    """Fill the template page.html and write the page.
 
     Args:
-        template: a Jinja template that takes `generator` and `style` in addition to its own values.
-        values: its own values.
+        kind: "report" or "comparison".
+        values: values of the template; sections without values are left out.
         path: the page.
 
     Raises:
         UserError: if the page cannot be written.
     """
-    style = (resources.files("lrc.report") / "page.css").read_text(encoding="utf-8")
+    template, style = (
+        (resources.files("lrc.report") / name).read_text(encoding="utf-8")
+        for name in ("page.html", "page.css")
+    )
     common = {
+        "kind": kind,
         "generator": Markup(GENERATOR),
         "style": Markup(style),
         "written": f"{datetime.now():%Y-%m-%d %H:%M}",
@@ -112,27 +147,21 @@ def check_path(path: Path) -> None:
 
 
 def _samples(
-    stories: Sequence[contents.RunView], prompts: Sequence[str], progress: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Prompts with every model's continuation; runs that stored the same prompt share an entry."""
-    found: dict[str, dict[str, Any]] = {}
-    for story in stories:
-        kept = story.summary.get("samples")
-        if kept:
-            entry = found.setdefault(kept["prompt"], {"prompt": kept["prompt"], "texts": {}})
-            entry["texts"]["teacher"] = kept["teacher"]
-            entry["texts"][story.name] = kept["student"]
-    for story in stories if prompts else ():
-        if not story.run.student_folder.is_dir():
+    views: Sequence[RunView], prompts: Sequence[str], progress: Progress
+) -> dict[str, dict[contents.Label, str]]:
+    """Every model's continuation by prompt; runs that stored the same prompt share an entry."""
+    found: dict[str, dict[contents.Label, str]] = {}
+    for view in views:
+        if kept := view.summary.get("samples"):
+            texts = found.setdefault(kept["prompt"], {})
+            texts["teacher"] = kept["teacher"]
+            texts[view.series] = kept["student"]
+    for view in views if prompts else ():
+        if not view.run.student_folder.is_dir():
             continue
-        progress(f"writing samples of {story.name}")
-        model, tokenizer = story.run.student(), story.run.tokenizer()
+        progress(f"writing samples of {view.name}")
+        model, tokenizer = view.run.student(), view.run.tokenizer()
         for prompt in prompts:
-            entry = found.setdefault(prompt, {"prompt": prompt, "texts": {}})
-            entry["texts"][story.name] = generate_text(model, tokenizer, prompt, SAMPLE_TOKENS)
-    return list(found.values())
-
-
-def color_variable(stand_in: str) -> str:
-    """The CSS color of a placeholder."""
-    return f"var({VARIABLES[stand_in]})"
+            text = generate_text(model, tokenizer, prompt, SAMPLE_TOKENS)
+            found.setdefault(prompt, {})[view.series] = text
+    return found
