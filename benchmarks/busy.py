@@ -32,7 +32,8 @@ NAMES = {name for policy in POLICIES.values() for name in policy}
 def measure(tiny: bool, steps: int) -> float:
     """Median seconds of a step of Low-Rank Clone in this process."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tokenizers import Tokenizer, models
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from lrc.cloning.low_rank_clone import LowRankClone
     from lrc.cloning.start import initialize
@@ -54,7 +55,11 @@ def measure(tiny: bool, steps: int) -> float:
         vocab_size=128 if tiny else 16_384,
         tie_word_embeddings=True,
     )
-    teacher = as_teacher(LlamaForCausalLM(config), None, "random")  # type: ignore[arg-type]
+    words = Tokenizer(
+        models.WordLevel({f"w{i}": i for i in range(config.vocab_size)}, unk_token="w0")
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0")
+    teacher = as_teacher(LlamaForCausalLM(config), tokenizer, "random")
     method = LowRankClone(
         teacher, StudentSection(hidden_size=width // 2), ObjectiveSection(), token_grad_clip=5.0
     )
