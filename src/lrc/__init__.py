@@ -4,7 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrc.api import clone, compare, compress, evaluate, export, prune, resume
+    from lrc.api import clone, compare, compress, evaluate, export, prune, resume, sft
     from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
@@ -23,6 +23,7 @@ _HOME = {
     "export": "lrc.api",
     "prune": "lrc.api",
     "resume": "lrc.api",
+    "sft": "lrc.api",
     "load_recipe": "lrc.recipe",
     "load_teacher": "lrc.model.teacher",
 }
@@ -43,6 +44,7 @@ __all__ = [
     "load_teacher",
     "prune",
     "resume",
+    "sft",
 ]
 
 

@@ -230,6 +230,46 @@ def prune(
     return run
 
 
+def sft(
+    model: Run | StrPath,
+    *,
+    data: StrPath | Sequence[StrPath] | None = None,
+    teacher: str | None = None,
+    recipe: StrPath | None = None,
+    out: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Tune a model on conversations (supervised fine-tuning with TRL).
+
+    Args:
+        model: a run, its folder, or a model named like a teacher.
+        data: JSONL files of conversations, or data sets of the hub; None: the recipe's.
+        teacher: a model whose predictions for the answers are learned as well.
+        recipe: a YAML file with settings, or a shipped one (`ultrachat-sft`).
+        out: the folder, new or of an earlier call that was stopped; default: a new one in `runs/`.
+        settings: other settings (`lrc.tuning.settings`) by name, `{"epochs": 2}`.
+        quiet: whether to print nothing.
+
+    Returns:
+        The folder of the tuned model, a plain transformers model.
+
+    Raises:
+        UserError: if the model, the teacher or the data is not usable.
+    """
+    from lrc.tuning.settings import load_tuning
+    from lrc.tuning.sft import STUDENT, default_folder
+    from lrc.tuning.sft import sft as tune
+
+    name = _name(model)
+    given = {"model": name, "data": _paths(data) or None, "teacher": teacher}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    tuning = load_tuning(recipe, {**chosen, **(settings or {})})
+    folder = Path(out) if out else default_folder(name)
+    tune(tuning, folder, TextConsole(quiet=quiet))
+    return folder / STUDENT
+
+
 def compare(
     comparison: StrPath,
     *,

@@ -14,6 +14,7 @@ from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
 from lrc.cli.reporting import report
+from lrc.cli.sft import sft
 from lrc.cli.training import compress, init, resume, train
 from lrc.system.console import console, lost_output
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, compress, resume, prune, compare, export, report, info, generate):
+for command in (train, compress, resume, prune, sft, compare, export, report, info, generate):
     app.command(no_args_is_help=True)(command)
 app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)

@@ -1,5 +1,6 @@
 """`lrc train`, `lrc compress` and `lrc resume`."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,7 +10,7 @@ from lrc.system.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from rich.console import Console
 
@@ -107,13 +108,22 @@ def init(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="The folder of a stopped run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a stopped run or tuning.")],
 ) -> None:
-    """Continue a run from its newest intact checkpoint, exactly where it stopped.
+    """Continue a run or a tuning from its newest intact checkpoint, exactly where it stopped.
 
     Example: `lrc resume runs/quickstart-288-20260101-120000`
     """
     from lrc.run import Run
+    from lrc.tuning.settings import is_tuning, open_tuning
+
+    if is_tuning(run):
+        from lrc.tuning.sft import sft
+
+        quiet_libraries()
+        with stoppable():
+            sft(open_tuning(run), run, console)
+        return
 
     opened = Run.open(run)
     from lrc.train.session import train
@@ -165,12 +175,20 @@ def _new_run(
 def carry_out(run: "Run", action: "Callable[[Run, Console], object]") -> None:
     """Train or initialize a run; if a signal stops it, exit with 128 + the signal's number."""
     from lrc.system.memory import keep_freed_memory
-    from lrc.train.session import Interrupted
 
     quiet_libraries()
     keep_freed_memory()
-    try:
+    with stoppable():
         action(run, console)
+
+
+@contextmanager
+def stoppable() -> "Iterator[None]":
+    """Exit with 128 + the signal's number if a signal stops the block after a checkpoint."""
+    from lrc.train.session import Interrupted
+
+    try:
+        yield
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None

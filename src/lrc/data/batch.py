@@ -25,6 +25,9 @@ class Batch:
     """Source index of each token, int64 [batch, sequence]; None if the text has no named
     sources."""
 
+    label_mask: Tensor | None = None
+    """True for tokens that may be labels, bool [batch, sequence]; None: all may be."""
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to another device; copies to cuda use pinned memory and overlap with
         computation."""
@@ -33,15 +36,17 @@ class Batch:
             pinned = tensor.pin_memory() if device.type == "cuda" else tensor
             return pinned.to(device, non_blocking=True)
 
-        optional = (self.position_ids, self.attention_mask, self.source_ids)
-        moved = [None if tensor is None else move(tensor) for tensor in optional]
+        moved = [None if tensor is None else move(tensor) for tensor in self._optional()]
         return Batch(move(self.input_ids), *moved)
 
     def rows(self, some: slice) -> "Batch":
         """Some sequences of the batch."""
-        optional = (self.position_ids, self.attention_mask, self.source_ids)
-        cut = [None if tensor is None else tensor[some] for tensor in optional]
+        cut = [None if tensor is None else tensor[some] for tensor in self._optional()]
         return Batch(self.input_ids[some], *cut)
+
+    def _optional(self) -> tuple[Tensor | None, ...]:
+        """All fields but the tokens, in their order."""
+        return (self.position_ids, self.attention_mask, self.source_ids, self.label_mask)
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""
@@ -60,8 +65,8 @@ class Batch:
 
     def labels(self) -> Tensor:
         """Next tokens, int64 [batch, sequence]; -100 where there is no label: at the end of a
-        sequence, where this or the next token is padding, and across a document boundary if
-        documents are masked from each other."""
+        sequence, where this or the next token is padding, across a document boundary if documents
+        are masked from each other, and where `label_mask` excludes the next token."""
         labels = torch.full_like(self.input_ids, -100)
         labels[:, :-1] = self.input_ids[:, 1:]
         if self.attention_mask is not None:
@@ -70,6 +75,8 @@ class Batch:
             labels[:, :-1][padded[:, 1:]] = -100
         if self.position_ids is not None:
             labels[:, :-1][self.position_ids[:, 1:] == 0] = -100
+        if self.label_mask is not None:
+            labels[:, :-1][~self.label_mask[:, 1:]] = -100
         return labels
 
     def label_sources(self) -> Tensor | None:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
 from lrc.methods import METHODS
 from lrc.model.locate import HUB_ID, PACKAGE_PREFIX, short_name
 from lrc.model.shapes import shape_of
-from lrc.model.teacher import Description, Teacher, describe_teacher
+from lrc.model.teacher import Description, Teacher, describe_teacher, model_files
 from lrc.recipe import Recipe
 from lrc.run import Run
 
@@ -80,6 +81,54 @@ def model_card(
         license=_license(described.license),
         recipe=public_recipe(run.recipe),
     )
+
+
+TUNED = """## Chat tuning
+
+Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of {data}{teacher}, in
+{steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
+
+| | before | after |
+|---|---|---|
+| held-out loss on answers ({held_out:,} conversations) | {before:.4f} | {after:.4f} |
+"""
+
+
+def tuned_card(name: str, summary: dict[str, Any]) -> str:
+    """The card of a model, with a section about its chat tuning.
+
+    Args:
+        name: the model that was tuned, named as in a recipe's `teacher.model`.
+        summary: the final table of the tuning.
+    """
+    path = next((file for file in model_files(name) if file.name == "README.md"), None)
+    card = ModelCard("" if path is None else path.read_text(encoding="utf-8"))
+    data, teacher = summary["data"], summary["teacher"]
+    section = TUNED.format(
+        conversations=summary["training_conversations"],
+        tokens=summary["training_answer_tokens"],
+        data=as_markdown(", ".join(public_name(source) for source in data)),
+        steps=summary["steps"],
+        teacher=f", with KL to {as_markdown(public_name(teacher))}" if teacher else "",
+        held_out=summary["held_out_conversations"],
+        before=summary["held_out_lm_before"],
+        after=summary["held_out_lm"],
+    )
+    front: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    front.setdefault("library_name", "transformers")
+    front.setdefault("pipeline_tag", "text-generation")
+    if path is None and HUB_ID.fullmatch(name) and is_public(name):
+        front |= {"base_model": name, "base_model_relation": "finetune"}
+    front["tags"] = list(
+        dict.fromkeys([*(front.get("tags") or []), "trl", "sft", "conversational"])
+    )
+    known = [*(front.get("datasets") or []), *(source for source in data if is_public(source))]
+    if known:
+        front["datasets"] = list(dict.fromkeys(known))
+    text = card.text if path is not None else f"\n# {public_name(name)}, tuned on conversations\n"
+    head, use, rest = text.partition("\n## Use\n")
+    body = f"{head.rstrip()}\n\n{section}{use}{rest}"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{body.lstrip()}"
 
 
 def public_name(name: str) -> str:
