@@ -9,6 +9,7 @@ import typer
 
 from lrc import __version__
 from lrc.cli import analyze, data
+from lrc.cli.chat import chat
 from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, compress, resume, prune, sft, compare, export, report, info, generate):
+for command in (train, compress, resume, prune, sft, compare, export, report, info, generate, chat):
     app.command(no_args_is_help=True)(command)
 app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)

@@ -153,11 +153,10 @@ def generate(
     from lrc.evaluation.sample import generate_text
     from lrc.model.teacher import load_model
     from lrc.model.tokenizer import RefusedConversation, chat_text
-    from lrc.run import Run, is_run
+    from lrc.run import student_of
 
     quiet_libraries()
-    source = str(Run.open(Path(model)).need_student()) if is_run(Path(model)) else model
-    loaded, tokenizer = load_model(source)
+    loaded, tokenizer = load_model(student_of(model))
     if chat:
         messages = [{"role": "user", "content": prompt}]
         try:

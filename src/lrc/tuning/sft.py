@@ -27,6 +27,7 @@ from lrc.model.families import check_supported
 from lrc.model.locate import locate_locally
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
 from lrc.preflight import check_installed
+from lrc.run import student_of
 from lrc.system.errors import UserError
 from lrc.system.files import hold, is_taken, read_json, write_text
 from lrc.train.closing import best_effort
@@ -79,7 +80,7 @@ def _check(tuning: Tuning, folder: Path) -> None:
     check_installed(tuning.report_to)
     for name in (tuning.model, tuning.teacher):
         if name is not None:
-            locate_locally(name)
+            locate_locally(student_of(name))
     if is_tuning(folder):
         if open_tuning(folder).model_dump() != tuning.model_dump():
             raise UserError(
@@ -97,7 +98,7 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
     from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer, plain_model
 
     with phase(console, f"Loading {tuning.model}"):
-        model, tokenizer = load_model(tuning.model)
+        model, tokenizer = load_model(student_of(tuning.model))
         family = check_supported(model.config)
         if tuning.packing and not family.keeps_documents_apart:
             raise UserError(
@@ -162,8 +163,12 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
             "teacher_held_out_lm": before["teacher_held_out_lm"],
             "seconds": round(time.perf_counter() - started, 1),
         }
-        card = best_effort(console, "the model card", lambda: tuned_card(tuning.model, summary))
-        export_student(tuned, load_tokenizer(tuning.model), card, folder / STUDENT, dtype)
+        card = best_effort(
+            console, "the model card", lambda: tuned_card(student_of(tuning.model), summary)
+        )
+        export_student(
+            tuned, load_tokenizer(student_of(tuning.model)), card, folder / STUDENT, dtype
+        )
     write_text(folder / SUMMARY, json.dumps(summary, indent=2))
     _print_summary(summary, folder, console)
     return summary
@@ -173,7 +178,7 @@ def _teacher(tuning: Tuning, tokenizer: Any, console: Console) -> Teacher:
     """Load the teacher and refuse another tokenizer."""
     assert tuning.teacher is not None
     with phase(console, f"Loading {tuning.teacher}"):
-        teacher = load_teacher(tuning.teacher)
+        teacher = load_teacher(student_of(tuning.teacher))
     if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"The tokenizers of {tuning.model} and its teacher {tuning.teacher} differ: give a "
