@@ -180,6 +180,16 @@ def test_everything_public_is_there_and_packages_do_not_hide_it() -> None:
     import lrc.evaluation
     import lrc.exporting
 
-    for name in ("clone", "compress", "resume", "export", "evaluate", "prune", "sft", "compare"):
+    for name in (
+        "clone",
+        "compress",
+        "resume",
+        "export",
+        "evaluate",
+        "prune",
+        "sft",
+        "push",
+        "compare",
+    ):
         assert callable(getattr(lrc, name))
         assert name in lrc.__all__

@@ -4,7 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrc.api import clone, compare, compress, evaluate, export, prune, resume, sft
+    from lrc.api import clone, compare, compress, evaluate, export, prune, push, resume, sft
     from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
@@ -22,6 +22,7 @@ _HOME = {
     "evaluate": "lrc.api",
     "export": "lrc.api",
     "prune": "lrc.api",
+    "push": "lrc.api",
     "resume": "lrc.api",
     "sft": "lrc.api",
     "load_recipe": "lrc.recipe",
@@ -43,6 +44,7 @@ __all__ = [
     "load_recipe",
     "load_teacher",
     "prune",
+    "push",
     "resume",
     "sft",
 ]

@@ -270,6 +270,38 @@ def sft(
     return folder / STUDENT
 
 
+def push(
+    model: Run | StrPath,
+    repo: str,
+    *,
+    private: bool = False,
+    gguf: str | None = None,
+    dry_run: bool = False,
+    quiet: bool = False,
+) -> str | None:
+    """Publish a model on the hub, with a card of what was measured.
+
+    Args:
+        model: a run, its folder, the folder of a tuning, or a model folder.
+        repo: the hub id of the repository, which is created if it does not exist.
+        private: whether a new repository is private.
+        gguf: element type of a GGUF file to add, as llama.cpp names it; None: none.
+        dry_run: whether to show what would be sent, and send nothing.
+        quiet: whether to print nothing.
+
+    Returns:
+        The address of the repository; None for a dry run.
+
+    Raises:
+        UserError: if there is no login, or the hub refuses.
+    """
+    from lrc.train.push import push as send
+
+    kind = _choice(Dtype, gguf, "gguf")
+    shown = TextConsole(quiet=quiet)
+    return send(_name(model), repo, shown, private=private, gguf=kind, dry_run=dry_run)
+
+
 def compare(
     comparison: StrPath,
     *,

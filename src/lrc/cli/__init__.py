@@ -14,6 +14,7 @@ from lrc.cli.compare import compare
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
+from lrc.cli.push import push
 from lrc.cli.reporting import report
 from lrc.cli.sft import sft
 from lrc.cli.training import compress, init, resume, train
@@ -30,7 +31,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, compress, resume, prune, sft, compare, export, report, info, generate, chat):
+for command in (
+    train,
+    compress,
+    resume,
+    prune,
+    sft,
+    compare,
+    export,
+    push,
+    report,
+    info,
+    generate,
+    chat,
+):
     app.command(no_args_is_help=True)(command)
 app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)

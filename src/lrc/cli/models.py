@@ -44,6 +44,9 @@ def export(
         Dtype | None,
         typer.Option(help="Element type of the weights; q8_0 only in GGUF. Default: as trained."),
     ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Write Ollama's Modelfile beside the GGUF file.")
+    ] = False,
 ) -> None:
     """Write the student of a run as a plain transformers model, or as a GGUF file for llama.cpp.
 
@@ -57,7 +60,7 @@ def export(
     from lrc.train.export_run import export_model
 
     quiet_libraries()
-    export_model(model, out, dtype, format, console)
+    export_model(model, out, dtype, format, console, modelfile)
 
 
 def info(

@@ -32,6 +32,7 @@ from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import is_left_over, is_taken, write_text
+from lrc.tuning.settings import is_tuning
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -250,7 +251,8 @@ def _said(text: str, result: TaskResult) -> str:
 
 
 def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
-    """Choose the folder for a model's results: inside its run's folder, or below `elsewhere`.
+    """Choose the folder for a model's results: in the folder of its run or chat tuning, or below
+    `elsewhere`.
 
     Args:
         model: the user's name for the model.
@@ -258,7 +260,7 @@ def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
         elsewhere: parent of the results folders of all other models.
     """
     path = Path(model)
-    if is_run(path):
+    if is_run(path) or is_tuning(path):
         return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
     return Path(elsewhere) / name.rpartition("/")[2]

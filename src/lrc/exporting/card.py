@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCard
 from transformers import PreTrainedModel
 
+from lrc.data.shards import open_shards
 from lrc.methods import METHODS
 from lrc.model.locate import HUB_ID, PACKAGE_PREFIX, short_name
 from lrc.model.shapes import shape_of
-from lrc.model.teacher import Description, Teacher, describe_teacher, model_files
+from lrc.model.teacher import Description, Teacher, describe_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
 
@@ -33,16 +33,16 @@ A model of the teacher's own class with a hidden size of {hidden_size}, made by 
 |---|---|
 {results}
 
+## Intended use and limits
+
+For research on small models, and as a start for fine-tuning. It was trained to behave like its
+teacher, on far less text. It inherits the teacher's biases and what the text holds, knows less, and
+states wrong facts as fluently as right ones. It has had no safety training of its own. Evaluate it
+for your purpose before you rely on it.
+
 ## Use
 
-With transformers 4.57 or later:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
-```
+{use}
 
 ## License
 
@@ -50,10 +50,44 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 
 ## Recipe
 
+<details>
+<summary>All settings of the run</summary>
+
 ```yaml
 {recipe}
 ```
+
+</details>
 """
+
+PLACE = "path/of/this/folder"
+"""Stands for the model in the examples of its card."""
+
+TRANSFORMERS = f"""With transformers 4.57 or later:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
+```"""
+
+GGUF = f"""With llama.cpp or Ollama, after `pip install low-rank-clone`:
+
+```bash
+lrc export {PLACE} student.gguf --dtype q8_0 --modelfile
+llama-cli -m student.gguf
+ollama create student -f Modelfile
+```"""
+
+VLLM = f"""With vLLM (not tested):
+
+```bash
+vllm serve {PLACE}{{option}}
+```"""
+
+THROUGH_TRANSFORMERS = " --model-impl transformers"
+"""vLLM's option for classes of its own that take no explicit head_dim."""
 
 
 def model_card(
@@ -78,57 +112,10 @@ def model_card(
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
-        license=_license(described.license),
+        use=_use(teacher),
+        license=_license(described),
         recipe=public_recipe(run.recipe),
     )
-
-
-TUNED = """## Chat tuning
-
-Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of {data}{teacher}, in
-{steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
-
-| | before | after |
-|---|---|---|
-| held-out loss on answers ({held_out:,} conversations) | {before:.4f} | {after:.4f} |
-"""
-
-
-def tuned_card(name: str, summary: dict[str, Any]) -> str:
-    """The card of a model, with a section about its chat tuning.
-
-    Args:
-        name: the model that was tuned, named as in a recipe's `teacher.model`.
-        summary: the final table of the tuning.
-    """
-    path = next((file for file in model_files(name) if file.name == "README.md"), None)
-    card = ModelCard("" if path is None else path.read_text(encoding="utf-8"))
-    data, teacher = summary["data"], summary["teacher"]
-    section = TUNED.format(
-        conversations=summary["training_conversations"],
-        tokens=summary["training_answer_tokens"],
-        data=as_markdown(", ".join(public_name(source) for source in data)),
-        steps=summary["steps"],
-        teacher=f", with KL to {as_markdown(public_name(teacher))}" if teacher else "",
-        held_out=summary["held_out_conversations"],
-        before=summary["held_out_lm_before"],
-        after=summary["held_out_lm"],
-    )
-    front: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
-    front.setdefault("library_name", "transformers")
-    front.setdefault("pipeline_tag", "text-generation")
-    if path is None and HUB_ID.fullmatch(name) and is_public(name):
-        front |= {"base_model": name, "base_model_relation": "finetune"}
-    front["tags"] = list(
-        dict.fromkeys([*(front.get("tags") or []), "trl", "sft", "conversational"])
-    )
-    known = [*(front.get("datasets") or []), *(source for source in data if is_public(source))]
-    if known:
-        front["datasets"] = list(dict.fromkeys(known))
-    text = card.text if path is not None else f"\n# {public_name(name)}, tuned on conversations\n"
-    head, use, rest = text.partition("\n## Use\n")
-    body = f"{head.rstrip()}\n\n{section}{use}{rest}"
-    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{body.lstrip()}"
 
 
 def public_name(name: str) -> str:
@@ -170,18 +157,46 @@ def front_matter(run: Run, described: Description) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if described.license:
         front["license"] = described.license
+    if described.license_name:
+        front["license_name"] = described.license_name
+    if described.license_link:
+        front["license_link"] = described.license_link
     if described.languages:
         front["language"] = list(described.languages)
     if not teacher.model.startswith(PACKAGE_PREFIX) and is_public(teacher.model):
-        front["base_model"] = teacher.model
+        front |= {"base_model": teacher.model, "base_model_relation": "finetune"}
+    if names := data_sets(run.recipe):
+        front["datasets"] = names
     front["tags"] = ["low-rank-clone" if method == "lrc" else method, "distillation"]
     return front
 
 
-def _license(name: str | None) -> str:
-    if name:
-        return f"The teacher's license, {name}, applies to the student."
-    return "The teacher's license applies to the student; no license was found with the teacher."
+def data_sets(recipe: Recipe) -> list[str]:
+    """Hub ids of the data sets that a recipe reads, itself or through its shards."""
+    data = recipe.data
+    found = [data.stream.dataset] if data.stream else []
+    for folder in data.shards:
+        mix = open_shards(Path(folder).expanduser()).build.get("mix", {})
+        found += [source.get("hub") or "" for source in mix.get("sources", {}).values()]
+    return list(dict.fromkeys(name for name in found if "/" in name and is_public(name)))
+
+
+def _use(teacher: Teacher) -> str:
+    """How to run the student, by what its family can."""
+    family = teacher.family
+    option = "" if family.vllm else THROUGH_TRANSFORMERS
+    parts = [TRANSFORMERS, *([GGUF] if family.gguf else []), VLLM.format(option=option)]
+    return "\n\n".join(parts)
+
+
+def _license(described: Description) -> str:
+    name = described.license_name or described.license
+    if not name:
+        return (
+            "The teacher's license applies to the student; no license was found with the teacher."
+        )
+    link = f" ({described.license_link})" if described.license_link else ""
+    return f"The teacher's license, {name}{link}, applies to the student."
 
 
 def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel
 
-from lrc.exporting.card import tuned_card
+from lrc.exporting.card_changes import tuned_card
 from lrc.exporting.plain import export_student
 from lrc.model.families import check_supported
 from lrc.model.locate import locate_locally

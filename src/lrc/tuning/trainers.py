@@ -69,6 +69,7 @@ def make_trainer(
         "bf16": tuning.precision == "bfloat16",
         "activation_checkpointing": tuning.gradient_checkpointing,
         "use_cpu": tuning.device == "cpu",
+        "dataloader_pin_memory": torch.cuda.is_available(),
         "seed": tuning.seed,
         "logging_steps": tuning.log_every,
         "eval_strategy": "steps",
