@@ -158,6 +158,7 @@ def evaluate(
     data: StrPath | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    apply_chat_template: bool = False,
     quiet: bool = False,
 ) -> "Evaluation":
     """Evaluate a model on benchmarks of lm-evaluation-harness, alone or with other models.
@@ -172,13 +173,15 @@ def evaluate(
         data: folder of JSONL files that replace the harness's data sets.
         batch_size: sequences per forward pass.
         device: `auto`, or a device as in torch.
+        apply_chat_template: whether to ask in each model's chat template.
         quiet: whether to print nothing.
 
     Raises:
         UserError: if a model, a task or its data is not found or not usable.
     """
-    from lrc.evaluation.evaluation import PAPER, EvaluationSettings, results_folder
+    from lrc.evaluation.evaluation import EvaluationSettings, results_folder
     from lrc.evaluation.evaluation import evaluate as run_evaluation
+    from lrc.evaluation.published import PAPER
     from lrc.train.setup import find_device
 
     name = _name(model)
@@ -188,6 +191,7 @@ def evaluate(
         data=None if data is None else Path(data),
         batch_size=batch_size,
         device=str(find_device(device)),
+        apply_chat_template=apply_chat_template,
     )
     folder = Path(out) if out else results_folder(name, "evaluation", "evaluations")
     return run_evaluation(name, list(compare), settings, folder, TextConsole(quiet=quiet))

@@ -23,11 +23,12 @@ from lrc.evaluation.harness import (
 )
 from lrc.evaluation.local_data import use_folder
 from lrc.evaluation.progress import Progress, task_progress
-from lrc.evaluation.published import published
+from lrc.evaluation.published import PAPER, task_names
 from lrc.evaluation.results import HELD_OUT, Evaluation, KeptResults, ModelResult, TaskResult
 from lrc.evaluation.subject import Subject, find_subjects
 from lrc.evaluation.tables import markdown
 from lrc.model.teacher import load_model, load_teacher
+from lrc.model.tokenizer import need_template
 from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
@@ -36,9 +37,6 @@ from lrc.tuning.settings import is_tuning
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-PAPER = "paper"
-"""Stands for the paper's nine tasks."""
 
 FORMAT = 2
 """Version of the stored results. Increase it whenever the same settings give different results;
@@ -65,6 +63,8 @@ class EvaluationSettings:
     """Element type of the models; `auto`: as stored."""
     device: str = "cpu"
     """Device name, as in torch."""
+    apply_chat_template: bool = False
+    """Whether the harness asks in each model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,7 @@ def refuse_other_folder(out: Path) -> None:
 
 def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
     """Find tasks and data before any model is loaded."""
-    names = [
-        name
-        for asked in settings.tasks
-        for name in (list(published().tasks) if asked == PAPER else [asked])
-    ]
-    names = list(dict.fromkeys(names))
+    names = task_names(settings.tasks)
     if not names:
         raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names from the harness.")
     of_harness = [name for name in names if name != HELD_OUT]
@@ -173,6 +168,8 @@ def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
                 "limit": settings.limit,
                 "data": data[name],
             }
+            if settings.apply_chat_template:
+                keys[name]["apply_chat_template"] = True
     elif settings.data:
         raise UserError("--data applies only to benchmarks; add some to --tasks, or leave it out.")
     return _Plan(list(keys), manager, held_out, keys)
@@ -192,6 +189,8 @@ def _evaluate(
     if pending:
         print_(f"Loading {subject.name}")
         model, tokenizer = load_model(subject.source, settings.dtype)
+        if settings.apply_chat_template:
+            need_template(tokenizer)
         model.to(settings.device)
         worker = _Worker(plan, settings, model, tokenizer)
         for number, name in enumerate(pending, 1):
@@ -234,7 +233,8 @@ class _Worker:
             return measure(plan.held_out, teacher, self._model, self._tokenizer, progress)
         assert plan.manager is not None
         local = settings.data is not None
-        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local)
+        chat = settings.apply_chat_template
+        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local, chat)
 
 
 def _printer(console: Console) -> Callable[[str], None]:

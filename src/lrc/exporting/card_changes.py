@@ -14,8 +14,8 @@ from lrc.exporting.card import PLACE, as_markdown, is_public, public_name
 from lrc.model.locate import HUB_ID
 from lrc.model.teacher import model_files
 
-TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of {data}{teacher},
-in {steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
+TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of
+{data}{teacher}, in {steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
 
 | | before | after |
 |---|---|---|

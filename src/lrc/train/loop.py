@@ -17,10 +17,12 @@ from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
+from lrc.evaluation.along import Benchmarks
 from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
+from lrc.train.accuracy import accuracy
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.progress import StepProgress, step_progress
 from lrc.train.setup import Setup, autocast, calibration_sequences, new_state
@@ -62,6 +64,8 @@ class Loop:
     first_step: int = 0
     """The step that this process continued from."""
     trackers: list[Tracker] = field(default_factory=list)
+    benchmarks: Benchmarks | None = None
+    """What `train.evaluate` names; None: nothing."""
     on_step: OnStep | None = None
     """Called after every step, once its metrics are written."""
     _saved: float = field(default_factory=time.perf_counter)
@@ -89,6 +93,7 @@ class Loop:
             changed = {} if setup.restored else self._change_stage(progress)
             if not self.run.metrics():
                 start = {**self._measure(progress), **self._measure_teacher()}
+                start |= accuracy(self, progress)
                 self._log({**start, **self.calibration(), **changed})
             if not setup.restored:
                 self._weigh_sources(self.run.metrics()[0])
@@ -102,7 +107,13 @@ class Loop:
                 elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
                     # Only measurements and a few other lines hold the many numbers by layer.
                     line = {k: value for k, value in line.items() if not isinstance(value, list)}
-                if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
+                line |= (measured := accuracy(self, progress))
+                if (
+                    self._due(recipe.train.log_every)
+                    or "held_out_lm" in line
+                    or changed
+                    or measured
+                ):
                     self._log(line | changed)
                 if self.on_step is not None:
                     self.on_step(line | changed)

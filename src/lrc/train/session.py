@@ -11,6 +11,7 @@ from rich.console import Console
 from lrc.cloning.activations import last_hidden
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
+from lrc.evaluation.along import Benchmarks
 from lrc.model.teacher import Teacher
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
@@ -187,6 +188,8 @@ def open_loop(
     A new run's folder is written after all checks that can fail, and before anything slow.
     """
     check_installed(run.recipe.train.report_to)
+    evaluate = run.recipe.train.evaluate
+    benchmarks = None if evaluate is None else Benchmarks(evaluate)
     if run.recipe.train.compile:
         check_compiler(find_device(run.recipe.train.device))
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
@@ -218,4 +221,4 @@ def open_loop(
     if run.recipe.train.compile:
         for model in (setup.teacher.model, setup.method.model):
             compile_small_modules(model)
-    return Loop(run, setup, text, console, *calibration)
+    return Loop(run, setup, text, console, *calibration, benchmarks=benchmarks)

@@ -4,9 +4,12 @@ import bisect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -176,17 +179,28 @@ def restore(run: Run, method: Method, console: Console) -> State | None:
     for path in list_checkpoints(run.checkpoints):
         try:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
-            with using(path):
-                stages_of(method).load_state(header.get("method", {}))
-                state = new_state(method, run.recipe, int(header["step"]))
-                fill_state(state, path, header, tensors)
-            return state
+            return fill_method(method, run.recipe, path, header, tensors)
         except UserError as error:
             console.print(str(error), style="yellow")
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")
     return None
+
+
+def fill_method(
+    method: Method, recipe: Recipe, path: Path, header: dict[str, Any], tensors: dict[str, Tensor]
+) -> State:
+    """Bring a method to a checkpoint, given its content.
+
+    Raises:
+        UserError: if it does not fit the recipe or this version of lrc.
+    """
+    with using(path):
+        stages_of(method).load_state(header.get("method", {}))
+        state = new_state(method, recipe, int(header["step"]))
+        fill_state(state, path, header, tensors)
+    return state
 
 
 def find_device(name: str) -> torch.device:
