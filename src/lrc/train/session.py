@@ -13,6 +13,7 @@ from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.evaluation.along import Benchmarks
 from lrc.model.teacher import Teacher
+from lrc.model.tokenizer import answer_mark
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
@@ -27,6 +28,9 @@ from lrc.train.starts import Starts
 
 NAMED_FILES = 5
 """Largest number of text files to list by name."""
+
+CHAT_SEQUENCES = 256
+"""Number of training sequences in which a conversation is looked for."""
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """An empty calibration batch."""
@@ -173,6 +177,25 @@ def text_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
+def chat_note(teacher: Teacher, text: Reader) -> str | None:
+    """A warning if the teacher is a chat model and the first part of its text holds no
+    conversation in its chat template; None if there is nothing to say, or no way to tell."""
+    if not teacher.tokenizer.chat_template:
+        return None
+    mark = torch.tensor(answer_mark(teacher.tokenizer))
+    looked = min(CHAT_SEQUENCES, text.training_sequences or CHAT_SEQUENCES)
+    seen = text.training_batch(0, looked).input_ids
+    if not 0 < len(mark) <= seen.shape[1]:
+        return None
+    if (seen.unfold(1, len(mark), 1) == mark).all(-1).any():
+        return None
+    return (
+        f"{teacher.name} is a chat model, but the first {seen.numel():,} training tokens hold no "
+        "conversation in its chat template, so the student will not learn to answer from this "
+        "text: mix conversations into it (docs/chat.md says how, and what it costs not to)."
+    )
+
+
 def _listed(names: Iterable[str]) -> str:
     """The first few names, and the number of the others."""
     every = list(names)
@@ -209,6 +232,8 @@ def open_loop(
         check_inputs(run, setup.teacher, text)
     if not (new or setup.restored):
         console.print(f"{run.folder} has no checkpoint yet: it starts over.", style="yellow")
+    if new and (missing := chat_note(setup.teacher, text)):
+        console.print(missing, style="yellow")
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
