@@ -33,7 +33,6 @@ from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import is_left_over, is_taken, write_text
-from lrc.tuning.settings import is_tuning
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -260,7 +259,7 @@ def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
         elsewhere: parent of the results folders of all other models.
     """
     path = Path(model)
-    if is_run(path) or is_tuning(path):
+    if is_run(path) or (path / "student").is_dir():
         return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
     return Path(elsewhere) / name.rpartition("/")[2]

@@ -1,13 +1,14 @@
 """Read conversations, and encode them with a mask of the assistant's tokens."""
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl.chat_template_utils import (
     get_training_chat_template,
@@ -34,16 +35,16 @@ ASSISTANT = "assistant"
 
 @dataclass(frozen=True)
 class Encoded:
-    """A conversation as tokens."""
+    """A conversation as tokens, in arrays: a data set of the hub has hundreds of millions."""
 
-    input_ids: list[int]
-    learned: list[bool]
-    """Whether a token belongs to an answer of the assistant, its end of turn included."""
+    input_ids: NDArray[np.int32]
+    """[tokens]."""
+    learned: NDArray[np.bool_]
+    """[tokens]; whether each belongs to an answer of the assistant, its end of turn included."""
 
-    def labels(self) -> list[int]:
+    def labels(self) -> NDArray[np.int32]:
         """The tokens, with -100 in place of those that are not learned."""
-        pairs = zip(self.input_ids, self.learned, strict=True)
-        return [token if learned else -100 for token, learned in pairs]
+        return np.where(self.learned, self.input_ids, np.int32(-100))
 
 
 def read_conversations(sources: Sequence[str], split: str) -> Iterator[Messages]:
@@ -131,7 +132,9 @@ class Encoder:
         text = chat_text(self._tokenizer, messages)
         ids, learned = self._marked(messages) if self.template else self._rendered(messages, text)
         ids, learned = ids[: self._max_length], learned[: self._max_length]
-        return Encoded(ids, learned) if any(learned[1:]) else None
+        if not any(learned[1:]):
+            return None
+        return Encoded(np.array(ids, np.int32), np.array(learned))
 
     def _marked(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """By the markers of the template."""
@@ -191,6 +194,7 @@ class Conversations:
     training: list[Encoded]
     held_out: list[Encoded]
     training_messages: list[Messages]
+    """Empty lists, unless they were to be kept."""
     left_out: int
     """Conversations without an answer within the length, or that the template refuses."""
 
@@ -199,7 +203,7 @@ class Conversations:
         digest = hashlib.sha256()
         for part in (self.training, self.held_out):
             for one in part:
-                digest.update(json.dumps(one.labels() + one.input_ids).encode())
+                digest.update(one.input_ids.tobytes() + one.learned.tobytes())
             digest.update(b"\n")
         return digest.hexdigest()
 
@@ -210,8 +214,17 @@ def encode_all(
     held_out_fraction: float,
     held_out_conversations: int,
     seed: int,
+    keep_messages: bool = False,
 ) -> Conversations:
     """Encode conversations and hold some out, chosen by their content and the seed.
+
+    Args:
+        conversations: the conversations.
+        encoder: what encodes them.
+        held_out_fraction: share to hold out; at least one.
+        held_out_conversations: maximum number to hold out.
+        seed: seed of the choice.
+        keep_messages: whether the training messages are needed, too.
 
     Raises:
         UserError: if none can be learned from, or fewer than two are left.
@@ -226,8 +239,8 @@ def encode_all(
         if encoded is None:
             left_out += 1
             continue
-        drawn = hashlib.sha256(f"{seed}:{json.dumps(encoded.input_ids)}".encode()).hexdigest()
-        kept.append((drawn, messages, encoded))
+        drawn = hashlib.sha256(f"{seed}:".encode() + encoded.input_ids.tobytes()).hexdigest()
+        kept.append((drawn, messages if keep_messages else [], encoded))
     if len(kept) < 2:
         why = f" The chat template refuses some: {refusal}." if refusal else ""
         raise UserError(

@@ -33,6 +33,7 @@ from lrc.system.files import hold, is_taken, read_json, write_text
 from lrc.train.closing import best_effort
 from lrc.train.progress import phase
 from lrc.train.session import Interrupted
+from lrc.train.setup import find_device
 from lrc.train.signals import stop_on_signals
 from lrc.tuning.settings import SETTINGS, Tuning, is_tuning, open_tuning
 
@@ -92,8 +93,6 @@ def _check(tuning: Tuning, folder: Path) -> None:
 
 
 def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
-    from transformers.trainer_utils import get_last_checkpoint
-
     from lrc.tuning.conversations import Encoder, encode_all, read_conversations
     from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer, plain_model
 
@@ -112,6 +111,7 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
             tuning.held_out_fraction,
             tuning.held_out_conversations,
             tuning.seed,
+            keep_messages=tuning.on_policy,
         )
     if conversations.left_out:
         console.print(
@@ -133,12 +133,9 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
             tuning, model, tokenizer, teacher, conversations, checkpoints, reporter
         )
         held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch)
-        if teacher is not None:
-            teacher.model.to(trainer.args.device)
         before = _before(folder, lambda: _measure(held_out, plain_model(trainer.model), teacher))
         console.print(f"Held-out loss on answers before tuning: {before['held_out_lm']:.4f}")
-        newest = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-        trainer.train(resume_from_checkpoint=newest)
+        trainer.train(resume_from_checkpoint=_newest(checkpoints))
         if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 stop.signal,
@@ -156,7 +153,7 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
             "teacher": tuning.teacher,
             "training_conversations": len(conversations.training),
             "held_out_conversations": len(conversations.held_out),
-            "training_answer_tokens": sum(sum(one.learned) for one in conversations.training),
+            "training_answer_tokens": sum(int(one.learned.sum()) for one in conversations.training),
             "steps": trainer.state.global_step,
             "held_out_lm_before": before["held_out_lm"],
             "held_out_lm": held_out.measure(tuned),
@@ -174,11 +171,18 @@ def _tune(tuning: Tuning, folder: Path, console: Console) -> dict[str, Any]:
     return summary
 
 
+def _newest(checkpoints: Path) -> str | None:
+    """The newest whole checkpoint; TRL writes the trainer's state last."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
 def _teacher(tuning: Tuning, tokenizer: Any, console: Console) -> Teacher:
     """Load the teacher and refuse another tokenizer."""
     assert tuning.teacher is not None
     with phase(console, f"Loading {tuning.teacher}"):
-        teacher = load_teacher(student_of(tuning.teacher))
+        teacher = load_teacher(student_of(tuning.teacher), find_device(tuning.device))
     if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
         raise UserError(
             f"The tokenizers of {tuning.model} and its teacher {tuning.teacher} differ: give a "

@@ -16,7 +16,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
@@ -97,15 +103,23 @@ def make_trainer(
             max_completion_length=tuning.max_new_tokens,
         )
         data = {"train_dataset": prompts, "eval_dataset": prompts.select(range(1))}
-        return OnPolicy(held_out, **common, **data, args=config, teacher_model=teacher.model)
+        return _quiet(
+            OnPolicy(held_out, **common, **data, args=config, teacher_model=teacher.model)
+        )
     config = SFTConfig(**shared, max_length=tuning.max_length, packing=tuning.packing)
     data = {
         "train_dataset": _rows(conversations.training),
         "eval_dataset": _rows(conversations.held_out),
     }
     if teacher is None:
-        return Plain(held_out, **common, **data, args=config)
-    return WithTeacher(held_out, teacher, tuning, **common, **data, args=config)
+        return _quiet(Plain(held_out, **common, **data, args=config))
+    return _quiet(WithTeacher(held_out, teacher, tuning, **common, **data, args=config))
+
+
+def _quiet(trainer: Any) -> Any:
+    """A trainer that does not print its metrics itself."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def _adapters(tuning: Tuning) -> Any:
@@ -137,6 +151,8 @@ def _prompts(conversations: Sequence[Messages], tokenizer: Tokenizer, tuning: Tu
     prompts = []
     for messages in conversations:
         last = max(turn for turn, one in enumerate(messages) if one["role"] == ASSISTANT)
+        if not last:
+            continue  # there is no question
         prompt = [{"role": one["role"], "content": one["content"]} for one in messages[:last]]
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
         if len(ids) + tuning.max_new_tokens <= tuning.max_length:
@@ -176,9 +192,9 @@ class HeldOutLoss:
             mask, learned = torch.zeros_like(ids), torch.zeros_like(ids, dtype=torch.bool)
             for row, one in enumerate(some):
                 size = len(one.input_ids)
-                ids[row, :size] = torch.tensor(one.input_ids)
+                ids[row, :size] = torch.from_numpy(one.input_ids)
                 mask[row, :size] = 1
-                learned[row, :size] = torch.tensor(one.learned)
+                learned[row, :size] = torch.from_numpy(one.learned)
             yield Batch(ids, attention_mask=mask, label_mask=learned).to(device)
 
 
