@@ -14,6 +14,7 @@ from lrc.model.shapes import shape_of
 from lrc.model.teacher import Description, Teacher, describe_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
+from lrc.system.errors import UserError
 
 TEMPLATE = """---
 {front}
@@ -176,7 +177,10 @@ def data_sets(recipe: Recipe) -> list[str]:
     data = recipe.data
     found = [data.stream.dataset] if data.stream else []
     for folder in data.shards:
-        mix = open_shards(Path(folder).expanduser()).build.get("mix", {})
+        try:
+            mix = open_shards(Path(folder).expanduser()).build.get("mix", {})
+        except UserError:  # they may be gone when the student is exported later
+            continue
         found += [source.get("hub") or "" for source in mix.get("sources", {}).values()]
     return list(dict.fromkeys(name for name in found if "/" in name and is_public(name)))
 
