@@ -20,7 +20,7 @@ check: .venv/ready-dev
 # Builds llama.cpp (minutes; needs a C++ compiler and cmake) and opens our GGUF files in it.
 test-gguf: .venv/ready-dev
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || scripts/setup.sh .venv dev,gguf-test
-	$(BIN)/pytest -m slow tests/exporting/test_llama_cpp.py
+	$(BIN)/pytest -m slow tests/exporting/test_llama_cpp.py tests/test_end_to_end.py
 
 setup: .venv/ready
 

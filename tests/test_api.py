@@ -168,7 +168,17 @@ def test_public_names_are_not_hidden_by_packages() -> None:
     import lrc.evaluation
     import lrc.exporting
 
-    for name in ("clone", "compress", "resume", "export", "evaluate", "prune", "compare"):
+    for name in (
+        "clone",
+        "compress",
+        "resume",
+        "export",
+        "evaluate",
+        "prune",
+        "sft",
+        "push",
+        "compare",
+    ):
         assert callable(getattr(lrc, name))
         assert name in lrc.__all__
 

@@ -4,7 +4,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrc.api import clone, compare, compress, evaluate, export, prune, resume
+    from lrc.api import clone, compare, compress, evaluate, export, prune, push, resume, sft
     from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
@@ -22,7 +22,9 @@ _HOME = {
     "evaluate": "lrc.api",
     "export": "lrc.api",
     "prune": "lrc.api",
+    "push": "lrc.api",
     "resume": "lrc.api",
+    "sft": "lrc.api",
     "load_recipe": "lrc.recipe",
     "load_teacher": "lrc.model.teacher",
 }
@@ -42,7 +44,9 @@ __all__ = [
     "load_recipe",
     "load_teacher",
     "prune",
+    "push",
     "resume",
+    "sft",
 ]
 
 

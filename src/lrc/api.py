@@ -156,6 +156,7 @@ def evaluate(
     data: StrPath | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    apply_chat_template: bool = False,
 ) -> "Evaluation":
     """Evaluate a model on benchmarks of lm-evaluation-harness, alone or with other models.
 
@@ -169,12 +170,14 @@ def evaluate(
         data: folder of JSONL files that replace the harness's data sets.
         batch_size: sequences per forward pass.
         device: `auto`, or a device as in torch.
+        apply_chat_template: whether to ask in each model's chat template.
 
     Raises:
         UserError: if a model, a task or its data is not found or not usable.
     """
-    from lrc.evaluation.evaluation import PAPER, EvaluationSettings, results_folder
+    from lrc.evaluation.evaluation import EvaluationSettings, results_folder
     from lrc.evaluation.evaluation import evaluate as run_evaluation
+    from lrc.evaluation.published import PAPER
     from lrc.train.setup import find_device
 
     name = _name(model)
@@ -184,6 +187,7 @@ def evaluate(
         data=None if data is None else Path(data),
         batch_size=batch_size,
         device=str(find_device(device)),
+        apply_chat_template=apply_chat_template,
     )
     folder = Path(out) if out else results_folder(name, "evaluation", "evaluations")
     return run_evaluation(name, list(compare), settings, folder)
@@ -222,6 +226,73 @@ def prune(
     check_recipe(recipe)
     (train if recover else initialize_only)(run)
     return run
+
+
+def sft(
+    model: Run | StrPath,
+    *,
+    data: StrPath | Sequence[StrPath] | None = None,
+    teacher: str | None = None,
+    recipe: StrPath | None = None,
+    out: StrPath | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Tune a model on conversations (supervised fine-tuning with TRL).
+
+    Args:
+        model: a run, its folder, or a model named like a teacher.
+        data: JSONL files of conversations, or data sets of the hub; None: the recipe's.
+        teacher: a model whose predictions for the answers are learned as well.
+        recipe: a YAML file with settings, or a shipped one (`ultrachat-sft`).
+        out: the folder, new or of an earlier call that was stopped; default: a new one in `runs/`.
+        settings: other settings (`lrc.tuning.settings`) by name, `{"epochs": 2}`.
+
+    Returns:
+        The folder of the tuned model, a plain transformers model.
+
+    Raises:
+        UserError: if the model, the teacher or the data is not usable.
+    """
+    from lrc.tuning.settings import load_tuning
+    from lrc.tuning.sft import STUDENT, default_folder
+    from lrc.tuning.sft import sft as tune
+
+    name = _name(model)
+    given = {"model": name, "data": _paths(data) or None, "teacher": teacher}
+    chosen = {key: value for key, value in given.items() if value is not None}
+    tuning = load_tuning(recipe, {**chosen, **(settings or {})})
+    folder = Path(out) if out else default_folder(name)
+    tune(tuning, folder)
+    return folder / STUDENT
+
+
+def push(
+    model: Run | StrPath,
+    repo: str,
+    *,
+    private: bool = False,
+    gguf: str | None = None,
+    dry_run: bool = False,
+) -> str | None:
+    """Publish a model on the hub, with a card of what was measured.
+
+    Args:
+        model: a run, its folder, the folder of a tuning, or a model folder.
+        repo: the hub id of the repository, which is created if it does not exist.
+        private: whether a new repository is private.
+        gguf: element type of a GGUF file to add, as llama.cpp names it; None: none.
+        dry_run: whether to show what would be sent, and send nothing.
+
+    Returns:
+        The address of the repository; None for a dry run.
+
+    Raises:
+        UserError: if there is no login, or the hub refuses.
+    """
+    from lrc.train.push import push as send
+
+    kind = _choice(Dtype, gguf, "gguf")
+    return send(_name(model), repo, private=private, gguf=kind, dry_run=dry_run)
 
 
 def compare(

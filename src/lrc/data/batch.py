@@ -27,6 +27,9 @@ class Batch:
     """Source index of each token, int64 [batch, sequence]; None if the text has no named
     sources."""
 
+    label_mask: Tensor | None = None
+    """True for tokens that may be labels, bool [batch, sequence]; None: all may be."""
+
     def to(self, device: torch.device) -> "Batch":
         """Copy the batch to another device; from pinned memory, the copy overlaps with other
         work."""
@@ -41,8 +44,7 @@ class Batch:
         return self._each(lambda tensor: tensor[some])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        optional = (self.position_ids, self.attention_mask, self.source_ids)
-        changed = [None if tensor is None else change(tensor) for tensor in optional]
+        changed = [None if tensor is None else change(tensor) for tensor in self._optional()]
         return Batch(change(self.input_ids), *changed)
 
     def split_documents(self) -> "list[Batch]":
@@ -75,7 +77,12 @@ class Batch:
 
         sources = None if self.source_ids is None else rows(self.source_ids)
         mask = rows(torch.ones_like(self.input_ids))
-        return Batch(rows(self.input_ids), None, None if mask.all() else mask, sources)
+        labels = None if self.label_mask is None else rows(self.label_mask)
+        return Batch(rows(self.input_ids), None, None if mask.all() else mask, sources, labels)
+
+    def _optional(self) -> tuple[Tensor | None, ...]:
+        """All fields but the tokens, in their order."""
+        return (self.position_ids, self.attention_mask, self.source_ids, self.label_mask)
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""
@@ -94,8 +101,8 @@ class Batch:
 
     def labels(self) -> Tensor:
         """Next tokens, int64 [batch, sequence]; -100 where there is no label: at the end of a
-        sequence, where this or the next token is padding, and across a document boundary if
-        documents are masked from each other."""
+        sequence, where this or the next token is padding, across a document boundary if documents
+        are masked from each other, and where `label_mask` excludes the next token."""
         labels = torch.full_like(self.input_ids, -100)
         labels[:, :-1] = self.input_ids[:, 1:]
         if self.attention_mask is not None:
@@ -104,6 +111,8 @@ class Batch:
             labels[:, :-1].masked_fill_(padded[:, 1:], -100)
         if self.position_ids is not None:
             labels[:, :-1].masked_fill_(self.position_ids[:, 1:] == 0, -100)
+        if self.label_mask is not None:
+            labels[:, :-1].masked_fill_(~self.label_mask[:, 1:], -100)
         return labels
 
     def label_sources(self) -> Tensor | None:

@@ -21,11 +21,12 @@ from lrc.evaluation.harness import (
     open_tasks,
 )
 from lrc.evaluation.local_data import use_folder
-from lrc.evaluation.published import published
+from lrc.evaluation.published import PAPER, task_names
 from lrc.evaluation.results import HELD_OUT, Evaluation, KeptResults, ModelResult, TaskResult
 from lrc.evaluation.subject import Subject, find_subjects
 from lrc.evaluation.tables import markdown
 from lrc.model.teacher import load_model, load_teacher
+from lrc.model.tokenizer import need_template
 from lrc.run import is_run
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
@@ -36,9 +37,6 @@ logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
-
-PAPER = "paper"
-"""Stands for the paper's nine tasks."""
 
 FORMAT = 2
 """Version of the stored results. Increase it whenever the same settings give different results;
@@ -65,6 +63,8 @@ class EvaluationSettings:
     """Element type of the models; `auto`: as stored."""
     device: str = "cpu"
     """Device name, as in torch."""
+    apply_chat_template: bool = False
+    """Whether the harness asks in each model's chat template."""
 
 
 @dataclass(frozen=True)
@@ -131,12 +131,7 @@ def refuse_other_folder(out: Path) -> None:
 
 def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
     """Find tasks and data before any model is loaded."""
-    names = [
-        name
-        for asked in settings.tasks
-        for name in (list(published().tasks) if asked == PAPER else [asked])
-    ]
-    names = list(dict.fromkeys(names))
+    names = task_names(settings.tasks)
     if not names:
         raise UserError(f"Give --tasks some tasks: {PAPER}, {HELD_OUT}, or names from the harness.")
     of_harness = [name for name in names if name != HELD_OUT]
@@ -170,6 +165,8 @@ def _plan(first: Subject, settings: EvaluationSettings, scratch: Path) -> _Plan:
                 "limit": settings.limit,
                 "data": data[name],
             }
+            if settings.apply_chat_template:
+                keys[name]["apply_chat_template"] = True
     elif settings.data:
         raise UserError("--data applies only to benchmarks; add some to --tasks, or leave it out.")
     return _Plan(list(keys), manager, held_out, keys)
@@ -190,6 +187,8 @@ def _evaluate(
     if pending:
         logger.info("Loading %s", subject.name)
         model, tokenizer = load_model(subject.source, settings.dtype)
+        if settings.apply_chat_template:
+            need_template(tokenizer)
         model.to(settings.device)
         worker = _Worker(plan, settings, model, tokenizer)
         for number, name in enumerate(pending, 1):
@@ -232,7 +231,8 @@ class _Worker:
             return measure(plan.held_out, teacher, self._model, self._tokenizer, progress)
         assert plan.manager is not None
         local = settings.data is not None
-        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local)
+        chat = settings.apply_chat_template
+        return evaluate_task(self._lm, plan.manager, name, settings.limit, progress, local, chat)
 
 
 def _said(text: str, result: TaskResult) -> str:
@@ -245,7 +245,8 @@ def _said(text: str, result: TaskResult) -> str:
 
 
 def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
-    """Choose the folder for a model's results: inside its run's folder, or below `elsewhere`.
+    """Choose the folder for a model's results: in the folder of its run or chat tuning, or below
+    `elsewhere`.
 
     Args:
         model: the user's name for the model.
@@ -253,7 +254,7 @@ def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
         elsewhere: parent of the results folders of all other models.
     """
     path = Path(model)
-    if is_run(path):
+    if is_run(path) or (path / "student").is_dir():
         return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
     return Path(elsewhere) / name.rpartition("/")[2]

@@ -177,6 +177,7 @@ def evaluate_task(
     limit: int | None,
     progress: Progress | None = None,
     local: bool = False,
+    chat: bool = False,
 ) -> TaskResult:
     """Evaluate one task or group.
 
@@ -187,13 +188,15 @@ def evaluate_task(
         limit: number of rows of the task, or of each member of a group; None: all.
         progress: called after every answer.
         local: whether the rows are on this machine.
+        chat: whether to ask in the model's chat template.
 
     Raises:
         UserError: if the data cannot be loaded or lacks fields that the task reads.
     """
     start, before = time.perf_counter(), lm.truncated
     with quiet_harness():
-        found = _evaluate(lm, manager, load_task(manager, name, local), limit, progress)
+        task = load_task(manager, name, local)
+        found = _evaluate(lm, manager, task, limit, progress, chat=chat)
     counts = found["n-samples"]
     members = list(counts) if name in found["group_subtasks"] else []
     shots = {found["n-shot"].get(member, 0) for member in counts}
@@ -289,6 +292,7 @@ def _evaluate(
     limit: int | None,
     progress: Progress | None,
     rows: bool = False,
+    chat: bool = False,
 ) -> Any:
     """The harness's `simple_evaluate` without its log details.
 
@@ -306,7 +310,7 @@ def _evaluate(
     for member in loaded["tasks"].values():
         _without_shots(member)
         member.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
-    found = evaluate(lm, loaded, limit=limit, log_samples=rows)
+    found = evaluate(lm, loaded, limit=limit, log_samples=rows, apply_chat_template=chat)
     assert found is not None  # None only in secondary processes
     return found
 

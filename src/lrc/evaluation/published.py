@@ -1,5 +1,6 @@
 """The paper's results, which ship as data to compare a student with."""
 
+from collections.abc import Iterable
 from importlib import resources
 
 import yaml
@@ -37,6 +38,17 @@ class Published(Section):
     tasks: dict[str, Benchmark]
     """Keyed by the harness's task name, in the paper's order."""
     models: tuple[PublishedModel, ...]
+
+
+PAPER = "paper"
+"""Stands for the paper's nine tasks."""
+
+
+def task_names(asked: Iterable[str]) -> list[str]:
+    """The names of tasks without duplicates, with the paper's in place of `paper`."""
+    ours = list(published().tasks)
+    found = [name for one in asked for name in (ours if one == PAPER else [one])]
+    return list(dict.fromkeys(found))
 
 
 def published() -> Published:

@@ -7,12 +7,14 @@ from typing import Any
 import yaml
 from transformers import PreTrainedModel
 
+from lrc.data.shards import open_shards
 from lrc.methods import METHODS
 from lrc.model.locate import HUB_ID, PACKAGE_PREFIX, short_name
 from lrc.model.shapes import shape_of
 from lrc.model.teacher import Description, Teacher, describe_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
+from lrc.system.errors import UserError
 
 TEMPLATE = """---
 {front}
@@ -32,16 +34,16 @@ A model of the teacher's own class with a hidden size of {hidden_size}, made by 
 |---|---|
 {results}
 
+## Intended use and limits
+
+For research on small models, and as a start for fine-tuning. It was trained to behave like its
+teacher, on far less text. It inherits the teacher's biases and what the text holds, knows less, and
+states wrong facts as fluently as right ones. It has had no safety training of its own. Evaluate it
+for your purpose before you rely on it.
+
 ## Use
 
-With transformers 4.57 or later:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/of/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
-```
+{use}
 
 ## License
 
@@ -49,10 +51,44 @@ tokenizer = AutoTokenizer.from_pretrained("path/of/this/folder")
 
 ## Recipe
 
+<details>
+<summary>All settings of the run</summary>
+
 ```yaml
 {recipe}
 ```
+
+</details>
 """
+
+PLACE = "path/of/this/folder"
+"""Stands for the model in the examples of its card."""
+
+TRANSFORMERS = f"""With transformers 4.57 or later:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
+```"""
+
+GGUF = f"""With llama.cpp or Ollama, after `pip install low-rank-clone`:
+
+```bash
+lrc export {PLACE} student.gguf --dtype q8_0 --modelfile
+llama-cli -m student.gguf
+ollama create student -f Modelfile
+```"""
+
+VLLM = f"""With vLLM (not tested):
+
+```bash
+vllm serve {PLACE}{{option}}
+```"""
+
+THROUGH_TRANSFORMERS = " --model-impl transformers"
+"""vLLM's option for classes of its own that take no explicit head_dim."""
 
 
 def model_card(
@@ -77,7 +113,8 @@ def model_card(
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
-        license=_license(described.license),
+        use=_use(teacher),
+        license=_license(described),
         recipe=public_recipe(run.recipe),
     )
 
@@ -121,18 +158,49 @@ def front_matter(run: Run, described: Description) -> dict[str, Any]:
     front: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
     if described.license:
         front["license"] = described.license
+    if described.license_name:
+        front["license_name"] = described.license_name
+    if described.license_link:
+        front["license_link"] = described.license_link
     if described.languages:
         front["language"] = list(described.languages)
     if not teacher.model.startswith(PACKAGE_PREFIX) and is_public(teacher.model):
-        front["base_model"] = teacher.model
+        front |= {"base_model": teacher.model, "base_model_relation": "finetune"}
+    if names := data_sets(run.recipe):
+        front["datasets"] = names
     front["tags"] = ["low-rank-clone" if method == "lrc" else method, "distillation"]
     return front
 
 
-def _license(name: str | None) -> str:
-    if name:
-        return f"The teacher's license, {name}, applies to the student."
-    return "The teacher's license applies to the student; no license was found with the teacher."
+def data_sets(recipe: Recipe) -> list[str]:
+    """Hub ids of the data sets that a recipe reads, itself or through its shards."""
+    data = recipe.data
+    found = [data.stream.dataset] if data.stream else []
+    for folder in data.shards:
+        try:
+            mix = open_shards(Path(folder).expanduser()).build.get("mix", {})
+        except UserError:  # they may be gone when the student is exported later
+            continue
+        found += [source.get("hub") or "" for source in mix.get("sources", {}).values()]
+    return list(dict.fromkeys(name for name in found if "/" in name and is_public(name)))
+
+
+def _use(teacher: Teacher) -> str:
+    """How to run the student, by what its family can."""
+    family = teacher.family
+    option = "" if family.vllm else THROUGH_TRANSFORMERS
+    parts = [TRANSFORMERS, *([GGUF] if family.gguf else []), VLLM.format(option=option)]
+    return "\n\n".join(parts)
+
+
+def _license(described: Description) -> str:
+    name = described.license_name or described.license
+    if not name:
+        return (
+            "The teacher's license applies to the student; no license was found with the teacher."
+        )
+    link = f" ({described.license_link})" if described.license_link else ""
+    return f"The teacher's license, {name}{link}, applies to the student."
 
 
 def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:

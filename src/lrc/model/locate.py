@@ -96,6 +96,7 @@ def locate_locally(name: str) -> ModelFiles | None:
             raise UserError(f"There is no file '{name}'; give the path of an existing .gguf file.")
         return ModelFiles(name, path.parent, path.name)
     if path.is_dir():
+        path = path if (path / "config.json").is_file() else _student_of(path)
         if not (path / "config.json").is_file():
             raise UserError(
                 f"The folder '{name}' holds no config.json; give a model folder.{_hint(path)}"
@@ -129,10 +130,14 @@ def short_name(name: str) -> str:
     return name.removeprefix(PACKAGE_PREFIX).rstrip("/").rpartition("/")[2].removesuffix(".gguf")
 
 
+def _student_of(folder: Path) -> Path:
+    """The exported student of a run or tuning; else the folder itself."""
+    student = folder / "student"
+    return student if (student / "config.json").is_file() else folder
+
+
 def _hint(folder: Path) -> str:
     """Say what a folder that is not a model may be instead."""
-    if (folder / "student" / "config.json").is_file():
-        return f" It is a run: its student is in {folder / 'student'}."
     if (folder / "adapter_config.json").is_file():
         return " It holds a LoRA adapter: merge it into its base model first."
     files = sorted(folder.glob("*.gguf"))

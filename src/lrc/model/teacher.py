@@ -270,6 +270,12 @@ class Description:
     languages: tuple[str, ...] = ()
     """Codes of its languages."""
 
+    license_name: str | None = None
+    """Name of a license that has no identifier of its own (`license` is then `other`)."""
+
+    license_link: str | None = None
+    """Where that license is."""
+
 
 def describe_teacher(section: TeacherSection) -> Description:
     """Return a teacher's license and languages, from its card or its GGUF file.
@@ -283,6 +289,8 @@ def describe_teacher(section: TeacherSection) -> Description:
             fields = GGUFReader(files.gguf_path).fields
             found = {
                 "license": _contents(fields, "general.license"),
+                "license_name": _contents(fields, "general.license.name"),
+                "license_link": _contents(fields, "general.license.link"),
                 "language": _contents(fields, "general.languages"),
             }
         else:
@@ -290,12 +298,20 @@ def describe_teacher(section: TeacherSection) -> Description:
             found = ModelCard.load(card).data.to_dict() if card.is_file() else {}
     except Exception:
         found = {}
-    license_name, languages = found.get("license"), found.get("language")
+    languages = found.get("language")
     if isinstance(languages, str):
         languages = [languages]
+    name, long_name, link = (
+        value if isinstance(value := found.get(f"license{part}"), str) else None
+        for part in ("", "_name", "_link")
+    )
+    if section.license and section.license != name:
+        long_name = link = None  # they belong to the license of the teacher's card
     return Description(
-        section.license or (license_name if isinstance(license_name, str) else None),
+        section.license or name,
         tuple(str(one) for one in languages or () if isinstance(one, str)),
+        long_name,
+        link,
     )
 
 

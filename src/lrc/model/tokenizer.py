@@ -131,6 +131,19 @@ def need_template(tokenizer: Tokenizer) -> None:
         raise UserError("The tokenizer has no chat template.")
 
 
+def answer_mark(tokenizer: Tokenizer) -> list[int]:
+    """The tokens between a question and its answer in the chat template; none if it puts nothing
+    there, or refuses the conversation."""
+    question, answer = "QUESTION", "ANSWER"
+    roles = (("user", question), ("assistant", answer))
+    try:
+        text = chat_text(tokenizer, [{"role": role, "content": said} for role, said in roles])
+    except UserError:
+        return []
+    between = text.partition(question)[2].partition(answer)[0].strip()
+    return list(tokenizer(between, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the token ids of a prompt, without an end-of-text token.
 

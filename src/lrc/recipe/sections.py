@@ -300,6 +300,26 @@ class DataSection(Section):
         return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
 
 
+class EvaluateSection(Section):
+    """Accuracy on benchmarks during the run, as in the paper's Figure 4."""
+
+    tasks: list[str] = Field(min_length=1)
+    """Tasks of lm-evaluation-harness, or `paper` for the paper's nine."""
+
+    every_tokens: int = Field(gt=0)
+    """Training tokens between two measurements. The start and the end are measured too, and the
+    teacher once."""
+
+    limit: int | None = Field(None, gt=0)
+    """Rows of each task (each subject of mmlu). Empty: all."""
+
+    data: str | None = None
+    """Folder of JSONL files that replace the harness's data sets."""
+
+    batch_size: int = Field(16, gt=0)
+    """Sequences per forward pass; affects speed, not results."""
+
+
 class TrainSection(Section):
     """The optimization and its bookkeeping."""
 
@@ -384,6 +404,9 @@ class TrainSection(Section):
 
     eval_sequences: int = Field(32, gt=0)
     """Number of held-out sequences to measure."""
+
+    evaluate: EvaluateSection | None = None
+    """Accuracy on benchmarks during the run. Empty: none."""
 
     checkpoint_every: int = Field(100, gt=0)
     """Steps between two checkpoints. One is always written before the first step and one at the

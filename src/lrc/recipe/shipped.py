@@ -10,6 +10,7 @@ KINDS = {
     "recipe": "recipe/recipes",
     "comparison": "comparison/comparisons",
     "mix": "corpus/mixes",
+    "sft recipe": "tuning/recipes",
 }
 """The kind's name in messages, and the folder of the package that holds its files."""
 

@@ -5,25 +5,36 @@ from pathlib import Path
 
 import torch
 from gguf import GGMLQuantizationType as Kind
+from transformers import GenerationConfig
 
 from lrc.exporting.card import front_matter, model_card
 from lrc.exporting.formats import LLAMA_NAMES, TORCH_NAMES, Dtype, Format
 from lrc.exporting.gguf_file import About, convert_to_gguf, kind_of, write_gguf
+from lrc.exporting.modelfile import modelfile
 from lrc.exporting.plain import export_student
-from lrc.model.teacher import describe_teacher, short_name
+from lrc.model.locate import locate
+from lrc.model.teacher import describe_teacher, load_tokenizer, short_name
 from lrc.run import Run, is_run
 from lrc.system.errors import UserError
-from lrc.system.files import is_taken
+from lrc.system.files import is_taken, write_text
 from lrc.system.progress import task
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.closing import best_effort
 from lrc.train.inputs import check_inputs
 from lrc.train.setup import Setup, set_up
 
+MODELFILE = "Modelfile"
+
 logger = logging.getLogger(__name__)
 
 
-def export_model(model: str, out: Path, dtype: Dtype | None, format: Format | None) -> None:
+def export_model(
+    model: str,
+    out: Path,
+    dtype: Dtype | None,
+    format: Format | None,
+    with_modelfile: bool = False,
+) -> None:
     """Write the student of a run, or for GGUF any model, and report where it is.
 
     Args:
@@ -31,14 +42,23 @@ def export_model(model: str, out: Path, dtype: Dtype | None, format: Format | No
         out: a new folder, or a new file whose name ends in .gguf.
         dtype: element type of the weights; None: as trained.
         format: the format; None: as the name of `out` says.
+        with_modelfile: whether to write Ollama's Modelfile beside a GGUF file.
 
     Raises:
         UserError: if the format does not fit the name or the element type, the name is taken, the
             run has no checkpoint, or the disk is full.
     """
     if format is Format.gguf or (format is None and out.suffix == ".gguf"):
+        target = out.parent / MODELFILE
+        if with_modelfile and target.exists():
+            raise UserError(f"{target} already exists: remove it, or export to another folder.")
         _export_gguf(model, out, dtype)
+        if with_modelfile:
+            _write_modelfile(model, out, target)
+            logger.info("%s is for `ollama create`.", target)
         return
+    if with_modelfile:
+        raise UserError("--modelfile goes with GGUF: give a file name that ends in .gguf.")
     if out.suffix == ".gguf":
         raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
     if dtype is Dtype.q8_0:
@@ -46,6 +66,17 @@ def export_model(model: str, out: Path, dtype: Dtype | None, format: Format | No
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
     step = export_run(Run.open(Path(model)), out, element)
     logger.info("The student of step %s is in %s.", step, out)
+
+
+def _write_modelfile(model: str, gguf: Path, target: Path) -> None:
+    """Write a Modelfile from the tokenizer and the sampling settings of a model or a run's teacher,
+    which its student shares."""
+    source = Run.open(Path(model)).recipe.teacher.model if is_run(Path(model)) else model
+    files = locate(source, weights=False)
+    settings = None
+    if (files.folder / "generation_config.json").is_file() and files.gguf is None:
+        settings = GenerationConfig.from_pretrained(files.folder, local_files_only=True)
+    write_text(target, modelfile(gguf.name, load_tokenizer(source), settings))
 
 
 def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:

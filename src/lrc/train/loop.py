@@ -18,12 +18,14 @@ from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
+from lrc.evaluation.along import Benchmarks
 from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
 from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.system.progress import Task, task
+from lrc.train.accuracy import accuracy
 from lrc.train.batches import BatchReader, separated
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.setup import (
@@ -72,6 +74,8 @@ class Loop:
     first_step: int = 0
     """The step that this process continued from."""
     trackers: list[Tracker] = field(default_factory=list)
+    benchmarks: Benchmarks | None = None
+    """What `train.evaluate` names; None: nothing."""
     on_step: OnStep | None = None
     """Called after every step, once its metrics are written."""
     reads_ahead: bool | None = None
@@ -103,6 +107,7 @@ class Loop:
             changed = {} if setup.restored else self._change_stage(progress)
             if self.world.from_first(not self.run.metrics()):
                 start = {**self._measure(progress), **self._measure_teacher()}
+                start |= accuracy(self)
                 self._log({**start, **self.calibration(), **changed})
             if not setup.restored:
                 self._weigh_sources(self.world.from_first(self.run.metrics()[:1])[0])
@@ -116,7 +121,13 @@ class Loop:
                 elif not self._due(max(1, recipe.steps() // LAYERWISE_LINES)):
                     # Only measurements and a few other lines hold the many numbers by layer.
                     line = {k: value for k, value in line.items() if k != CLONE_LAYERS}
-                if self._due(recipe.train.log_every) or "held_out_lm" in line or changed:
+                line |= (measured := accuracy(self))
+                if (
+                    self._due(recipe.train.log_every)
+                    or "held_out_lm" in line
+                    or changed
+                    or measured
+                ):
                     self._log(line | changed)
                 if self.on_step is not None and self.world.leads:
                     self.on_step(line | changed)

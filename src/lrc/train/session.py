@@ -14,7 +14,9 @@ from lrc.cloning.kernels import use_triton
 from lrc.cloning.kernels.liger import apply_liger
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
+from lrc.evaluation.along import Benchmarks
 from lrc.model.teacher import Teacher
+from lrc.model.tokenizer import answer_mark
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
 from lrc.run import Run
@@ -33,6 +35,9 @@ logger = logging.getLogger(__name__)
 
 NAMED_FILES = 5
 """Largest number of text files to list by name."""
+
+CHAT_SEQUENCES = 256
+"""Number of training sequences in which a conversation is looked for."""
 
 NO_BATCH = Batch(torch.empty(0, 0, dtype=torch.int64))
 """An empty calibration batch."""
@@ -236,6 +241,25 @@ def text_notes(recipe: Recipe) -> list[str]:
     return notes
 
 
+def chat_note(teacher: Teacher, text: Reader) -> str | None:
+    """A warning if the teacher is a chat model and the first part of its text holds no
+    conversation in its chat template; None if there is nothing to say, or no way to tell."""
+    if not teacher.tokenizer.chat_template:
+        return None
+    mark = torch.tensor(answer_mark(teacher.tokenizer))
+    looked = min(CHAT_SEQUENCES, text.training_sequences or CHAT_SEQUENCES)
+    seen = text.training_batch(0, looked).input_ids
+    if not 0 < len(mark) <= seen.shape[1]:
+        return None
+    if (seen.unfold(1, len(mark), 1) == mark).all(-1).any():
+        return None
+    return (
+        f"{teacher.name} is a chat model, but the first {seen.numel():,} training tokens hold no "
+        "conversation in its chat template, so the student will not learn to answer from this "
+        "text: mix conversations into it (docs/chat.md says how, and what it costs not to)."
+    )
+
+
 def _listed(names: Iterable[str]) -> str:
     """The first few names, and the number of the others."""
     every = list(names)
@@ -251,6 +275,8 @@ def open_loop(
     A new run's folder is written after all checks that can fail, and before anything slow.
     """
     check_installed(run.recipe.train.report_to)
+    evaluate = run.recipe.train.evaluate
+    benchmarks = None if evaluate is None else Benchmarks(evaluate)
     if run.recipe.train.compile:
         check_compiler(find_device(run.recipe.train.device))
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
@@ -273,6 +299,8 @@ def open_loop(
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
+    if new and (missing := chat_note(setup.teacher, text)):
+        logger.warning(missing)
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
@@ -288,4 +316,4 @@ def open_loop(
     if run.recipe.train.compile:
         for model in models:
             compile_small_modules(model)
-    return Loop(run, setup, text, *calibration, world=world)
+    return Loop(run, setup, text, *calibration, world=world, benchmarks=benchmarks)

@@ -5,6 +5,8 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,7 +22,14 @@ from lrc.recipe.sections import TrainSection
 from lrc.run import Run
 from lrc.system.distributed import ALONE, World, join, local_rank
 from lrc.system.errors import UserError
-from lrc.train.checkpoint import State, fill_state, list_checkpoints, read_checkpoint, using
+from lrc.train.checkpoint import (
+    State,
+    Tensors,
+    fill_state,
+    list_checkpoints,
+    read_checkpoint,
+    using,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -180,17 +189,33 @@ def restore(run: Run, method: Method, world: World = ALONE) -> State | None:
     for path in list_checkpoints(run.checkpoints):
         try:
             header, tensors = read_checkpoint(path, run.recipe.fingerprint())
-            with using(path):
-                stages_of(method).load_state(header.get("method", {}))
-                state = new_state(method, run.recipe, int(header["step"]), world)
-                fill_state(state, path, header, tensors)
-            return state
+            return fill_method(method, run.recipe, path, header, tensors, world)
         except UserError as error:
             logger.warning(str(error))
             refused.append(str(error))
     if refused:
         raise UserError(f"No checkpoint of {run.folder} can be used: {refused[0]}")
     return None
+
+
+def fill_method(
+    method: Method,
+    recipe: Recipe,
+    path: Path,
+    header: dict[str, Any],
+    tensors: Tensors,
+    world: World = ALONE,
+) -> State:
+    """Bring a method to a checkpoint, given its content.
+
+    Raises:
+        UserError: if it does not fit the recipe or this version of lrc.
+    """
+    with using(path):
+        stages_of(method).load_state(header.get("method", {}))
+        state = new_state(method, recipe, int(header["step"]), world)
+        fill_state(state, path, header, tensors)
+    return state
 
 
 def find_device(name: str) -> torch.device:

@@ -57,7 +57,7 @@ def tracked_values(line: Mapping[str, Any]) -> dict[str, float]:
     for name, value in line.items():
         if name in ("step", CLONE_LAYERS) or isinstance(value, str):
             continue
-        key = f"{'eval' if 'held_out' in name else 'train'}/{name}"
+        key = f"{'eval' if 'held_out' in name or 'accuracy' in name else 'train'}/{name}"
         if isinstance(value, dict):
             values |= {f"{key}/{source}": number for source, number in value.items()}
         else:

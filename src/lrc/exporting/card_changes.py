@@ -1,0 +1,159 @@
+"""Changes to the card of a finished model: chat tuning, accuracy, and what publishing adds."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard
+from huggingface_hub.repocard_data import eval_results_to_model_index
+
+from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult
+from lrc.exporting.card import PLACE, as_markdown, is_public, public_name
+from lrc.model.locate import HUB_ID
+from lrc.model.teacher import model_files
+
+TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of
+{data}{teacher}, in {steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
+
+| | before | after |
+|---|---|---|
+| held-out loss on answers ({held_out:,} conversations) | {before:.4f} | {after:.4f} |"""
+
+CARD = "README.md"
+
+
+def card_of(name: str) -> str | None:
+    """The card of a local model, named as in a recipe's `teacher.model`; None if there is none."""
+    path = next((file for file in model_files(name) if file.name == CARD), None)
+    return None if path is None else path.read_text(encoding="utf-8")
+
+
+def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
+    """The card of a model, with a section about its chat tuning.
+
+    Args:
+        name: the model that was tuned, named as in a recipe's `teacher.model`.
+        summary: the final table of the tuning.
+    """
+    known = card_of(name)
+    data, teacher = summary["data"], summary["teacher"]
+    section = TUNED.format(
+        conversations=summary["training_conversations"],
+        tokens=summary["training_answer_tokens"],
+        data=as_markdown(", ".join(public_name(source) for source in data)),
+        steps=summary["steps"],
+        teacher=f", with KL to {as_markdown(public_name(teacher))}" if teacher else "",
+        held_out=summary["held_out_conversations"],
+        before=summary["held_out_lm_before"],
+        after=summary["held_out_lm"],
+    )
+    more: dict[str, Any] = {
+        "tags": ["trl", "sft", "conversational"],
+        "datasets": [source for source in data if is_public(source)],
+    }
+    if known is None:
+        known = f"\n# {as_markdown(public_name(name))}, tuned on conversations\n"
+        more |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        if HUB_ID.fullmatch(name) and is_public(name):
+            more |= {"base_model": name, "base_model_relation": "finetune"}
+    return changed(known, more, {"Chat tuning": section})
+
+
+def published_card(
+    text: str, repo: str, evaluation: Evaluation | None, curves: bool, gguf: str | None
+) -> str:
+    """A card as it is published.
+
+    Args:
+        text: the card.
+        repo: the hub id, which replaces the folder in its examples.
+        evaluation: the evaluation of the model, as its first one; None: none was made.
+        curves: whether `curves.png` is beside the card.
+        gguf: the name of the GGUF file beside it; None: none.
+    """
+    front: dict[str, Any] = {}
+    sections = {}
+    if evaluation is not None:
+        if results := _results(evaluation.models[0]):
+            index = eval_results_to_model_index(repo.rpartition("/")[2], results)
+            front["model-index"] = index
+        if table := _accuracy(evaluation):
+            sections["Accuracy"] = table
+    if curves:
+        sections["Curves"] = "![Losses over training tokens](curves.png)"
+    if gguf is not None:
+        front["tags"] = ["gguf"]
+        sections["GGUF"] = f"`{gguf}` is the same model for llama.cpp: `llama-cli -m {gguf}`."
+    return changed(text.replace(PLACE, repo), front, sections)
+
+
+def changed(text: str, front: Mapping[str, Any], sections: Mapping[str, str]) -> str:
+    """A card with more front matter and sections.
+
+    Args:
+        text: the card.
+        front: front matter; lists are added to, other entries replace.
+        sections: text by title; it replaces a section of that title, or comes before `Use`.
+    """
+    card = ModelCard(text, ignore_metadata_errors=True)
+    known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    for name, value in front.items():
+        if name in ("tags", "datasets"):
+            value = list(dict.fromkeys([*(known.get(name) or []), *value]))
+        if value:
+            known[name] = value
+    body = card.text.strip() + "\n"
+    for title, section in sections.items():
+        body = re.sub(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", "", body)
+        head, use, rest = body.partition("\n## Use\n")
+        body = f"{head.rstrip()}\n\n## {title}\n\n{section}\n{use}{rest}"
+    return f"---\n{yaml.safe_dump(known, sort_keys=False).strip()}\n---\n\n{body.lstrip()}"
+
+
+def _results(model: ModelResult) -> list[EvalResult]:
+    """Every metric of the harness's tasks, for a model-index."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            task_name="Text Generation",
+            dataset_type=name,
+            dataset_name=name,
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=round(score.value, 4),
+            source_name=f"lm-evaluation-harness, {_shots(result.shots)}, {result.rows} rows",
+            source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+        )
+        for name, result in model.tasks.items()
+        if name != HELD_OUT
+        for metric, score in result.metrics.items()
+    ]
+
+
+def _shots(shots: int | None) -> str:
+    return "mixed shots" if shots is None else f"{shots}-shot"
+
+
+def _accuracy(evaluation: Evaluation) -> str:
+    """The metrics of all evaluated models, side by side."""
+    models = evaluation.models
+    lines = [
+        "| task | metric | rows | " + " | ".join(as_markdown(one.label) for one in models) + " |",
+        "|---|---|---|" + "---|" * len(models),
+    ]
+    for name, result in models[0].tasks.items():
+        for metric in result.metrics:
+            scores = [one.tasks[name].metrics.get(metric) for one in models if name in one.tasks]
+            values = " | ".join("" if score is None else f"{score.value:.4f}" for score in scores)
+            lines.append(f"| {name} | {metric} | {result.rows:,} | {values} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def read_evaluation(folder: Path) -> Evaluation | None:
+    """The evaluation in a results folder; None if there is no intact one."""
+    try:
+        return Evaluation.model_validate_json((folder / "results.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,1 @@
+"""Chat tuning: supervised fine-tuning of a student on conversations, with TRL."""

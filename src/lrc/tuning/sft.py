@@ -1,0 +1,247 @@
+"""Tune a model on conversations and export it. The folder of a tuning holds:
+
+sft.yaml        its settings
+inputs.json     a checksum of the conversations
+metrics.jsonl   one line per logged step
+checkpoints/    TRL's checkpoints, to resume from
+summary.json    the final table
+student/        the tuned model, a plain transformers model
+"""
+
+import copy
+import importlib.util
+import json
+import logging
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from lrc.exporting.card_changes import tuned_card
+from lrc.exporting.plain import export_student
+from lrc.model.families import check_supported
+from lrc.model.locate import locate_locally
+from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
+from lrc.preflight import check_installed
+from lrc.run import student_of
+from lrc.system.errors import UserError
+from lrc.system.files import hold, is_taken, read_json, write_text
+from lrc.system.progress import Task, task
+from lrc.system.tables import Table
+from lrc.train.closing import best_effort
+from lrc.train.session import Interrupted
+from lrc.train.setup import find_device
+from lrc.train.signals import stop_on_signals
+from lrc.tuning.settings import SETTINGS, Tuning, is_tuning, open_tuning
+
+logger = logging.getLogger(__name__)
+
+STUDENT, SUMMARY, INPUTS = "student", "summary.json", "inputs.json"
+
+
+def default_folder(model: str) -> Path:
+    """Choose a new folder below `runs/`, named after the model and the time."""
+    return Path("runs") / f"{short_name(model)}-sft-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def sft(tuning: Tuning, folder: Path) -> dict[str, Any]:
+    """Tune a model from its newest checkpoint or from the beginning.
+
+    Args:
+        tuning: the settings.
+        folder: a new folder, or that of an earlier tuning with the same settings.
+
+    Returns:
+        The final table, as in summary.json.
+
+    Raises:
+        UserError: if the model, the teacher or the data is not usable, the folder holds something
+            else, or a library is missing.
+        DivergedError: if the loss is not finite.
+        Interrupted: if SIGINT or SIGTERM stops it; the same call continues.
+    """
+    _check(tuning, folder)
+    with hold(folder, f"Another process is working on {folder}: wait for it, or stop it first."):
+        if (folder / SUMMARY).is_file() and (folder / STUDENT).is_dir():
+            logger.info("%s has ended.", folder)
+            return read_json(folder / SUMMARY, "remove it and tune again")
+        return _tune(tuning, folder)
+
+
+def _check(tuning: Tuning, folder: Path) -> None:
+    """Refuse what can be refused before anything slow."""
+    missing = [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(f"Chat tuning needs {missing[0]}; run `pip install 'low-rank-clone[sft]'`.")
+    from lrc.tuning.conversations import check_sources
+
+    check_sources(tuning.data)
+    check_installed(tuning.report_to)
+    for name in (tuning.model, tuning.teacher):
+        if name is not None:
+            locate_locally(student_of(name))
+    if is_tuning(folder):
+        if open_tuning(folder).model_dump() != tuning.model_dump():
+            raise UserError(
+                f"{folder} holds a tuning with other settings: choose another folder with --out, "
+                f"or continue it with `lrc resume {folder}`."
+            )
+    elif is_taken(folder):
+        raise UserError(f"{folder} already exists: choose another folder with --out.")
+
+
+def _tune(tuning: Tuning, folder: Path) -> dict[str, Any]:
+    from lrc.tuning.conversations import Encoder, encode_all, read_conversations
+    from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer, plain_model
+
+    with task(f"Loading {tuning.model}"):
+        model, tokenizer = load_model(student_of(tuning.model))
+        family = check_supported(model.config)
+        if tuning.packing and not family.keeps_documents_apart:
+            raise UserError(
+                f"packing is set, but {family.model_type} models cannot keep the conversations of "
+                "a sequence apart: set it to false."
+            )
+    with task(f"Reading the conversations of {', '.join(tuning.data)}"):
+        conversations = encode_all(
+            read_conversations(tuning.data, tuning.split),
+            Encoder(tokenizer, tuning.max_length),
+            tuning.held_out_fraction,
+            tuning.held_out_conversations,
+            tuning.seed,
+            keep_messages=tuning.on_policy,
+        )
+    if conversations.left_out:
+        logger.warning(
+            f"{conversations.left_out:,} conversations were left out: their chat template refuses "
+            "them, or no answer is within max_length."
+        )
+    teacher = None if tuning.teacher is None else _teacher(tuning, tokenizer)
+    _begin(tuning, folder, conversations.fingerprint())
+
+    dtype, was = model.dtype, _kept(model)
+    model.float()
+    started, checkpoints = time.perf_counter(), folder / "checkpoints"
+    with stop_on_signals() as stop, task("Tuning") as shown:
+        reporter = Reporter(folder / "metrics.jsonl", stop, lambda line: _show(line, shown))
+        trainer = make_trainer(
+            tuning, model, tokenizer, teacher, conversations, checkpoints, reporter
+        )
+        held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch)
+        before = _before(folder, lambda: _measure(held_out, plain_model(trainer.model), teacher))
+        logger.info("Held-out loss on answers before tuning: %.4f", before["held_out_lm"])
+        trainer.train(resume_from_checkpoint=_newest(checkpoints))
+        if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+            raise Interrupted(
+                stop.signal,
+                f"Stopped after step {trainer.state.global_step}; continue with "
+                f"`lrc resume {folder}`.",
+            )
+    tuned = trainer.model
+    if tuning.lora_rank:
+        tuned = tuned.merge_and_unload()
+    _restore(tuned, was)
+    with task("Measuring and exporting"):
+        summary = {
+            "model": tuning.model,
+            "data": tuning.data,
+            "teacher": tuning.teacher,
+            "training_conversations": len(conversations.training),
+            "held_out_conversations": len(conversations.held_out),
+            "training_answer_tokens": sum(int(one.learned.sum()) for one in conversations.training),
+            "steps": trainer.state.global_step,
+            "held_out_lm_before": before["held_out_lm"],
+            "held_out_lm": held_out.measure(tuned),
+            "teacher_held_out_lm": before["teacher_held_out_lm"],
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+        card = best_effort("the model card", lambda: tuned_card(student_of(tuning.model), summary))
+        export_student(
+            tuned, load_tokenizer(student_of(tuning.model)), card, folder / STUDENT, dtype
+        )
+    write_text(folder / SUMMARY, json.dumps(summary, indent=2))
+    return summary
+
+
+def _newest(checkpoints: Path) -> str | None:
+    """The newest whole checkpoint; TRL writes the trainer's state last."""
+    whole = [path.parent for path in checkpoints.glob("checkpoint-*/trainer_state.json")]
+    newest = max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+    return None if newest is None else str(newest)
+
+
+def _teacher(tuning: Tuning, tokenizer: Any) -> Teacher:
+    """Load the teacher and refuse another tokenizer."""
+    assert tuning.teacher is not None
+    with task(f"Loading {tuning.teacher}"):
+        teacher = load_teacher(student_of(tuning.teacher), find_device(tuning.device))
+    if teacher.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"The tokenizers of {tuning.model} and its teacher {tuning.teacher} differ: give a "
+            "teacher with the same tokenizer."
+        )
+    return teacher
+
+
+def _begin(tuning: Tuning, folder: Path, fingerprint: str) -> None:
+    """Write the settings of a new tuning, or refuse other conversations than it began with."""
+    if not is_tuning(folder):
+        write_text(folder / INPUTS, json.dumps({"conversations": fingerprint}))
+        write_text(folder / SETTINGS, tuning.to_yaml())
+        return
+    if read_json(folder / INPUTS, "start a new tuning").get("conversations") != fingerprint:
+        raise UserError(
+            f"The conversations of {', '.join(tuning.data)} are not those that {folder} began "
+            "with: restore them, or start a new tuning."
+        )
+
+
+def _before(folder: Path, measure: Any) -> dict[str, float | None]:
+    """The held-out losses before the first step, measured once."""
+    path = folder / "before.json"
+    if not path.is_file():
+        write_text(path, json.dumps(measure()))
+    return read_json(path, "remove it")
+
+
+def _measure(held_out: Any, model: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
+    theirs = None if teacher is None else held_out.measure(teacher.model)
+    return {"held_out_lm": held_out.measure(model), "teacher_held_out_lm": theirs}
+
+
+def _kept(model: PreTrainedModel) -> tuple[Any, Any]:
+    """Copies of what TRL changes beside the weights."""
+    return copy.deepcopy(model.config), copy.deepcopy(model.generation_config)
+
+
+def _restore(model: PreTrainedModel, was: tuple[Any, Any]) -> None:
+    """Undo what TRL changed: configurations, its patch of the forward pass, and tags."""
+    model.config, model.generation_config = was
+    vars(model).pop("forward", None)
+    model.model_tags = None
+    model.requires_grad_(False)
+    model.eval()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _show(line: dict[str, Any], shown: Task) -> None:
+    of = f"step {line['step']} of {line['steps']}"
+    if "eval_loss" in line:
+        logger.info("%s: held-out loss on answers %.4f", of, line["eval_loss"])
+    elif "loss" in line:
+        terms = [f"{name} {line[name]:.3f}" for name in ("loss", "lm", "kl") if name in line]
+        shown.update(line["step"], line["steps"], ", ".join(terms))
+
+
+def closing_table(summary: dict[str, Any]) -> Table:
+    """The final table of a tuning, from its summary."""
+    table = Table(["", "before", "after"])
+    before, after = summary["held_out_lm_before"], summary["held_out_lm"]
+    table.add_row("held-out loss on answers", f"{before:.4f}", f"{after:.4f}")
+    if (theirs := summary["teacher_held_out_lm"]) is not None:
+        table.add_row("the teacher's", f"{theirs:.4f}", "")
+    return table

@@ -1,0 +1,266 @@
+"""`lrc push` against a stand-in for the hub, the card that it sends, and Ollama's Modelfile."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from command_line import Command
+from lrc.evaluation.results import Evaluation, ModelResult, Score, TaskResult
+from lrc.exporting.card_changes import changed
+from lrc.exporting.modelfile import modelfile, ollama_template
+from tiny import tiny_teacher, tiny_tokenizer
+from tiny_runs import go, new_run
+
+TOKEN = "hf_secretsecretsecret"
+CHATML = (
+    "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+class Hub:
+    """A hub on this machine that keeps what it is sent."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.created: list[dict[str, Any]] = []
+        self.tokens: set[str | None] = set()
+        hub = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_HEAD(self) -> None:
+                self._reply({})
+
+            def do_GET(self) -> None:
+                self._reply({"error": "Invalid credentials"}, 401)
+
+            def do_PUT(self) -> None:
+                content = self._body()
+                hub.blobs[hashlib.sha256(content).hexdigest()] = content
+                self._reply({})
+
+            def do_POST(self) -> None:
+                hub.tokens.add(self.headers["Authorization"])
+                body = self._body()
+                if self.headers["Authorization"] != f"Bearer {TOKEN}":
+                    self._reply({"error": "Invalid credentials"}, 401)
+                elif self.path == "/api/repos/create":
+                    hub.created.append(json.loads(body))
+                    name = hub.created[-1].get("name")
+                    self._reply({"url": f"{hub.address}/me/{name}", "name": f"me/{name}"})
+                elif "/preupload/" in self.path:
+                    wanted = json.loads(body)["files"]
+                    kinds = {True: "lfs", False: "regular"}
+                    self._reply(
+                        {
+                            "files": [
+                                {
+                                    "path": one["path"],
+                                    "shouldIgnore": False,
+                                    "uploadMode": kinds[
+                                        one["path"].endswith((".safetensors", ".gguf"))
+                                    ],
+                                }
+                                for one in wanted
+                            ]
+                        }
+                    )
+                elif self.path.endswith("/info/lfs/objects/batch"):
+                    self._reply(
+                        {
+                            "transfer": "basic",
+                            "objects": [
+                                {
+                                    "oid": one["oid"],
+                                    "size": one["size"],
+                                    "actions": {"upload": {"href": f"{hub.address}/put"}},
+                                }
+                                for one in json.loads(body)["objects"]
+                            ],
+                        }
+                    )
+                elif "/commit/" in self.path:
+                    for line in body.decode().splitlines():
+                        entry = json.loads(line)
+                        value = entry["value"]
+                        if entry["key"] == "file":
+                            hub.files[value["path"]] = base64.b64decode(value["content"])
+                        elif entry["key"] == "lfsFile":
+                            hub.files[value["path"]] = hub.blobs[value["oid"]]
+                    url = f"{hub.address}/me/small/commit/{'0' * 40}"
+                    self._reply({"success": True, "commitOid": "0" * 40, "commitUrl": url})
+                else:
+                    self._reply({})
+
+            def _body(self) -> bytes:
+                return self.rfile.read(int(self.headers["Content-Length"] or 0))
+
+            def _reply(self, value: Any, status: int = 200) -> None:
+                content = json.dumps(value).encode()
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(content)
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.address = f"http://127.0.0.1:{self.server.server_port}"
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    made = Hub()
+    thread = threading.Thread(target=made.server.serve_forever, daemon=True)
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+
+
+def push(hub: Hub, home: Path, *arguments: Any, token: str | None = TOKEN) -> tuple[int, str]:
+    """Run `lrc push` in another process, which alone sees the stand-in."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    if token:
+        environment["HF_TOKEN"] = token
+    command = [sys.executable, "-m", "lrc", "push", *map(str, arguments)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    output = ended.stdout + ended.stderr
+    assert TOKEN not in output
+    return ended.returncode, output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run that was evaluated."""
+    run = new_run(tmp_path_factory.mktemp("push"))
+    go(run)
+    scores = {"acc": Score(value=0.625, stderr=0.02)}
+    task = TaskResult(task="arc_easy", metrics=scores, rows=100, rows_in_all=2376)
+    heldout = TaskResult(
+        task="heldout", metrics={"perplexity": Score(value=9.5)}, rows=4, rows_in_all=4
+    )
+    models = [
+        ModelResult(model="run", label=label, tasks={"arc_easy": task, "heldout": heldout})
+        for label in ("run", "teacher")
+    ]
+    evaluation = Evaluation(settings={}, environment={}, models=tuple(models))
+    (run.folder / "evaluation").mkdir()
+    (run.folder / "evaluation/results.json").write_text(evaluation.model_dump_json())
+    return run.folder
+
+
+def front_of(card: str) -> dict[str, Any]:
+    return yaml.safe_load(card.split("---\n")[1])
+
+
+def test_a_run_is_published_with_what_was_measured(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    code, output = push(hub, tmp_path, folder, "me/small", "--private")
+    assert code == 0, output
+    assert f"{hub.address}/me/small" in output
+    assert hub.created == [{"name": "small", "organization": "me", "visibility": "private"}]
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    student = folder / "student"
+    for file in student.iterdir():
+        if file.name != "README.md":
+            assert hub.files[file.name] == file.read_bytes()
+    assert hub.files["curves.png"] == (folder / "curves.png").read_bytes()
+    card = hub.files["README.md"].decode()
+    [entry] = front_of(card)["model-index"]
+    assert entry["name"] == "small"
+    [result] = entry["results"]
+    assert result["dataset"]["type"] == "arc_easy"
+    assert result["metrics"] == [{"type": "acc", "value": 0.625, "name": "acc"}]
+    assert "| arc_easy | acc | 100 | 0.6250 | 0.6250 |" in card
+    assert "![Losses over training tokens](curves.png)" in card
+    assert 'from_pretrained("me/small")' in card
+    assert card.index("## Accuracy") < card.index("## Use")
+    assert str(folder) not in card
+    assert not [p for p in tmp_path.rglob("*") if p.is_file() and TOKEN in p.read_text("latin1")]
+    received = tmp_path / "received"
+    received.mkdir()
+    for name, content in hub.files.items():
+        (received / name).write_bytes(content)
+    ours = AutoModelForCausalLM.from_pretrained(student).state_dict()
+    theirs = AutoModelForCausalLM.from_pretrained(received).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    code, output = push(hub, tmp_path, folder, "me/small", "--dry-run", token=None)
+    assert code == 0, output
+    for name in ("model.safetensors", "README.md", "curves.png"):
+        assert name in output
+    assert "Nothing was sent" in output
+    assert (hub.files, hub.created, hub.tokens) == ({}, [], set())
+
+
+def test_mistakes_are_told_in_a_sentence(
+    folder: Path, hub: Hub, tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, output = push(hub, tmp_path, folder, "me/small", token="hf_wrong")
+    assert code == 2, output
+    assert "did not take" in output
+    assert not hub.files
+    monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
+    for arguments, told in (
+        ((folder, "me/small"), "hf auth login"),
+        ((folder, "a b"), "USER/NAME"),
+        (("someone/else", "me/small"), "not a model folder"),
+    ):
+        code, _, err = lrc("push", *arguments)
+        assert code == 2
+        assert told in err
+
+
+def test_sections_of_a_card_are_replaced_and_front_matter_is_added_to() -> None:
+    card = "---\nlicense: mit\ntags: [a]\n---\n\n# T\n\n## Use\n\nso\n\n## License\n\nmit\n"
+    once = changed(card, {"tags": ["b"], "datasets": ["x/y"]}, {"Accuracy": "one"})
+    twice = changed(once, {"tags": ["b"]}, {"Accuracy": "two"})
+    assert front_of(twice) == {"license": "mit", "tags": ["a", "b"], "datasets": ["x/y"]}
+    body = twice.split("---\n", 2)[2].strip()
+    assert body == "# T\n\n## Accuracy\n\ntwo\n\n## Use\n\nso\n\n## License\n\nmit"
+
+
+def test_ollamas_template_is_the_models_own() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    assert ollama_template(tokenizer) == (
+        "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n"
+        "{{ else }}<|im_start|>user\n{{ end }}{{ .Prompt }}<|im_end|>\n<|im_start|>assistant\n"
+        "{{ .Response }}<|im_end|>\n"
+    )
+    tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}" + (
+        "{% endif %}" + CHATML
+    )
+    assert ollama_template(tokenizer).startswith("<|im_start|>user\n{{ .Prompt }}")
+
+
+def test_modelfile_has_the_models_sampling() -> None:
+    teacher = tiny_teacher("llama")
+    text = modelfile("x.gguf", teacher.tokenizer, teacher.model.generation_config)
+    assert text.splitlines() == ["FROM ./x.gguf", 'PARAMETER stop "</s>"', "PARAMETER top_k 7"]
+
+
+def test_modelfile_belongs_to_gguf(folder: Path, lrc: Command, tmp_path: Path) -> None:
+    code, _, err = lrc("export", folder, tmp_path / "plain", "--modelfile")
+    assert code == 2
+    assert "goes with GGUF" in err

@@ -1,0 +1,467 @@
+"""Chat tuning: what is learned, the loss with a teacher, resuming, and the exported folder."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Backend
+from torch.nn import functional
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+)
+
+from command_line import Command
+from lrc.recipe.shipped import shipped
+from lrc.system.errors import DivergedError, UserError
+from lrc.train.session import Interrupted
+from lrc.tuning.conversations import Encoder, encode_all
+from lrc.tuning.settings import Tuning, load_tuning
+from lrc.tuning.sft import sft
+from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer
+from tiny import tiny_teacher, tiny_tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %} {{ 'w3' if m.role == 'user' else 'w4' }}"
+    " {{ m.content }} {{ eos_token }}{% endfor %}{% if add_generation_prompt %} w4{% endif %}"
+)
+MARKED = TEMPLATE.replace(
+    " {{ m.content }} {{ eos_token }}",
+    "{% if m.role == 'assistant' %}{% generation %} {{ m.content }} {{ eos_token }}"
+    "{% endgeneration %}{% else %} {{ m.content }} {{ eos_token }}{% endif %}",
+)
+
+
+def conversation(number: int, turns: int = 1) -> list[dict[str, str]]:
+    """A question of some words, whose answer is the same words counted on by one."""
+    found = []
+    for turn in range(turns):
+        words = [5 + (3 * number + 5 * turn + i) % 20 for i in range(2 + (number + turn) % 3)]
+        found.append({"role": "user", "content": " ".join(f"w{w}" for w in words)})
+        found.append({"role": "assistant", "content": " ".join(f"w{w + 1}" for w in words)})
+    return found
+
+
+def save_model(folder: Path, seed: int = 0, template: str | None = TEMPLATE) -> Path:
+    """A tiny random Llama with a chat template."""
+    teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, seed=seed)
+    teacher.tokenizer.chat_template = template
+    teacher.model.save_pretrained(folder)
+    teacher.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_chats(path: Path, number: int = 40, sharegpt: bool = False) -> Path:
+    rows = [conversation(i, 1 + i % 2) for i in range(number)]
+    if sharegpt:
+        names = {"user": "human", "assistant": "gpt"}
+        turns = [[{"from": names[m["role"]], "value": m["content"]} for m in row] for row in rows]
+        lines = [{"conversations": row} for row in turns]
+    else:
+        lines = [{"messages": row} for row in rows]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> dict[str, Any]:
+    """The settings of a short tuning of a tiny model."""
+    return {
+        "model": str(save_model(tmp_path / "model")),
+        "data": [str(write_chats(tmp_path / "chat.jsonl"))],
+        "held_out_fraction": 0.2,
+        "steps": 6,
+        "micro_batch": 4,
+        "learning_rate": 0.01,
+        "eval_every": 3,
+        "checkpoint_every": 2,
+        "log_every": 1,
+        "device": "cpu",
+    }
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder).state_dict()
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["rendered", "marked"])
+def test_answers_and_their_ends_are_learned_and_nothing_else(template: str) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    encoded = Encoder(tokenizer, 64).encode(
+        [
+            {"role": "user", "content": "w5 w6"},
+            {"role": "assistant", "content": "w7"},
+            {"role": "user", "content": "w8"},
+            {"role": "assistant", "content": "w9 w10"},
+        ]
+    )
+    assert encoded is not None
+    assert encoded.input_ids.tolist() == [0, 3, 5, 6, 1, 4, 7, 1, 3, 8, 1, 4, 9, 10, 1]
+    learned = [i for i, one in enumerate(encoded.learned) if one]
+    assert [encoded.input_ids[i] for i in learned] == [7, 1, 9, 10, 1]
+    assert learned == [6, 7, 12, 13, 14]
+
+
+def test_a_marker_without_the_end_of_turn_is_not_trusted() -> None:
+    """Such a model would never learn to stop."""
+    plain = tiny_tokenizer().backend_tokenizer.to_str().replace('"w32"', '"dummy"')
+    tokenizer = PreTrainedTokenizerFast(  # TRL probes the template with a word "dummy"
+        tokenizer_object=Backend.from_str(plain), bos_token="<s>", eos_token="</s>"
+    )
+    tokenizer.chat_template = MARKED.replace(
+        "{{ m.content }} {{ eos_token }}{% endgeneration %}",
+        "{{ m.content }}{% endgeneration %} {{ eos_token }}",
+    )
+    encoder = Encoder(tokenizer, 64)
+    assert encoder.template is None
+    encoded = encoder.encode(conversation(0))
+    assert encoded is not None
+    assert encoded.learned[-1]
+    assert encoded.input_ids[-1] == tokenizer.eos_token_id
+
+
+def test_trls_own_template_is_used_where_it_knows_one() -> None:
+    from trl.chat_template_utils import qwen2_5_chat_template, qwen2_5_training_chat_template
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = qwen2_5_chat_template
+    assert Encoder(tokenizer, 64).template == qwen2_5_training_chat_template
+
+
+def test_a_template_that_changes_earlier_answers_is_refused_in_a_sentence() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(
+        "m.content", "('w9' if not loop.last else m.content)"
+    )
+    with pytest.raises(UserError, match="renders an answer in another way"):
+        encode_all([conversation(0, 2), conversation(1, 2)], Encoder(tokenizer, 64), 0.5, 9, 0)
+
+
+def test_long_conversations_are_cut_and_those_without_an_answer_left_out() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    long = [
+        {"role": "user", "content": "w5 " * 20},
+        {"role": "assistant", "content": "w6"},
+    ]
+    rows = [conversation(i) for i in range(4)]
+    found = encode_all([*rows, long], Encoder(tokenizer, 10), 0.25, 9, 0)
+    assert found.left_out == 1
+    assert len(found.training) == 3
+    assert len(found.held_out) == 1
+    assert max(len(one.input_ids) for one in found.training) <= 10
+
+
+def test_the_held_out_loss_is_the_mean_over_answer_tokens(parts: dict[str, Any]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(parts["model"]).double()
+    tokenizer = AutoTokenizer.from_pretrained(parts["model"])
+    encoder = Encoder(tokenizer, 64)
+    encoded = [encoder.encode(conversation(i, 1 + i % 3)) for i in range(7)]
+    total, count = 0.0, 0
+    for one in encoded:
+        assert one is not None
+        logits = model(torch.tensor(one.input_ids)[None].long()).logits[0, :-1, :33]
+        labels = torch.tensor(one.labels())[1:].long()
+        total += functional.cross_entropy(logits, labels, reduction="sum").item()
+        count += int((labels >= 0).sum())
+    for rows in (1, 3, 7):
+        found = HeldOutLoss([one for one in encoded if one], tokenizer, rows).measure(model)
+        assert found == pytest.approx(total / count, rel=1e-12)
+
+
+def _trainer(parts: dict[str, Any], tmp_path: Path, **changes: Any) -> Any:
+    """A trainer, its model in float64, as it stands before the first step."""
+    tuning = Tuning(**{**parts, **changes})
+    model = AutoModelForCausalLM.from_pretrained(tuning.model).double()
+    tokenizer = AutoTokenizer.from_pretrained(tuning.model)
+    rows = [conversation(i, 1 + i % 2) for i in range(40)]
+    found = encode_all(rows, Encoder(tokenizer, tuning.max_length), 0.2, 9, 0)
+    teacher = None
+    if tuning.teacher:
+        from lrc.model.teacher import load_teacher
+
+        teacher = load_teacher(tuning.teacher)
+        teacher.model.double()
+    reporter = Reporter(tmp_path / "metrics.jsonl", False, lambda _: None)
+    return make_trainer(tuning, model, tokenizer, teacher, found, tmp_path / "kept", reporter)
+
+
+def _batches(trainer: Any) -> tuple[list[Any], Any]:
+    steps = trainer.args.gradient_accumulation_steps
+    return trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), steps, torch.device("cpu")
+    )
+
+
+def _gradients(trainer: Any) -> dict[str, torch.Tensor]:
+    """Gradients of the first optimizer step."""
+    trainer.model.train()
+    batches, items = _batches(trainer)
+    for batch in batches:
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("packing", [False, True])
+def test_loss_with_a_teacher_is_lm_and_kl_on_answers(
+    parts: dict[str, Any], tmp_path: Path, accumulate: int, packing: bool
+) -> None:
+    """Against all logits at once, in float64, over every micro-batch of a step."""
+    teacher = save_model(tmp_path / "teacher", seed=5)
+    weights = {"kl_weight": 0.7, "lm_weight": 0.4, "temperature": 2.0, "chunk_tokens": 3}
+    trainer = _trainer(
+        parts,
+        tmp_path,
+        teacher=str(teacher),
+        accumulate=accumulate,
+        micro_batch=2,
+        packing=packing,
+        max_length=48,
+        **weights,
+    )
+    batches, items = _batches(trainer)
+    found = sum(
+        trainer.compute_loss(trainer.model, batch, num_items_in_batch=items).item()
+        for batch in batches
+    )
+    theirs_model = trainer._teacher.model
+    lm = kl = count = 0.0
+    for batch in batches:
+        names = ("input_ids", "attention_mask", "position_ids")
+        inputs = {k: v for k, v in batch.items() if k in names} | {"use_cache": False}
+        labels = batch["labels"][:, 1:]
+        kept = labels >= 0
+        ours = trainer.model(**inputs).logits[:, :-1, :33][kept]
+        theirs = theirs_model(**inputs).logits[:, :-1, :33][kept]
+        lm += functional.cross_entropy(ours, labels[kept], reduction="sum").item()
+        log_p, log_q = (theirs / 2).log_softmax(-1), (ours / 2).log_softmax(-1)
+        kl += (log_p.exp() * (log_p - log_q)).sum().item()
+        count += int(kept.sum())
+    assert count > 10
+    assert found == pytest.approx((0.4 * lm + 0.7 * 4 * kl) / count, rel=1e-9)
+
+
+def test_accumulating_and_one_large_batch_give_the_same_gradients(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    teacher = str(save_model(tmp_path / "teacher", seed=5))
+    one = _gradients(_trainer(parts, tmp_path, teacher=teacher, micro_batch=6, accumulate=1))
+    three = _gradients(_trainer(parts, tmp_path, teacher=teacher, micro_batch=2, accumulate=3))
+    for name, value in one.items():
+        torch.testing.assert_close(three[name], value, rtol=1e-8, atol=1e-10)
+
+
+def test_without_a_teacher_the_loss_is_lm_alone(parts: dict[str, Any], tmp_path: Path) -> None:
+    """TRL's own gradients equal ours without KL."""
+    teacher = str(save_model(tmp_path / "teacher", seed=5))
+    plain = _gradients(_trainer(parts, tmp_path))
+    trainer = _trainer(parts, tmp_path, teacher=teacher, kl_weight=1e-30)
+    trainer._held_out.vocab = 37  # TRL counts the padding rows of the head, too
+    ours = _gradients(trainer)
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_packed_conversations_do_not_see_each_other(parts: dict[str, Any], tmp_path: Path) -> None:
+    packed = _trainer(parts, tmp_path, packing=True, max_length=48, micro_batch=1)
+    batch = next(iter(packed.get_train_dataloader()))
+    starts = (batch["position_ids"][0] == 0).nonzero().flatten().tolist()
+    assert len(starts) > 1
+    model = packed.model
+    together = model(
+        batch["input_ids"], position_ids=batch["position_ids"], use_cache=False
+    ).logits[0]
+    for start, end in zip(starts, [*starts[1:], len(together)], strict=True):
+        alone = model(batch["input_ids"][:, start:end]).logits[0]
+        torch.testing.assert_close(together[start:end], alone, rtol=1e-8, atol=1e-9)
+
+
+def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
+    parts: dict[str, Any], tmp_path: Path, lrc: Command
+) -> None:
+    """Through the command line; ShareGPT rows give what messages give."""
+    source = Path(parts["model"])
+    settings = {**parts, "steps": 40}
+    config = tmp_path / "sft.yaml"
+    config.write_text(json.dumps({k: v for k, v in settings.items() if k not in ("model", "data")}))
+    for name, sharegpt in (("one", False), ("two", True)):
+        data = write_chats(tmp_path / f"{name}.jsonl", sharegpt=sharegpt)
+        code, out, err = lrc(
+            "sft", source, "--data", data, "--recipe", config, "--out", tmp_path / name
+        )
+        assert code == 0, err
+    assert "held-out loss on answers" in out
+    assert "{" not in out  # TRL prints its metrics as dictionaries
+    assert same(weights(tmp_path / "one/student"), weights(tmp_path / "two/student"))
+    summary = json.loads((tmp_path / "one/summary.json").read_text())
+    assert summary["held_out_lm"] < summary["held_out_lm_before"] - 0.3
+    student = tmp_path / "one/student"
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        before, after = (json.loads((f / name).read_text()) for f in (source, student))
+        for ours in ("use_cache", "transformers_version", "architectures"):
+            before.pop(ours, None), after.pop(ours, None)
+        assert {**before, **after} == after, name
+    assert AutoTokenizer.from_pretrained(student).chat_template == TEMPLATE
+    card = (student / "README.md").read_text()
+    assert f"{summary['held_out_lm']:.4f}" in card
+    assert str(tmp_path) not in card
+    kept = GenerationConfig.from_pretrained(student)
+    assert kept.to_dict() == GenerationConfig.from_pretrained(source).to_dict()
+    code, out, err = lrc("generate", tmp_path / "one", "w5 w6", "--chat", "--max-new-tokens", "4")
+    assert code == 0, err
+
+
+def test_lora_is_merged(parts: dict[str, Any], tmp_path: Path) -> None:
+    sft(Tuning(**parts, lora_rank=2, lora_alpha=8), tmp_path / "out")
+    before, after = weights(Path(parts["model"])), weights(tmp_path / "out/student")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    difference = after[name] - before[name]
+    assert 0 < torch.linalg.matrix_rank(difference, rtol=1e-4) <= 2
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_a_stopped_tuning_continues_as_if_nothing_had_happened(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: bool
+) -> None:
+    if teacher:
+        parts["teacher"] = str(save_model(tmp_path / "teacher", seed=5))
+    tuning = Tuning(**parts)
+    sft(tuning, tmp_path / "whole")
+    write = Reporter.on_log
+
+    def stop(self: Any, args: Any, state: Any, *rest: Any, **more: Any) -> None:
+        write(self, args, state, *rest, **more)
+        if state.global_step == 3 and "loss" in more["logs"]:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Reporter, "on_log", stop)
+        with pytest.raises(Interrupted, match="lrc resume"):
+            sft(tuning, tmp_path / "parts")
+    assert not (tmp_path / "parts/student").exists()
+    with pytest.raises(UserError, match="other settings"):
+        sft(tuning.model_copy(update={"steps": 9}), tmp_path / "parts")
+    sft(tuning, tmp_path / "parts")
+    assert same(weights(tmp_path / "whole/student"), weights(tmp_path / "parts/student"))
+    lines = [
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "parts")
+    ]
+    steps = [[line["step"] for line in of if "loss" in line] for of in lines]
+    assert steps[0] == steps[1] == [1, 2, 3, 4, 5, 6]
+    losses = [[line["loss"] for line in of if "loss" in line] for of in lines]
+    assert losses[0] == losses[1]
+
+
+def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    tuning = Tuning(**parts)
+    sft(tuning, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut/student")
+    (tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json").unlink()
+    sft(tuning, tmp_path / "cut")
+    assert same(weights(tmp_path / "whole/student"), weights(tmp_path / "cut/student"))
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_bfloat16_learns_as_float32_does(
+    parts: dict[str, Any], tmp_path: Path, teacher: bool
+) -> None:
+    if teacher:
+        parts["teacher"] = str(save_model(tmp_path / "teacher", seed=5))
+    found = [
+        sft(Tuning(**parts, precision=precision), tmp_path / precision)
+        for precision in ("float32", "bfloat16")
+    ]
+    assert found[1]["held_out_lm"] == pytest.approx(found[0]["held_out_lm"], abs=0.1)
+    assert found[1]["held_out_lm"] < found[1]["held_out_lm_before"]
+
+
+def test_other_conversations_do_not_continue_a_tuning(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    tuning = Tuning(**parts)
+    sft(tuning, tmp_path / "out")
+    (tmp_path / "out/summary.json").unlink()
+    write_chats(Path(parts["data"][0]), number=30)
+    with pytest.raises(UserError, match="not those"):
+        sft(tuning, tmp_path / "out")
+
+
+def test_on_policy_learns_from_the_teacher_on_its_own_answers(
+    parts: dict[str, Any], tmp_path: Path
+) -> None:
+    """The student comes nearer to its teacher on text that no data holds."""
+    teacher = save_model(tmp_path / "teacher", seed=5)
+    changes = {"steps": 30, "max_new_tokens": 6, "max_length": 40, "learning_rate": 0.02}
+    tuning = Tuning(**{**parts, **changes, "teacher": str(teacher), "on_policy": True})
+    sft(tuning, tmp_path / "out")
+    models = [
+        AutoModelForCausalLM.from_pretrained(f).eval()
+        for f in (teacher, parts["model"], tmp_path / "out/student")
+    ]
+    ids = torch.tensor([[0, 3, 5, 6, 1, 4, 7, 1], [0, 3, 9, 10, 1, 4, 11, 1]])
+    p, before, after = (model(ids).logits[:, 5:, :33].log_softmax(-1) for model in models)
+    kl = [functional.kl_div(q, p, log_target=True, reduction="batchmean") for q in (before, after)]
+    assert kl[1] < 0.8 * kl[0]
+
+
+def test_mistakes_are_told_before_anything_is_loaded(
+    parts: dict[str, Any], tmp_path: Path, lrc: Command
+) -> None:
+    model, data = parts["model"], parts["data"][0]
+    plain = save_model(tmp_path / "base", template=None)
+    other = tmp_path / "bad.jsonl"
+    other.write_text('{"text": "w5"}\n')
+    for arguments, told in (
+        ((model,), "'data' is missing"),
+        ((model, "--data", "nowhere.jsonl"), "does not exist"),
+        ((model, "--data", data, "--on-policy"), "give one"),
+        ((model, "--data", data, "--set", "kl_weight=2"), "goes with a teacher"),
+        ((model, "--data", data, "--set", "max_lenght=9"), "nearest: 'max_length'"),
+        ((model, "--data", other), "holds no conversation"),
+        ((plain, "--data", data), "no chat template"),
+        ((model, "--data", data, "--out", tmp_path), "already exists"),
+    ):
+        code, _, err = lrc(
+            "sft", *arguments, *(() if "--out" in arguments else ("--out", tmp_path / "x"))
+        )
+        assert code == 2, err
+        assert told in err
+    assert not (tmp_path / "x/sft.yaml").exists()
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    teacher = save_model(tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.add_tokens(["w99"])
+    tokenizer.save_pretrained(teacher)
+    with pytest.raises(UserError, match="differ"):
+        sft(Tuning(**parts, teacher=str(teacher)), tmp_path / "out")
+
+
+def test_a_loss_that_is_not_finite_is_reported(parts: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(DivergedError, match="learning_rate"):
+        sft(Tuning(**{**parts, "learning_rate": 1e30}), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", shipped("sft recipe"))
+def test_shipped_sft_recipe_is_valid(name: str) -> None:
+    assert load_tuning(name, {"model": "student"}).data
