@@ -8,8 +8,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
 
-from benchmarks_data import ROWS, save_byte_model, write_rows
+from benchmarks_data import ROWS, save_byte_model
 from command_line import Command
+from data_helpers import write_rows
 from lrc.evaluation.harness import harness_model
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + (
