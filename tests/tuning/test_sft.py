@@ -325,7 +325,9 @@ def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
 
 
 def test_lora_is_merged(parts: dict[str, Any], tmp_path: Path) -> None:
-    sft(Tuning(**parts, lora_rank=2, lora_alpha=8), tmp_path / "out")
+    tuning = Tuning(**parts, lora_rank=2, lora_alpha=8, report_to=["tensorboard"])
+    sft(tuning, tmp_path / "out")
+    assert list((tmp_path / "out/tensorboard").glob("events*"))
     before, after = weights(Path(parts["model"])), weights(tmp_path / "out/student")
     assert before.keys() == after.keys()
     assert torch.equal(before["model.embed_tokens.weight"], after["model.embed_tokens.weight"])

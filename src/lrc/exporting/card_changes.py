@@ -30,6 +30,12 @@ def card_of(name: str) -> str | None:
     return None if path is None else path.read_text(encoding="utf-8")
 
 
+def new_card(title: str) -> str:
+    """A card with a title alone, for a model that has none."""
+    front = "library_name: transformers\npipeline_tag: text-generation"
+    return f"---\n{front}\n---\n\n# {as_markdown(title)}\n"
+
+
 def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
     """The card of a model, with a section about its chat tuning.
 
@@ -54,8 +60,7 @@ def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
         "datasets": [source for source in data if is_public(source)],
     }
     if known is None:
-        known = f"\n# {as_markdown(public_name(name))}, tuned on conversations\n"
-        more |= {"library_name": "transformers", "pipeline_tag": "text-generation"}
+        known = new_card(f"{public_name(name)}, tuned on conversations")
         if HUB_ID.fullmatch(name) and is_public(name):
             more |= {"base_model": name, "base_model_relation": "finetune"}
     return changed(known, more, {"Chat tuning": section})

@@ -9,7 +9,7 @@ from pathlib import Path
 from gguf import GGMLQuantizationType as Kind
 
 from lrc.evaluation.evaluation import results_folder
-from lrc.exporting.card_changes import CARD, card_of, published_card, read_evaluation
+from lrc.exporting.card_changes import CARD, card_of, new_card, published_card, read_evaluation
 from lrc.exporting.formats import LLAMA_NAMES, Dtype
 from lrc.exporting.gguf_file import convert_to_gguf
 from lrc.model.teacher import model_files
@@ -68,7 +68,7 @@ def push(
             found[CURVES] = curves
         evaluation = read_evaluation(results_folder(model, "evaluation", "evaluations"))
         name = f"{repo.rpartition('/')[2]}-{gguf}.gguf" if gguf else None
-        card = card_of(source) or f"\n# {repo.rpartition('/')[2]}\n"
+        card = card_of(source) or new_card(repo.rpartition("/")[2])
         found[CARD] = published_card(card, repo, evaluation, CURVES in found, name).encode()
         for name, content in sorted(found.items()):
             size = len(content) if isinstance(content, bytes) else content.stat().st_size

@@ -36,6 +36,8 @@ from lrc.system.errors import DivergedError, UserError
 from lrc.tuning.conversations import ASSISTANT, Conversations, Encoded, Messages
 from lrc.tuning.settings import Tuning
 
+TENSORBOARD = "tensorboard"
+
 OnLog = Callable[[dict[str, Any]], None]
 """Gets a line of metrics."""
 
@@ -82,14 +84,14 @@ def make_trainer(
         "eval_steps": tuning.eval_every,
         "save_steps": tuning.checkpoint_every,
         "save_total_limit": tuning.keep_checkpoints,
-        "report_to": tuning.report_to or "none",
+        "report_to": [name for name in tuning.report_to if name != TENSORBOARD] or "none",
         "disable_tqdm": True,
         "logging_nan_inf_filter": False,
     }
     common: dict[str, Any] = {
         "model": model,
         "processing_class": tokenizer,
-        "callbacks": [callback],
+        "callbacks": [callback, *_tensorboard(tuning, folder.parent)],
         "peft_config": _adapters(tuning),
     }
     if tuning.on_policy:
@@ -120,6 +122,17 @@ def _quiet(trainer: Any) -> Any:
     """A trainer that does not print its metrics itself."""
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _tensorboard(tuning: Tuning, folder: Path) -> list[TrainerCallback]:
+    """Event files in the folder of the tuning; by itself, the trainer writes them elsewhere."""
+    if TENSORBOARD not in tuning.report_to:
+        return []
+    from torch.utils.tensorboard import SummaryWriter
+    from transformers.integrations import TensorBoardCallback
+
+    writer = SummaryWriter(folder / TENSORBOARD)
+    return [TensorBoardCallback(writer)]
 
 
 def _adapters(tuning: Tuning) -> Any:
