@@ -14,7 +14,7 @@ from lrc.comparison.table import header, notes, rate_grid, rows
 from lrc.model.locate import short_name
 from lrc.recipe import flatten
 from lrc.report.charts import LARGE, Series, legend
-from lrc.report.contents import Table, headline, machines, written
+from lrc.report.contents import PageTable, headline, machines, written
 from lrc.report.page import Progress, check_path, pictures, write_page
 from lrc.report.runs import read_runs
 from lrc.run import Run
@@ -82,11 +82,11 @@ def _values(comparison: Comparison, results: Results) -> dict[str, Any]:
         ),
         "held_out": pictures(charts[:1], charts[1:], LARGE),
         "legend": legend(charts),
-        "results": Table(
+        "results": PageTable(
             header(results)[1:], [(series.get(row[0], row[0]), row[1:]) for row in rows(results)]
         ),
         "notes": notes(results),
-        "rates": Table(
+        "rates": PageTable(
             rates,
             [
                 (
@@ -100,7 +100,7 @@ def _values(comparison: Comparison, results: Results) -> dict[str, Any]:
             ],
         ),
         "grid_tokens": results.grid_tokens,
-        "entries": Table(
+        "entries": PageTable(
             ["method", "differs from the base in", "runs"],
             [
                 (
@@ -114,7 +114,7 @@ def _values(comparison: Comparison, results: Results) -> dict[str, Any]:
                 for entry in results.entries
             ],
         ),
-        "settings": Table(
+        "settings": PageTable(
             [], [(key, [written(value)]) for key, value in flatten(comparison.recipe).items()]
         ),
     }

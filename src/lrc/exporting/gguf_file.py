@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.exporting.gguf_architectures import ARCHITECTURES, add_shape, check_runs, sliding_layers
 from lrc.exporting.gguf_rope import add_rope, rope_of
-from lrc.exporting.gguf_tensors import Change, pieces, same
+from lrc.exporting.gguf_tensors import Change, same, tensors_of
 from lrc.exporting.gguf_vocabulary import add_vocabulary
 from lrc.exporting.plain import check_range
 from lrc.model.families import family_of
@@ -169,7 +169,7 @@ def kind_of(dtype: torch.dtype) -> Kind:
 
 def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPlace]]:
     """The name of every tensor of the file, and what to store."""
-    for piece in pieces(model):
+    for piece in tensors_of(model):
         # The device `meta` computes shapes without numbers.
         shape = piece.change(torch.empty_like(piece.tensor, device="meta")).shape
         stored = _stored(piece.name, shape, kind)

@@ -25,7 +25,7 @@ Rules = dict[str, dict[str, Change]]
 """The end of a parameter's path -> the ends that gguf's names are for -> what they take of it."""
 
 
-class Piece(NamedTuple):
+class GgufTensor(NamedTuple):
     """A tensor of the file."""
 
     name: str
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     """What the tensor takes of it."""
 
 
-def pieces(model: PreTrainedModel) -> Iterator[Piece]:
+def tensors_of(model: PreTrainedModel) -> Iterator[GgufTensor]:
     """The tensors of a model, tied ones once.
 
     Raises:
@@ -57,10 +57,10 @@ def pieces(model: PreTrainedModel) -> Iterator[Piece]:
                 found = f"blk.{renamed.split('.')[2]}.attn_sinks.weight"
             if found is None or not _may_be_bias(found, architecture.biases):
                 raise UserError(f"llama.cpp's {name} has no place for the parameter '{path}'.")
-            yield Piece(found, path, tensor, _finish(found, path, change, layout))
+            yield GgufTensor(found, path, tensor, _finish(found, path, change, layout))
     if architecture.head == "required" and model.config.tie_word_embeddings:
         embedding = f"{layout.family.embedding}.weight"
-        yield Piece("output.weight", embedding, model.get_parameter(embedding), same)
+        yield GgufTensor("output.weight", embedding, model.get_parameter(embedding), same)
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

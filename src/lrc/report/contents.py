@@ -25,7 +25,7 @@ Label = str | Series
 """A name in a table. A series is shown with its color."""
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """A table: the names of its columns after the first, and its rows."""
 
     head: Sequence[Label]
@@ -100,7 +100,7 @@ def clone_maps(view: RunView) -> tuple[Markup, list[Markup]] | None:
     return color_scale(f"{scale}squared difference", norm), charts
 
 
-def results(views: Sequence[RunView]) -> Table:
+def results(views: Sequence[RunView]) -> PageTable:
     """The final results side by side, with a column for every teacher."""
     students: dict[str, Callable[[RunView], str]] = {
         "status": _status,
@@ -132,10 +132,10 @@ def results(views: Sequence[RunView]) -> Table:
             for label, view in columns
         ]
         rows.append((name, cells))
-    return Table([label for label, _ in columns], rows)
+    return PageTable([label for label, _ in columns], rows)
 
 
-def shapes(views: Sequence[RunView]) -> Table:
+def shapes(views: Sequence[RunView]) -> PageTable:
     """The shapes of teachers and students."""
     columns = [
         (label, view.summary["shapes"]["student" if isinstance(label, Series) else "teacher"])
@@ -143,15 +143,15 @@ def shapes(views: Sequence[RunView]) -> Table:
     ]
     names = dict.fromkeys(row for _, shape in columns for row in shape)
     rows = [(name, [str(shape.get(name, NONE)) for _, shape in columns]) for name in names]
-    return Table([label for label, _ in columns], rows)
+    return PageTable([label for label, _ in columns], rows)
 
 
-def settings(views: Sequence[RunView]) -> Table:
+def settings(views: Sequence[RunView]) -> PageTable:
     """The recipes, setting by setting."""
     return _side_by_side(views, [view.run.recipe.model_dump(mode="json") for view in views])
 
 
-def environments(views: Sequence[RunView]) -> Table:
+def environments(views: Sequence[RunView]) -> PageTable:
     """Versions, commit and machine of every run."""
     return _side_by_side(views, [view.environment() for view in views])
 
@@ -186,13 +186,13 @@ def written(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _side_by_side(views: Sequence[RunView], tables: Sequence[dict[str, Any]]) -> Table:
+def _side_by_side(views: Sequence[RunView], tables: Sequence[dict[str, Any]]) -> PageTable:
     flat = [flatten(table) for table in tables]
     names = dict.fromkeys(name for table in flat for name in table)
     rows = [
         (name.removeprefix("packages."), [written(one.get(name)) for one in flat]) for name in names
     ]
-    return Table([view.series for view in views], rows)
+    return PageTable([view.series for view in views], rows)
 
 
 def _columns(views: Sequence[RunView]) -> list[tuple[Label, RunView]]:

@@ -90,7 +90,7 @@ def _values(runs: Sequence[Run], prompts: Sequence[str], progress: Progress) -> 
             if (shares := view.summary.get("time_shares"))
         ],
         "shapes": contents.shapes(views),
-        "different": contents.Table(settings.head, different),
+        "different": contents.PageTable(settings.head, different),
         "settings": settings,
         "environments": contents.environments(views),
         "evaluations": read_evaluations(runs),

@@ -19,7 +19,7 @@ ADAM = 2
 
 
 @dataclass(frozen=True)
-class Sizes:
+class TrainingSizes:
     """The models of a recipe, without weights, and the bytes that a run holds all the time.
 
     Activations, which depend on the micro-batch, come on top (docs/cost.md).
@@ -34,7 +34,7 @@ class Sizes:
     """Student, trained values, gradients and AdamW's, in the larger of the two stages."""
 
 
-def sizes_of(recipe: Recipe) -> Sizes:
+def sizes_of(recipe: Recipe) -> TrainingSizes:
     """Build both models of a recipe of the method `lrc` on the meta device.
 
     Raises:
@@ -66,7 +66,7 @@ def sizes_of(recipe: Recipe) -> Sizes:
     released = single * (1 + 1 + ADAM) * student
     stages = [projected] if recipe.train.release_at > 0 else []
     stages += [released] if recipe.train.release_at < 1 else []
-    return Sizes(
+    return TrainingSizes(
         model,
         made,
         trained,
