@@ -92,7 +92,8 @@ def test_from_a_teacher_to_an_assistant(
     summary = json.loads(Path("assistant/summary.json").read_text())
     assert summary["held_out_lm"] < 0.5 * summary["held_out_lm_before"]
     run("eval", "assistant", "--tasks", "piqa", "--data", "rows", "--apply-chat-template")
-    run("push", "assistant", "me/assistant", "--dry-run")
+    out = run("push", "assistant", "me/assistant", "--gguf", "q8_0", "--dry-run")
+    assert "assistant-q8_0.gguf" in out
     run("export", "assistant", "assistant.gguf", "--dtype", "q8_0", "--modelfile")
     answer = run("generate", "assistant", QUESTION, "--chat", "--max-new-tokens", "24").strip()
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from command_line import Command
+from lrc import api
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
 from lrc.train.session import Interrupted
@@ -320,6 +321,14 @@ def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
     assert str(tmp_path) not in card
     kept = GenerationConfig.from_pretrained(student)
     assert kept.to_dict() == GenerationConfig.from_pretrained(source).to_dict()
+    code, out, err = lrc("resume", tmp_path / "one")
+    assert code == 0, err
+    assert "has ended" in out
+    given = {k: v for k, v in settings.items() if k not in ("model", "data")}
+    by_python = api.sft(
+        source, data=tmp_path / "one.jsonl", settings=given, out=tmp_path / "three", quiet=True
+    )
+    assert same(weights(student), weights(by_python))
     code, out, err = lrc("generate", tmp_path / "one", "w5 w6", "--chat", "--max-new-tokens", "4")
     assert code == 0, err
 
