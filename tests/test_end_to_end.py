@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from benchmarks_data import ROWS, write_rows
+from benchmarks_data import ROWS
 from command_line import Command
+from data_helpers import write_rows
 from gguf_helpers import byte_level_bpe, read_fields
 
 pytestmark = pytest.mark.slow
