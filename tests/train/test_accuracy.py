@@ -15,6 +15,9 @@ from command_line import Command
 from data_helpers import write_rows
 from lrc.evaluation.along import Benchmarks
 from lrc.recipe.sections import EvaluateSection
+from lrc.report.curves import loss_charts
+from lrc.report.runs import read_runs
+from lrc.run import Run
 
 STEP_TOKENS = 2 * 32
 
@@ -85,6 +88,15 @@ def test_accuracy_is_measured_along_the_run_and_changes_nothing_else(
         for name in ("run", "plain")
     ]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
+
+    charts = {chart.title: chart for chart in loss_charts(read_runs([Run.open(tmp_path / "run")]))}
+    for name in names:
+        (line,) = charts[name].lines
+        assert list(line.x) == [row["tokens"] for row in measured]
+        assert list(line.y) == [row["accuracy"][name] for row in measured]
+        assert line.teacher == measured[0]["teacher_accuracy"][name]
+    lrc.printed("report", tmp_path / "run")
+    assert "piqa/acc" in (tmp_path / "run/report.html").read_text(encoding="utf-8")
 
     rows = ("--data", tmp_path / "rows", "--limit", 3, "--tasks", "arc_easy,piqa")
     code, out, err = lrc("eval", tmp_path / "run", "--checkpoints", *rows)

@@ -27,6 +27,9 @@ CHARTS = {
 }
 """Title of each chart, by key in metrics.jsonl."""
 
+ACCURACY, TEACHER_ACCURACY = "accuracy", "teacher_accuracy"
+"""Keys of the accuracies in metrics.jsonl: of the student, and the teacher's in the first line."""
+
 LOGARITHMIC = ("held_out_lm", "clone", "hidden", "attention", "loss", "grad_norm")
 
 HOUR = 3600
@@ -55,7 +58,28 @@ def loss_charts(views: Sequence[RunView], over_time: bool = False) -> list[Chart
     The chart of a single run also shows the loss on each source of the text.
     """
     charts = (metric_chart(views, key, title, over_time) for key, title in CHARTS.items())
-    return [chart for chart in charts if chart is not None]
+    found = [chart for chart in charts if chart is not None]
+    return [*found, *accuracy_charts(views, over_time)]
+
+
+def accuracy_charts(views: Sequence[RunView], over_time: bool = False) -> list[Chart]:
+    """A chart of every accuracy that `train.evaluate` measured, beside the teacher's (Figure 4 of
+    the paper)."""
+    every = [line.get(ACCURACY, {}) for view in views for line in view.metrics]
+    names = list(dict.fromkeys(name for found in every for name in found))
+    unit, label = time_unit(max(view.seconds for view in views)) if over_time else (1, "")
+    place, charts = "seconds" if over_time else "tokens", []
+    for name in names:
+        lines = []
+        for view in views:
+            measured = [line for line in view.metrics if name in line.get(ACCURACY, ())]
+            if measured:
+                x = [line.get(place, 0) / unit for line in measured]
+                y = [line[ACCURACY][name] for line in measured]
+                teacher = view.metrics[0].get(TEACHER_ACCURACY, {}).get(name)
+                lines.append(Line(view.series, x, y, teacher, marked=True))
+        charts.append(Chart(name, lines, label or "training tokens"))
+    return charts
 
 
 def metric_chart(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lrc.evaluation.along import Benchmarks
 from lrc.recipe.sections import EvaluateSection
+from lrc.report.curves import ACCURACY, TEACHER_ACCURACY
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
     from lrc.train.loop import Loop
 
 logger = logging.getLogger(__name__)
-
-ACCURACY, TEACHER_ACCURACY = "accuracy", "teacher_accuracy"
-"""Keys in metrics.jsonl: metrics of the student by `task/metric`, and the teacher's in line 0."""
 
 CHECKPOINTS = "accuracy.json"
 """File of the accuracies by checkpoint, in the run's folder."""
