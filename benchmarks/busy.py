@@ -22,6 +22,7 @@ POLICIES: dict[str, dict[str, str]] = {
     "as torch is": {},
     "passive": {"OMP_WAIT_POLICY": "passive"},
     "spin 1,000": {"GOMP_SPINCOUNT": "1000"},
+    "spin 4,000 (lrc)": {"GOMP_SPINCOUNT": "4000"},
     "spin 10,000": {"GOMP_SPINCOUNT": "10000"},
     "spin 100,000": {"GOMP_SPINCOUNT": "100000"},
     "one thread": {"OMP_NUM_THREADS": "1"},

@@ -182,6 +182,7 @@ def errors(printed: str) -> list[str]:
     return re.findall(r"^(?:\[rank\d\]:)?Error: .*$", printed, flags=re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_a_killed_process_ends_all_and_the_run_goes_on(folder: Path) -> None:
     run, printed = broken(folder, "kill", rank=1)
     assert len(errors(printed)) <= 1  # none if the launcher is faster

@@ -325,9 +325,7 @@ def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
     assert code == 0, err
     assert "has ended" in out
     given = {k: v for k, v in settings.items() if k not in ("model", "data")}
-    by_python = api.sft(
-        source, data=tmp_path / "one.jsonl", settings=given, out=tmp_path / "three", quiet=True
-    )
+    by_python = api.sft(source, data=tmp_path / "one.jsonl", settings=given, out=tmp_path / "three")
     assert same(weights(student), weights(by_python))
     code, out, err = lrc("generate", tmp_path / "one", "w5 w6", "--chat", "--max-new-tokens", "4")
     assert code == 0, err

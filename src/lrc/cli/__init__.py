@@ -22,6 +22,7 @@ from lrc.cli.sft import sft
 from lrc.cli.training import compress, init, resume, train
 from lrc.system.distributed import PeerError, joined, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
+from lrc.system.threads import sleep_while_waiting
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 """Exit codes: a mistake that the user can fix, a bug in lrc, and Ctrl-C outside training."""
@@ -87,6 +88,7 @@ def main() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    sleep_while_waiting()
     _print_anything()
     debug = _take_debug()
     try:

@@ -89,7 +89,14 @@ def assert_close(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
         assert distance < 1e-5, name
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+QUICK = ("gemma2", "llama", "qwen3")
+"""Families that differ most; the interpreter takes seconds for each."""
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(f, marks=() if f in QUICK else pytest.mark.slow) for f in sorted(FAMILIES)],
+)
 def test_a_step_is_the_same(family: str) -> None:
     """With all clone terms and clipping, which the kernels work around."""
     for ours, theirs in zip(step(family, "triton"), step(family, "torch"), strict=True):

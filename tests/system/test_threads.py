@@ -1,0 +1,37 @@
+"""The waiting policy is set before torch is imported, and never against the user's."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lrc.system.threads import SPINS
+
+CODE = """
+import os, sys
+sys.argv = ["lrc", "--version"]
+from lrc.cli import main
+assert "torch" not in sys.modules
+try:
+    main()
+except SystemExit:
+    print(os.environ.get("GOMP_SPINCOUNT"), os.environ.get("OMP_WAIT_POLICY"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, f"{SPINS} None"),
+        ({"GOMP_SPINCOUNT": "7"}, "7 None"),
+        ({"OMP_WAIT_POLICY": "active"}, "None active"),
+    ],
+)
+def test_the_policy_of_the_command_line(given: dict[str, str], expected: str) -> None:
+    names = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
+    environment = {key: value for key, value in os.environ.items() if key not in names}
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env=environment | given, capture_output=True, text=True
+    )
+    assert done.stdout.splitlines()[-1] == expected
