@@ -10,7 +10,7 @@ quickstart: .venv/ready
 	$(BIN)/lrc train quickstart
 
 test: check
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 check: .venv/ready-dev
 	$(BIN)/ruff check
