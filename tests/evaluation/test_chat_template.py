@@ -78,6 +78,7 @@ def test_a_model_without_a_template_is_refused(folder: Path, tmp_path: Path, lrc
     assert "no chat template" in err
 
 
+@pytest.mark.slow
 def test_ifeval_runs(folder: Path, tmp_path: Path, lrc: Command) -> None:
     """A model of random bytes writes no comma by chance alone, and never 300 words in capitals."""
     pytest.importorskip("langdetect")

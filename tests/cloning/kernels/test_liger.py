@@ -168,6 +168,7 @@ def test_a_note_says_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> No
     assert "low-rank-clone[cuda]" in str(apply_liger(tiny_teacher("llama").model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{"release_at": 0.5}, {"precision": "bfloat16"}])
 def test_a_run_is_the_same(
     tmp_path: Path, settings: dict[str, object], monkeypatch: pytest.MonkeyPatch
