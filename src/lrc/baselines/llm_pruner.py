@@ -35,13 +35,14 @@ from lrc.baselines.pruning.importance import largest
 from lrc.baselines.pruning.shape import PrunedShape, pruned_config, teacher_shape
 from lrc.baselines.pruning.size import parameter_count
 from lrc.baselines.pruning.taylor import taylor_importance
-from lrc.cloning.method import Progress, StartReport
+from lrc.cloning.method import StartReport
 from lrc.data.batch import Batch
 from lrc.model.student import check_hidden_size, derive_config, plain_view, ties_weights
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.recipe.method_sections import LlmPrunerSection
 from lrc.system.errors import UserError
+from lrc.system.progress import Progress
 
 
 class LlmPruner(PrunedStudent):

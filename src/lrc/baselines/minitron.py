@@ -18,9 +18,9 @@ loss on hidden states, which the paper uses when it removes many layers.
 from lrc.baselines.pruned import PrunedStudent
 from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.importance import measure_importance
-from lrc.cloning.method import Progress
 from lrc.data.batch import Batch
 from lrc.recipe.method_sections import MinitronSection
+from lrc.system.progress import Progress
 
 
 class Minitron(PrunedStudent):

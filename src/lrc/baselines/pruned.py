@@ -8,10 +8,11 @@ from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
 from lrc.baselines.pruning.cut import KeptUnits, write_kept
 from lrc.baselines.pruning.shape import PrunedShape, pruned_config, shape_of_config, target_shape
 from lrc.baselines.pruning.size import compare_sizes
-from lrc.cloning.method import Progress, StartReport
+from lrc.cloning.method import StartReport
 from lrc.data.batch import Batch
 from lrc.model.student import ties_weights
 from lrc.recipe.method_sections import PrunedShapeSection
+from lrc.system.progress import Progress
 
 PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialize.calibration_tokens"}
 """Recipe settings that every pruned student uses. Its start has no randomness, but setting the seed

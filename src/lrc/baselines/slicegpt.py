@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 from lrc.baselines.plain import PlainStudent, random_student
 from lrc.baselines.pruned import PRUNED_SETTINGS
 from lrc.baselines.pruning.rotate import write_rotated
-from lrc.cloning.method import Progress, StartReport
+from lrc.cloning.method import StartReport
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
 from lrc.data.batch import Batch
 from lrc.model.student import check_hidden_size, derive_config
+from lrc.system.progress import Progress
 
 
 class SliceGpt(PlainStudent):

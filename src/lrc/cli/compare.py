@@ -1,6 +1,5 @@
 """`lrc compare`."""
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +8,7 @@ import typer
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.training import Settings, TeacherOption, Text
 from lrc.recipe.shipped import find_yaml
+from lrc.system.distributed import launched
 from lrc.system.errors import UserError
 
 
@@ -40,7 +40,7 @@ def compare(
     """
     from lrc.recipe import parse_overrides
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if launched() > 1:
         raise UserError(
             "A comparison runs in one process: start it without a launcher, and entries side by "
             "side with --only."

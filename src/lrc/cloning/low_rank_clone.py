@@ -22,7 +22,7 @@ from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops, widths_of
 from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
-from lrc.cloning.method import Counts, Method, Progress, Staged, StartReport, StepLosses
+from lrc.cloning.method import Counts, Method, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
@@ -34,6 +34,7 @@ from lrc.recipe import Recipe
 from lrc.recipe.sections import InitializeSection, Kernels, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 from lrc.system.distributed import World
+from lrc.system.progress import Progress
 
 
 class LowRankClone(Method, Staged):

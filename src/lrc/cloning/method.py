@@ -5,7 +5,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -18,9 +18,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.system.clock import Clock
 from lrc.system.distributed import ALONE, World, assign
-
-Progress = Callable[[int, int], None]
-"""Called with the parts of a long computation that are done and their number."""
+from lrc.system.progress import Progress
 
 
 @dataclass(frozen=True)

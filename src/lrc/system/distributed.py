@@ -112,8 +112,7 @@ def join() -> World:
     Raises:
         UserError: if the launcher's variables or the network do not allow it.
     """
-    size = _number("WORLD_SIZE", 1)
-    if size == 1:
+    if launched() == 1:
         return ALONE
     import torch
     import torch.distributed as dist
@@ -142,11 +141,16 @@ def leave() -> None:
 
 def joined() -> bool:
     """Whether this process has joined others."""
-    if _number("WORLD_SIZE", 1) == 1:
+    if launched() == 1:
         return False
     import torch.distributed as dist
 
     return dist.is_initialized()
+
+
+def launched() -> int:
+    """Number of processes that the launcher has started."""
+    return _number("WORLD_SIZE", 1)
 
 
 def rank() -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.cloning.method import Progress, StartReport
+from lrc.cloning.method import StartReport
 from lrc.cloning.projection import Projections
 from lrc.cloning.start.closed_form.solve import closed_form_start
 from lrc.cloning.start.pca import pca_start
@@ -24,6 +24,7 @@ from lrc.cloning.start.random import random_start
 from lrc.cloning.start.start import Start
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
+from lrc.system.progress import Progress
 
 __all__ = ["STARTS", "initialize"]
 

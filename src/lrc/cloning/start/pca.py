@@ -13,7 +13,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import principal_basis
 from lrc.cloning.start.calibration import Calibration
@@ -21,6 +20,7 @@ from lrc.cloning.start.closed_form.normed_writer import diagonal_basis, writer_w
 from lrc.cloning.start.start import Start
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
+from lrc.system.progress import Progress
 
 
 def pca_start(

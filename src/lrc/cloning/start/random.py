@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections
 from lrc.cloning.start.start import Start
 from lrc.recipe.sections import InitializeSection
+from lrc.system.progress import Progress
 
 
 def random_start(

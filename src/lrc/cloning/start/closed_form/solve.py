@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lrc.cloning.method import Progress
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.start.basis import predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
@@ -57,6 +56,7 @@ from lrc.model.families import Branch
 from lrc.model.layout import LinearSite
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection
+from lrc.system.progress import Progress
 
 LENGTH = 128
 """Tokens of a calibration sequence, unless the text's sequences are shorter. The rest of a sequence
