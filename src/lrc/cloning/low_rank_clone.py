@@ -33,7 +33,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.recipe.sections import InitializeSection, Kernels, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
-from lrc.system.distributed import World
+from lrc.system.distributed import Owners, World
 from lrc.system.progress import Progress
 
 
@@ -155,8 +155,8 @@ class LowRankClone(Method, Staged):
         super().share_work(world)
         if not self.released:
             keys = self.projections.values
-            owners = {key: self.owners[f"projections.{key}"] for key in keys}
-            self.projections.share_work(world, owners)
+            ranks = {key: self.owners[f"projections.{key}"] for key in keys}
+            self.projections.owners = Owners(world, ranks)
 
     def costs(self) -> dict[str, float]:
         if self.released:

@@ -7,7 +7,6 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
 from lrc.system.clock import Clock
-from lrc.system.distributed import ALONE, World, assign
+from lrc.system.distributed import Owners, World, assign
 from lrc.system.progress import Progress
 
 
@@ -91,12 +90,9 @@ class Method(ABC):
     model: PreTrainedModel
     """The student in training."""
 
-    world: World = ALONE
-    """The processes that train the method together. Each parameter has an owner among them, which
+    owners = Owners()
+    """Which of the processes that train the method together owns a parameter, by name. The owner
     keeps its optimizer state and updates it."""
-
-    owners: Mapping[str, int] = MappingProxyType({})
-    """The owner of each parameter, by name."""
 
     solves_alone: ClassVar[bool] = False
     """Whether `initialize` runs in one process, whose parameters all others then take. If not, it
@@ -139,11 +135,7 @@ class Method(ABC):
 
     def share_work(self, world: World) -> None:
         """Choose the owners of the present stage's parameters."""
-        self.world, self.owners = world, assign(self.costs(), world.size)
-
-    def owns(self, name: str) -> bool:
-        """Whether this process owns a parameter."""
-        return self.owners.get(name, 0) == self.world.rank
+        self.owners = Owners(world, assign(self.costs(), world.size))
 
     def costs(self) -> dict[str, float]:
         """What the owner of each parameter has to do in a step, by name, in any unit. Default: the

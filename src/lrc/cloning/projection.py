@@ -27,7 +27,7 @@ from lrc.model.precision import tf32_products, upcast_dtype
 from lrc.model.student import ties_projections
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
-from lrc.system.distributed import ALONE, World
+from lrc.system.distributed import Owners
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,8 @@ class Projections:
 
     def __init__(self, teacher: Teacher, student: StudentSection, tf32: bool = False) -> None:
         self.teacher, self.tf32 = teacher, tf32
-        self.world, self.owners = ALONE, dict[str, int]()
+        self.owners = Owners()
+        """The process that owns each projection, by key."""
         self.hidden_size = student.hidden_size
         self.weights = projected_weights(teacher, student)
         model = teacher.model
@@ -212,7 +213,8 @@ class Projections:
         with tf32_products(self.tf32):
             write_weights(self.teacher, self._owned(), self.values, student.get_parameter)
         for weight in self.weights:
-            self.world.send(student.get_parameter(weight.name).data, self._owner(weight))
+            owner = self.owners[weight.projection]
+            self.owners.world.send(student.get_parameter(weight.name).data, owner)
 
     def store_as(self, student: PreTrainedModel, dtype: torch.dtype) -> None:
         """Convert the student's projected weights. Their gradients are accumulated in at least
@@ -245,24 +247,20 @@ class Projections:
         for weight in self.weights:
             gradient = student.get_parameter(weight.name).grad
             if gradient is not None:
-                self.world.reduce(gradient, self._owner(weight))
+                self.owners.world.reduce(gradient, self.owners[weight.projection])
         for key, value in self.values.items():  # of clone terms
             if value.grad is not None:
-                self.world.reduce(value.grad, self.owners.get(key, 0))
-                value.grad = value.grad if self._owns(key) else None
+                self.owners.world.reduce(value.grad, self.owners[key])
+                value.grad = value.grad if self.owners.has(key) else None
         with tf32_products(self.tf32):
             add_projection_gradients(
                 self.teacher, self._owned(), self.values, student.get_parameter
             )
 
-    def share_work(self, world: World, owners: Mapping[str, int]) -> None:
-        """Set the process that owns each projection, by key."""
-        self.world, self.owners = world, dict(owners)
-
     def send(self, keys: Iterable[str]) -> None:
         """Send some projections from their owners to all processes."""
         for key in keys:
-            self.world.send(self.values[key].data, self.owners.get(key, 0))
+            self.owners.world.send(self.values[key].data, self.owners[key])
 
     def costs(self) -> dict[str, float]:
         """Elements of the teacher's weights that each projection multiplies, by key."""
@@ -273,10 +271,4 @@ class Projections:
         return costs
 
     def _owned(self) -> list[ProjectedWeight]:
-        return [weight for weight in self.weights if self._owns(weight.projection)]
-
-    def _owns(self, key: str) -> bool:
-        return self.owners.get(key, 0) == self.world.rank
-
-    def _owner(self, weight: ProjectedWeight) -> int:
-        return self.owners.get(weight.projection, 0)
+        return [weight for weight in self.weights if self.owners.has(weight.projection)]

@@ -169,11 +169,11 @@ def kind_of(dtype: torch.dtype) -> Kind:
 
 def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPlace]]:
     """The name of every tensor of the file, and what to store."""
-    for piece in tensors_of(model):
+    for found in tensors_of(model):
         # The device `meta` computes shapes without numbers.
-        shape = piece.change(torch.empty_like(piece.tensor, device="meta")).shape
-        stored = _stored(piece.name, shape, kind)
-        yield piece.name, StoredPlace(piece.path, piece.tensor, shape, stored, piece.change)
+        shape = found.change(torch.empty_like(found.tensor, device="meta")).shape
+        stored = _stored(found.name, shape, kind)
+        yield found.name, StoredPlace(found.path, found.tensor, shape, stored, found.change)
 
 
 EXACT = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")

@@ -7,7 +7,7 @@ one process runs the same code. Transport is torch.distributed: NCCL between GPU
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -171,6 +171,22 @@ def may_restart() -> bool:
 def local_rank() -> int:
     """Number of this process on its machine."""
     return _number("LOCAL_RANK", 0)
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Which process owns each of several named things."""
+
+    world: World = ALONE
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    """The process of each; the first one has the others."""
+
+    def __getitem__(self, name: str) -> int:
+        return self.ranks.get(name, 0)
+
+    def has(self, name: str) -> bool:
+        """Whether this process owns it."""
+        return self[name] == self.world.rank
 
 
 def assign(costs: Mapping[str, float], size: int) -> dict[str, int]:

@@ -266,7 +266,7 @@ class Loop:
             if value.grad is None:
                 value.grad = torch.zeros_like(value)
             self.world.reduce(value.grad, method.owners[name])
-            if not method.owns(name):
+            if not method.owners.has(name):
                 value.grad = None
         return missing
 
@@ -296,7 +296,7 @@ class Loop:
                 norms[place] = torch.linalg.vector_norm(value.grad)
         self.world.add_up(norms)  # each is zero but in its owner
         total: torch.Tensor = torch.linalg.vector_norm(norms)
-        own = [value for name, value in named if method.owns(name)]
+        own = [value for name, value in named if method.owners.has(name)]
         torch.nn.utils.clip_grads_with_norm_(own, limit, total)
         return total
 

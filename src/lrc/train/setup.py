@@ -118,7 +118,7 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
     train, stages = recipe.train, stages_of(method)
     method.share_work(world)
     parameters, decayed, own = method.parameters(), method.decayed(), stages.own_learning_rates()
-    owned = {name: value for name, value in parameters.items() if method.owns(name)}
+    owned = {name: value for name, value in parameters.items() if method.owners.has(name)}
     groups = [
         {
             "params": [p for n, p in owned.items() if n in decayed and n not in own],

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lrc.cloning.objective.clone import weight_of_size
+from lrc.cloning.objective.clone import projection_unit, weight_of_size
 from lrc.cloning.token_clipping import remember_norms
 
 BLOCK = 4096
@@ -77,8 +77,7 @@ class _Clone(torch.autograd.Function):
         unit = None  # the gradient of the projection for a loss gradient of 1
         if projection is not None and source is not None and ctx.needs_input_grad[2]:
             weighted = difference if weight is None else difference * weight[..., None]
-            rows = weighted.flatten(0, -2).to(source.dtype)
-            unit = -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
+            unit = projection_unit(weighted, source, projection, scale)
         ctx.save_for_backward(difference, weight, unit)
         ctx.scale = scale
         loss = scale * (squares if weight is None else squares * weight).sum()

@@ -98,6 +98,20 @@ def weight_of_size(mean_square: Tensor, mask: Tensor | None) -> Tensor:
     return weight if mask is None else weight * mask
 
 
+def projection_unit(weighted: Tensor, source: Tensor, projection: Tensor, scale: float) -> Tensor:
+    """The gradient of a projection [d_T, width] whose product with the teacher's side is the
+    target, for a loss gradient of 1.
+
+    Args:
+        weighted: the differences times the weights of their tokens, [batch, sequence, width].
+        source: a_T, [batch, sequence, d_T].
+        projection: P, [d_T, width].
+        scale: factor of the loss.
+    """
+    rows = weighted.flatten(0, -2).to(source.dtype)
+    return -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
+
+
 class _SquaredDifference(torch.autograd.Function):
     """scale * weighted sum of squared differences. Keeps only the difference for the backward pass,
     and the gradient of the projection if the target comes from one."""
@@ -122,8 +136,7 @@ class _SquaredDifference(torch.autograd.Function):
         weighted = difference if weight is None else difference * weight[..., None]
         unit = None  # the gradient of the projection for a loss gradient of 1
         if projection is not None and source is not None and ctx.needs_input_grad[2]:
-            rows = weighted.flatten(0, -2).to(source.dtype)
-            unit = -2 * scale * (source.flatten(0, -2).T @ rows).to(projection.dtype)
+            unit = projection_unit(weighted, source, projection, scale)
         ctx.save_for_backward(weighted, unit)
         ctx.scale = scale
         loss = scale * torch.dot(weighted.flatten(), difference.flatten())
