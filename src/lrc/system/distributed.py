@@ -48,7 +48,7 @@ class World:
 
         found: list[Any] = [None] * self.size
         with peers():
-            dist.all_gather_object(found, value, group=_objects())
+            dist.all_gather_object(found, value)
         return found
 
     def from_first(self, value: Value) -> Value:
@@ -59,7 +59,7 @@ class World:
 
         found = [value]
         with peers():
-            dist.broadcast_object_list(found, 0, group=_objects())
+            dist.broadcast_object_list(found, 0)
         return found[0]
 
     def first_then_others(self, make: Callable[[], Value]) -> Value:
@@ -116,13 +116,18 @@ def join() -> World:
         return ALONE
     import torch
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank() % torch.cuda.device_count())
         try:
-            dist.init_process_group(backend, timeout=TIMEOUT)
+            store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
+            # torchrun keeps its store when it restarts processes, with the addresses of the former.
+            own = PrefixStore(f"attempt-{restarts()}", store)
+            dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             raise UserError(
                 f"The processes of this run cannot find each other ({reason(error)}): start them "
@@ -223,19 +228,6 @@ def peers() -> Iterator[None]:
             "Another process of this run has ended; its own output says why. The last checkpoint "
             "is intact: start all processes again with `lrc resume`."
         ) from error
-
-
-def _objects() -> Any:
-    """The group for Python objects: gloo, so that no GPU is needed."""
-    import torch.distributed as dist
-
-    global _group
-    if _group is None:
-        _group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    return _group
-
-
-_group: Any = None
 
 
 def _number(name: str, default: int) -> int:
