@@ -23,12 +23,14 @@ def check_recipe(recipe: Recipe) -> None:
     files = locate_locally(recipe.teacher.model)
     if files is not None and files.gguf is None:
         config = read_config(files)
-        if recipe.method.name == "lrc":
+        student = recipe.student
+        if recipe.method.name == "lrc" and student.kv_heads is None:
             check_student_size(
-                recipe.student.hidden_size,
+                student.hidden_size,
                 family_of(config["model_type"]),
                 config["hidden_size"],
                 config["num_attention_heads"],
+                config["hidden_size"] if student.prunes else None,
             )
     source_files(recipe.data.text)
     source_files(recipe.data.held_out, held_out=True)

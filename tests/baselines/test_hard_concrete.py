@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lrc.baselines.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
 from lrc.baselines.pruning.learned import LearnedMasks
-from lrc.baselines.pruning.shape import PrunedShape
+from lrc.model.pruned_shape import PrunedShape
 
 TEACHER = PrunedShape(layers=3, hidden=10, kv_heads=2, neurons=12)
 TARGET = PrunedShape(layers=2, hidden=6, kv_heads=1, neurons=5)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.baselines.pruning.cut import KeptUnits, cut
+from lrc.model.kept_units import KeptUnits, cut
 from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher

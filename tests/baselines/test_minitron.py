@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.baselines.minitron import Minitron
-from lrc.baselines.pruning.cut import cut
+from lrc.model.kept_units import cut
 from lrc.baselines.pruning.importance import ActivationImportance, measure_importance
-from lrc.baselines.pruning.shape import PrunedShape, shape_of_config
+from lrc.model.pruned_shape import PrunedShape, shape_of_config
 from lrc.data.batch import Batch
 from lrc.methods import METHODS
 from lrc.model.teacher import Teacher, as_teacher

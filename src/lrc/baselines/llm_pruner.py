@@ -30,13 +30,14 @@ from lrc.baselines.lora import add_adapters, write_base, write_merged
 from lrc.baselines.plain import random_student
 from lrc.baselines.pruned import PrunedStudent
 from lrc.baselines.pruning.budget import Budget
-from lrc.baselines.pruning.cut import KeptUnits, keep_all, write_kept
 from lrc.baselines.pruning.importance import largest
-from lrc.baselines.pruning.shape import PrunedShape, pruned_config, teacher_shape
+from lrc.baselines.pruning.shape import teacher_shape
 from lrc.baselines.pruning.size import parameter_count
 from lrc.baselines.pruning.taylor import taylor_importance
 from lrc.cloning.method import StartReport
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits, keep_all, write_kept
+from lrc.model.pruned_shape import PrunedShape, pruned_config
 from lrc.model.student import check_hidden_size, derive_config, plain_view, ties_weights
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe

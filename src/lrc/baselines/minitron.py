@@ -16,9 +16,9 @@ loss on hidden states, which the paper uses when it removes many layers.
 """
 
 from lrc.baselines.pruned import PrunedStudent
-from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.importance import measure_importance
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits
 from lrc.recipe.method_sections import MinitronSection
 from lrc.system.progress import Progress
 

@@ -5,11 +5,12 @@ from abc import abstractmethod
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
-from lrc.baselines.pruning.cut import KeptUnits, write_kept
-from lrc.baselines.pruning.shape import PrunedShape, pruned_config, shape_of_config, target_shape
+from lrc.baselines.pruning.shape import target_shape
 from lrc.baselines.pruning.size import compare_sizes
 from lrc.cloning.method import StartReport
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits, write_kept
+from lrc.model.pruned_shape import PrunedShape, pruned_config, shape_of_config
 from lrc.model.student import ties_weights
 from lrc.recipe.method_sections import PrunedShapeSection
 from lrc.system.progress import Progress

@@ -8,7 +8,7 @@ dimensions, heads and FFN neurons. A Lagrangian holds the expected number of ope
 target's; gradient ascent trains its multipliers (`lrc.baselines.pruning.learned`). Masks and
 multipliers have their own learning rates. The target moves from the teacher's shape to the
 student's over the first fifth of the stage. At the end of the stage, the units that are most likely
-open are cut out (`lrc.baselines.pruning.cut`). Stage two trains the result, a plain model, with a
+open are cut out (`lrc.model.kept_units`). Stage two trains the result, a plain model, with a
 new optimizer and a new schedule. In both stages every held-out measurement updates the weights of
 the text sources (dynamic batch loading): w' is proportional to w * exp(max(loss - reference, 0)).
 
@@ -49,13 +49,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PlainStudent
-from lrc.baselines.pruning.cut import KeptUnits, cut
 from lrc.baselines.pruning.learned import LearnedMasks
 from lrc.baselines.pruning.masked import MaskHooks
-from lrc.baselines.pruning.shape import pruned_config, target_shape, teacher_shape
+from lrc.baselines.pruning.shape import target_shape, teacher_shape
 from lrc.baselines.pruning.size import compare_sizes
 from lrc.cloning.method import Counts, Staged, StepLosses
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits, cut
+from lrc.model.pruned_shape import pruned_config
 from lrc.model.student import ties_weights
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe

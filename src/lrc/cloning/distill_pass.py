@@ -74,7 +74,7 @@ class DistillPass(nn.Module):
     """Runs both models and computes the losses.
 
     Args:
-        teacher: the teacher.
+        teacher: the teacher, or a pruned one whose layers are the student's: the whole one runs.
         student: the student; hooks are installed on it and on the teacher.
         objective: the losses and their weights.
         clock: counts the time of teacher, student and losses.
@@ -97,7 +97,7 @@ class DistillPass(nn.Module):
         triton: bool = False,
     ) -> None:
         super().__init__()
-        self.student, self.teacher_model = student, teacher.model
+        self.student, self.teacher_model = student, teacher.whole.model
         self.teacher, self.objective, self.clock, self.pair = teacher, objective, clock, pair
         self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
         self.triton = triton
@@ -227,18 +227,21 @@ class DistillPass(nn.Module):
         """Install all hooks, in the order that the module's docstring explains."""
         layout = layout_of(self.student)
 
-        def at_linear(model: nn.Module, site: LinearSite, hook: Callable[..., object]) -> None:
-            linear = model.get_submodule(layout.linear(site))
+        def at_linear(site: LinearSite, hook: Callable[..., object]) -> None:
+            linear = self.student.get_submodule(layout.linear(site))
             self._hooks.append(linear.register_forward_hook(hook))
 
         if self.token_grad_clip:
             for site in layout.observable():
-                at_linear(self.student, site, self._clip)
+                at_linear(site, self._clip)
         if self.pair and not self.recomputes_layers:
             self._hooks += recompute_ffns(self.student, layout)
         for site in self.sites:
-            at_linear(self.student, site, partial(self._compare, site))
-            at_linear(self.teacher_model, site, partial(_keep, weakref.ref(self), site))
+            at_linear(site, partial(self._compare, site))
+            theirs = self.teacher.whole.layout.linear(self.teacher.whole_site(site))
+            linear = self.teacher_model.get_submodule(theirs)
+            keep = partial(_keep, weakref.ref(self), site)
+            self._hooks.append(linear.register_forward_hook(keep))
         # Other passes may use the same teacher: its hooks end with this pass.
         weakref.finalize(self, _remove, self._hooks)
 

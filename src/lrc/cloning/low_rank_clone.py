@@ -24,8 +24,17 @@ from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
+from lrc.cloning.shape.prune import prune
+from lrc.cloning.shape.pruned_teacher import (
+    PrunedTeacher,
+    asked_shape,
+    first_units,
+    pruned_teacher,
+    prunes,
+)
 from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits
 from lrc.model.layout import LinearSite
 from lrc.model.precision import forward_dtype, product_dtype
 from lrc.model.student import build_student, plain_view, student_config
@@ -34,6 +43,7 @@ from lrc.recipe import Recipe
 from lrc.recipe.sections import InitializeSection, Kernels, ObjectiveSection, StudentSection
 from lrc.system.clock import Clock
 from lrc.system.distributed import Owners, World
+from lrc.system.errors import UserError
 from lrc.system.progress import Progress
 
 
@@ -95,7 +105,13 @@ class LowRankClone(Method, Staged):
 
     @classmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "LowRankClone":
-        student_config(teacher, recipe.student)  # refuses an unfit hidden size
+        asked_shape(teacher, recipe.student)  # refuse sizes that do not fit
+        student_config(teacher, recipe.student)
+        if prunes(teacher, recipe.student) and recipe.objective.attn_out == "teacher":
+            raise UserError(
+                "objective.attn_out: teacher needs all layers and heads of the teacher: set it to "
+                "student, or leave student.kv_heads and student.layers empty."
+            )
         device, low = teacher.model.device, None
         if device.type == "cuda" and hasattr(torch.Tensor, "grad_dtype"):  # since torch 2.10
             low = forward_dtype(recipe.train.precision, device)
@@ -113,15 +129,25 @@ class LowRankClone(Method, Staged):
             recipe.train.kernels,
         )
 
-    def _begin(self) -> None:
-        """Go to the first stage, with nothing initialized."""
+    def _begin(self, kept: KeptUnits | None = None) -> None:
+        """Go to the first stage, with nothing initialized.
+
+        Args:
+            kept: what the student keeps of the teacher; None: what the recipe names, until
+                `initialize` chooses.
+        """
         self.released = False
-        self.projections = Projections(self.teacher, self.section, self.tf32)
-        self.model = build_student(self.teacher, self.section)
+        self.source = self.teacher
+        """The teacher whose weights are projected: pruned, if the student has fewer units."""
+        if prunes(self.teacher, self.section):
+            chosen = kept or first_units(self.teacher, self.section)
+            self.source = pruned_teacher(self.teacher, chosen)
+        self.projections = Projections(self.source, self.section, self.tf32)
+        self.model = build_student(self.source, self.section)
         if self.weight_dtype:
             self.projections.store_as(self.model, self.weight_dtype)
         self.distill = DistillPass(
-            self.teacher,
+            self.source,
             self.model,
             self.objective,
             self.clock,
@@ -133,21 +159,29 @@ class LowRankClone(Method, Staged):
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":
             self.alignment = writer_alignment(
-                self.teacher, self.model, self.distill.sites, self.start.seed
+                self.source, self.model, self.distill.sites, self.start.seed
             )
 
     def calibration_tokens(self) -> int:
-        reads_text = STARTS[self.start.method].reads_text
+        reads_text = STARTS[self.start.method].reads_text or self.source is not self.teacher
         return self.start.calibration_tokens if reads_text else 0
 
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
-        return initialize(self, self.start, calibration.input_ids, progress)
+        ids = calibration.input_ids
+        if isinstance(self.source, PrunedTeacher):
+            pruned = prune(self.source, self.section, ids, progress)
+            self._begin(pruned.kept)
+            with torch.no_grad():
+                for name, writer in self.source.writers.items():
+                    writer.copy_(pruned.writers[name])
+        return initialize(self, self.start, ids, progress)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         if self.released:
             return dict(self.model.named_parameters()) | self.alignment
         named = {f"projections.{key}": value for key, value in self.projections.values.items()}
-        for path in self.teacher.layout.stream_norms():
+        named |= {f"writers.{name}": value for name, value in self.source.writers.items()}
+        for path in self.source.layout.stream_norms():
             named[f"{path}.weight"] = self.model.get_submodule(path).get_parameter("weight")
         return named | self.alignment
 
@@ -157,6 +191,10 @@ class LowRankClone(Method, Staged):
             keys = self.projections.values
             ranks = {key: self.owners[f"projections.{key}"] for key in keys}
             self.projections.owners = Owners(world, ranks)
+            if self.source.writers:  # the owner of a projection also has its writer
+                of = {weight.name: ranks[weight.projection] for weight in self.projections.weights}
+                writers = {f"writers.{name}": of[name] for name in self.source.writers}
+                self.owners = Owners(world, {**self.owners.ranks, **writers})
 
     def costs(self) -> dict[str, float]:
         if self.released:
@@ -167,7 +205,8 @@ class LowRankClone(Method, Staged):
     def projected(self) -> set[str]:
         if self.released:
             return set()
-        return {f"projections.{key}" for key in self.projections.values}
+        writers = {f"writers.{name}" for name in self.source.writers}
+        return writers | {f"projections.{key}" for key in self.projections.values}
 
     def rate_setting(self) -> str:
         return "release_learning_rate" if self.released else "learning_rate"
@@ -184,13 +223,16 @@ class LowRankClone(Method, Staged):
         return {"stage": "released"}
 
     def state(self) -> dict[str, Any]:
-        return {"released": True} if self.released else {}
+        state: dict[str, Any] = {"released": True} if self.released else {}
+        if isinstance(self.source, PrunedTeacher):
+            state["kept"] = self.source.kept.lists()
+        return state
 
     def load_state(self, state: dict[str, Any]) -> None:
-        released = state.get("released", False)
-        if self.released and not released:
-            self._begin()
-        elif released and not self.released:
+        released, kept = state.get("released", False), state.get("kept")
+        if (self.released and not released) or kept != self.state().get("kept"):
+            self._begin(kept and KeptUnits.from_lists(kept, self.teacher.hidden_size))
+        if released and not self.released:
             self._release()
 
     def buffers(self) -> dict[str, Tensor]:
@@ -208,6 +250,7 @@ class LowRankClone(Method, Staged):
         first = self.stage_ends()[0] if self.stage_ends() else self.steps
         clones = self.objective.alpha_at(first / self.steps) > 0
         self.projections.freeze(self._cloned() if clones else [])
+        self.source.writers.clear()
 
     def begin_step(self, step: int) -> None:
         self.distill.alpha = self.objective.alpha_at(step / self.steps)
@@ -254,10 +297,12 @@ class LowRankClone(Method, Staged):
     def _pair(self, site: LinearSite, inputs: Tensor, output: Tensor, target: Tensor) -> ClonePair:
         """What is compared at a site: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
+        if (kept := self.source.kept_outputs(site)) is not None:
+            target = target[..., kept.to(target.device)]
         if not self._projects(site):
             if site.name == "o" and self.objective.attn_out == "teacher":
                 output = self._teacher_output(site, inputs)
-            elif self.teacher.layout.writes(site):
+            elif self.source.layout.writes(site):
                 output = align(output, self.alignment, site)
             return ClonePair(output, target)
         projection = self.projections.values[projection_key(site)]
@@ -273,7 +318,7 @@ class LowRankClone(Method, Staged):
     def _projects(self, site: LinearSite) -> bool:
         """Whether the teacher's side of a site is compared through the student's projection."""
         in_teachers_space = site.name == "o" and self.objective.attn_out == "teacher"
-        writes = self.teacher.layout.writes(site)
+        writes = self.source.layout.writes(site)
         return writes and not (in_teachers_space or self.alignment)
 
     def _teacher_output(self, site: LinearSite, inputs: Tensor) -> Tensor:

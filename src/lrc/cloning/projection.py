@@ -158,7 +158,8 @@ def add_projection_gradients(
     values: Mapping[str, Tensor],
     find: FindParameter,
 ) -> None:
-    """Add the gradients of projections, from those of the student's weights.
+    """Add the gradients of projections, and of the writers of a pruned teacher if they are
+    trained, from those of the student's weights.
 
     Arguments are those of `write_weights`. Weights without a gradient are skipped.
     """
@@ -167,6 +168,10 @@ def add_projection_gradients(
             gradient = find(weight.name).grad
             if gradient is None:
                 continue
+            writer = teacher.writers.get(weight.name)
+            if writer is not None and writer.requires_grad:
+                added = values[weight.projection].detach() @ gradient
+                writer.grad = added if writer.grad is None else writer.grad.add_(added)
             found = projection_gradient(teacher.parameter(weight.name), gradient, weight.axis)
             value = values[weight.projection]
             if weight.folded and weight.norm:

@@ -6,16 +6,17 @@ therefore transformers' own and need none of our code.
 """
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.pruned_shape import PrunedShape, pruned_config, shape_of_config
 from lrc.model.sizes import check_student_size
 from lrc.model.teacher import Teacher
-from lrc.recipe.sections import StudentSection
+from lrc.recipe.sections import Keep, StudentSection
 from lrc.system.errors import UserError
 
 EXPERTS_MULTIPLE = 8
@@ -45,7 +46,12 @@ def student_config(teacher: Teacher, student: StudentSection) -> Any:
         UserError: if the hidden size is odd, is not smaller than the teacher's, or the teacher's
             configuration class refuses it.
     """
-    check_hidden_size(teacher, student.hidden_size)
+    whole, own = shape_of_config(teacher.config), student_shape(teacher, student)
+    heads = int(teacher.config.num_attention_heads) * own.kv_heads // whole.kv_heads
+    narrower = replace(own, hidden=whole.hidden) != whole
+    check_hidden_size(
+        teacher, student.hidden_size, heads, teacher.hidden_size if narrower else None
+    )
     return derive_config(teacher, student)
 
 
@@ -75,21 +81,42 @@ def check_hidden_size(
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:
     """Return the student's configuration without checking its hidden size."""
-    source = teacher.config
-    config = copy.deepcopy(source)
-    if not layers_differ(config):
-        config.head_dim = head_dim_of(source)
-    config.hidden_size = student.hidden_size
-    config.tie_word_embeddings = ties_weights(teacher, student)
-    forget_origin(config)
-    return config
+    shape = student_shape(teacher, student)
+    return pruned_config(
+        teacher, shape, kept_layers(teacher, student), ties_weights(teacher, student)
+    )
 
 
-def forget_origin(config: Any) -> None:
-    """Remove from a copied configuration what is true only of the original model."""
-    for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
-        if hasattr(config, left_over):
-            delattr(config, left_over)
+def student_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
+    """The student's shape; sizes that the recipe omits are the teacher's.
+
+    A teacher that is already pruned keeps its own layers, heads and neurons.
+    """
+    whole = shape_of_config(teacher.config)
+    if teacher.whole is not teacher:
+        return replace(whole, hidden=student.hidden_size)
+    return PrunedShape(
+        size_of(student.layers) or whole.layers,
+        student.hidden_size,
+        size_of(student.kv_heads) or whole.kv_heads,
+        size_of(student.intermediate_size) or whole.neurons,
+    )
+
+
+def size_of(asked: int | Keep | None) -> int | None:
+    """How many units a recipe keeps; None: all."""
+    return len(asked.keep) if isinstance(asked, Keep) else asked
+
+
+def kept_layers(teacher: Teacher, student: StudentSection) -> list[int]:
+    """The teacher's layers that a student keeps, as far as the recipe says. If it gives only a
+    number, they are evenly spaced until a start chooses them."""
+    total, asked = teacher.num_layers, student.layers
+    if asked is None or teacher.whole is not teacher:
+        return list(range(total))
+    if isinstance(asked, Keep):
+        return asked.keep
+    return [index * total // asked for index in range(asked)]
 
 
 def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:

@@ -1,6 +1,7 @@
 """A teacher: a frozen model with its tokenizer and family, loaded from any source."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,14 +10,14 @@ from typing import Any
 import torch
 from gguf import GGUFReader
 from huggingface_hub import ModelCard
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel as Model
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.accelerate import load_offloaded_parameter
 
 from lrc.model.families import Family, check_supported, family_of
 from lrc.model.gguf import read_header
-from lrc.model.layout import Layout
+from lrc.model.layout import Layout, LinearSite
 from lrc.model.loading import (
     load_config,
     load_skeleton_of,
@@ -77,6 +78,29 @@ class Teacher:
     def num_layers(self) -> int:
         """Number of decoder layers."""
         return int(self.config.num_hidden_layers)
+
+    @property
+    def whole(self) -> "Teacher":
+        """The teacher that a pruned teacher was pruned from; of any other, itself."""
+        return self
+
+    @property
+    def kept_layers(self) -> Sequence[int]:
+        """Of each layer, its index in the whole teacher."""
+        return range(self.num_layers)
+
+    @property
+    def writers(self) -> dict[str, nn.Parameter]:
+        """The trained writers of a pruned teacher, [d_T, kept], by name; of any other, none."""
+        return {}
+
+    def whole_site(self, site: LinearSite) -> LinearSite:
+        """The linear map of the whole teacher that a linear map belongs to."""
+        return site
+
+    def kept_outputs(self, site: LinearSite) -> Tensor | None:
+        """Which outputs of the whole teacher's linear map are kept, int64; None: all."""
+        return None
 
     @property
     def first_token(self) -> int | None:

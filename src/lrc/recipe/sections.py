@@ -4,7 +4,8 @@
 """
 
 import math
-from typing import Any, Literal, Self
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,11 +56,40 @@ class TeacherSection(Section):
     has it, else eager."""
 
 
+class Keep(Section):
+    """Which units of the teacher to keep, instead of their number."""
+
+    keep: list[int] = Field(min_length=1)
+    """Their indices, ascending, from 0."""
+
+    @field_validator("keep")
+    @classmethod
+    def _ascending(cls, keep: list[int]) -> list[int]:
+        if keep[0] < 0 or any(later <= former for former, later in pairwise(keep)):
+            raise ValueError("give each index once, ascending, from 0")
+        return keep
+
+
+Units = Annotated[int, Field(gt=0)] | Keep | None
+"""How many units to keep, or which ones; None: all."""
+
+
 class StudentSection(Section):
     """The student's shape and parametrization."""
 
     hidden_size: int = Field(gt=0)
-    """d_S, the student's hidden size: even and smaller than the teacher's."""
+    """d_S, the student's hidden size: even and smaller than the teacher's, or equal to it if
+    something else shrinks."""
+
+    intermediate_size: Units = None
+    """Width of the FFN. Empty: the teacher's. The start chooses the neurons whose loss costs least
+    in the teacher's predictions, in each layer, or takes `{keep: [...]}` in all layers."""
+
+    kv_heads: Units = None
+    """Key/value heads, each with its query heads. Empty: the teacher's. Chosen as the neurons."""
+
+    layers: Units = None
+    """Decoder layers. Empty: the teacher's. The start chooses those whose loss costs most."""
 
     tie_projections: bool | None = None
     """Whether embedding and LM head share one projection. Empty: yes if the teacher ties its
@@ -70,6 +100,13 @@ class StudentSection(Section):
     """Multiply the teacher's RMSNorm gain into the weights that read it before projecting. This
     changes only the parametrization: the same students can be reached without it. Train a start
     from text with it; otherwise the first steps undo the start. The paper does not use it."""
+
+    @property
+    def prunes(self) -> bool:
+        """Whether more than the hidden size may shrink."""
+        return any(
+            asked is not None for asked in (self.intermediate_size, self.kv_heads, self.layers)
+        )
 
 
 class InitializeSection(Section):

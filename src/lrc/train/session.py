@@ -12,6 +12,7 @@ import torch
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.kernels import use_triton
 from lrc.cloning.kernels.liger import apply_liger
+from lrc.cloning.method import stages_of
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.evaluation.along import Benchmarks
@@ -28,7 +29,7 @@ from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs, describe_inputs
 from lrc.train.loop import Loop, OnStep
-from lrc.train.setup import Setup, calibration_sequences, find_device, set_up
+from lrc.train.setup import Setup, calibration_sequences, find_device, new_state, set_up
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, world: World = ALONE) -> t
         (0 if not known).
     """
     if setup.method.solves_alone and not world.leads:
-        return take_start(setup, world, (0.0, 0.0))
+        return take_start(setup, recipe, world, (0.0, 0.0))
     sequences = calibration_sequences(setup.method, recipe, text)
     calibration = text.training_batch(0, sequences).to(setup.device) if sequences else NO_BATCH
     tokens, wanted = calibration.input_ids.numel(), setup.method.calibration_tokens()
@@ -74,12 +75,19 @@ def start(setup: Setup, recipe: Recipe, text: Reader, world: World = ALONE) -> t
                 "initialize.method to random."
             ) from error
     seconds = time.perf_counter() - started, report.forward_seconds
-    return take_start(setup, world, seconds) if setup.method.solves_alone else seconds
+    setup.state = new_state(setup.method, recipe, world=world)
+    return take_start(setup, recipe, world, seconds) if setup.method.solves_alone else seconds
 
 
-def take_start(setup: Setup, world: World, seconds: tuple[float, float]) -> tuple[float, float]:
-    """Take the parameters of the first process, and its seconds."""
-    found = world.from_first(seconds)
+def take_start(
+    setup: Setup, recipe: Recipe, world: World, seconds: tuple[float, float]
+) -> tuple[float, float]:
+    """Take the state and the parameters of the first process, and its seconds."""
+    stages = stages_of(setup.method)
+    found, state = world.from_first((seconds, stages.state()))
+    if not world.leads and state != stages.state():
+        stages.load_state(state)
+        setup.state = new_state(setup.method, recipe, world=world)
     for parameter in setup.state.parameters.values():
         world.send(parameter.data, 0)
     return found

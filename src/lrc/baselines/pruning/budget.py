@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from lrc.baselines.pruning.shape import PrunedShape, group_size, pruned_config, teacher_shape
+from lrc.baselines.pruning.shape import teacher_shape
 from lrc.baselines.pruning.size import parameter_count
+from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config
 from lrc.model.teacher import Teacher
 
 

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lrc.baselines.pruning.cut import KeptUnits
-from lrc.baselines.pruning.shape import PrunedShape
 from lrc.cloning.activations import last_hidden, observe
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits
 from lrc.model.layout import LinearSite
 from lrc.model.precision import upcast
+from lrc.model.pruned_shape import PrunedShape
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import Aggregation
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lrc.baselines.pruning.cut import KeptUnits
 from lrc.baselines.pruning.hard_concrete import log_alpha_of, open_probability, sample, settled
 from lrc.baselines.pruning.masked import MaskValues
-from lrc.baselines.pruning.shape import PrunedShape
+from lrc.model.kept_units import KeptUnits
+from lrc.model.pruned_shape import PrunedShape
 
 KINDS = ("layers", "hidden", "groups", "neurons")
 

@@ -1,41 +1,16 @@
-"""The shape that a teacher is pruned to."""
+"""The shape that a baseline prunes its teacher to."""
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from lrc.model.layout import layout_of
-from lrc.model.shapes import head_dim_of
-from lrc.model.student import check_hidden_size, forget_origin
+from lrc.model.pruned_shape import PrunedShape, by_layer, group_size, shape_of_config
+from lrc.model.student import check_hidden_size
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import PrunedShapeSection
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
-
-
-@dataclass(frozen=True)
-class PrunedShape:
-    """The parts of a decoder's shape that pruning changes. Query heads are removed with their
-    key/value head, and head_dim never changes."""
-
-    layers: int
-    hidden: int
-    kv_heads: int
-    neurons: int
-    """Width of the FFN."""
-
-
-def shape_of_config(config: Any) -> PrunedShape:
-    """The shape of a model, from its configuration."""
-    return PrunedShape(
-        int(config.num_hidden_layers),
-        int(config.hidden_size),
-        int(config.num_key_value_heads),
-        int(config.intermediate_size),
-    )
 
 
 def teacher_shape(teacher: Teacher) -> PrunedShape:
@@ -62,17 +37,6 @@ def can_be_pruned(model: PreTrainedModel) -> bool:
     scale = layout.family.embedding_scale
     sinks = any(name.endswith(".sinks") for name, _ in model.named_parameters())
     return layout.is_llamas and not sinks and scale(narrower) == scale(layout.config)
-
-
-def by_layer(config: Any) -> dict[str, list[Any]]:
-    """The settings of a configuration that are lists with one value per layer."""
-    names = ("layer_types", "no_rope_layers")
-    return {name: values for name in names if (values := getattr(config, name, None))}
-
-
-def group_size(config: Any) -> int:
-    """Query heads that share a key/value head."""
-    return int(config.num_attention_heads) // int(config.num_key_value_heads)
 
 
 def target_shape(
@@ -116,35 +80,3 @@ def target_shape(
     if problems:
         raise UserError("; ".join(problems) + ".")
     return asked
-
-
-def pruned_config(
-    model: PreTrainedModel | Teacher,
-    shape: PrunedShape,
-    layers: Sequence[int] | None = None,
-    tied: bool | None = None,
-) -> Any:
-    """The configuration of a pruned model: the original one in a new shape, with an explicit
-    head_dim.
-
-    Args:
-        model: the model to prune.
-        shape: the shape to prune to.
-        layers: indices of the kept layers; None for the first ones, which is equivalent if all
-            layers are of one kind.
-        tied: whether the LM head is the embedding; None for the model's own setting.
-    """
-    source = model.config
-    config = copy.deepcopy(source)
-    config.head_dim = head_dim_of(source)
-    kept = range(shape.layers) if layers is None else layers
-    for name, values in by_layer(source).items():
-        setattr(config, name, [values[layer] for layer in kept])
-    config.num_hidden_layers = shape.layers
-    config.num_attention_heads = shape.kv_heads * group_size(source)
-    config.num_key_value_heads = shape.kv_heads
-    config.hidden_size = shape.hidden
-    config.intermediate_size = shape.neurons
-    config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
-    forget_origin(config)
-    return config

@@ -7,7 +7,7 @@ tokens are in memory, or in files if they are large.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -40,6 +40,7 @@ class TeacherLayer:
     """A decoder layer of the teacher, and its residual stream around its branches."""
 
     index: int
+    """Its index in the teacher, or in the student if it is one of `student_layers`."""
     module: nn.Module
     """The layer, in the calibration's dtype."""
     streams: list[ActivationStore]
@@ -58,7 +59,8 @@ class Calibration:
     Use it as a context manager, which closes the streams.
 
     Args:
-        teacher: the teacher.
+        teacher: the teacher whose weights are projected. If it is a pruned one, the whole one gives
+            the streams.
         ids: calibration tokens, int64 [sequences, length]; at least two sequences.
         hidden_size: d_S.
         restart: number of tokens at the end of each sequence that do not see the tokens before
@@ -66,14 +68,16 @@ class Calibration:
     """
 
     def __init__(self, teacher: Teacher, ids: Tensor, hidden_size: int, restart: int = 0) -> None:
-        self.teacher, self.family, self.ids = teacher, teacher.family, ids
+        self.source, self.family, self.ids = teacher, teacher.family, ids
+        """The teacher whose weights are projected, with as many layers as the student."""
+        self.teacher = teacher = teacher.whole
         self.branches = teacher.layout.branches
-        """The branches of each layer."""
+        """The branches of each layer of the whole teacher."""
         self.hidden_size = hidden_size
         self.dtype = torch.promote_types(teacher.model.dtype, torch.float32)
         config, self.student_config = (
             teacher.config,
-            derive_config(teacher, StudentSection(hidden_size=hidden_size)),
+            derive_config(self.source, StudentSection(hidden_size=hidden_size)),
         )
         self.residual_scale = self.family.residual_scale(config)
         """Factor of what a branch adds to the stream."""
@@ -102,12 +106,12 @@ class Calibration:
         self._opened.close()
 
     def weight(self, path: str) -> Tensor:
-        """The teacher's weight at a module path."""
-        return self.teacher.parameter(f"{path}.weight").to(self.dtype)
+        """The weight at a module path of the teacher that is projected."""
+        return self.source.parameter(f"{path}.weight").to(self.dtype)
 
     def gain(self, path: str) -> Tensor:
-        """Gain [d_T] of the teacher's norm at a module path."""
-        return self.teacher.gain(path, self.dtype)
+        """Gain [d_T] of the norm at a module path of the teacher that is projected."""
+        return self.source.gain(path, self.dtype)
 
     def cap(self, logits: Tensor) -> Tensor:
         """The model's logits, from products of states and rows of the head."""
@@ -158,15 +162,27 @@ class Calibration:
 
         The next layer and the next pass reuse the streams.
         """
+        return self._layers(range(self.teacher.num_layers), stop)
+
+    def student_layers(self) -> Iterator[TeacherLayer]:
+        """The same over all sequences, by layers of the student. The stream after a layer is that
+        before the next kept layer. `module` is the layer of the teacher that is projected."""
+        for layer in self._layers(self.source.kept_layers):
+            module = self.layer(layer.index, self.source)
+            yield TeacherLayer(layer.index, module, layer.streams)
+
+    def _layers(self, kept: Sequence[int], stop: int | None = None) -> Iterator[TeacherLayer]:
+        """The pass over all layers, of which only some are yielded, numbered from 0."""
         if not self._teacher_streams:
             width = self.teacher.hidden_size
             self._teacher_streams = [self.stream(width) for _ in range(self._streams_of_layer)]
         streams = self._teacher_streams
         parts = list(self.batches(0, stop))
         for part in parts:
-            streams[0][part] = self._embedded(part)
+            streams[0][part] = self.embedded(part)
         self.forward_seconds = 0.0
-        for index in range(self.teacher.num_layers):
+        ends = *kept[1:], self.teacher.num_layers
+        for number, (index, end) in enumerate(zip(kept, ends, strict=True)):
             layer, count = self.layer(index), len(self.branches[index])
             for part in parts:
                 states = streams[0][part]
@@ -177,20 +193,29 @@ class Calibration:
                 for stream, found in zip(streams[1:count], inputs[1:], strict=True):
                     stream[part] = found
                 streams[count][part] = result
-            yield TeacherLayer(index, layer, streams[: count + 1])
+            for removed in range(index + 1, end):
+                module = self.layer(removed)
+                for part in parts:
+                    streams[count][part] = self.run(module, removed, streams[count][part])
+            yield TeacherLayer(number, layer, streams[: count + 1])
             streams = [streams[count], *streams[:count], *streams[count + 1 :]]
 
     def teacher_states(self, part: slice) -> Iterator[Tensor]:
         """The teacher's residual stream [b, length, d_T] of a few sequences, before every layer and
         after the last one."""
-        states = self._embedded(part)
+        states = self.embedded(part)
         for index in range(self.teacher.num_layers):
             yield states
             states = self.run(self.layer(index), index, states)
         yield states
 
+    def run_student(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
+        """Run a decoder layer of the student, or of the teacher that is projected."""
+        return self.run(layer, self.source.kept_layers[index], states)
+
     def run(self, layer: nn.Module, index: int, states: Tensor) -> Tensor:
-        """Run a decoder layer of teacher or student on a residual stream [b, length, d]."""
+        """Run a decoder layer on a residual stream [b, length, d], given the index that it has in
+        the whole teacher."""
         others, arguments = self.arguments[index]
         result = layer(states, *others, **arguments)
         states = result[0] if isinstance(result, tuple) else result
@@ -218,7 +243,8 @@ class Calibration:
                 hook.remove()
 
     def block(self, layer: nn.Module, index: int, branch: Branch) -> "Block":
-        """A block of a layer of the teacher, as the layer calls it on a calibration sequence."""
+        """A block of a layer of the teacher that is projected, as the layer calls it on a
+        calibration sequence."""
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         module = layer.get_submodule(branch.block)
         hook = module.register_forward_pre_hook(
@@ -226,18 +252,19 @@ class Calibration:
         )
         width = self.teacher.hidden_size
         states = torch.zeros(1, self.ids.shape[1], width, dtype=self.dtype, device=self.ids.device)
-        self.run(layer, index, states)
+        self.run_student(layer, index, states)
         hook.remove()
         return Block(module, *calls[0])
 
     def student_layer(self, index: int) -> nn.Module:
         """A decoder layer of the student with gains of 1. What is not projected is the teacher's.
         The projected weights are not filled yet."""
-        teacher, prefix = self.layer(index), self.teacher.layout.layer(index)
+        teacher = self.layer(index, self.source)
+        prefix = self.source.layout.layer(index)
         theirs = dict(teacher.named_parameters())
         layer = type(teacher)(self.student_config, index)
         layer = layer.to(next(iter(theirs.values()))).eval().requires_grad_(False)
-        layout = self.teacher.layout
+        layout = self.source.layout
         gains = {f"{norm}.weight" for norm in layout.stream_norms()}
         for name, own in layer.named_parameters():
             if f"{prefix}.{name}" in gains:
@@ -249,30 +276,29 @@ class Calibration:
 
     def folded_weight(self, index: int, branch: Branch, name: str) -> Tensor:
         """W_T diag(gain) [out, d_T] of a reader of the teacher."""
-        prefix = self.teacher.layout.layer(index)
+        prefix = self.source.layout.layer(index)
         weight = self.weight(f"{prefix}.{branch.readers[name]}")
         return weight if branch.norm is None else weight * self.gain(f"{prefix}.{branch.norm}")
 
-    def layer(self, index: int) -> nn.Module:
-        """The teacher's layer itself if it is in memory in the calibration's dtype, otherwise a
-        copy."""
+    def layer(self, index: int, teacher: Teacher | None = None) -> nn.Module:
+        """A layer of a teacher, by default of the whole one: itself if it is in memory in the
+        calibration's dtype, otherwise a copy."""
+        teacher = teacher or self.teacher
         path = f"{self.family.layers}.{index}"
-        own = self.teacher.model.get_submodule(path)
+        own = teacher.model.get_submodule(path)
         parameters = dict(own.named_parameters())
         if all(not p.is_meta and p.dtype == self.dtype for p in parameters.values()):
             return own
         with torch.device("meta"):
-            layer = type(own)(self.teacher.config, index)
-        weights = {
-            name: self.teacher.parameter(f"{path}.{name}").to(self.dtype) for name in parameters
-        }
+            layer = type(own)(teacher.config, index)
+        weights = {name: teacher.parameter(f"{path}.{name}").to(self.dtype) for name in parameters}
         layer.load_state_dict(weights, strict=False, assign=True)
         for name, buffer in own.named_buffers():
             path, _, attribute = name.rpartition(".")
             setattr(layer.get_submodule(path), attribute, buffer)
         return layer.eval().requires_grad_(False)
 
-    def _embedded(self, part: slice) -> Tensor:
+    def embedded(self, part: slice) -> Tensor:
         """The teacher's residual stream [b, length, d_T] before its first layer."""
         embedding = self.teacher.parameter(f"{self.family.embedding}.weight")
         embedded = functional.embedding(self.ids[part], embedding).to(self.dtype)

@@ -49,15 +49,15 @@ class LastLayers:
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
-        count = calibration.teacher.num_layers
+        count = calibration.source.num_layers
         self.first = count - max(1, round(SHARE * count))
         """Index of the first of them."""
         self._before = calibration.stream(calibration.hidden_size)
         self._layers: list[nn.Module] = []
         self._parameters: dict[str, nn.Parameter] = {}
         """The layers' parameters by their names in the student."""
-        self._weights = layer_weights(calibration.teacher, fold=True, first=self.first)
-        self._gains = calibration.teacher.layout.after_norms(self.first)
+        self._weights = layer_weights(calibration.source, fold=True, first=self.first)
+        self._gains = calibration.source.layout.after_norms(self.first)
         """Module paths of the layers' norms after blocks, whose gains are refined too."""
 
     def begin(self, stream: ActivationStore) -> None:
@@ -65,7 +65,7 @@ class LastLayers:
         calibration = self.calibration
         for part in calibration.batches():
             self._before[part] = stream[part]
-        layout = calibration.teacher.layout
+        layout = calibration.source.layout
         for index in range(self.first, layout.num_layers):
             layer = calibration.student_layer(index)
             self._layers.append(layer)
@@ -102,7 +102,7 @@ class LastLayers:
             h = calibration.normalize(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
             learnt = int((labels >= 0).sum())
-            cap = calibration.teacher.logit_softcap
+            cap = calibration.source.logit_softcap
             weights = VocabularyWeights(
                 1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK, softcap=cap
             )
@@ -127,7 +127,7 @@ class LastLayers:
         return descend(
             calibration,
             values.values(),
-            LEARNING_RATE * (calibration.teacher.hidden_size * calibration.hidden_size) ** -0.5,
+            LEARNING_RATE * (calibration.source.hidden_size * calibration.hidden_size) ** -0.5,
             STEP_TOKENS,
             epochs,
             differentiate,
@@ -148,13 +148,13 @@ class LastLayers:
         """The student's last residual stream of some sequences, [b, length, d_S]."""
         states = self._before[part]
         for index, layer in enumerate(self._layers, self.first):
-            states = self.calibration.run(layer, index, states)
+            states = self.calibration.run_student(layer, index, states)
         return states
 
     @torch.no_grad()
     def _project(self, values: Mapping[str, Tensor]) -> None:
         """Write the layers' weights and gains, from projections by their keys and gains by path."""
-        write_weights(self.calibration.teacher, self._weights, values, self._parameters.__getitem__)
+        write_weights(self.calibration.source, self._weights, values, self._parameters.__getitem__)
         for norm in self._gains:
             parameter = self._parameters[_weight_of(norm)]
             parameter.copy_(values[norm] - self.calibration.family.gain_offset)
@@ -162,7 +162,7 @@ class LastLayers:
     def _gather(self, values: Mapping[str, Tensor]) -> None:
         """Add the gradients of the layers' weights to those of the projections, by their keys."""
         add_projection_gradients(
-            self.calibration.teacher, self._weights, values, self._parameters.__getitem__
+            self.calibration.source, self._weights, values, self._parameters.__getitem__
         )
         for norm in self._gains:
             gradient = self._parameters[_weight_of(norm)].grad

@@ -119,7 +119,7 @@ def solve_projections(
         last = LastLayers(calibration) if refine_epochs else None
         solver = _Solver(calibration, basis, metrics, refine_epochs, last.first if last else 0)
         solved = {"embedding": basis * calibration.embedding_ratio}
-        for layer in calibration.teacher_layers():
+        for layer in calibration.student_layers():
             if last and layer.index == last.first:
                 last.begin(solver.stream)
             solved |= solver.layer(layer)
@@ -221,9 +221,9 @@ class _Solver:
         is the student's block with the teacher's writer.
         """
         calibration, index = self.calibration, teacher.index
-        prefix = calibration.teacher.layout.layer(index)
+        prefix = calibration.source.layout.layer(index)
         solved: dict[str, Tensor] = {}
-        for number, branch in enumerate(calibration.branches[index]):
+        for number, branch in enumerate(calibration.source.layout.branches[index]):
             before, after = teacher.streams[number : number + 2]
             last = after is teacher.after
             target = Target(
@@ -295,7 +295,7 @@ class _Solver:
                 values = written[part], lacking, weights
                 yield tuple(value.flatten(0, 1) for value in values)  # type: ignore[misc]
 
-        path = f"{calibration.teacher.layout.layer(index)}.{branch.after}"
+        path = f"{calibration.source.layout.layer(index)}.{branch.after}"
         projection, gain = writer_through_norm(
             rows, calibration.rms, calibration.gain(path), self.basis
         )

@@ -1,13 +1,14 @@
 """A plain model that consists of selected parts of another one."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.baselines.pruning.shape import PrunedShape, group_size, pruned_config
 from lrc.model.layout import layout_of
+from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config
 from lrc.model.shapes import head_dim_of
 from lrc.model.student import empty_student
 
@@ -36,6 +37,21 @@ class KeptUnits:
         for parts in (self.groups, self.neurons):
             if len(parts) != len(self.layers) or len({len(part) for part in parts}) != 1:
                 raise ValueError("all kept layers must have the same number of heads and neurons")
+
+    @classmethod
+    def from_lists(cls, lists: dict[str, Any], hidden: int) -> "KeptUnits":
+        """The inverse of `lists`, with all channels of the residual stream."""
+        groups, neurons = (
+            [torch.tensor(part) for part in lists[key]] for key in ("groups", "neurons")
+        )
+        return cls(lists["layers"], torch.arange(hidden), groups, neurons)
+
+    def lists(self) -> dict[str, Any]:
+        """Layers, heads and neurons as JSON values."""
+        groups, neurons = (
+            [part.tolist() for part in parts] for parts in (self.groups, self.neurons)
+        )
+        return {"layers": list(self.layers), "groups": groups, "neurons": neurons}
 
     @property
     def shape(self) -> PrunedShape:
@@ -107,8 +123,8 @@ def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
     take(family.head, None, kept.hidden)
     take(family.final_norm, kept.hidden)
     for layer, number in enumerate(kept.layers):
-        keys = _spread(kept.groups[layer], head_dim)
-        queries = _spread(kept.groups[layer], size * head_dim)
+        keys = spread(kept.groups[layer], head_dim)
+        queries = spread(kept.groups[layer], size * head_dim)
         neurons, hidden = kept.neurons[layer], kept.hidden
         linears = {
             "q": (queries, hidden),
@@ -131,6 +147,6 @@ def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
     return found
 
 
-def _spread(parts: Tensor, width: int) -> Tensor:
+def spread(parts: Tensor, width: int) -> Tensor:
     """Indices of the rows of parts that have `width` rows each."""
     return (parts[:, None] * width + torch.arange(width, device=parts.device)).flatten()

@@ -1,0 +1,271 @@
+"""The teacher with fewer layers, heads and neurons, of which a student has the low-rank weights.
+
+Its readers are rows of the teacher's, taken when they are asked for. Only the writers of pruned
+branches have values of their own, W_T C [d_T, kept]. C [all, kept] is not stored: it has
+all / d_T times as many numbers, and reaches no other students.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lrc.model.families import Branch
+from lrc.model.kept_units import KeptUnits, spread
+from lrc.model.layout import LinearSite
+from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config, shape_of_config
+from lrc.model.shapes import head_dim_of
+from lrc.model.student import kept_layers, student_shape
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import Keep, StudentSection, Units
+from lrc.system.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrunedTeacher(Teacher):
+    """A pruned teacher. Its layers and parameters have the names of the student's.
+
+    `model` has the modules of the pruned shape; the weights of its layers are on the meta device.
+    """
+
+    original: Teacher
+    """The whole teacher."""
+    kept: KeptUnits
+    """What is kept of it."""
+    solved: dict[str, nn.Parameter]
+    """The writers W_T C [d_T, kept] by name: zero until `prune` solves them."""
+
+    @property
+    def whole(self) -> Teacher:
+        return self.original
+
+    @property
+    def kept_layers(self) -> Sequence[int]:
+        return self.kept.layers
+
+    @property
+    def writers(self) -> dict[str, nn.Parameter]:
+        return self.solved
+
+    def whole_site(self, site: LinearSite) -> LinearSite:
+        return LinearSite(self.kept.layers[site.layer], site.name)
+
+    def kept_outputs(self, site: LinearSite) -> Tensor | None:
+        return self.slices(site)[0]
+
+    def parameter(self, name: str) -> Tensor:
+        if name in self.solved:
+            return self.solved[name].detach()
+        if not name.startswith(f"{self.family.layers}."):
+            return self.original.parameter(name)
+        number, _, inside = name.removeprefix(f"{self.family.layers}.").partition(".")
+        layer = int(number)
+        theirs = self.original.layout.layer(self.kept.layers[layer])
+        value = self.original.parameter(f"{theirs}.{inside}")
+        rows, columns = self._slices_of(layer, inside.rpartition(".")[0])
+        if rows is not None:
+            value = value[rows.to(value.device)]
+        if columns is not None and value.ndim > 1:
+            value = value[:, columns.to(value.device)]
+        return value
+
+    def units(self, layer: int, branch: Branch) -> tuple[Tensor, int] | None:
+        """The kept units of a branch, int64, and how many inputs of its writer each has; None if
+        nothing is removed from it."""
+        whole, own = shape_of_config(self.original.config), shape_of_config(self.config)
+        if set(branch.writers) == {"o"} and own.kv_heads < whole.kv_heads:
+            config = self.original.config
+            return self.kept.groups[layer], group_size(config) * head_dim_of(config)
+        if has_neurons(branch) and own.neurons < whole.neurons:
+            return self.kept.neurons[layer], 1
+        return None
+
+    def slices(self, site: LinearSite) -> tuple[Tensor | None, Tensor | None]:
+        """The kept rows and columns of the teacher's linear map at a site, int64; None: all."""
+        branch = self.layout.branch(site)
+        units = self.units(site.layer, branch)
+        if units is None:
+            return None, None
+        kept, size = units
+        if site.name in branch.writers:
+            return None, spread(kept, size)
+        if site.name in ("k", "v"):
+            return spread(kept, head_dim_of(self.original.config)), None
+        if site.name == "gate_up":
+            return torch.cat((kept, kept + int(self.original.config.intermediate_size))), None
+        return spread(kept, size), None
+
+    def _slices_of(self, layer: int, path: str) -> tuple[Tensor | None, Tensor | None]:
+        for branch in self.layout.branches[layer]:
+            for name, linear in branch.linears.items():
+                if linear == path:
+                    return self.slices(LinearSite(layer, name))
+        return None, None
+
+
+def has_neurons(branch: Branch) -> bool:
+    """Whether a branch is a dense FFN."""
+    return list(branch.writers) == ["down"] and not branch.has_experts
+
+
+def prunes(teacher: Teacher, student: StudentSection) -> bool:
+    """Whether a student has fewer layers, heads or neurons than a teacher."""
+    whole, own = shape_of_config(teacher.config), student_shape(teacher, student)
+    return (own.layers, own.kv_heads, own.neurons) != (whole.layers, whole.kv_heads, whole.neurons)
+
+
+def first_units(teacher: Teacher, student: StudentSection) -> KeptUnits:
+    """The units that a recipe names. Where it gives only their number, evenly spaced layers and the
+    first heads and neurons, until `prune` chooses."""
+    whole, layers = shape_of_config(teacher.config), kept_layers(teacher, student)
+    groups = _first(student.kv_heads, whole.kv_heads)
+    neurons = _first(student.intermediate_size, whole.neurons)
+    every = torch.arange(whole.hidden)
+    return KeptUnits(layers, every, [groups for _ in layers], [neurons for _ in layers])
+
+
+def _first(asked: Units, total: int) -> Tensor:
+    if isinstance(asked, Keep):
+        return torch.tensor(asked.keep)
+    return torch.arange(asked or total)
+
+
+@torch.no_grad()
+def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
+    """A teacher with some units only. Its writers are not solved yet.
+
+    Raises:
+        UserError: if its family does not allow it.
+    """
+    original, source = teacher.whole, teacher.whole.model
+    config = pruned_config(original, kept.shape, kept.layers)
+    with torch.device("meta"):
+        model = type(source)(config)
+    model.generation_config = source.generation_config
+    config._attn_implementation = source.config._attn_implementation
+    family = original.family
+    for path in (family.embedding, family.final_norm, family.head):
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, source.get_submodule(path))
+    found = PrunedTeacher(
+        model,
+        original.tokenizer,
+        family,
+        original.name,
+        original.files,
+        original.notes,
+        original=original,
+        kept=kept,
+        solved={},
+    )
+    for layer, index in enumerate(kept.layers):
+        own = model.get_submodule(found.layout.layer(layer))
+        for name, buffer in source.get_submodule(original.layout.layer(index)).named_buffers():
+            path, _, attribute = name.rpartition(".")
+            setattr(own.get_submodule(path), attribute, buffer)
+    check_pruned(found)
+    dtype = torch.promote_types(source.dtype, torch.float32)
+    solved = {
+        name: nn.Parameter(
+            torch.zeros(model.get_parameter(name).shape, dtype=dtype, device=source.device)
+        )
+        for name in solved_writers(found)
+    }
+    object.__setattr__(found, "solved", solved)
+    return found
+
+
+def solved_writers(pruned: PrunedTeacher) -> list[str]:
+    """Names of the writers that take over what others wrote: of pruned branches, and those before
+    removed layers."""
+    names = []
+    for layer, branches in enumerate(pruned.layout.branches):
+        for branch in branches:
+            before_gap = branch is branches[-1] and group_end(pruned, layer) > 1
+            linears = list(branch.writers.values())
+            plain = len(linears) == 1 and isinstance(linears[0], str)
+            if pruned.units(layer, branch) or (plain and before_gap):
+                names.append(f"{pruned.layout.layer(layer)}.{linears[0]}.weight")
+    return names
+
+
+def group_end(pruned: Teacher, layer: int) -> int:
+    """How many layers of the whole teacher a kept layer stands for: itself and the removed ones
+    after it."""
+    ends = [*pruned.kept_layers[1:], pruned.whole.num_layers]
+    return ends[layer] - pruned.kept_layers[layer]
+
+
+def check_pruned(pruned: PrunedTeacher) -> None:
+    """Refuse a pruned teacher whose layers are not those of the whole one with fewer units.
+
+    Raises:
+        UserError: if a layer is of another kind, or a parameter has another shape than its slice.
+    """
+    whole, family = pruned.original, pruned.family.model_type
+    for layer, index in enumerate(pruned.kept.layers):
+        if pruned.layout.branches[layer] != whole.layout.branches[index]:
+            raise UserError(
+                f"student.layers cannot remove these layers of a {family} model: its layers are of "
+                "several kinds, at fixed places. Keep all layers, or others."
+            )
+        prefix = pruned.layout.layer(layer)
+        own = pruned.model.get_submodule(prefix)
+        theirs = whole.model.get_submodule(whole.layout.layer(index))
+        if (differing := _differing(theirs, own)) is not None:
+            raise UserError(
+                f"student.layers cannot remove these layers of a {family} model: layer {layer} of "
+                f"the student would have another {differing} than layer {index} of the teacher."
+            )
+        for name, parameter in own.named_parameters():
+            stored = theirs.get_parameter(name)
+            rows, columns = pruned._slices_of(layer, name.rpartition(".")[0])
+            shape = list(stored.shape)
+            if rows is not None:
+                shape[0] = len(rows)
+            if columns is not None and len(shape) > 1:
+                shape[1] = len(columns)
+            if list(parameter.shape) != shape:
+                raise UserError(
+                    f"The {name.rpartition('.')[0]} of a {family} layer does not consist of heads "
+                    "or neurons that can be removed one by one: leave student.kv_heads and "
+                    "student.intermediate_size empty."
+                )
+
+
+def _differing(one: nn.Module, other: nn.Module) -> str | None:
+    """The name of a setting in which two layers of one class differ apart from sizes; None:
+    nothing."""
+    for theirs, own in zip(one.modules(), other.modules(), strict=True):
+        for name, value in vars(theirs).items():
+            simple = isinstance(value, (str, bool, type(None))) or name == "sliding_window"
+            public = not name.startswith("_") and name != "training"
+            if simple and public and getattr(own, name, None) != value:
+                return name
+    return None
+
+
+def asked_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
+    """The shape of a recipe's student.
+
+    Raises:
+        UserError: if a size is larger than the teacher's, or a named unit does not exist.
+    """
+    whole, own = shape_of_config(teacher.config), student_shape(teacher, student)
+    for name, asked, ours, theirs in (
+        ("intermediate_size", student.intermediate_size, own.neurons, whole.neurons),
+        ("kv_heads", student.kv_heads, own.kv_heads, whole.kv_heads),
+        ("layers", student.layers, own.layers, whole.layers),
+    ):
+        if ours > theirs:
+            raise UserError(
+                f"student.{name} is {ours}, but the teacher's is {theirs}: choose at most {theirs}."
+            )
+        if isinstance(asked, Keep) and asked.keep[-1] >= theirs:
+            raise UserError(
+                f"student.{name} keeps {asked.keep[-1]}, but the teacher's last is {theirs - 1}."
+            )
+    if isinstance(student.layers, Keep) and student.layers.keep[0] != 0:
+        raise UserError("student.layers must keep layer 0, which reads the embedding.")
+    return own

@@ -1,0 +1,97 @@
+"""The shape of a pruned decoder, and its configuration."""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lrc.model.shapes import head_dim_of, layers_differ
+
+
+@dataclass(frozen=True)
+class PrunedShape:
+    """The parts of a decoder's shape that pruning changes. Query heads are removed with their
+    key/value head, and head_dim never changes."""
+
+    layers: int
+    hidden: int
+    kv_heads: int
+    neurons: int
+    """Width of the FFN."""
+
+
+class Configured(Protocol):
+    """What has a configuration: a model or a teacher."""
+
+    @property
+    def config(self) -> Any:
+        """transformers' configuration."""
+
+
+def shape_of_config(config: Any) -> PrunedShape:
+    """The shape of a model, from its configuration."""
+    return PrunedShape(
+        int(config.num_hidden_layers),
+        int(config.hidden_size),
+        int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
+        int(config.intermediate_size),
+    )
+
+
+def by_layer(config: Any) -> dict[str, list[Any]]:
+    """The settings of a configuration that are lists with one value per layer."""
+    return {
+        name: values
+        for name, values in vars(config).items()
+        if isinstance(values, list)
+        and len(values) == config.num_hidden_layers
+        and name != "mlp_only_layers"  # indices of layers
+    }
+
+
+def group_size(config: Any) -> int:
+    """Query heads that share a key/value head."""
+    return int(config.num_attention_heads) // shape_of_config(config).kv_heads
+
+
+def pruned_config(
+    model: Configured,
+    shape: PrunedShape,
+    layers: Sequence[int] | None = None,
+    tied: bool | None = None,
+) -> Any:
+    """The configuration of a pruned model: the original one in a new shape, with an explicit
+    head_dim.
+
+    Args:
+        model: the model to prune.
+        shape: the shape to prune to.
+        layers: indices of the kept layers; None for the first ones, which is equivalent if all
+            layers are of one kind.
+        tied: whether the LM head is the embedding; None for the model's own setting.
+    """
+    source = model.config
+    whole = shape_of_config(source)
+    config = copy.deepcopy(source)
+    if not layers_differ(config):
+        config.head_dim = head_dim_of(source)
+    kept = range(shape.layers) if layers is None else layers
+    for name, values in by_layer(source).items():
+        setattr(config, name, [values[layer] for layer in kept])
+    config.num_hidden_layers = shape.layers
+    if shape.kv_heads != whole.kv_heads:
+        config.num_attention_heads = shape.kv_heads * group_size(source)
+        config.num_key_value_heads = shape.kv_heads
+    config.hidden_size = shape.hidden
+    if shape.neurons != whole.neurons:
+        config.intermediate_size = shape.neurons
+    config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
+    forget_origin(config)
+    return config
+
+
+def forget_origin(config: Any) -> None:
+    """Remove from a copied configuration what is true only of the original model."""
+    for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        if hasattr(config, left_over):
+            delattr(config, left_over)
