@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from lrc.baselines.llm_pruner import LlmPruner, most_important
 from lrc.baselines.pruning.budget import Budget
-from lrc.model.kept_units import KeptUnits, cut, keep_all
 from lrc.baselines.pruning.shape import teacher_shape
 from lrc.baselines.pruning.taylor import taylor_importance
+from lrc.model.kept_units import KeptUnits, cut, keep_all
 from lrc.model.student import derive_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe

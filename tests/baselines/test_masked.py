@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lrc.model.kept_units import KeptUnits, cut
 from lrc.baselines.pruning.masked import MaskHooks, MaskValues
 from lrc.data.batch import Batch
+from lrc.model.kept_units import KeptUnits, cut
 from lrc.model.teacher import Teacher
 from tiny import FFN, HIDDEN, TINY_CASES, Case, tiny_batch, tiny_teacher
 

@@ -10,11 +10,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lrc.baselines.minitron import Minitron
-from lrc.model.kept_units import cut
 from lrc.baselines.pruning.importance import ActivationImportance, measure_importance
-from lrc.model.pruned_shape import PrunedShape, shape_of_config
 from lrc.data.batch import Batch
 from lrc.methods import METHODS
+from lrc.model.kept_units import cut
+from lrc.model.pruned_shape import PrunedShape, shape_of_config
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe, make_recipe
 from stories import sample

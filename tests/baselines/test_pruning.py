@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from lrc.model.kept_units import KeptUnits, cut, keep_all
 from lrc.baselines.pruning.shape import target_shape, teacher_shape
-from lrc.model.pruned_shape import PrunedShape, pruned_config
 from lrc.baselines.pruning.size import compare_sizes, parameter_count
 from lrc.exporting.plain import export_student
+from lrc.model.kept_units import KeptUnits, cut, keep_all
+from lrc.model.pruned_shape import PrunedShape, pruned_config
 from lrc.model.shapes import shape_of
 from lrc.model.teacher import Teacher
 from lrc.recipe.method_sections import PrunedShapeSection

@@ -158,8 +158,7 @@ def add_projection_gradients(
     values: Mapping[str, Tensor],
     find: FindParameter,
 ) -> None:
-    """Add the gradients of projections, and of the writers of a pruned teacher if they are
-    trained, from those of the student's weights.
+    """Add the gradients of projections, from those of the student's weights.
 
     Arguments are those of `write_weights`. Weights without a gradient are skipped.
     """
@@ -168,10 +167,6 @@ def add_projection_gradients(
             gradient = find(weight.name).grad
             if gradient is None:
                 continue
-            writer = teacher.writers.get(weight.name)
-            if writer is not None and writer.requires_grad:
-                added = values[weight.projection].detach() @ gradient
-                writer.grad = added if writer.grad is None else writer.grad.add_(added)
             found = projection_gradient(teacher.parameter(weight.name), gradient, weight.axis)
             value = values[weight.projection]
             if weight.folded and weight.norm:
@@ -261,6 +256,18 @@ class Projections:
             add_projection_gradients(
                 self.teacher, self._owned(), self.values, student.get_parameter
             )
+            self._add_writer_gradients(student)
+
+    @torch.no_grad()
+    def _add_writer_gradients(self, student: PreTrainedModel) -> None:
+        """Add the gradients of a pruned teacher's writers W: those of P^T W."""
+        with _full_precision(self.teacher):
+            for weight in self._owned():
+                writer = self.teacher.writers.get(weight.name)
+                gradient = student.get_parameter(weight.name).grad
+                if writer is not None and gradient is not None:
+                    added = self.values[weight.projection] @ gradient.to(self.dtype)
+                    writer.grad = added if writer.grad is None else writer.grad.add_(added)
 
     def send(self, keys: Iterable[str]) -> None:
         """Send some projections from their owners to all processes."""

@@ -29,12 +29,13 @@ class Configured(Protocol):
 
 
 def shape_of_config(config: Any) -> PrunedShape:
-    """The shape of a model, from its configuration."""
+    """The shape of a model, from its configuration; its widest layer's, if the layers differ."""
+    layers = config.per_layer_config if layers_differ(config) else [config]
     return PrunedShape(
         int(config.num_hidden_layers),
         int(config.hidden_size),
-        int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads),
-        int(config.intermediate_size),
+        max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
+        max(int(one.intermediate_size) for one in layers),
     )
 
 

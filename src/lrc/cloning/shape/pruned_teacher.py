@@ -15,7 +15,7 @@ from lrc.model.families import Branch
 from lrc.model.kept_units import KeptUnits, spread
 from lrc.model.layout import LinearSite
 from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config, shape_of_config
-from lrc.model.shapes import head_dim_of
+from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.model.student import kept_layers, student_shape
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import Keep, StudentSection, Units
@@ -90,8 +90,14 @@ class PrunedTeacher(Teacher):
         kept, size = units
         if site.name in branch.writers:
             return None, spread(kept, size)
+        keys = spread(kept, head_dim_of(self.original.config))
         if site.name in ("k", "v"):
-            return spread(kept, head_dim_of(self.original.config)), None
+            return keys, None
+        if site.name == "qkv":
+            whole = self.original.config
+            heads = whole.num_attention_heads, shape_of_config(whole).kv_heads
+            ends = [head_dim_of(self.original.config) * number for number in (heads[0], sum(heads))]
+            return torch.cat((spread(kept, size), keys + ends[0], keys + ends[1])), None
         if site.name == "gate_up":
             return torch.cat((kept, kept + int(self.original.config.intermediate_size))), None
         return spread(kept, size), None
@@ -139,6 +145,12 @@ def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
         UserError: if its family does not allow it.
     """
     original, source = teacher.whole, teacher.whole.model
+    if layers_differ(original.config):
+        raise UserError(
+            f"The layers of this {original.family.model_type} model have different widths, so none "
+            "can be pruned: leave student.layers, student.kv_heads and student.intermediate_size "
+            "empty."
+        )
     config = pruned_config(original, kept.shape, kept.layers)
     with torch.device("meta"):
         model = type(source)(config)
@@ -159,12 +171,12 @@ def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
         kept=kept,
         solved={},
     )
+    check_pruned(found)
     for layer, index in enumerate(kept.layers):
         own = model.get_submodule(found.layout.layer(layer))
         for name, buffer in source.get_submodule(original.layout.layer(index)).named_buffers():
             path, _, attribute = name.rpartition(".")
             setattr(own.get_submodule(path), attribute, buffer)
-    check_pruned(found)
     dtype = torch.promote_types(source.dtype, torch.float32)
     solved = {
         name: nn.Parameter(
@@ -204,6 +216,13 @@ def check_pruned(pruned: PrunedTeacher) -> None:
         UserError: if a layer is of another kind, or a parameter has another shape than its slice.
     """
     whole, family = pruned.original, pruned.family.model_type
+    before, after = shape_of_config(whole.config), shape_of_config(pruned.config)
+    branches = [branch for every in pruned.layout.branches for branch in every]
+    if after.neurons < before.neurons and not any(map(has_neurons, branches)):
+        raise UserError(
+            f"No layer of this {family} model has a dense FFN: leave student.intermediate_size "
+            "empty."
+        )
     for layer, index in enumerate(pruned.kept.layers):
         if pruned.layout.branches[layer] != whole.layout.branches[index]:
             raise UserError(
@@ -228,7 +247,7 @@ def check_pruned(pruned: PrunedTeacher) -> None:
                 shape[1] = len(columns)
             if list(parameter.shape) != shape:
                 raise UserError(
-                    f"The {name.rpartition('.')[0]} of a {family} layer does not consist of heads "
+                    f"The {name.rpartition('.')[0]} of {family} layers does not consist of heads "
                     "or neurons that can be removed one by one: leave student.kv_heads and "
                     "student.intermediate_size empty."
                 )

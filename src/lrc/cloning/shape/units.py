@@ -6,15 +6,18 @@ for the others, the squared error in the metric F of the predictions rises, for 
     tr V_b ((G^-1)_bb)^-1 V_b^T,    V = F^1/2 W,
 
 where G = E[a a^T]. This is the saliency of optimal brain surgeon (Hassibi and Stork 1993) for a
-linear map; a unit that others can stand in for is cheap, however active it is. The cheapest units
-are removed in a few rounds, each with the writer solved again for what is left.
+linear map; a unit that others can stand in for is cheap, however active it is. Units are removed
+one by one. After each, G^-1 and V become those of the others:
+
+    G^-1 <- G^-1 - G^-1_b ((G^-1)_bb)^-1 G^-1_b^T,    V <- V - V_b ((G^-1)_bb)^-1 G^-1_b^T.
 """
 
 import torch
 from torch import Tensor
 
 ROUNDS = 6
-"""Rounds of removal. One round at once would remove units that stand in for each other."""
+"""Rounds of removal. In a round, only the cheapest units at its start are updated, twice as many as
+it removes. This saves nearly all of the time if there are thousands."""
 
 RIDGE = 1e-3
 """Added to the second moment of the inputs, in units of their mean square."""
@@ -36,22 +39,41 @@ def choose_units(gram: Tensor, writer: Tensor, metric: Tensor, size: int, count:
     gram = gram + RIDGE * energy.mean().clamp_min(1e-30) * eye
     values, vectors = torch.linalg.eigh(metric)
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    weighted = root @ writer
+    crossed = root @ writer @ gram
     kept = torch.arange(len(gram) // size, device=gram.device)
     surplus = len(kept) - count
-    for number in range(ROUNDS, 0, -1):
-        removed = surplus // number
-        surplus -= removed
+    for left in range(ROUNDS, 0, -1):
+        removed = surplus // left
         if not removed:
             continue
+        surplus -= removed
         inputs = inputs_of(kept, size)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[inputs][:, inputs]))
-        solved = weighted @ gram[:, inputs] @ inverse
-        costs = unit_costs(inverse, solved, size)
-        kept = (
-            kept[costs.argsort(descending=True, stable=True)[: len(kept) - removed]].sort().values
-        )
+        solved = crossed[:, inputs] @ inverse
+        nearest = unit_costs(inverse, solved, size).argsort(stable=True)[: 2 * removed]
+        inside = inputs_of(nearest, size)
+        gone = _remove(inverse[inside][:, inside], solved[:, inside], size, removed)
+        stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
+        stays[nearest[gone]] = False
+        kept = kept[stays]
     return kept
+
+
+def _remove(inverse: Tensor, weighted: Tensor, size: int, count: int) -> Tensor:
+    """The units to remove, one by one, int64 [count]. Arguments are those of `unit_costs`."""
+    inverse, weighted = inverse.clone(), weighted.clone()
+    total = len(inverse) // size
+    left = torch.ones(total, dtype=torch.bool, device=inverse.device)
+    for _ in range(count):
+        costs = unit_costs(inverse, weighted, size).where(left, torch.inf)
+        unit = int(costs.argmin())
+        own = slice(unit * size, (unit + 1) * size)
+        factor = torch.linalg.solve(inverse[own, own], inverse[own])
+        weighted -= weighted[:, own].clone() @ factor
+        inverse -= inverse[:, own].clone() @ factor
+        left[unit] = False
+        inverse[own, own] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
+    return (~left).nonzero()[:, 0]
 
 
 def unit_costs(inverse: Tensor, weighted: Tensor, size: int) -> Tensor:
