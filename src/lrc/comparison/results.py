@@ -72,6 +72,8 @@ class EntryResult:
     parameters: int | None
     tokens: int
     calibration_tokens: int | None
+    seeds: list[int]
+    """The seeds of all its runs, ended or not."""
     runs: list[RunResult]
 
     def values(self, figure: str) -> list[float]:
@@ -168,7 +170,8 @@ def collect(folders: Folders) -> Results:
     teacher: dict[str, Any] = {}
     for entry in comparison.entries:
         rate, tries = folders.chosen(entry), folders.tries(entry)
-        places = {seed: folders.of_run(entry, seed) for seed in comparison.seeds}
+        seeds = comparison.seeds_of(entry)
+        places = {seed: folders.of_run(entry, seed) for seed in seeds}
         ended = {seed: folder for seed, folder in places.items() if is_over(folder)}
         summary: dict[str, Any] = {}
         for folder in ended.values():
@@ -190,6 +193,7 @@ def collect(folders: Folders) -> Results:
                 summary.get("student_parameters"),
                 comparison.tokens,
                 summary.get("calibration_tokens"),
+                seeds,
                 runs,
             )
         )

@@ -141,8 +141,8 @@ def _loss(results: Results, entry: EntryResult) -> str:
     text = _number(mean, ".4f")
     if spread is not None:
         text += f" ± {spread:.4f}"
-    if mean is not None and len(entry.values("held_out_lm")) < len(results.seeds):
-        text += f" ({len(entry.values('held_out_lm'))} of {len(results.seeds)})"
+    if mean is not None and len(entry.values("held_out_lm")) < len(entry.seeds):
+        text += f" ({len(entry.values('held_out_lm'))} of {len(entry.seeds)})"
     return text
 
 
