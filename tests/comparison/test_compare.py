@@ -522,3 +522,29 @@ def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({**changes, "keep": ["scrtch"]}))
     with pytest.raises(UserError, match=r"keeps the entry 'scrtch', which comparison.yaml"):
         load_comparison(path)
+
+
+def test_more_held_out_text_is_a_column(plan: Settings, tmp_path: Path) -> None:
+    """The loss on another text is that of a run whose main held-out text it is."""
+    texts = {
+        n: [" ".join(f"w{3 + (d * i) % n}" for i in range(60)) for d in range(1, 7)]
+        for n in (7, 11)
+    }
+    main_text, other = (write_jsonl(tmp_path / f"{n}.jsonl", text) for n, text in texts.items())
+    plan["recipe"]["data"] |= {"held_out": [str(main_text)]}
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-2], "tokens": 1}}
+    plan["entries"] = plan["entries"][1:2]
+    results = []
+    for held_out, also in ((main_text, other), (other, main_text)):
+        plan["recipe"]["data"] |= {"held_out": [str(held_out)], "also_held_out": {"x": [str(also)]}}
+        comparison = load_comparison(write(plan, tmp_path))
+        results.append(compare(comparison, tmp_path / held_out.stem))
+    for one, another in (results, results[::-1]):
+        [ours], [theirs] = one.entries[0].runs, another.entries[0].runs
+        assert ours.others == {"x LM loss": pytest.approx(theirs.held_out_lm, rel=1e-6)}
+        assert one.teacher_others == {
+            "x LM loss": pytest.approx(another.teacher_held_out_lm, rel=1e-6)
+        }
+    table = (tmp_path / "7" / "comparison.md").read_text()
+    assert "x LM loss" in table
+    assert f"{results[1].teacher_held_out_lm:.4f}" in table
