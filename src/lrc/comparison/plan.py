@@ -251,13 +251,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """Nested settings with some of them changed."""
+    """Nested settings with some of them changed; null drops a setting."""
     both = {
         key: _merged(settings[key], value)
         for key, value in changes.items()
         if isinstance(value, dict) and isinstance(settings.get(key), dict)
     }
-    return {**settings, **changes, **both}
+    merged = {**settings, **changes, **both}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _check_entries(comparison: Comparison) -> None:
