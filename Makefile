@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-gguf check setup clean
+.PHONY: quickstart test test-gguf gpu-proof check setup clean
 
 quickstart: .venv/ready
 	$(BIN)/lrc train quickstart
@@ -21,6 +21,21 @@ check: .venv/ready-dev
 test-gguf: .venv/ready-dev
 	$(BIN)/python -c "import llama_cpp" 2>/dev/null || scripts/setup.sh .venv dev,gguf-test
 	$(BIN)/pytest -m slow tests/exporting/test_llama_cpp.py tests/test_end_to_end.py
+
+# Goes on filling the folder of results of one comparison for some minutes on a CUDA card. The folder is
+# small enough for git; with OUT=FOLDER, a copy of it goes there as one archive. On a machine that has torch
+# and the rest already: make gpu-proof LRC="python -m lrc". COMPARE holds more options, such as
+# "--set train.evaluate=null" without lm-eval.
+COMPARISON ?= proof
+MINUTES ?= 9
+PARALLEL ?= 4
+LRC ?= $(BIN)/lrc
+COMPARE ?=
+RESULTS := benchmarks/comparisons/$(COMPARISON)
+
+gpu-proof: $(if $(filter $(BIN)/lrc,$(LRC)),.venv/ready-dev)
+	$(LRC) compare $(COMPARISON) --minutes $(MINUTES) --parallel $(PARALLEL) --results-only --out $(RESULTS) $(COMPARE)
+	$(if $(OUT),tar -czf $(OUT)/$(COMPARISON).tar.gz --exclude-from $(RESULTS)/.gitignore $(RESULTS))
 
 setup: .venv/ready
 

@@ -301,6 +301,9 @@ def compare(
     out: StrPath | None = None,
     only: Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
+    minutes: float | None = None,
+    parallel: int | None = None,
+    results_only: bool = False,
 ) -> "Results":
     """Train several systems on the same budget, each at its best learning rate.
 
@@ -309,16 +312,23 @@ def compare(
         out: the comparison's folder, new or from an earlier start; default: one in `runs/`.
         only: names of the entries to run now; none: all.
         settings: settings of the base recipe by dotted key.
+        minutes: stop after this time, with checkpoints to continue from; None: at the end.
+        parallel: number of processes that run entries side by side; None: this one alone, unless
+            there is a time limit.
+        results_only: keep only the results of runs that have ended, no students and checkpoints.
 
     Raises:
         UserError: if the comparison or one of its recipes has mistakes.
     """
     from lrc.comparison import compare as run_comparison
     from lrc.comparison import load_comparison
+    from lrc.comparison.side_by_side import SideBySide
 
     folder = Path(out) if out else Path("runs") / f"compare-{Path(comparison).stem}"
     loaded = load_comparison(comparison, settings or {})
-    return run_comparison(loaded, folder, only)
+    alone = minutes is None and parallel is None
+    side_by_side = None if alone else SideBySide(parallel or 1, minutes)
+    return run_comparison(loaded, folder, only, results_only, side_by_side)
 
 
 def _new_run(

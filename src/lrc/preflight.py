@@ -34,6 +34,8 @@ def check_recipe(recipe: Recipe) -> None:
             )
     source_files(recipe.data.text)
     source_files(recipe.data.held_out, held_out=True)
+    for sources in recipe.data.also_held_out.values():
+        source_files(sources, held_out=True)
     for folder in recipe.data.shards:
         open_shards(Path(folder).expanduser())
     check_installed(recipe.train.report_to)

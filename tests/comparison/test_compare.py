@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from command_line import Command
 from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
@@ -420,3 +422,129 @@ def test_shipped_comparisons_parse(name: str) -> None:
     comparison = load_comparison(name)
     for entry in comparison.entries:
         assert make_recipe(comparison.run_recipe(entry, 1e-4, 0).model_dump()).steps() > 0
+
+
+@pytest.mark.slow
+def test_processes_fill_a_folder_side_by_side(plan: Settings, tmp_path: Path, lrc: Command) -> None:
+    """Two processes share the runs. Only results stay, which another checkout continues from."""
+    plan |= {"seeds": [0, 3], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
+    path, out = write(plan, tmp_path), tmp_path / "out"
+    command = ["compare", path, "--out", out, "--parallel", 2, "--results-only"]
+    printed = lrc.printed(*command)
+    logs = [log.read_text() for log in sorted(out.glob("worker-*.log"))]
+    worked = [log.count("Training on the CPU") for log in logs]
+    assert len(worked) == 2
+    assert min(worked) > 0, "one process did everything"
+    assert sum(worked) == 4 + 6, "a run was made twice"
+    comparison = load_comparison(path)
+    alone = compare(comparison, tmp_path / "alone")
+    together = json.loads((out / "comparison.json").read_text())
+    for entry, other in zip(alone.entries, together["entries"], strict=True):
+        assert [run.held_out_lm for run in entry.runs] == [
+            pytest.approx(run["held_out_lm"]) for run in other["runs"]
+        ]
+        assert [len(run.curve) for run in entry.runs] == [len(r["curve"]) for r in other["runs"]]
+        assert f"{entry.mean('held_out_lm'):.4f}" in printed
+    ignored = (out / ".gitignore").read_text().split()
+    committed = tmp_path / "committed"
+    shutil.copytree(out, committed, ignore=shutil.ignore_patterns(*ignored))
+    sizes = {file.name: file.stat().st_size for file in committed.rglob("*") if file.is_file()}
+    assert "model.safetensors" not in sizes
+    assert sizes["metrics.jsonl"] < 4_000
+    results = compare(comparison, committed)
+    assert not (committed / "claims").exists(), "something ran again"
+    assert [len(entry.runs) for entry in results.entries] == [2, 2, 2]
+
+
+@pytest.mark.slow
+def test_a_time_limit_leaves_checkpoints(plan: Settings, tmp_path: Path, lrc: Command) -> None:
+    plan["recipe"]["train"] |= {"checkpoint_every": 10**6, "eval_every": 10**6}
+    long = {**plan, "tokens": 32 * 10**6, "seeds": [0], "entries": plan["entries"][1:2]}
+    path = write({**long, "grid": {"learning_rates": [1e-3], "tokens": 1}}, tmp_path)
+    command = ["compare", path, "--out", tmp_path / "out", "--minutes", 0.3]
+    begun = time.monotonic()
+    lrc.printed(*command)
+    assert time.monotonic() - begun < 60
+    run = Run.open(tmp_path / "out" / "runs" / "scratch-seed0")
+    reached = [int(path.name.removeprefix("step-")) for path in run.checkpoints.glob("step-*")]
+    assert max(reached) > 0
+    assert not run.summary_file.exists()
+    lrc.printed(*command)
+    assert run.metrics()[1]["step"] == 1, "it started over"
+    assert max(int(p.name.removeprefix("step-")) for p in run.checkpoints.glob("step-*")) > max(
+        reached
+    )
+
+
+def test_a_run_that_cannot_be_finished_does_not_stop_the_others(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
+    real = runner_module.train
+
+    def failing(run: Run, *rest: Any, **named: Any) -> Any:
+        if run.folder.name == "scratch-lr0.001":
+            raise UserError("the disk is full.")
+        return real(run, *rest, **named)
+
+    monkeypatch.setattr(runner_module, "train", failing)
+    with pytest.raises(UserError, match=r"scratch, rate 0.001: the disk is full"):
+        compare(load_comparison(write(plan, tmp_path)), tmp_path / "out")
+    # `no-kl` takes the rate of `scratch`, so neither can be run.
+    assert [folder.name for folder in (tmp_path / "out" / "runs").iterdir()] == ["lrc-seed0"]
+
+
+def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
+    write(plan, tmp_path)
+    changes = {
+        "base": "comparison.yaml",
+        "recipe": {"train": {"eval_every": 3}},
+        "tokens": 96,
+        "keep": ["scratch", "lrc"],
+        "entries": [
+            {"name": "lrc", "seeds": [7], "set": {"student.fold_gains": False}},
+            {"name": "new", "set": {"method": "minitron"}, "learning_rates": [1e-2]},
+        ],
+    }
+    path = tmp_path / "changed.yaml"
+    path.write_text(yaml.safe_dump(changes))
+    base, changed = load_comparison(tmp_path / "comparison.yaml"), load_comparison(path)
+    assert [entry.name for entry in changed.entries] == ["scratch", "lrc", "new"]
+    assert changed.tokens == 96
+    assert changed.grid == base.grid
+    assert changed.recipe["train"] == {**base.recipe["train"], "eval_every": 3}
+    assert changed.entries[0] == base.entries[1]
+    assert changed.entries[1].settings == {
+        **base.entries[0].settings,
+        "student.fold_gains": False,
+    }
+    assert [changed.seeds_of(entry) for entry in changed.entries] == [[0, 3], [7], [0, 3]]
+    path.write_text(yaml.safe_dump({**changes, "keep": ["scrtch"]}))
+    with pytest.raises(UserError, match=r"keeps the entry 'scrtch', which comparison.yaml"):
+        load_comparison(path)
+
+
+def test_more_held_out_text_is_a_column(plan: Settings, tmp_path: Path) -> None:
+    """The loss on another text is that of a run whose main held-out text it is."""
+    texts = {
+        n: [" ".join(f"w{3 + (d * i) % n}" for i in range(60)) for d in range(1, 7)]
+        for n in (7, 11)
+    }
+    main_text, other = (write_jsonl(tmp_path / f"{n}.jsonl", text) for n, text in texts.items())
+    plan["recipe"]["data"] |= {"held_out": [str(main_text)]}
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-2], "tokens": 1}}
+    plan["entries"] = plan["entries"][1:2]
+    results = []
+    for held_out, also in ((main_text, other), (other, main_text)):
+        plan["recipe"]["data"] |= {"held_out": [str(held_out)], "also_held_out": {"x": [str(also)]}}
+        comparison = load_comparison(write(plan, tmp_path))
+        results.append(compare(comparison, tmp_path / held_out.stem))
+    for one, another in (results, results[::-1]):
+        [ours], [theirs] = one.entries[0].runs, another.entries[0].runs
+        assert ours.others == {"x LM loss": pytest.approx(theirs.held_out_lm, rel=1e-6)}
+        assert one.teacher_others == {
+            "x LM loss": pytest.approx(another.teacher_held_out_lm, rel=1e-6)
+        }
+    table = (tmp_path / "7" / "comparison.md").read_text()
+    assert "x LM loss" in table
+    assert f"{results[1].teacher_held_out_lm:.4f}" in table

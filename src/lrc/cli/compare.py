@@ -26,6 +26,21 @@ def compare(
         list[str] | None,
         typer.Option(help="Run only this entry for now; can be repeated."),
     ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(min=0.1, help="Stop after this time, with checkpoints to continue from."),
+    ] = None,
+    parallel: Annotated[
+        int | None, typer.Option(min=1, help="Processes that run entries side by side.")
+    ] = None,
+    results_only: Annotated[
+        bool,
+        typer.Option(
+            "--results-only",
+            help="Keep of runs that have ended only recipes, held-out losses and summaries, small "
+            "enough for git: no students, no checkpoints.",
+        ),
+    ] = False,
 ) -> None:
     """Train several systems on the same budget, each at its best learning rate, and tabulate them.
 
@@ -34,16 +49,18 @@ def compare(
     * `lrc compare fast`
     * `lrc compare initialization --text corpus/ --out runs/starts`
     * `lrc compare mine.yaml --set train.micro_batch=4`
+    * `lrc compare proof-cpu --minutes 60 --parallel 2 --results-only --out results/proof-cpu`
 
-    To run entries side by side, start processes with the same `--out`, each with its own `--only`.
-    The same command continues where it was stopped. If nothing is left to run, it only tabulates.
+    The most important runs come first: one seed after the other, in it the entries in their order.
+    Several processes with the same `--out` share the runs, such as one for each GPU. The same
+    command continues where it was stopped. If nothing is left to run, it only tabulates.
     """
     from lrc.recipe import parse_overrides
 
     if launched() > 1:
         raise UserError(
-            "A comparison runs in one process: start it without a launcher, and entries side by "
-            "side with --only."
+            "A comparison divides its runs among processes, not the steps of a run: start it "
+            "without a launcher, and with --parallel."
         )
     flags: dict[str, tuple[str, Any]] = {
         "teacher.model": ("--teacher", teacher),
@@ -52,6 +69,7 @@ def compare(
     overrides = parse_overrides(settings or [], flags)
     find_yaml(comparison, "comparison")  # report a typo before importing torch
     from lrc.comparison import compare, load_comparison
+    from lrc.comparison.side_by_side import SideBySide
     from lrc.comparison.table import comparison_table
     from lrc.system.memory import keep_freed_memory
     from lrc.train.session import Interrupted
@@ -59,8 +77,11 @@ def compare(
     quiet_libraries()
     keep_freed_memory()
     folder = out or Path("runs") / f"compare-{Path(comparison).stem}"
+    alone = minutes is None and parallel is None
+    side_by_side = None if alone else SideBySide(parallel or 1, minutes)
     try:
-        results = compare(load_comparison(comparison, overrides), folder, only or ())
+        loaded = load_comparison(comparison, overrides)
+        results = compare(loaded, folder, only or (), results_only, side_by_side)
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None

@@ -4,10 +4,28 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from lrc.comparison.plan import Comparison, Entry
 from lrc.recipe import Recipe
 from lrc.system.files import read_json, reading
+
+
+class Job(NamedTuple):
+    """A run of a comparison."""
+
+    folder: Path
+    entry: Entry
+    rate: float | None
+    """The rate that it tries; None for a run on the full budget."""
+    seed: int | None
+    """The seed of a run on the full budget; None for a try."""
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        what = f"rate {self.rate:g}" if self.seed is None else f"seed {self.seed}"
+        return f"{self.entry.name}, {what}"
 
 
 @dataclass(frozen=True)
@@ -25,13 +43,37 @@ class Folders:
         """Folder of a run on the full budget."""
         return self.out / "runs" / f"{entry.name}-seed{seed}"
 
-    def all(self, names: Collection[str]) -> Iterator[tuple[Path, int]]:
-        """Folder and training tokens of every run of the named entries, tries first."""
-        for entry, rate in self.comparison.searches(names):
-            yield self.of_try(entry, rate), self.comparison.grid.tokens
-        for entry in self.comparison.named(names):
-            for seed in self.comparison.seeds:
-                yield self.of_run(entry, seed), self.comparison.tokens
+    def jobs(self, names: Collection[str]) -> Iterator[Job]:
+        """Every run of the named entries in the order to run them: one seed after the other, in it
+        one entry after the other, and before its first run the tries that choose its rate."""
+        comparison, tried = self.comparison, set()
+        for seed in comparison.all_seeds():
+            for entry in comparison.named(names):
+                if seed not in comparison.seeds_of(entry):
+                    continue
+                searching = comparison.searching(entry)
+                if searching.name not in tried:
+                    tried.add(searching.name)
+                    for rate in comparison.tried_rates(searching):
+                        yield Job(self.of_try(searching, rate), searching, rate, None)
+                yield Job(self.of_run(entry, seed), entry, None, seed)
+
+    def claim(self, job: Job) -> Path:
+        """Folder that a process holds while it works on a job."""
+        return self.out / "claims" / job.folder.name
+
+    def tokens(self, job: Job) -> int:
+        """Training tokens of a job."""
+        return self.comparison.tokens if job.rate is None else self.comparison.grid.tokens
+
+    def recipe(self, job: Job) -> Recipe | None:
+        """The recipe of a job; None if no rate is chosen yet, or none can be."""
+        if job.rate is not None:
+            return self.comparison.grid_recipe(job.entry, job.rate)
+        rate = self.chosen(job.entry) if self.has_searched(job.entry) else None
+        if rate is None or job.seed is None:
+            return None
+        return self.comparison.run_recipe(job.entry, rate, job.seed)
 
     def recipes(self) -> dict[Path, list[Recipe]]:
         """The possible recipes of the run in each folder.
@@ -43,10 +85,9 @@ class Folders:
             self.of_try(entry, rate): [comparison.grid_recipe(entry, rate)]
             for entry, rate in comparison.searches()
         }
-        named = {entry.name: entry for entry in comparison.entries}
         for entry in comparison.entries:
-            rates = comparison.rates(named[entry.rate_of or entry.name])
-            for seed in comparison.seeds:
+            rates = comparison.rates(comparison.searching(entry))
+            for seed in comparison.seeds_of(entry):
                 found[self.of_run(entry, seed)] = [
                     comparison.run_recipe(entry, rate, seed) for rate in rates
                 ]
@@ -60,10 +101,15 @@ class Folders:
             if searching == entry and is_over(self.of_try(entry, rate))
         }
 
+    def has_searched(self, entry: Entry) -> bool:
+        """Whether all tries that choose an entry's rate have ended."""
+        searching = self.comparison.searching(entry)
+        rates = self.comparison.tried_rates(searching)
+        return all(is_over(self.of_try(searching, rate)) for rate in rates)
+
     def chosen(self, entry: Entry) -> float | None:
         """The rate that an entry is trained with; None if all failed."""
-        if entry.rate_of is not None:
-            entry = next(e for e in self.comparison.entries if e.name == entry.rate_of)
+        entry = self.comparison.searching(entry)
         rates = self.comparison.rates(entry)
         if len(rates) == 1:
             return rates[0]
@@ -72,9 +118,9 @@ class Folders:
 
 
 def is_over(folder: Path) -> bool:
-    """Whether a run has ended: all its output exists, or its loss was not finite."""
-    leaves = folder / "summary.json", folder / "student"
-    return all(path.exists() for path in leaves) or (folder / "diverged.json").exists()
+    """Whether a run has ended: it has its summary, which is written last, or its loss was not
+    finite."""
+    return any((folder / name).exists() for name in ("summary.json", "diverged.json"))
 
 
 def held_out_of(folder: Path) -> float | None:

@@ -6,6 +6,7 @@ with the lowest held-out loss after a short budget. Then it trains on the full b
 
 import os
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
@@ -62,6 +63,9 @@ class Entry(Section):
     rate_of: Name | None = None
     """Entry whose chosen rate this entry uses instead of its own search; for ablations."""
 
+    seeds: list[int] | None = Field(None, min_length=1)
+    """Its own seeds. Empty: the comparison's."""
+
     def reserved(self) -> dict[str, str]:
         """Settings that the comparison sets for this entry, and what sets each one."""
         return {**RESERVED, f"train.{self.tries}": "the entry's `learning_rates`"}
@@ -113,8 +117,9 @@ class Comparison(Section):
                 )
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference '{self.reference}' is not an entry")
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError("a seed appears twice")
+        for seeds in (self.seeds, *(entry.seeds or [] for entry in self.entries)):
+            if len(set(seeds)) < len(seeds):
+                raise ValueError("a seed appears twice")
         return self
 
     def rates(self, entry: Entry) -> list[float]:
@@ -129,31 +134,51 @@ class Comparison(Section):
         """The entries with the given names, in the comparison's order."""
         return [entry for entry in self.entries if entry.name in names]
 
-    def searches(self, names: Collection[str] = ()) -> Iterator[tuple[Entry, float]]:
-        """Every entry and rate to try, for the named entries or for all."""
-        needed = {entry.rate_of or entry.name for entry in self.named(names)}
-        for entry in self.entries:
-            rates = self.rates(entry)
-            if names and entry.name not in needed:
-                continue
-            if entry.rate_of is None and len(rates) > 1:
-                yield from ((entry, rate) for rate in rates)
+    def searching(self, entry: Entry) -> Entry:
+        """The entry whose tries choose the rate of an entry: itself, or that of its `rate_of`."""
+        return next(other for other in self.entries if other.name == (entry.rate_of or entry.name))
+
+    def tried_rates(self, entry: Entry) -> list[float]:
+        """The rates that an entry tries; none if it uses another entry's, or a single one."""
+        rates = self.rates(entry)
+        return rates if entry.rate_of is None and len(rates) > 1 else []
+
+    def searches(self) -> Iterator[tuple[Entry, float]]:
+        """Every entry and rate to try."""
+        return ((entry, rate) for entry in self.entries for rate in self.tried_rates(entry))
+
+    def seeds_of(self, entry: Entry) -> list[int]:
+        """The seeds of an entry."""
+        return entry.seeds or self.seeds
+
+    def all_seeds(self) -> list[int]:
+        """The seeds of all entries, the comparison's first."""
+        own = (seed for entry in self.entries for seed in self.seeds_of(entry))
+        return list(dict.fromkeys([*self.seeds, *own]))
 
     def grid_recipe(self, entry: Entry, rate: float) -> Recipe:
-        """The recipe of a try."""
-        return self._recipe(entry, rate, self.grid.tokens, self.grid.seed)
+        """The recipe of a try: without benchmarks."""
+        return self._recipe(entry, rate, self.grid.tokens, self.grid.seed, {"train.evaluate": None})
 
     def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
         """The recipe of a run on the full budget."""
         return self._recipe(entry, rate, self.tokens, seed)
 
-    def _recipe(self, entry: Entry, rate: float, tokens: int, seed: int) -> Recipe:
+    def _recipe(
+        self,
+        entry: Entry,
+        rate: float,
+        tokens: int,
+        seed: int,
+        more: Mapping[str, Any] = MappingProxyType({}),
+    ) -> Recipe:
         assert isinstance(self.recipe, dict)  # resolved by `load_comparison`
         decided = {
             "train.tokens": tokens,
             f"train.{entry.tries}": rate,
             "train.seed": seed,
             "initialize.seed": seed,
+            **more,
         }
         return make_recipe(self.recipe, {**entry.settings, **decided})
 
@@ -176,7 +201,7 @@ def load_comparison(
     """
     path = find_yaml(source, "comparison")
     try:
-        comparison = Comparison.model_validate(read_yaml(path))
+        comparison = Comparison.model_validate(_read(path))
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc'])) or 'the file'}: "
@@ -196,6 +221,44 @@ def load_comparison(
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
     return comparison
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a comparison's YAML file. With `base`, it changes another comparison: `recipe` and
+    `grid` setting by setting, an entry by its name, everything else as a whole. `keep` lists the
+    base's entries that stay, in their new order; without it all stay.
+
+    Raises:
+        UserError: if a file is missing or is no mapping, or `keep` names an unknown entry.
+    """
+    changes = read_yaml(path)
+    if "base" not in changes:
+        return changes
+    name = str(changes.pop("base"))
+    beside = path.parent / name
+    settings = _read(beside if beside.is_file() else find_yaml(name, "comparison"))
+    for section in ("recipe", "grid"):
+        if isinstance(settings.get(section), dict) and isinstance(changes.get(section), dict):
+            changes[section] = _merged(settings[section], changes[section])
+    entries = {entry["name"]: entry for entry in settings["entries"]}
+    kept = changes.pop("keep", list(entries))
+    if unknown := [entry for entry in kept if entry not in entries]:
+        raise UserError(f"{path} keeps the entry '{unknown[0]}', which {name} does not have.")
+    entries = {entry: entries[entry] for entry in kept}
+    for entry in changes.get("entries", []):
+        entries[entry["name"]] = _merged(entries.get(entry["name"], {}), entry)
+    return {**settings, **changes, "entries": list(entries.values())}
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Nested settings with some of them changed; null drops a setting."""
+    both = {
+        key: _merged(settings[key], value)
+        for key, value in changes.items()
+        if isinstance(value, dict) and isinstance(settings.get(key), dict)
+    }
+    merged = {**settings, **changes, **both}
+    return {key: value for key, value in merged.items() if value is not None}
 
 
 def _check_entries(comparison: Comparison) -> None:

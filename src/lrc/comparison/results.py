@@ -2,11 +2,12 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lrc.comparison.folders import Folders, held_out_of, is_over
+from lrc.report.curves import ACCURACY, TEACHER_ACCURACY
 from lrc.run import Run
 
 CLOSE = 0.03
@@ -54,6 +55,9 @@ class RunResult:
     top1_agreement: float | None
     tokens_to_reach: list[float | None]
     """By threshold; None if it was not reached."""
+    others: dict[str, float] = field(default_factory=dict)
+    """More figures of the student by name: its losses on `data.also_held_out`, and its accuracies
+    by `train.evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,8 @@ class EntryResult:
     tokens: int
     calibration_tokens: int | None
     runs: list[RunResult]
+    seeds: list[int] = field(default_factory=list)
+    """The seeds of all its runs, ended or not."""
 
     def values(self, figure: str) -> list[float]:
         """A field of all runs that stayed finite."""
@@ -88,6 +94,11 @@ class EntryResult:
         """Standard deviation of a field over the runs; None for fewer than two values."""
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else None
+
+    def other(self, name: str) -> float | None:
+        """Mean of one of `others` over the runs that have it."""
+        values = [run.others[name] for run in self.runs if name in run.others]
+        return statistics.fmean(values) if values else None
 
     def seconds(self) -> float | None:
         """Mean seconds of a run's steps and initialization."""
@@ -137,6 +148,8 @@ class Results:
     teacher_held_out_lm: float | None
     teacher_parameters: int | None
     entries: list[EntryResult]
+    teacher_others: dict[str, float] = field(default_factory=dict)
+    """The teacher's values of what runs measure beside the held-out loss."""
 
     def size_difference(self, entry: EntryResult) -> float | None:
         """Relative difference of the parameter count from the reference entry."""
@@ -166,14 +179,18 @@ def collect(folders: Folders) -> Results:
     comparison = folders.comparison
     entries: list[EntryResult] = []
     teacher: dict[str, Any] = {}
+    others: dict[str, float] = {}
     for entry in comparison.entries:
         rate, tries = folders.chosen(entry), folders.tries(entry)
-        places = {seed: folders.of_run(entry, seed) for seed in comparison.seeds}
+        seeds = comparison.seeds_of(entry)
+        places = {seed: folders.of_run(entry, seed) for seed in seeds}
         ended = {seed: folder for seed, folder in places.items() if is_over(folder)}
         summary: dict[str, Any] = {}
         for folder in ended.values():
             if held_out_of(folder) is not None:
-                teacher = summary = Run.open(folder).summary()
+                run = Run.open(folder)
+                teacher = summary = run.summary()
+                others |= others_of(run, "teacher")
         recipe = comparison.grid_recipe(entry, rate or 1.0)
         runs = [
             read_run(seed, folder, comparison.thresholds, folders.out)
@@ -191,6 +208,7 @@ def collect(folders: Folders) -> Results:
                 comparison.tokens,
                 summary.get("calibration_tokens"),
                 runs,
+                seeds,
             )
         )
     return Results(
@@ -201,6 +219,7 @@ def collect(folders: Folders) -> Results:
         teacher.get("teacher_held_out_lm"),
         teacher.get("teacher_parameters"),
         entries,
+        others,
     )
 
 
@@ -220,7 +239,18 @@ def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> Run
         summary["kl"],
         summary["top1_agreement"],
         [tokens_to_reach(curve, threshold) for threshold in thresholds],
+        others_of(run, "student"),
     )
+
+
+def others_of(run: Run, who: Literal["teacher", "student"]) -> dict[str, float]:
+    """What a run measured of its teacher or student beside the held-out loss, by name."""
+    losses = run.summary().get("also_held_out", {})
+    found = {f"{name} LM loss": loss[f"{who}_lm"] for name, loss in losses.items()}
+    key = TEACHER_ACCURACY if who == "teacher" else ACCURACY
+    measured = [line[key] for line in run.metrics() if key in line]
+    accuracies = measured[-1] if measured else {}
+    return found | {name: v for name, v in accuracies.items() if not name.endswith("/acc_norm")}
 
 
 def curve_of(metrics: list[dict[str, Any]]) -> list[Point]:

@@ -6,11 +6,15 @@
     OUT/runs/NAME-seedN/       a run on the full budget
     OUT/comparison.json, .md   the table, rewritten after every run
     OUT/curves.png             the held-out curves
+    OUT/claims/                which process is working on which run
+    OUT/worker-N.log           what the processes of `--parallel` print
 
 Runs that have ended are not run again, and an interrupted run continues from its checkpoint. So the
-same command continues a comparison. A run whose loss is no longer finite counts as failed.
+same command continues a comparison. Several processes share the runs of one folder: each takes the
+first one that no other is working on. A run whose loss is no longer finite counts as failed.
 """
 
+import gc
 import json
 import logging
 import time
@@ -21,33 +25,54 @@ from pathlib import Path
 
 import yaml
 
+from lrc.cloning.method import CLONE_LAYERS
 from lrc.comparison.curves import draw_comparison
-from lrc.comparison.folders import Folders, is_over
+from lrc.comparison.folders import Folders, Job, is_over
 from lrc.comparison.plan import Comparison
 from lrc.comparison.results import Results, collect
+from lrc.comparison.side_by_side import SideBySide, run_side_by_side
 from lrc.comparison.table import markdown
 from lrc.data.sources import STDLIB_DOCS
 from lrc.model.locate import PACKAGE_PREFIX
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import Recipe, flatten
+from lrc.report.curves import ACCURACY
 from lrc.run import Run, is_run
-from lrc.system.errors import DivergedError, UserError
-from lrc.system.files import is_taken, reading, write_text
+from lrc.system.errors import DivergedError, HeldError, UserError, reason
+from lrc.system.files import hold, is_taken, reading, remove, write_text
 from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
 
+PAUSE = 0.5
+"""Seconds to wait for runs of other processes."""
 
-def compare(comparison: Comparison, out: Path, only: Sequence[str] = ()) -> Results:
+MEASURED = {"held_out_lm", ACCURACY}
+"""Keys of a line of metrics that holds results."""
+
+NOT_RESULTS = ("starts", "claims", "checkpoints", "student", "*.log", ".lock", "*.tmp")
+"""What a folder of results does not keep in git."""
+
+
+def compare(
+    comparison: Comparison,
+    out: Path,
+    only: Sequence[str] = (),
+    results_only: bool = False,
+    side_by_side: SideBySide | None = None,
+) -> Results:
     """Run the remaining runs of a comparison, and write its table.
 
     Args:
         comparison: the comparison.
-        out: folder of the comparison, new or from an earlier call.
+        out: folder of the comparison, new or from an earlier call. Other processes may work in it.
         only: names of the entries to run now; none: all.
+        results_only: keep only the results of runs that have ended, no students and checkpoints.
+        side_by_side: run in processes of their own, for a limited time; None: in this one, to the
+            end.
 
     Raises:
         UserError: if an entry does not exist or cannot be run, or `out` holds something else.
@@ -65,7 +90,12 @@ def compare(comparison: Comparison, out: Path, only: Sequence[str] = ()) -> Resu
     refuse_other_runs(folders)
     plan = comparison.model_dump(mode="json", by_alias=True)
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
-    return Runner(folders, only or names).go()
+    if results_only:
+        write_text(out / ".gitignore", "".join(f"{name}\n" for name in NOT_RESULTS))
+    if side_by_side is not None:
+        run_side_by_side(folders, only or names, results_only, side_by_side)
+        return write_results(folders)
+    return Runner(folders, only or names, results_only).go()
 
 
 def need_inputs(comparison: Comparison) -> None:
@@ -108,12 +138,13 @@ def refuse_other_runs(folders: Folders) -> None:
 
 
 def refuse_other_recipe(run: Run, recipes: Sequence[Recipe]) -> None:
-    """Refuse a run whose recipe is not one of the given recipes.
+    """Refuse a run whose recipe is not one of the given recipes, apart from `train.evaluate`, which
+    changes no result.
 
     Raises:
         UserError: if it is not; the message names the settings that differ from the first recipe.
     """
-    if run.recipe not in recipes:
+    if all(differences(run.recipe, recipe) for recipe in recipes):
         changed = ", ".join(differences(run.recipe, recipes[0]))
         raise UserError(
             f"{run.folder} was run with other settings ({changed}): choose another --out, or "
@@ -128,73 +159,112 @@ class Runner:
     folders: Folders
     only: Sequence[str]
     """Names of the entries to run."""
+    results_only: bool
+    """Whether a run that has ended keeps only its results."""
     _teachers: dict[str, Teacher] = field(default_factory=dict)
+    _given_up: set[Path] = field(default_factory=set)
+    """Folders of runs that this process cannot finish."""
+    _errors: list[Exception] = field(default_factory=list)
+    """Why not."""
     _tokens: int = 0
     """Tokens trained by this process."""
     _seconds: float = 0.0
     """Seconds that these runs took in total."""
 
     def go(self) -> Results:
-        """Search for the learning rates, then run every seed of every entry."""
-        folders, comparison = self.folders, self.folders.comparison
-        for entry, rate in comparison.searches(self.only):
-            recipe = comparison.grid_recipe(entry, rate)
-            self._finish(folders.of_try(entry, rate), recipe, f"{entry.name}, rate {rate:g}")
-        for seed in comparison.seeds:
-            for entry in comparison.named(self.only):
-                chosen = folders.chosen(entry)
-                if chosen is None:
-                    logger.warning("%s: no rate of the grid stayed finite.", entry.name)
-                    continue
-                recipe = comparison.run_recipe(entry, chosen, seed)
-                what = f"{entry.name}, rate {chosen:g}, seed {seed}"
-                if self._finish(folders.of_run(entry, seed), recipe, what):
-                    self._write()
-        return self._write()
+        """Run everything that has not ended and that no other process is running.
 
-    def _write(self) -> Results:
-        """Write the table and the picture of the results so far."""
-        out = self.folders.out
-        with reading(out, "one of its runs may be damaged: remove that run to run it again"):
-            results = collect(self.folders)
-        write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
-        write_text(out / "comparison.md", markdown(results))
-        draw_comparison(self.folders.comparison, results, out / "curves.png")
+        Raises:
+            Exception: the first error of a run that cannot be finished, after all other runs.
+            Interrupted: if a signal arrived.
+        """
+        while jobs := [job for job in self._unfinished() if job.folder not in self._given_up]:
+            if not any(self._finish(job) for job in jobs):
+                time.sleep(PAUSE)
+        results = write_results(self.folders)
+        if self._errors:
+            raise self._errors[0]
         return results
 
-    def _finish(self, folder: Path, recipe: Recipe, what: str) -> bool:
-        """Finish one run; false if it has already ended."""
-        need_whole_teacher(recipe)
-        run = open_run(folder, recipe)
-        if is_over(folder):
+    def _unfinished(self) -> list[Job]:
+        return [job for job in self.folders.jobs(self.only) if not is_over(job.folder)]
+
+    def _finish(self, job: Job) -> bool:
+        """Finish one run; false if nothing was done, since another process does it, or it needs
+        tries that have not ended."""
+        recipe = self.folders.recipe(job)
+        if recipe is None:
+            if self.folders.has_searched(job.entry):
+                logger.warning("%s: no rate of the grid stayed finite.", job.entry.name)
+                self._given_up.add(job.folder)
             return False
-        logger.info("%s: %s", what, self._position())
+        try:
+            with hold(self.folders.claim(job), "Another process is working on it."):
+                return not is_over(job.folder) and self._run(job, recipe)
+        except HeldError:
+            return False
+        except Interrupted:
+            raise
+        except Exception as error:
+            logger.error(
+                "%s: %s", job.title, reason(error), exc_info=not isinstance(error, UserError)
+            )
+            self._give_up(job, error)
+            return False
+
+    def _run(self, job: Job, recipe: Recipe) -> bool:
+        """Run a job that this process holds."""
+        need_whole_teacher(recipe)
+        run = open_run(job.folder, recipe)
+        rate = getattr(recipe.train, job.entry.tries)
+        logger.info("%s, rate %g: %s", job.title, rate, self._position())
         started = time.perf_counter()
         try:
-            starts = Starts(self.folders.out / "starts")
-            train(run, self._teacher(recipe), starts=starts)
+            train(run, self._teacher(recipe), starts=Starts(self.folders.out / "starts"))
         except DivergedError as error:
-            write_text(folder / "diverged.json", json.dumps({"message": str(error)}))
+            write_text(run.folder / "diverged.json", json.dumps({"message": str(error)}))
             logger.warning(str(error))
         except Interrupted as stop:
             raise Interrupted(
-                stop.signal, f"Stopped in {folder}; the same command continues from there."
+                stop.signal, f"Stopped in {run.folder}; the same command continues from there."
             ) from None
+        except HeldError:
+            raise
         except UserError as error:
-            raise UserError(f"{what}: {error}") from error
+            raise UserError(f"{job.title}: {error}") from error
+        finally:
+            gc.collect()  # hooks and what they belong to refer to each other
         self._tokens += recipe.train.tokens
         self._seconds += time.perf_counter() - started
+        if self.results_only:
+            keep_results(run)
+        if job.seed is not None:
+            write_results(self.folders)
         return True
+
+    def _give_up(self, job: Job, error: Exception) -> None:
+        """Leave out a run that cannot be finished, and those that need it."""
+        self._errors.append(error)
+        self._given_up.add(job.folder)
+        if job.rate is not None:
+            comparison = self.folders.comparison
+            self._given_up |= {
+                other.folder
+                for other in self.folders.jobs(self.only)
+                if other.seed is not None and comparison.searching(other.entry) == job.entry
+            }
 
     def _position(self) -> str:
         """Number of the next run, and the time left at the pace so far."""
-        plan = list(self.folders.all(self.only))
-        left = [tokens for folder, tokens in plan if not is_over(folder)]
+        plan = list(self.folders.jobs(self.only))
+        left = [job for job in plan if not is_over(job.folder)]
         text = f"run {len(plan) - len(left) + 1} of {len(plan)}"
         if not self._tokens:
             return text
-        seconds = sum(left) * self._seconds / self._tokens
-        return f"{text}, about {timedelta(seconds=round(seconds))} left"
+        tokens = sum(self.folders.tokens(job) for job in left)
+        return (
+            f"{text}, about {timedelta(seconds=round(tokens * self._seconds / self._tokens))} left"
+        )
 
     def _teacher(self, recipe: Recipe) -> Teacher:
         """The teacher of a run; the last one stays in memory."""
@@ -203,6 +273,27 @@ class Runner:
             self._teachers.clear()
             self._teachers[key] = load_teacher(recipe.teacher, find_device(recipe.train.device))
         return self._teachers[key]
+
+
+def write_results(folders: Folders) -> Results:
+    """Write the table and the picture of the results so far."""
+    out = folders.out
+    with reading(out, "one of its runs may be damaged: remove that run to run it again"):
+        results = collect(folders)
+    write_text(out / "comparison.json", json.dumps(results.as_json(), indent=2))
+    write_text(out / "comparison.md", markdown(results))
+    draw_comparison(folders.comparison, results, out / "curves.png")
+    return results
+
+
+def keep_results(run: Run) -> None:
+    """Keep of a run that has ended its recipe, its inputs, its held-out measurements and its
+    summary: some kilobytes."""
+    measured = (line for line in run.metrics() if not line.keys().isdisjoint(MEASURED))
+    lines = [{k: v for k, v in line.items() if k != CLONE_LAYERS} for line in measured]
+    write_text(run.metrics_file, "".join(json.dumps(line) + "\n" for line in lines))
+    for path in (run.checkpoints, run.student_folder, run.folder / "curves.png"):
+        remove(path)
 
 
 def open_run(folder: Path, recipe: Recipe) -> Run:
@@ -219,6 +310,7 @@ def open_run(folder: Path, recipe: Recipe) -> Run:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys that differ between two recipes."""
-    ours, theirs = flatten(a.model_dump()), flatten(b.model_dump())
+    """Dotted keys that differ between two recipes, apart from `train.evaluate`."""
+    left_out = {"train": {"evaluate"}}
+    ours, theirs = (flatten(recipe.model_dump(exclude=left_out)) for recipe in (a, b))
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]

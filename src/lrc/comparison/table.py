@@ -19,6 +19,7 @@ def header(results: Results) -> list[str]:
         "tokens",
         "seconds",
         *reach,
+        *results.teacher_others,
     ]
 
 
@@ -30,6 +31,7 @@ def rows(results: Results) -> list[list[str]]:
     teacher = dict.fromkeys(header(results), "")
     teacher[""], teacher["held-out LM loss"] = "teacher", f"{results.teacher_held_out_lm:.4f}"
     teacher["parameters"] = _number(results.teacher_parameters, ",")
+    teacher |= {name: f"{value:.4f}" for name, value in results.teacher_others.items()}
     return [list(teacher.values()), *found]
 
 
@@ -59,6 +61,7 @@ def _row(results: Results, entry: EntryResult) -> list[str]:
         _tokens(entry),
         _number(seconds, ",.0f" if seconds is None or seconds >= 10 else ".1f"),
         *(_reach(entry, number) for number in range(len(results.thresholds))),
+        *(_number(entry.other(name), ".4f") for name in results.teacher_others),
     ]
 
 
@@ -141,8 +144,8 @@ def _loss(results: Results, entry: EntryResult) -> str:
     text = _number(mean, ".4f")
     if spread is not None:
         text += f" ± {spread:.4f}"
-    if mean is not None and len(entry.values("held_out_lm")) < len(results.seeds):
-        text += f" ({len(entry.values('held_out_lm'))} of {len(results.seeds)})"
+    if mean is not None and len(entry.values("held_out_lm")) < len(entry.seeds):
+        text += f" ({len(entry.values('held_out_lm'))} of {len(entry.seeds)})"
     return text
 
 

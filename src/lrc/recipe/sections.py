@@ -310,6 +310,10 @@ class DataSection(Section):
     held_out_fraction: float = Field(0.02, gt=0, lt=1)
     """Share of the documents of `text` (if `held_out` is empty) or of `stream` to hold out."""
 
+    also_held_out: dict[str, list[str]] = {}
+    """More held-out texts by name, each with its sources: `{code: [code.jsonl]}`. Teacher and
+    student are measured on them at the end of a run, on `train.eval_sequences` each."""
+
     text_field: str = "text"
     """Field of JSONL rows and data sets that holds the text."""
 

@@ -32,6 +32,10 @@ class DivergedError(UserError):
     """The loss or its gradient is not finite."""
 
 
+class HeldError(UserError):
+    """Another process works in the folder."""
+
+
 def reason(error: BaseException) -> str:
     """Summarize a library's error in a few words on one line, without a final period."""
     if isinstance(error, UnicodeError):

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lrc.system.errors import UserError, reason, system_errno, system_sentence
+from lrc.system.errors import HeldError, UserError, reason, system_errno, system_sentence
 
 LOCK = ".lock"
 """Name of the file that `hold` locks in a folder."""
@@ -259,7 +259,7 @@ def hold(folder: Path, held: str) -> Iterator[None]:
         held: the error message for a second process.
 
     Raises:
-        UserError: if another process holds it.
+        HeldError: if another process holds it.
     """
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def hold(folder: Path, held: str) -> Iterator[None]:
         except OSError:
             same = False
         if not same:  # another process holds it, or has just removed it
-            raise UserError(held)
+            raise HeldError(held)
         yield
     finally:
         os.close(lock)

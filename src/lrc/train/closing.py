@@ -55,7 +55,12 @@ def close_run(loop: Loop) -> dict[str, Any]:
         return loop.world.from_first({})
     with task("Comparing the student with its teacher"):
         agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
+        others = {
+            name: measure_agreement(setup.teacher, student, batches)
+            for name, batches in loop.also_held_out()
+        }
     summary = summarize(loop, agreement, student)
+    summary["also_held_out"] = {name: _losses(found) for name, found in others.items()}
     summary["samples"] = best_effort("samples", lambda: samples(loop, student)) or {}
     card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
@@ -114,6 +119,14 @@ def summarize(loop: Loop, agreement: Agreement, student: PreTrainedModel) -> dic
     }
 
 
+def _losses(found: Agreement) -> dict[str, float]:
+    return {
+        "teacher_lm": found.teacher_loss,
+        "student_lm": found.student_loss,
+        "labels": found.tokens,
+    }
+
+
 def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     """Greedy continuations by both models of the beginning of the held-out text."""
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
@@ -138,6 +151,8 @@ def closing_table(summary: dict[str, Any]) -> Table:
     _add_row(table, "held-out LM loss", summary, "held_out_lm", ".4f")
     for name, losses in summary["held_out_by_source"].items():
         _add_row(table, f"  of {name}", losses, "lm", ".4f")
+    for name, losses in summary.get("also_held_out", {}).items():
+        _add_row(table, f"held-out LM loss, {name}", losses, "lm", ".4f")
     _add_row(table, "held-out perplexity", summary, "perplexity", ",.2f")
     table.add_row("same top-1 prediction", "", f"{summary['top1_agreement']:.1%}")
     table.add_row("KL(teacher, student)", "", f"{summary['kl']:.4f}")

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
 from lrc.data.batch import Batch
 from lrc.data.by_source import SourceLosses
+from lrc.data.held_out import also_held_out
 from lrc.evaluation.along import Benchmarks
 from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
@@ -384,6 +385,19 @@ class Loop:
         batches = self.text.held_out_batches(train.eval_sequences, train.micro_batch)
         apart = self.setup.teacher.family.keeps_documents_apart
         return [batch.to(self.setup.device) for batch in separated(batches, apart)]
+
+    def also_held_out(self) -> Iterator[tuple[str, list[Batch]]]:
+        """The batches of `data.also_held_out`, by name."""
+        train, teacher = self.run.recipe.train, self.setup.teacher
+        apart = teacher.family.keeps_documents_apart
+        for name, batches in also_held_out(
+            self.run.recipe.data,
+            teacher.tokenizer,
+            train.eval_sequences,
+            train.micro_batch,
+            teacher.first_token,
+        ):
+            yield name, [batch.to(self.setup.device) for batch in separated(batches, apart)]
 
     def tokens(self) -> int:
         """Training tokens so far, over all processes."""

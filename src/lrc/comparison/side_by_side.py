@@ -1,0 +1,121 @@
+"""Processes that fill the folder of one comparison side by side, for a limited time."""
+
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from lrc.comparison.folders import Folders, held_out_of, is_over
+from lrc.system.errors import UserError
+from lrc.system.progress import task
+from lrc.train.session import Interrupted
+from lrc.train.signals import stop_on_signals
+
+logger = logging.getLogger(__name__)
+
+PAUSE = 0.2
+"""Seconds between two looks at the processes."""
+
+CLOSING = 30.0
+"""Seconds of the time limit, at most a tenth of it, in which the processes write their checkpoints
+after they are asked to stop; then they are killed."""
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """How to run a comparison in processes of their own."""
+
+    parallel: int = 1
+    """Number of processes, on one device or on the CPU."""
+    minutes: float | None = None
+    """Time limit; None: none."""
+
+
+def run_side_by_side(
+    folders: Folders, only: Sequence[str], results_only: bool, how: SideBySide
+) -> None:
+    """Start the processes, report every run that ends, and stop them when the time is over.
+
+    Each writes what it prints to `worker-N.log`. One that cannot finish a run goes on with others.
+
+    Args:
+        folders: the comparison's folder, which holds comparison.yaml.
+        only: names of the entries to run.
+        results_only: whether runs that have ended keep only their results.
+        how: number of processes and time limit.
+
+    Raises:
+        UserError: if all processes have ended and not all runs.
+        Interrupted: if SIGINT or SIGTERM arrived.
+    """
+    began = time.monotonic()
+    limit = None if how.minutes is None else 60 * how.minutes
+    closing = CLOSING if limit is None else min(CLOSING, limit / 10)
+    command = [sys.executable, "-m", "lrc", "compare", str(folders.out / "comparison.yaml")]
+    command += ["--out", str(folders.out), *(f"--only={name}" for name in only)]
+    command += ["--results-only"] if results_only else []
+    logs = [folders.out / f"worker-{number}.log" for number in range(1, how.parallel + 1)]
+    before = {job.folder for job in folders.jobs(only) if is_over(job.folder)}
+    with stop_on_signals() as stop, task("Comparing", len(list(folders.jobs(only)))) as shown:
+        shown.update(len(before))
+        workers = [start(command, log, how.parallel) for log in logs]
+        try:
+            over = False
+            while not (over or stop) and any(worker.poll() is None for worker in workers):
+                time.sleep(PAUSE)
+                over = limit is not None and time.monotonic() - began > limit - closing
+                for job in folders.jobs(only):
+                    if is_over(job.folder) and job.folder not in before:
+                        before.add(job.folder)
+                        loss = held_out_of(job.folder)
+                        told = "not finite" if loss is None else f"{loss:.4f}"
+                        logger.info("%s: held-out LM loss %s", job.title, told)
+                shown.update(len(before))
+        finally:
+            end(workers, closing)
+    if stop.signal is not None:
+        raise Interrupted(
+            stop.signal, f"Stopped in {folders.out}; the same command continues from there."
+        )
+    if not over and any(worker.returncode for worker in workers):
+        log = next(log for log, worker in zip(logs, workers, strict=True) if worker.returncode)
+        raise UserError(f"Not all runs could be finished: {last_line(log)} (all of it is in {log})")
+
+
+def start(command: Sequence[str], log: Path, parallel: int) -> subprocess.Popen[bytes]:
+    """Start a process with its share of the cores. Ctrl-C does not reach it: its parent ends it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    environment = {"OMP_NUM_THREADS": str(max(1, (cores or 1) // parallel)), **os.environ}
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=environment,
+            process_group=0,
+        )
+
+
+def end(workers: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+    """Ask processes to stop, and kill those that still run after some seconds."""
+    for worker in workers:
+        if worker.poll() is None:
+            worker.terminate()
+    limit = time.monotonic() + seconds
+    for worker in workers:
+        try:
+            worker.wait(max(0.0, limit - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log."""
+    lines = log.read_text(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no message")
