@@ -47,7 +47,7 @@ than any tokenizer needs, and at least up to this many in all. They may be endle
 def clone(
     teacher: "StrPath | Teacher | PreTrainedModel",
     *,
-    hidden_size: int,
+    hidden_size: int | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: StrPath | None = None,
@@ -59,7 +59,8 @@ def clone(
     Args:
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, a loaded `lrc.Teacher`, or a
             loaded transformers model, which needs its `tokenizer`.
-        hidden_size: d_S; even, and smaller than the teacher's.
+        hidden_size: d_S; even, and smaller than the teacher's. None: the teacher's, if `settings`
+            have fewer layers, heads or neurons (`{"student.intermediate_size": 4096}`).
         text: the training text (`Text`). None: `settings` names shards or a stream.
         tokenizer: the tokenizer of a teacher that is a transformers model.
         out: the run's folder; default: a new one in `runs/`.
@@ -81,7 +82,7 @@ def clone(
 def compress(
     teacher: "StrPath | Teacher | PreTrainedModel",
     *,
-    hidden_size: int,
+    hidden_size: int | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     out: StrPath | None = None,
@@ -333,7 +334,7 @@ def compare(
 
 def _new_run(
     teacher: "StrPath | Teacher | PreTrainedModel",
-    hidden_size: int,
+    hidden_size: int | None,
     text: Text | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     out: StrPath | None,

@@ -26,7 +26,7 @@ def check_recipe(recipe: Recipe) -> None:
         student = recipe.student
         if recipe.method.name == "lrc" and student.kv_heads is None:
             check_student_size(
-                student.hidden_size,
+                student.hidden_size or config["hidden_size"],
                 family_of(config["model_type"]),
                 config["hidden_size"],
                 config["num_attention_heads"],

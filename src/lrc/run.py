@@ -253,7 +253,7 @@ def default_folder(recipe: Recipe, name: str | None = None) -> Path:
     """Choose a new folder below `runs/`, named after the recipe or teacher, and the time."""
     name = name or short_name(recipe.teacher.model)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs") / f"{name}-{recipe.student.hidden_size}-{stamp}"
+    folder = Path("runs") / f"{name}-{recipe.student.hidden_size or 'shape'}-{stamp}"
     numbered = (folder.with_name(f"{folder.name}-{number}") for number in range(2, 1000))
     return folder if not folder.exists() else next(p for p in numbered if not p.exists())
 

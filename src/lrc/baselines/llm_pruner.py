@@ -87,7 +87,7 @@ class LlmPruner(PrunedStudent):
     def _by_ratio(self, budget: Budget) -> PrunedShape:
         ratio, teacher = self.pruner.ratio, self.teacher
         assert ratio is not None
-        if self.recipe.student.hidden_size != teacher.hidden_size:
+        if self.recipe.student.hidden_size not in (None, teacher.hidden_size):
             raise UserError(
                 "method.ratio sets how much to remove, and llm-pruner keeps the hidden size: set "
                 f"student.hidden_size to the teacher's {teacher.hidden_size}, or omit the ratio "
@@ -106,7 +106,7 @@ class LlmPruner(PrunedStudent):
 
     def _beside_clone(self, budget: Budget) -> PrunedShape:
         teacher, student = self.teacher, self.recipe.student
-        check_hidden_size(teacher, student.hidden_size)
+        check_hidden_size(teacher, student.hidden_size or teacher.hidden_size)
         clone = parameter_count(teacher, derive_config(teacher, student))
         shape = budget.widths(clone)
         if shape is None:

@@ -42,14 +42,15 @@ class SliceGpt(PlainStudent):
 
     def make_student(self) -> PreTrainedModel:
         student = self.recipe.student
-        check_hidden_size(self.teacher, student.hidden_size, largest=self.teacher.hidden_size)
+        width = student.hidden_size or self.teacher.hidden_size
+        check_hidden_size(self.teacher, width, largest=self.teacher.hidden_size)
         return random_student(self.teacher, derive_config(self.teacher, student), seed=0)
 
     def calibration_tokens(self) -> int:
         return self.recipe.initialize.calibration_tokens
 
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
-        hidden_size = self.recipe.student.hidden_size
+        hidden_size = self.recipe.student.hidden_size or self.teacher.hidden_size
         with Calibration(self.teacher, calibration.input_ids, hidden_size) as pass_over:
             basis = principal_basis(pass_over, progress)
         write_rotated(self.model, self.teacher, basis)

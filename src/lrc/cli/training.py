@@ -155,7 +155,8 @@ def _new_run(
     }
     overrides = parse_overrides(settings or [], flags)
     origin = text or any(key.startswith(("data.shards", "data.stream")) for key in overrides)
-    if recipe is None and not (teacher and hidden_size and origin):
+    shape = hidden_size or any(key.startswith("student.") for key in overrides)
+    if recipe is None and not (teacher and shape and origin):
         raise UserError(
             "Give a recipe, or all three of --teacher, --hidden-size and --text "
             "(`lrc train quickstart` runs a shipped recipe)."

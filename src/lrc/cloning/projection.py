@@ -195,7 +195,7 @@ class Projections:
         self.teacher, self.tf32 = teacher, tf32
         self.owners = Owners()
         """The process that owns each projection, by key."""
-        self.hidden_size = student.hidden_size
+        self.hidden_size = student.hidden_size or teacher.hidden_size
         self.weights = projected_weights(teacher, student)
         model = teacher.model
         self.dtype = dtype = torch.promote_types(model.dtype, torch.float32)
@@ -203,7 +203,7 @@ class Projections:
         for weight in self.weights:
             if weight.projection not in self.values:
                 zero = torch.zeros(
-                    teacher.hidden_size, student.hidden_size, dtype=dtype, device=model.device
+                    teacher.hidden_size, self.hidden_size, dtype=dtype, device=model.device
                 )
                 self.values[weight.projection] = nn.Parameter(zero)
 

@@ -49,9 +49,7 @@ def student_config(teacher: Teacher, student: StudentSection) -> Any:
     whole, own = shape_of_config(teacher.config), student_shape(teacher, student)
     heads = int(teacher.config.num_attention_heads) * own.kv_heads // whole.kv_heads
     narrower = replace(own, hidden=whole.hidden) != whole
-    check_hidden_size(
-        teacher, student.hidden_size, heads, teacher.hidden_size if narrower else None
-    )
+    check_hidden_size(teacher, own.hidden, heads, teacher.hidden_size if narrower else None)
     return derive_config(teacher, student)
 
 
@@ -94,10 +92,10 @@ def student_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
     """
     whole = shape_of_config(teacher.config)
     if teacher.whole is not teacher:
-        return replace(whole, hidden=student.hidden_size)
+        return replace(whole, hidden=student.hidden_size or whole.hidden)
     return PrunedShape(
         size_of(student.layers) or whole.layers,
-        student.hidden_size,
+        student.hidden_size or whole.hidden,
         size_of(student.kv_heads) or whole.kv_heads,
         size_of(student.intermediate_size) or whole.neurons,
     )

@@ -77,9 +77,9 @@ Units = Annotated[int, Field(gt=0)] | Keep | None
 class StudentSection(Section):
     """The student's shape and parametrization."""
 
-    hidden_size: int = Field(gt=0)
-    """d_S, the student's hidden size: even and smaller than the teacher's, or equal to it if
-    something else shrinks."""
+    hidden_size: int | None = Field(None, gt=0)
+    """d_S, the student's hidden size: even, and smaller than the teacher's unless something else
+    shrinks. Empty: the teacher's."""
 
     intermediate_size: Units = None
     """Width of the FFN. Empty: the teacher's. The start chooses the neurons whose loss costs least

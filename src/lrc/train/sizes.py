@@ -56,7 +56,7 @@ def sizes_of(recipe: Recipe) -> TrainingSizes:
     with torch.device("meta"):
         made = type(model)(config)
         projections = Projections(teacher, recipe.student)
-    gains = len(list(teacher.layout.stream_norms())) * recipe.student.hidden_size
+    gains = len(list(teacher.layout.stream_norms())) * projections.hidden_size
     trained = gains + sum(value.numel() for value in projections.values.values())
     student = sum(value.numel() for value in made.parameters())
     device = "cuda" if recipe.train.precision == "bfloat16" else "cpu"

@@ -53,7 +53,7 @@ def target_shape(
     whole = teacher_shape(teacher)
     asked = PrunedShape(
         section.layers or whole.layers,
-        student.hidden_size,
+        student.hidden_size or whole.hidden,
         section.kv_heads or whole.kv_heads,
         section.intermediate_size or whole.neurons,
     )
