@@ -20,6 +20,7 @@ from lrc.model.teacher import Teacher
 from lrc.model.tokenizer import answer_mark
 from lrc.preflight import check_installed, need_whole_teacher
 from lrc.recipe import Recipe
+from lrc.recipe.choices import choices
 from lrc.run import Run
 from lrc.system.checksums import source_sha256
 from lrc.system.distributed import ALONE, World, join
@@ -307,6 +308,8 @@ def open_loop(
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
+    if new and (chosen := choices(run.recipe)):
+        logger.info(chosen)
     if new and (missing := chat_note(setup.teacher, text)):
         logger.warning(missing)
     calibration = 0.0, 0.0
