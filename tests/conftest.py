@@ -17,6 +17,7 @@ from command_line import Command
 from lrc.stories260k import save_stories
 from lrc.system.progress import log_progress, show_progress_with
 from pages import Look, headless_browser
+from prepared import Prepared
 from stories import shared_data
 from tiny import LLAMAS
 
@@ -80,6 +81,14 @@ def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process."""
     return Command(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """Run the command line, or other code, in processes that have the libraries imported."""
+    server = Prepared(tmp_path_factory.mktemp("prepared"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

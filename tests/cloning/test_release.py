@@ -32,6 +32,7 @@ from lrc.train.batches import count
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.export_run import export_run
 from lrc.train.setup import schedule, set_up, stretch
+from prepared import Prepared
 from tiny import (
     LAYERS,
     LLAMAS,
@@ -475,7 +476,7 @@ def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["whole", "at_once"])
 def test_killed_before_at_and_after_the_release(
-    kind: str, request: pytest.FixtureRequest, tmp_path: Path
+    kind: str, request: pytest.FixtureRequest, tmp_path: Path, prepared: Prepared
 ) -> None:
     """A run that is killed several times equals the uninterrupted run, bit for bit."""
     run: Run = request.getfixturevalue(kind)
@@ -498,7 +499,7 @@ def test_killed_before_at_and_after_the_release(
             ("stepping", 5, "resume", part),
         ]
         left = [None, 0, 5]  # type: ignore[list-item]
-    assert run_and_kill(part, starts) == left
+    assert run_and_kill(prepared, part, starts) == left
     train(Run.open(part))
     assert_same_run(Run.open(part), run)
 
