@@ -35,18 +35,18 @@ LESSON = {
     "initialize": "random",
     "data.sequence_length": 64,
     "data.held_out_fraction": 0.1,
-    "train.tokens": 200 * 4 * 64,
-    "train.micro_batch": 4,
+    "train.tokens": 100 * 2 * 64,
+    "train.micro_batch": 2,
     "train.learning_rate": 0.02,
     "train.warmup_ratio": 0.05,
-    "train.eval_every": 100,
+    "train.eval_every": 50,
     "train.eval_sequences": 16,
 }
-"""200 steps of 256 tokens."""
+"""100 steps of 128 tokens."""
 
 MARGIN = 2.0
 """The lesson lowers the held-out loss by at least so many nats. It was seen to fall from 6.02 to
-3.56; the teacher's is 1.81."""
+3.43; the teacher's is 1.81."""
 
 STEPS, CHECKPOINT_EVERY = 40, 6
 SHORT = {
@@ -118,7 +118,7 @@ def test_clone_learns(workshop: Workshop) -> None:
     code, output, errors = workshop.train("lesson", LESSON).wait()
     assert code == 0, errors
     measured = [line for line in workshop.metrics("lesson") if "held_out_lm" in line]
-    assert [line["step"] for line in measured] == [0, 100, 200]
+    assert [line["step"] for line in measured] == [0, 50, 100]
     before, _, after = (line["held_out_lm"] for line in measured)
     assert before - after > MARGIN
     assert after > measured[0]["teacher_held_out_lm"] > 1.0
