@@ -132,16 +132,11 @@ def pairs(folder: Path, prepared: Prepared) -> None:
     places = [
         common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)} for rank in "01"
     ]
-    started = [
-        prepared.start(
-            json.dumps(
-                [[train(folder, "recipe.yaml", case, f"{out}/{case}") for case in PAIRS], 0]
-            ),
-            code=LAUNCHED.read_text(),
-            environment=EXACT | place,
-        )
-        for out, place in [("two", places[0]), ("two", places[1]), ("one", {})]
-    ]
+    started = []
+    for out, place in [("two", places[0]), ("two", places[1]), ("one", {})]:
+        commands = [train(folder, "recipe.yaml", case, f"{out}/{case}") for case in PAIRS]
+        arguments, code = json.dumps([commands, None]), LAUNCHED.read_text()
+        started.append(prepared.start(arguments, code=code, environment=EXACT | place))
     for process in started:
         code, _, errors = process.wait()
         assert code == 0, errors[-3000:]
