@@ -6,11 +6,29 @@ python benchmarks/cost.py --rate 400      at 400 TFLOP/s instead of 350
 
 import argparse
 
-from lrc.cloning.cost import Widths, step_flops
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lrc.cloning.cost import step_flops
+from lrc.model.layout import layout_of
 from lrc.recipe import load_recipe
 
-TEACHER = Widths(hidden=3072, layers=28, attention=3072, key_value=1024, ffn=8192, vocab=128256)
-"""Llama-3.2-3B-Instruct, from its published configuration."""
+
+def llama(hidden_size: int) -> LlamaForCausalLM:
+    """Llama-3.2-3B-Instruct, from its published configuration but for the hidden size, without
+    weights."""
+    config = LlamaConfig(
+        hidden_size=hidden_size,
+        intermediate_size=8192,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        head_dim=128,
+        num_hidden_layers=28,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        return LlamaForCausalLM(config)
 
 
 def main() -> None:
@@ -20,18 +38,14 @@ def main() -> None:
     )
     rate = parser.parse_args().rate
     recipe = load_recipe("paper-lrc-1.5b")
-    hidden_size = recipe.student.hidden_size
-    student = Widths(
-        hidden_size,
-        TEACHER.layers,
-        TEACHER.attention,
-        TEACHER.key_value,
-        TEACHER.ffn,
-        TEACHER.vocab,
-    )
-    tokens = recipe.step_tokens()
+    teacher, tokens = llama(3072), recipe.step_tokens()
     flops = step_flops(
-        TEACHER, student, True, tokens, recipe.data.sequence_length, recipe.objective
+        teacher,
+        llama(recipe.student.hidden_size),
+        tokens,
+        recipe.data.sequence_length,
+        recipe.objective,
+        layout_of(teacher).observable(),
     )
     total = sum(flops.values())
     for part, operations in flops.items():

@@ -44,10 +44,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.cost import step_flops
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.start import initialize
 from lrc.data.batch import Batch
+from lrc.model.student import build_student
 from lrc.model.teacher import Teacher, as_teacher, load_teacher
 from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection, TeacherSection
 from lrc.system.clock import Clock
@@ -411,12 +412,11 @@ def memory_in_own_process(arguments: list[str], accumulate: int, kind: str) -> f
 def predict(size: Size, accumulate: int) -> float:
     """ours / floor from the operations of docs/cost.md alone."""
     teacher, hidden_size = make_teacher(size.shape)
-    widths = widths_of(teacher.model)
     tokens = accumulate * size.micro_batch * size.sequence
-    student = replace(widths, hidden=hidden_size)
+    student = build_student(teacher, StudentSection(hidden_size=hidden_size))
     ours, floor = (
-        step_flops(widths, student, True, tokens, size.sequence, objective)
-        for objective in (ObjectiveSection(), ObjectiveSection(alpha=0))
+        step_flops(teacher.model, student, tokens, size.sequence, ObjectiveSection(), sites)
+        for sites in (teacher.layout.observable(), ())
     )
     return sum(ours.values()) / (sum(floor.values()) - floor["projection"])
 

@@ -17,6 +17,7 @@ from command_line import Command
 from lrc.stories260k import save_stories
 from lrc.system.progress import log_progress, show_progress_with
 from pages import Look, headless_browser
+from prepared import Prepared
 from stories import shared_data
 from tiny import LLAMAS
 
@@ -40,10 +41,13 @@ def own_log() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_curves() -> Iterator[None]:
-    """Let runs in this process leave an empty picture: drawing takes half of a tiny run's time."""
+def short_closing() -> Iterator[None]:
+    """Let runs in this process leave an empty picture and short samples, and not measure the
+    machine: all that takes two thirds of a tiny run's time. Runs in other processes do."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrc.train.closing.draw_curves", lambda _run, path, _summary: path.touch())
+        patch.setattr("lrc.train.closing.matmul_peak", lambda *_: 1e13)
+        patch.setattr("lrc.train.closing.SAMPLE_TOKENS", 8)
         yield
 
 
@@ -80,6 +84,14 @@ def stories_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lrc(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     """Run the command line in this process."""
     return Command(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prepared]:
+    """Run the command line, or other code, in processes that have the libraries imported."""
+    server = Prepared(tmp_path_factory.mktemp("prepared"))
+    yield server
+    server.close()
 
 
 @pytest.fixture

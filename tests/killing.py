@@ -1,11 +1,10 @@
 """Runs that are killed several times, through the real command line."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
+
+from prepared import Prepared
 
 Start = tuple[Any, ...]
 """When a process is killed ("stepping" or "saving"), after how many steps, and its arguments."""
@@ -32,7 +31,7 @@ def killed(when, step, *arguments):
 
 
 for case in json.loads(sys.argv[1]):
-    child = os.fork()  # torch is imported once for all, and has started no threads yet
+    child = os.fork()
     if not child:
         killed(*case)
     status = os.waitpid(child, 0)[1]
@@ -44,12 +43,10 @@ for case in json.loads(sys.argv[1]):
 """Runs the command line in several processes, each killed before a step or a checkpoint."""
 
 
-def run_and_kill(folder: Path, starts: list[Start]) -> list[int | None]:
+def run_and_kill(prepared: Prepared, folder: Path, starts: list[Start]) -> list[int | None]:
     """Start a run and resume it, killing every process. Returns the step of the newest checkpoint
     that each one left."""
-    command = [sys.executable, "-c", KILLED, json.dumps(starts, default=str), str(folder)]
-    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=600, env=offline)
-    assert ended.returncode == 0, ended.stderr
-    lines = [line for line in ended.stdout.splitlines() if line == "[]" or line[:7] == '["step-']
+    code, output, errors = prepared.run(json.dumps(starts, default=str), folder, code=KILLED)
+    assert code == 0, errors
+    lines = [line for line in output.splitlines() if line == "[]" or line[:7] == '["step-']
     return [int(line[7:-2]) if line != "[]" else None for line in lines]

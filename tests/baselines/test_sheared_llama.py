@@ -21,6 +21,7 @@ from lrc.run import Run
 from lrc.train import train
 from lrc.train.batches import count
 from lrc.train.setup import new_state, set_up
+from prepared import Prepared
 from tiny import gradients, tiny_batch, tiny_teacher, tiny_tokenizer, tiny_tokens
 from tiny_runs import assert_same_run, copy_until, save_teacher, tiny_documents, tiny_recipe
 
@@ -268,7 +269,7 @@ def test_sources_are_weighed_after_every_measurement(whole: Run) -> None:
 
 
 def test_killed_in_both_stages_and_at_the_boundary(
-    recipe_file: Path, whole: Run, tmp_path: Path
+    recipe_file: Path, whole: Run, tmp_path: Path, prepared: Prepared
 ) -> None:
     """A run that is killed several times equals the uninterrupted run, bit for bit."""
     part = tmp_path / "part"
@@ -278,7 +279,7 @@ def test_killed_in_both_stages_and_at_the_boundary(
         ("stepping", STAGE_ONE, "resume", part),
         ("saving", 7, "resume", part),
     ]
-    assert run_and_kill(part, starts) == [2, STAGE_ONE - 1, STAGE_ONE, 6]
+    assert run_and_kill(prepared, part, starts) == [2, STAGE_ONE - 1, STAGE_ONE, 6]
     train(Run.open(part))
     assert_same_run(Run.open(part), whole)
 

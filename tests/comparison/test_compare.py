@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -30,6 +29,7 @@ from lrc.train import loop as training_loop
 from lrc.train import session as session_module
 from lrc.train.session import train
 from lrc.train.starts import Starts
+from prepared import Prepared
 from tiny_runs import save_teacher, tiny_documents
 
 Settings = dict[str, Any]
@@ -362,23 +362,21 @@ def test_a_stopped_comparison_continues(
     assert not json.loads((tmp_path / "out" / "comparison.json").read_text())["entries"][0]["tries"]
 
 
-def test_a_killed_comparison_continues(plan: Settings, tmp_path: Path) -> None:
+def test_a_killed_comparison_continues(plan: Settings, tmp_path: Path, prepared: Prepared) -> None:
     """SIGKILL in the second run: the first does not change, the second continues."""
     plan["recipe"]["train"] |= {"checkpoint_every": 5, "eval_every": 1000}
     one = {**plan, "tokens": 32 * 200, "entries": plan["entries"][1:2]}
     path = write({**one, "grid": {"learning_rates": [1e-2], "tokens": 1}}, tmp_path)
     out = tmp_path / "out"
-    code = "from lrc.cli import main; main()"
-    command = [sys.executable, "-c", code, "compare", str(path), "--out", str(out)]
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    started = prepared.start("compare", path, "--out", out)
     second = out / "runs" / "scratch-seed3"
     end = time.monotonic() + 300
     while len(list((second / "checkpoints").glob("step-*"))) < 2:
         assert started.poll() is None, "it ended too early"
         assert time.monotonic() < end
         time.sleep(0.005)
-    started.kill()
-    assert started.wait() == -signal.SIGKILL
+    started.send_signal(signal.SIGKILL)
+    assert started.wait()[0] == -signal.SIGKILL
     assert not (second / "summary.json").exists()
     first = out / "runs" / "scratch-seed0" / "summary.json"
     before = first.stat().st_mtime_ns

@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -34,6 +31,7 @@ from lrc.recipe.sections import DataSection
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train.session import initialize_only
+from prepared import Prepared
 
 cli_module = importlib.import_module("lrc.cli.evaluate")  # `lrc.cli` has a function of that name
 
@@ -131,30 +129,23 @@ def test_command_line(
     assert "a bug in lrc" in errors
 
 
-def test_a_killed_evaluation_continues(byte_model: Path, rows: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_continues(
+    byte_model: Path, rows: Path, tmp_path: Path, prepared: Prepared
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     write_rows(data / "piqa.jsonl", ROWS["piqa"](4))
     write_rows(data / "sciq.jsonl", ROWS["sciq"](3000))
     out = tmp_path / "out"
-    code = "from lrc.cli import main; main()"
-    command = [sys.executable, "-c", code, "eval", byte_model, "--tasks", "piqa,sciq"]
-    command += ["--data", data, "--out", out, "--batch-size", 1]
-    process = subprocess.Popen(
-        list(map(str, command)),
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
+    command = ["eval", byte_model, "--tasks", "piqa,sciq", "--data", data, "--out", out]
+    process = prepared.start(*command, "--batch-size", 1)
     deadline = time.monotonic() + 280
     while not (kept := list(out.glob("tasks/piqa-*.json"))):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, process.errors.read_text()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait()[0] == -signal.SIGKILL
     assert not list(out.glob("tasks/sciq-*.json"))
     assert not (out / "results.json").exists()
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +28,7 @@ from lrc.train.checkpoint import list_checkpoints, read_checkpoint
 from lrc.train.export_run import export_run
 from lrc.train.session import initialize_only
 from model_files import SHORT, edit_json, edit_weights, save_model, save_text, short_run
+from prepared import Prepared
 from tiny import tiny_teacher
 from tiny_runs import copy_until, go, new_run
 
@@ -480,23 +479,18 @@ def test_a_run_killed_at_any_moment_can_continue(
     seconds: float,
     lrc: Command,
     monkeypatch: pytest.MonkeyPatch,
+    prepared: Prepared,
 ) -> None:
     """The same command, or `lrc resume`, gives the student of an uninterrupted run."""
     out = tmp_path / "run"
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(by_name.recipe.to_yaml())
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lrc", "train", str(recipe), "--out", str(out)],
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-    assert process.stdout is not None
-    for line in process.stdout:  # until the run begins
-        if line.startswith("Checking the inputs"):
-            break
+    process = prepared.start("train", recipe, "--out", out)
+    while process.poll() is None and "Checking the inputs" not in process.output.read_text():
+        time.sleep(0.005)
     time.sleep(seconds)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
     monkeypatch.setattr(closing, "draw_curves", draw_curves)  # as in the killed process
     begun = (out / "recipe.yaml").is_file()
     lrc.printed(*(("resume", out) if begun else ("train", recipe, "--out", out)))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import DistillPass, MakePair
 from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, StepLosses
@@ -96,17 +96,13 @@ class PlainStudent(Method):
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         """Operations of the student and the heads, plus the teacher's if there is a KL."""
-        if not self.teacher.layout.is_llamas:
-            return None
-        loss = self.objective.model_copy(update={"alpha": 0.0})
         parts = step_flops(
-            widths_of(self.teacher.model),
-            widths_of(self.model),
-            self.model.config.tie_word_embeddings,
+            self.teacher.model,
+            self.model,
             tokens,
             sequence,
-            loss,
-            self.teacher.vocab_size,
+            self.objective,
+            vocab=self.teacher.vocab_size,
             released=True,
         )
         return sum(parts.values())

@@ -1,103 +1,128 @@
-"""The floating-point operations of an optimizer step, computed from the shapes (docs/cost.md).
+"""The floating-point operations of an optimizer step, counted from the models' own parameters
+(docs/cost.md).
 
-A multiply and an add are two operations. Only matrix products are counted. At any useful size,
-memory traffic limits everything else.
+A multiply and an add are two operations. Only matrix products and short convolutions are counted.
+At any useful size, memory traffic limits everything else.
 """
 
 import time
-from dataclasses import dataclass
+from collections.abc import Collection
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.shapes import head_dim_of
-from lrc.recipe.sections import LLAMA_TERMS, ObjectiveSection
+from lrc.model.layout import LinearSite, layout_of
+from lrc.recipe.sections import ObjectiveSection
+
+CHUNK = 64
+"""Tokens that a gated delta net computes at once."""
 
 
-@dataclass(frozen=True)
-class Widths:
-    """The widths of a decoder that determine its cost."""
+def token_weights(model: PreTrainedModel) -> dict[str, float]:
+    """How many elements of each weight in the layers a token is multiplied with. Of experts, it is
+    those of the experts that see the token."""
+    prefix = f"{layout_of(model).family.layers}."
+    experts = {
+        f"{module}.{name}"
+        for module, child in model.named_modules()
+        for name, value in child.named_parameters(recurse=False)
+        if value.ndim == 3 and not isinstance(child, nn.Conv1d)
+    }
+    return {
+        name: value.numel()
+        * (model.config.num_experts_per_tok / len(value) if name in experts else 1)
+        for name, value in model.named_parameters()
+        if name.startswith(prefix) and value.ndim > 1 and not name.endswith("bias")
+    }
 
-    hidden: int
-    layers: int
-    attention: int
-    """heads * head_dim."""
-    key_value: int
-    """key/value heads * head_dim."""
-    ffn: int
-    vocab: int
 
-    def layer_weights(self) -> int:
-        """Elements of the seven linear maps of a layer."""
-        return self.hidden * (2 * self.attention + 2 * self.key_value + 3 * self.ffn)
+def mixing(model: PreTrainedModel, sequence: int) -> tuple[float, float]:
+    """Operations per token of a forward pass that mix tokens: those of all attentions, of which
+    each computes only the scores that it uses, and those of all gated delta nets."""
+    layout, config = layout_of(model), model.config
+    attention = recurrence = 0.0
+    for layer in range(layout.num_layers):
+        block = model.get_submodule(layout.attention(layer))
+        if hasattr(block, "head_v_dim"):
+            keys, values = block.head_k_dim, block.head_v_dim
+            products = 3 * CHUNK * keys + 2 * CHUNK * values + 3 * keys * values
+            recurrence += 2 * block.num_v_heads * products
+            continue
+        (writer,) = layout.branches[layer][0].writers
+        values = model.get_submodule(layout.linear(LinearSite(layer, writer))).weight.shape[1]
+        keys = values
+        if hasattr(block, "kv_b_proj"):  # latent attention, whose heads differ in width
+            keys = config.num_attention_heads * config.qk_head_dim
+        attention += 2 * seen_keys(config, layer, sequence) * (keys + values)
+    return attention, recurrence
 
 
-def widths_of(model: PreTrainedModel) -> Widths:
-    """Read the widths of a decoder from its configuration."""
-    config = model.config
-    head_dim = head_dim_of(config)
-    return Widths(
-        config.hidden_size,
-        config.num_hidden_layers,
-        config.num_attention_heads * head_dim,
-        config.num_key_value_heads * head_dim,
-        config.intermediate_size,
-        config.vocab_size,
-    )
+def seen_keys(config: object, layer: int, sequence: int) -> float:
+    """Keys that a query of a layer sees in a sequence, on average."""
+    window = getattr(config, "sliding_window", None) or sequence
+    kinds = getattr(config, "layer_types", None)
+    if window >= sequence or (kinds and kinds[layer] != "sliding_attention"):
+        return sequence / 2
+    return window - window**2 / (2 * sequence)
 
 
 def step_flops(
-    teacher: Widths,
-    student: Widths,
-    tied: bool,
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
     tokens: int,
     sequence: int,
     objective: ObjectiveSection,
+    sites: Collection[LinearSite] = (),
     vocab: int | None = None,
     released: bool = False,
 ) -> dict[str, float]:
     """Operations of one optimizer step by part.
 
     Args:
-        teacher: widths of the teacher.
-        student: widths of the student.
-        tied: whether the student ties its LM head to its embedding.
+        teacher: the teacher.
+        student: the student.
         tokens: tokens per step, over all micro-batches.
         sequence: tokens per sequence.
-        objective: the enabled losses.
+        objective: the losses.
+        sites: where activations are cloned.
         vocab: number of token ids in use, if the embedding has padding rows.
         released: whether the student's own weights are trained instead of projections.
     """
-    layers = teacher.layers
-
-    def attention(widths: Widths) -> int:
-        """Scores and weighted values: 2 * 2 * sequence * attention for full [sequence, sequence]
-        matrices, halved because a causal kernel needs half of them."""
-        return 2 * sequence * widths.attention * widths.layers
-
-    terms = set(LLAMA_TERMS) - objective.clone.off() if objective.alpha else set()
-    # Projection of the teacher's outputs: forward, and the gradient of the projection.
-    written = (2 if released else 4) * teacher.hidden * student.hidden
-    clone = written if "down" in terms else 0
-    if "o" in terms:
-        # In the teacher's space: its o on the student's heads, and the gradient of the heads.
-        in_teacher = 4 * teacher.hidden * teacher.attention
-        clone += in_teacher if objective.attn_out == "teacher" else written
-    vocab = vocab or teacher.vocab
-    heads = 2 * 3 * vocab * student.hidden  # logits, gradients of the states and of the head
+    layout = layout_of(teacher)
+    theirs, ours = teacher.config.hidden_size, student.config.hidden_size
+    rows = teacher.config.vocab_size
+    vocab = vocab or rows
+    clone = 0.0
+    for site in sites:
+        if layout.writes(site):
+            width = ours
+            # Projection of the teacher's output, and the gradient of the projection.
+            passes = 2 if released else 4
+            if site.name == "o" and objective.attn_out == "teacher":
+                # The teacher's o on the student's heads, and the gradient of the heads.
+                width = teacher.get_submodule(layout.linear(site)).weight.shape[1]
+                passes = 4
+            clone += passes * theirs * width
+    heads = 2 * 3 * vocab * ours  # logits, gradients of the states and of the head
     if objective.kl_weight:
-        heads += 2 * vocab * teacher.hidden
-    vocabulary_weights = (1 if tied else 2) * teacher.vocab * teacher.hidden
-    weights = layers * teacher.layer_weights() + vocabulary_weights
-    learns_from_teacher = bool(terms or objective.kl_weight)
+        heads += 2 * vocab * theirs
+    projected = {parameter.name for parameter in layout.projected(teacher)}
+    elements = sum(teacher.get_parameter(name).numel() for name in projected)
+    elements += (1 if student.config.tie_word_embeddings else 2) * rows * theirs
+    attention, recurrence = mixing(teacher, sequence)
+    forward = 2 * sum(token_weights(teacher).values()) + attention + recurrence
+    # Forward, gradients of the activations, and of the weights that are trained. Attention computes
+    # its scores twice.
+    attention, recurrence = mixing(student, sequence)
+    trained = 3.5 * attention + 3 * recurrence
+    for name, count in token_weights(student).items():
+        trained += (6 if released or name in projected else 4) * count
     return {
-        "teacher": tokens
-        * learns_from_teacher
-        * (2 * layers * teacher.layer_weights() + attention(teacher)),
-        "student": tokens
-        * (6 * student.layers * student.layer_weights() + 3.5 * attention(student)),
-        "loss": tokens * (heads + clone * layers),
-        "projection": 0 if released else 4 * weights * student.hidden,
+        "teacher": tokens * forward if sites or objective.kl_weight else 0.0,
+        "student": tokens * trained,
+        "loss": tokens * (heads + clone),
+        "projection": 0.0 if released else 4 * elements * ours,
     }
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from lrc.cloning.alignment import align, writer_alignment
-from lrc.cloning.cost import step_flops, widths_of
+from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
 from lrc.cloning.method import Counts, Method, Staged, StartReport, StepLosses
@@ -279,16 +279,16 @@ class LowRankClone(Method, Staged):
         return losses
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
-        if self.alignment or not self.teacher.layout.is_llamas:
+        if self.alignment:
             return None  # not in the formula
-        alpha = self.objective.alpha_at(step / self.steps)
+        clones = self.objective.alpha_at(step / self.steps) > 0
         parts = step_flops(
-            widths_of(self.teacher.model),
-            widths_of(self.model),
-            self.model.config.tie_word_embeddings,
+            self.teacher.model,
+            self.model,
             tokens,
             sequence,
-            self.objective.model_copy(update={"alpha": alpha}),
+            self.objective,
+            self.distill.sites if clones else (),
             self.teacher.vocab_size,
             any(end <= step for end in self.stage_ends()),
         )

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import subprocess
-import sys
 import tempfile
 import textwrap
 from pathlib import Path
@@ -26,6 +24,7 @@ from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection, TeacherSection
 from lrc.run import Run
 from lrc.system.errors import UserError
+from prepared import Prepared
 from tiny import (
     HIDDEN,
     STUDENT_HIDDEN,
@@ -352,26 +351,25 @@ def start(load, tokens, in_memory=2**30, folder="teacher"):
 """
 
 
-def peaks(folder: Path, code: str) -> list[float]:
+def peaks(prepared: Prepared, folder: Path, code: str) -> list[float]:
     """Peak memory in MiB, as another process prints it."""
     if not Path("/proc/self/status").exists():
         pytest.skip("peak memory is read from /proc")
-    result = subprocess.run(
-        [sys.executable, "-c", PEAK + textwrap.dedent(code)],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"},
-        timeout=300,
+    quiet = {"TQDM_DISABLE": "1"}
+    ended, output, errors = prepared.run(
+        code=PEAK + textwrap.dedent(code), cwd=folder, environment=quiet
     )
-    assert result.returncode == 0, result.stderr
-    return [float(word) for word in result.stdout.split()]
+    assert ended == 0, errors
+    return [float(word) for word in output.split()]
 
 
-def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_calibration_tokens(
+    tmp_path: Path, prepared: Prepared
+) -> None:
     teacher = tiny_teacher("llama", dtype=torch.float32, hidden_size=256, head_dim=16)
     saved(teacher, tmp_path / "teacher")
     few, many, held = peaks(
+        prepared,
         tmp_path,
         """
         start("full", 4096, in_memory=0)  # memory that torch allocates once
@@ -385,13 +383,14 @@ def test_memory_does_not_grow_with_the_calibration_tokens(tmp_path: Path) -> Non
     assert held - many > 0.5 * streams  # some of it reuses freed memory
 
 
-def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path) -> None:
+def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path, prepared: Prepared) -> None:
     shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
     size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
     saved(teacher, tmp_path / "teacher", shards=False)
     save_teacher(tmp_path / "small", "llama", **shape | {"num_hidden_layers": 1})
     before, by_layers, whole = peaks(
+        prepared,
         tmp_path,
         """
         print(start("layers", 512, folder="small"))  # one layer and the libraries
