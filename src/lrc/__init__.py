@@ -1,6 +1,6 @@
 """Low-Rank Clone: make a much smaller model of the teacher's class that behaves like it."""
 
-from importlib import import_module, metadata
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +53,12 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used, so that `lrc --help` need not load torch."""
     if name == "__version__":
-        return metadata.version("low-rank-clone")
+        from importlib import metadata
+
+        try:
+            return metadata.version("low-rank-clone")
+        except metadata.PackageNotFoundError:  # the source is on the path, but not installed
+            return "0+unknown"
     if name not in _HOME:
         raise AttributeError(f"module 'lrc' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

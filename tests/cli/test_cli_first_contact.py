@@ -1,7 +1,9 @@
 """First contact: versions, typos, missing teachers, no network, special tokens."""
 
+import ast
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -39,7 +41,8 @@ try:
     main()
 except SystemExit as end:
     print("exit", end.code or 0)
-print("heavy", sorted({"torch", "transformers"} & set(sys.modules)))
+heavy = {"torch", "transformers", "datasets", "matplotlib", "huggingface_hub"}
+print("heavy", sorted(heavy & set(sys.modules)))
 """
 
 
@@ -90,6 +93,28 @@ def test_help_and_version_import_nothing_heavy(arguments: tuple[str, ...]) -> No
     assert "heavy []" in lines
     if arguments == ("--version",):
         assert lines[0] == f"lrc {package.__version__}"
+
+
+def test_importing_lrc_imports_only_the_standard_library() -> None:
+    code = "import sys; old = set(sys.modules); import lrc; print(sorted(set(sys.modules) - old))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    names = {name.partition(".")[0] for name in ast.literal_eval(done.stdout)}
+    assert names - sys.stdlib_module_names == {"lrc"}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "command"), [(0.3, ("-c", "import lrc")), (0.5, ("-m", "lrc", "--help"))]
+)
+def test_help_and_import_are_fast(seconds: float, command: tuple[str, ...]) -> None:
+    """In processor time, which a busy machine hardly changes."""
+
+    def once() -> float:
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, *command], capture_output=True, check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+    assert min(once() for _ in range(3)) < seconds
 
 
 def test_python_dash_m(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from lrc import __version__
 from lrc.cli import analyze, data
 from lrc.cli.chat import chat
 from lrc.cli.compare import compare
 from lrc.cli.console import console, lost_output
 from lrc.cli.display import show_library
+from lrc.cli.environment import env
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
 from lrc.cli.prune import prune
@@ -51,12 +51,15 @@ for command in (
     app.command(no_args_is_help=True)(command)
 app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)
+app.command()(env)
 app.add_typer(data.app, name="data")
 app.add_typer(analyze.app, name="analyze")
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
+        from lrc import __version__
+
         typer.echo(f"lrc {__version__}")
         raise typer.Exit
 
@@ -73,6 +76,7 @@ def options(
     ] = False,
 ) -> None:
     """Options of every command."""
+    console.as_json = False
     show_library(console)
     if rank():  # of several processes, the first one talks to the user
         console.quiet = True
@@ -94,7 +98,7 @@ def main() -> None:
     try:
         _refuse_bytes(sys.argv[1:])
         try:
-            app()
+            app(prog_name="lrc")
             leave()
         finally:
             console.file.flush()
@@ -122,7 +126,8 @@ def told(error: Exception) -> tuple[str, int]:
         return "There is not enough memory: use a smaller batch, model or text.", MISTAKE
     return (
         f"lrc failed ({type(error).__name__}: {reason(error)}). This is a bug in lrc: please "
-        "report it to the developers with the output of the same command with --debug.",
+        "report it to the developers with the output of `lrc env`, and of the same command with "
+        "--debug.",
         FAULT,
     )
 

@@ -8,6 +8,7 @@ import typer
 
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument, TorchDtype
+from lrc.cli.results import prints_results
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -25,6 +26,7 @@ class Positions(StrEnum):
 
 
 @app.command(no_args_is_help=True)
+@prints_results
 def neurons(
     model: ModelArgument,
     teacher: Annotated[str | None, typer.Option(help="The teacher; default: the run's.")] = None,
@@ -115,6 +117,6 @@ def neurons(
     result = analyze_neurons(model, teacher, settings, folder)
     write_text(folder / "neurons.md", markdown(result))
     draw_layers(result, folder / "neurons.png")
-    console.print(table(result))
     where = f"neurons.json, neurons.md and neurons.png are in {folder}."
-    console.print(where)
+    found = {"folder": str(folder), **result.model_dump(mode="json")}
+    console.result(found, table(result), where)

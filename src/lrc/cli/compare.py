@@ -6,12 +6,13 @@ from typing import Annotated, Any
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.cli.results import prints_results
 from lrc.cli.training import Settings, TeacherOption, Text
-from lrc.recipe.shipped import find_yaml
 from lrc.system.distributed import launched
 from lrc.system.errors import UserError
 
 
+@prints_results
 def compare(
     comparison: Annotated[
         str, typer.Argument(help="A comparison's YAML file, or the name of a shipped one.")
@@ -56,6 +57,7 @@ def compare(
     command continues where it was stopped. If nothing is left to run, it only tabulates.
     """
     from lrc.recipe import parse_overrides
+    from lrc.recipe.shipped import find_yaml
 
     if launched() > 1:
         raise UserError(
@@ -85,5 +87,5 @@ def compare(
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None
-    console.print(comparison_table(results))
-    console.print(f"Everything is in {folder}.")
+    data = {"folder": str(folder), **results.as_json()}
+    console.result(data, comparison_table(results), f"Everything is in {folder}.")

@@ -6,6 +6,7 @@ narrow, and Markdown if the output is not a terminal.
 """
 
 import io
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,6 +34,8 @@ class Output:
     def __init__(self) -> None:
         self.problem: OSError | None = None
         """Why output was lost; None if none was, or only because nobody reads it."""
+        self.to_errors = False
+        """Whether to write to standard error instead."""
 
     def write(self, text: str) -> int:
         """Write to the current standard output."""
@@ -53,11 +56,11 @@ class Output:
                 self.problem = error
             self._to_nowhere()
 
-    @staticmethod
-    def _stream() -> Any:
+    def _stream(self) -> Any:
         # While a bar is shown, rich replaces standard output with its own stream. In a process
         # started without standard output, Python has none either.
-        return getattr(sys.stdout, "rich_proxied_file", sys.stdout) or NOWHERE
+        stream = sys.stderr if self.to_errors else sys.stdout
+        return getattr(stream, "rich_proxied_file", stream) or NOWHERE
 
     def _to_nowhere(self) -> None:
         """Discard the rest of the output, including what Python flushes at exit."""
@@ -85,6 +88,30 @@ class TextConsole(Console):
             super().print(*shown, **options)
         else:
             super().print(*shown, **{"soft_wrap": True, **options})
+
+    @property
+    def as_json(self) -> bool:
+        """Whether results are JSON on standard output, and all else goes to standard error."""
+        return isinstance(self.file, Output) and self.file.to_errors
+
+    @as_json.setter
+    def as_json(self, wanted: bool) -> None:
+        if isinstance(self.file, Output):
+            self.file.to_errors = wanted
+
+    def result(self, data: Any, *shown: Any) -> None:
+        """Print the result of a command.
+
+        Args:
+            data: JSON values, for programs (`--json`).
+            shown: the same for people.
+        """
+        if self.as_json:
+            self.as_json = False
+            self.print(json.dumps(data, indent=2))
+        else:
+            for item in shown:
+                self.print(item)
 
     def _whole(self, table: Table) -> RichTable | Text:
         """A table in a form that clips nothing."""

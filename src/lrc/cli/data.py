@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,6 +20,7 @@ app = typer.Typer(
 
 
 @app.command(no_args_is_help=True)
+@prints_results
 def build(
     mix: Annotated[str, typer.Argument(help="A mix's YAML file, or the name of a shipped one.")],
     out: Annotated[Path, typer.Argument(help="Folder of the shards.")],
@@ -75,6 +77,7 @@ def build(
 
 
 @app.command(no_args_is_help=True)
+@prints_results
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder of the shards.")],
     documents: Annotated[int, typer.Option(min=0, help="Random documents to show.")] = 3,
@@ -110,13 +113,15 @@ def inspect(
     quiet_libraries()
     shards = open_shards(folder)
     table = Table(["split", "source", "documents", "tokens", "share"], right=range(2, 5))
-    for row in count_sources(shards):
+    counts = count_sources(shards)
+    for row in counts:
         numbers = (f"{row.documents:,}", f"{row.tokens:,}", f"{row.share:.1%}")
         table.add_row(row.split, row.source, *numbers)
-    console.print(table)
     count = len(shards.shards)
-    words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
-    console.print(words)
+    if not console.as_json:
+        console.print(table)
+        words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
+        console.print(words)
     if checksums:
         damaged: list[Path] = []
         with task("Checking every file") as shown:
@@ -132,7 +137,15 @@ def inspect(
     else:
         tokenizer = load_tokenizer(teacher)
         shards.require_tokenizer(tokenizer, teacher)
-    for sample in sample_documents(shards, tokenizer, documents, seed) if tokenizer else ():
+    drawn = list(sample_documents(shards, tokenizer, documents, seed)) if tokenizer else []
+    if console.as_json:
+        samples = [{**s._asdict(), "text": s.text[: characters or None]} for s in drawn]
+        sources = [row._asdict() for row in counts]
+        about = {"shards": count, "dtype": str(shards.dtype), "teacher": shards.teacher}
+        about |= {"intact": checksums or None, "sources": sources, "samples": samples}
+        console.result(about)
+        return
+    for sample in drawn:
         where = f"{sample.shard}, document {sample.document}"
         console.rule(f"{where}: {sample.source}, {sample.tokens:,} tokens")
         text = sample.text[: characters or None]
@@ -146,13 +159,12 @@ def _print_summary(shards: "Shards") -> None:
     from lrc.corpus.summary import SUMMARY, tables, warnings_of
 
     summary = json.loads((shards.folder / SUMMARY).read_text(encoding="utf-8"))
-    for table in tables(summary):
-        console.print(table)
-    for warning in warnings_of(summary):
-        console.print(f"Note: {warning}")
     count = len(shards.of_split("train"))
     files = f"{count} shard{'s' * (count > 1)}"
-    console.print(
+    console.result(
+        {"folder": str(shards.folder), **summary},
+        *tables(summary),
+        *(f"Note: {warning}" for warning in warnings_of(summary)),
         f"{summary['tokens']['train']:,} training tokens in {files} are in {shards.folder}; "
         f"inspect them with `lrc data inspect {shards.folder}`.",
     )

@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from lrc.cli.console import TextConsole
-from lrc.system.progress import Task, log_progress, show_progress_with
+from lrc.system.progress import Task, log_progress, show_progress_with, silent_progress
 
 BAR = 20
 """Width of a bar in characters, if there is room."""
@@ -37,13 +37,15 @@ class LogHandler(logging.Handler):
         self._console.print(record.getMessage(), style=style)
 
 
-def show_library(console: TextConsole) -> None:
-    """Show the library's log and progress on a console: bars on a terminal, else lines."""
+def show_library(console: TextConsole, quiet: bool = False) -> None:
+    """Show the library's log and progress on a console: bars on a terminal, else lines. If quiet,
+    show only warnings."""
     logger = logging.getLogger("lrc")
     logger.handlers = [LogHandler(console)]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
     logger.propagate = False
-    show_progress_with(Bars(console).task if console.is_terminal else log_progress)
+    bars = Bars(console).task if console.is_terminal else log_progress
+    show_progress_with(silent_progress if quiet else bars)
 
 
 class Bars:

@@ -4,12 +4,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.text import Text
 
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import TorchDtype
+from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 
 
+@prints_results
 def evaluate(
     model: Annotated[
         str | None,
@@ -85,10 +88,11 @@ def evaluate(
 
     The same command continues a stopped evaluation where it was.
     """
+    from lrc.evaluation import published as paper
     from lrc.evaluation.tables import METRIC_NOTE, notes, published_table, result_tables
 
     if published:
-        console.print(published_table())
+        console.result(paper.published().model_dump(mode="json"), published_table())
         return
     if model is None:
         raise UserError("Give the model to evaluate, or --published for the paper's results.")
@@ -126,20 +130,22 @@ def evaluate(
     )
     folder = out or results_folder(model, "evaluation", "evaluations")
     evaluation = evaluate(model, compare or [], settings, folder)
-    for table in result_tables(evaluation):
-        console.print(table)
-    for note in notes(evaluation):
-        console.print(note, style="yellow")
-    if any("acc_norm" in result.metrics for result in evaluation.models[0].tasks.values()):
-        console.print(METRIC_NOTE)
-    where = f"results.json and results.md are in {folder}."
-    console.print(where)
+    first = evaluation.models[0].tasks.values()
+    console.result(
+        {"folder": str(folder), **evaluation.model_dump(mode="json")},
+        *result_tables(evaluation),
+        *(Text(note, style="yellow") for note in notes(evaluation)),
+        *([METRIC_NOTE] if any("acc_norm" in result.metrics for result in first) else []),
+        f"results.json and results.md are in {folder}.",
+    )
 
 
 def _print_checkpoints(
     model: str, tasks: tuple[str, ...], limit: int | None, data: Path | None, batch_size: int
 ) -> None:
     """Accuracy of every kept checkpoint of a run."""
+    import json
+
     from lrc.recipe import validated
     from lrc.recipe.sections import EvaluateSection
     from lrc.run import Run
@@ -154,5 +160,6 @@ def _print_checkpoints(
         "batch_size": batch_size,
     }
     section = validated(EvaluateSection, settings, "The evaluation")
-    console.print(evaluate_checkpoints(run, section))
-    console.print(f"{CHECKPOINTS} is in {run.folder}.")
+    table, file = evaluate_checkpoints(run, section), run.folder / CHECKPOINTS
+    found = {"folder": str(run.folder), **json.loads(file.read_text(encoding="utf-8"))}
+    console.result(found, table, f"{CHECKPOINTS} is in {run.folder}.")

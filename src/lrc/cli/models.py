@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.cli.results import prints_results
 from lrc.exporting.formats import Dtype, Format
 from lrc.system.errors import UserError
 from lrc.system.tables import Table
@@ -63,6 +64,7 @@ def export(
     export_model(model, out, dtype, format, modelfile)
 
 
+@prints_results
 def info(
     model: ModelArgument,
     compare: Annotated[
@@ -109,7 +111,8 @@ def info(
     if len(shapes) == 2:
         ratio = shapes[0].parameters / shapes[1].parameters
         table.add_row("compression", "", f"{ratio:.2f}x smaller")
-    console.print(table)
+    data = [{"model": name, **shape.as_json()} for name, shape in zip(names, shapes, strict=True)]
+    console.result({"models": data}, table)
 
 
 def _print_sizes(recipe: "Recipe") -> None:
@@ -127,10 +130,15 @@ def _print_sizes(recipe: "Recipe") -> None:
     memory = [sizes.teacher_bytes, sizes.training_bytes]
     table.add_row("memory while training", *(f"{size / 2**30:.1f} GiB" for size in memory))
     table.add_row("training", "", f"{recipe.train.tokens:,} tokens in {recipe.steps():,} steps")
-    console.print(table)
-    console.print(
+    models = [
+        {"model": recipe.teacher.model, **before.as_json(), "memory_bytes": sizes.teacher_bytes},
+        {"model": "student", **after.as_json(), "memory_bytes": sizes.training_bytes},
+    ]
+    console.result(
+        {"models": models, "tokens": recipe.train.tokens, "steps": recipe.steps()},
+        table,
         "Memory: weights, gradients and the optimizer's values. Activations come on top "
-        "(docs/cost.md)."
+        "(docs/cost.md).",
     )
 
 

@@ -1,17 +1,14 @@
 """`lrc prune`."""
 
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.cli.console import quiet_libraries
 from lrc.cli.models import ModelArgument
+from lrc.cli.results import prints_results
 from lrc.cli.training import Out, Settings, Text, carry_out
-from lrc.system.tables import Table
-
-if TYPE_CHECKING:
-    from lrc.run import Run
 
 
 class Recovery(StrEnum):
@@ -30,6 +27,7 @@ class Expansion(StrEnum):
     vectorize = "vectorize"
 
 
+@prints_results
 def prune(
     model: ModelArgument,
     ratio: Annotated[
@@ -89,13 +87,4 @@ def prune(
     folder = out or default_folder(recipe, f"{short_name(model)}-pruned")
     run = Run.create(folder, recipe, join())
     check_recipe(recipe)
-    carry_out(run, train if recover else initialize_only)
-    _print_shapes(run)
-
-
-def _print_shapes(run: "Run") -> None:
-    shapes = run.summary()["shapes"]
-    table = Table(["", "before", "after"])
-    for name, value in shapes["teacher"].items():
-        table.add_row(name, str(value), str(shapes["student"][name]))
-    console.print(table)
+    carry_out(run, train if recover else initialize_only, shapes=True)

@@ -7,9 +7,11 @@ import typer
 
 from lrc.cli.console import quiet_libraries
 from lrc.cli.models import ModelArgument
+from lrc.cli.results import prints_results
 from lrc.cli.training import Settings, carry_out_tuning
 
 
+@prints_results
 def sft(
     model: ModelArgument,
     data: Annotated[

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
+from lrc.system.tables import Table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -36,6 +38,7 @@ MethodOption = Annotated[
 Out = Annotated[Path | None, typer.Option(help="The run's folder; default: a new one below runs/.")]
 
 
+@prints_results
 def train(
     recipe: RecipeArgument = None,
     settings: Settings = None,
@@ -67,6 +70,7 @@ def train(
     carry_out(run, train)
 
 
+@prints_results
 def compress(
     recipe: RecipeArgument = None,
     settings: Settings = None,
@@ -86,12 +90,17 @@ def compress(
 
     `lrc resume` then trains the student.
     """
-    run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
+    _compress(recipe, settings, teacher, hidden_size, text, method, out)
+
+
+def _compress(*given: Any) -> None:
+    run = _new_run(*given)
     from lrc.train.session import initialize_only
 
     carry_out(run, initialize_only)
 
 
+@prints_results
 def init(
     recipe: RecipeArgument = None,
     settings: Settings = None,
@@ -103,9 +112,10 @@ def init(
 ) -> None:
     """The former name of `lrc compress`."""
     console.print("`lrc init` is now called `lrc compress`.", style="yellow")
-    compress(recipe, settings, teacher, hidden_size, text, method, out)
+    _compress(recipe, settings, teacher, hidden_size, text, method, out)
 
 
+@prints_results
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of a stopped run or tuning.")],
 ) -> None:
@@ -175,8 +185,8 @@ def _new_run(
     return run
 
 
-def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]") -> None:
-    """Train or initialize a run and print its closing table.
+def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]", shapes: bool = False) -> None:
+    """Train or initialize a run and print its closing table, and the shapes if wanted.
 
     If a signal stops it, exit with 128 + the signal's number.
     """
@@ -187,13 +197,24 @@ def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]") -> None:
     keep_freed_memory()
     with stoppable():
         summary = action(run)
-    console.print()
-    for name, text in summary["samples"].items():
-        console.print(f"{name.title():8} {text}")
-    console.print(closing_table(summary))
+    samples = [f"{name.title():8} {text}" for name, text in summary["samples"].items()]
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
-    console.print("Time: " + ", ".join(shares))
-    console.print(f"Everything is in {run.folder}; the student is in {run.student_folder}.")
+    console.result(
+        {"folder": str(run.folder), "student": str(run.student_folder), **summary},
+        "",
+        *samples,
+        closing_table(summary),
+        "Time: " + ", ".join(shares),
+        f"Everything is in {run.folder}; the student is in {run.student_folder}.",
+        *([_shapes_table(summary["shapes"])] if shapes else []),
+    )
+
+
+def _shapes_table(shapes: dict[str, dict[str, Any]]) -> Table:
+    table = Table(["", "before", "after"])
+    for name, value in shapes["teacher"].items():
+        table.add_row(name, str(value), str(shapes["student"][name]))
+    return table
 
 
 def carry_out_tuning(tuning: "Tuning", folder: Path) -> None:
@@ -203,8 +224,8 @@ def carry_out_tuning(tuning: "Tuning", folder: Path) -> None:
     quiet_libraries()
     with stoppable():
         summary = sft(tuning, folder)
-    console.print(closing_table(summary))
-    console.print(f"The tuned model is in {folder / STUDENT}.")
+    data = {"folder": str(folder), "student": str(folder / STUDENT), **summary}
+    console.result(data, closing_table(summary), f"The tuned model is in {folder / STUDENT}.")
 
 
 @contextmanager

@@ -16,6 +16,12 @@ class Shape:
     parameters: int
     """Number of parameters, counting tied weights once."""
 
+    def as_json(self) -> dict[str, str | int]:
+        """The sizes by names such as `head_dim`, and the number of parameters as a number."""
+        names = str.maketrans(" /", "__")
+        row = {name.lower().translate(names): value for name, value in self.row.items()}
+        return {**row, "parameters": self.parameters}
+
 
 def shape_of(model: PreTrainedModel) -> Shape:
     """Read the shape of a causal language model."""

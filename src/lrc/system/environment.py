@@ -15,8 +15,15 @@ PACKAGES = (
     "transformers",
     "datasets",
     "safetensors",
+    "tokenizers",
+    "accelerate",
     "numpy",
+    "gguf",
     "lm_eval",
+    "trl",
+    "peft",
+    "triton",
+    "liger-kernel",
 )
 
 

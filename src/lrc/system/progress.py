@@ -107,6 +107,12 @@ def log_progress(text: str, total: int | None, done: int, unit: str) -> Iterator
     yield LoggedTask(text, total, done, unit)
 
 
+@contextmanager
+def silent_progress(text: str, total: int | None, done: int, unit: str) -> Iterator[Task]:
+    """Show nothing."""
+    yield Task(text, total, done, unit)
+
+
 Show = Callable[[str, int | None, int, str], AbstractContextManager[Task]]
 """A way to show progress: gets the arguments of `Task`."""
 
