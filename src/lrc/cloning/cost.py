@@ -76,6 +76,7 @@ def step_flops(
     sites: Collection[LinearSite] = (),
     vocab: int | None = None,
     released: bool = False,
+    source: PreTrainedModel | None = None,
 ) -> dict[str, float]:
     """Operations of one optimizer step by part.
 
@@ -88,8 +89,10 @@ def step_flops(
         sites: where activations are cloned.
         vocab: number of token ids in use, if the embedding has padding rows.
         released: whether the student's own weights are trained instead of projections.
+        source: the pruned teacher whose weights are projected; None: the teacher.
     """
-    layout = layout_of(teacher)
+    source = source or teacher
+    layout = layout_of(source)
     theirs, ours = teacher.config.hidden_size, student.config.hidden_size
     rows = teacher.config.vocab_size
     vocab = vocab or rows
@@ -101,14 +104,14 @@ def step_flops(
             passes = 2 if released else 4
             if site.name == "o" and objective.attn_out == "teacher":
                 # The teacher's o on the student's heads, and the gradient of the heads.
-                width = teacher.get_submodule(layout.linear(site)).weight.shape[1]
+                width = source.get_submodule(layout.linear(site)).weight.shape[1]
                 passes = 4
             clone += passes * theirs * width
     heads = 2 * 3 * vocab * ours  # logits, gradients of the states and of the head
     if objective.kl_weight:
         heads += 2 * vocab * theirs
-    projected = {parameter.name for parameter in layout.projected(teacher)}
-    elements = sum(teacher.get_parameter(name).numel() for name in projected)
+    projected = {parameter.name for parameter in layout.projected(source)}
+    elements = sum(source.get_parameter(name).numel() for name in projected)
     elements += (1 if student.config.tie_word_embeddings else 2) * rows * theirs
     attention, recurrence = mixing(teacher, sequence)
     forward = 2 * sum(token_weights(teacher).values()) + attention + recurrence

@@ -291,6 +291,7 @@ class LowRankClone(Method, Staged):
             self.distill.sites if clones else (),
             self.teacher.vocab_size,
             any(end <= step for end in self.stage_ends()),
+            self.source.model,
         )
         return sum(parts.values())
 

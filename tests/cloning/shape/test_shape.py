@@ -336,3 +336,15 @@ def test_layers_of_other_kinds_are_refused() -> None:
     section = StudentSection.model_validate({"hidden_size": 8, "layers": {"keep": [0, 2]}})
     with pytest.raises(UserError, match="deepseek_v3"):
         pruned_teacher(teacher, first_units(teacher, section))
+
+
+def test_a_smaller_shape_costs_less() -> None:
+    """Students of fewer units take fewer operations; the teacher takes as many."""
+    teacher = shaped_teacher("llama")
+    whole = built(teacher, hidden_size=12)
+    smaller = built(teacher, hidden_size=12, **ALL)
+    assert smaller.distill.sites
+    cost, less = (method.step_flops(0, 64, 16) for method in (whole, smaller))
+    assert cost is not None
+    assert less is not None
+    assert 0.5 < less / cost < 0.95
