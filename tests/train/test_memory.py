@@ -169,7 +169,7 @@ def test_activations_grow_with_the_micro_batch(tiny_recipe: Any) -> None:
     assert largest_micro_batch(recipe, more, card) == 12
     assert largest_micro_batch(recipe, more, more.parts["program"]) == 0
     again = memory_of(tiny_recipe(**{"train.gradient_checkpointing": True}), 1)
-    assert again.sequence < whole.sequence
+    assert again.parts["activations"] < 0.6 * whole.parts["activations"]
 
 
 def peak(memory: Memory) -> int:
