@@ -275,7 +275,7 @@ class _Stage:
         tokens, length = self.method.calibration_tokens(), self.recipe.data.sequence_length
         if not tokens:
             return 0
-        wide, narrow = self.teacher.hidden_size, self.recipe.student.hidden_size
+        wide, narrow = self.teacher.hidden_size, self.method.projections.hidden_size
         size = torch.float32.itemsize
         layer = self.teacher.model.get_submodule(f"{self.teacher.family.layers}.0")
         found = min(IN_MEMORY, size * tokens * (3 * wide + 2 * narrow))

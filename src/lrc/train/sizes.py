@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrc.cloning.projection import Projections
+from lrc.cloning.shape.pruned_teacher import asked_shape, first_units, pruned_teacher, prunes
 from lrc.model.families import check_supported
 from lrc.model.loading import load_skeleton_of
 from lrc.model.locate import locate
@@ -43,12 +44,16 @@ def sizes_of(recipe: Recipe) -> TrainingSizes:
             its family is not supported, or the student's hidden size does not fit.
     """
     teacher = planned_teacher(recipe)
-    config = student_config(teacher, recipe.student)
+    asked_shape(teacher, recipe.student)
+    config, source = student_config(teacher, recipe.student), teacher
+    if prunes(teacher, recipe.student):
+        source = pruned_teacher(teacher, first_units(teacher, recipe.student))
     with torch.device("meta"):
         made = type(teacher.model)(config)
-        projections = Projections(teacher, recipe.student)
-    gains = len(list(teacher.layout.stream_norms())) * projections.hidden_size
+        projections = Projections(source, recipe.student)
+    gains = len(list(source.layout.stream_norms())) * projections.hidden_size
     trained = gains + sum(value.numel() for value in projections.values.values())
+    trained += sum(value.numel() for value in source.writers.values())
     student = sum(value.numel() for value in made.parameters())
     device = target_device(recipe)
     size = element_type(recipe.teacher.dtype, device).itemsize
