@@ -34,8 +34,12 @@ class TrainingSizes:
     """Student, trained values, gradients and AdamW's, in the larger of the two stages."""
 
 
-def sizes_of(recipe: Recipe) -> TrainingSizes:
+def sizes_of(recipe: Recipe, model: PreTrainedModel | None = None) -> TrainingSizes:
     """Build both models of a recipe of the method `lrc` on the meta device.
+
+    Args:
+        recipe: the recipe.
+        model: its teacher, with or without weights; None: read from its files.
 
     Raises:
         UserError: if it is a recipe of another method, the teacher's configuration is not found or
@@ -47,8 +51,10 @@ def sizes_of(recipe: Recipe) -> TrainingSizes:
             "shown: give a model instead."
         )
     section = recipe.teacher
-    files = locate(section.model, section.revision, weights=False)
-    model = load_skeleton_of(files, check=False)
+    if model is None:
+        model = load_skeleton_of(
+            locate(section.model, section.revision, weights=False), check=False
+        )
     family = check_supported(model.config)
     # The shape does not depend on the tokenizer.
     teacher = Teacher(model, None, family, section.model)
