@@ -204,6 +204,9 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
 
 def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> Recipe:
     student = section_of(teacher, candidate.shape).model_dump(exclude_none=True, exclude_unset=True)
+    for section in ("student", "method", "teacher.model"):
+        if any(f"{key}.".startswith(f"{section}.") for key in settings.recipe):
+            raise UserError(f"The plan decides this: leave {section} out of --set.")
     base = {
         "teacher": {"model": settings.teacher},
         "student": student,
