@@ -212,7 +212,11 @@ def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> R
         "student": student,
         "data": {"text": ["-"]},
     }
-    return make_recipe(base, settings.recipe)
+    recipe = make_recipe(base, settings.recipe)
+    gpus = settings.conditions.gpus
+    if recipe.train.accumulate % gpus and "train.accumulate" not in settings.recipe:
+        return make_recipe(base, {**settings.recipe, "train.accumulate": gpus})  # one for each GPU
+    return recipe
 
 
 def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, float]:
