@@ -181,7 +181,11 @@ def type_text(kind: Any) -> str:
     if origin is dict:
         return f"{type_text(inner[1])} by name"
     if isinstance(kind, type) and issubclass(kind, Section):
-        return "section" if len(kind.model_fields) > 1 else f"`{{{next(iter(kind.model_fields))}: ...}}`"
+        return (
+            "section"
+            if len(kind.model_fields) > 1
+            else f"`{{{next(iter(kind.model_fields))}: ...}}`"
+        )
     return {bool: "true or false", int: "integer", float: "number", str: "text"}.get(kind, "value")
 
 

@@ -36,14 +36,18 @@ class TrainingSizes:
     """Student, trained values, gradients and AdamW's, in the larger of the two stages."""
 
 
-def sizes_of(recipe: Recipe) -> TrainingSizes:
+def sizes_of(recipe: Recipe, model: PreTrainedModel | None = None) -> TrainingSizes:
     """Build both models of a recipe of the method `lrc` on the meta device.
+
+    Args:
+        recipe: the recipe.
+        model: its teacher, with or without weights; None: read from its files.
 
     Raises:
         UserError: if it is a recipe of another method, the teacher's configuration is not found or
             its family is not supported, or the student's hidden size does not fit.
     """
-    teacher = planned_teacher(recipe)
+    teacher = planned_teacher(recipe, model)
     asked_shape(teacher, recipe.student)
     config, source = student_config(teacher, recipe.student), teacher
     if prunes(teacher, recipe.student):
@@ -89,8 +93,12 @@ class _Planned(Teacher):
         return self.model.get_parameter(name)
 
 
-def planned_teacher(recipe: Recipe) -> Teacher:
+def planned_teacher(recipe: Recipe, model: PreTrainedModel | None = None) -> Teacher:
     """The teacher of a recipe of the method `lrc` on the meta device, from its configuration.
+
+    Args:
+        recipe: the recipe.
+        model: the model, with or without weights; None: read from its files.
 
     Raises:
         UserError: as `sizes_of`.
@@ -101,7 +109,9 @@ def planned_teacher(recipe: Recipe) -> Teacher:
             "shown: give a model instead."
         )
     section = recipe.teacher
-    model = load_skeleton_of(locate(section.model, section.revision, weights=False), check=False)
+    if model is None:
+        files = locate(section.model, section.revision, weights=False)
+        model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
     model.requires_grad_(False).eval()
     return _Planned(model, None, family, section.model)
