@@ -1,6 +1,7 @@
 """`lrc plan` through the real command line, on tiny teachers."""
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,21 @@ import pytest
 import torch
 import yaml
 from gguf import GGMLQuantizationType as Kind
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from command_line import Command
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.exporting import gguf_file
 from lrc.exporting.gguf_sizes import file_bytes, file_types
+from lrc.model.pruned_shape import PrunedShape
 from lrc.model.teacher import load_teacher
+from lrc.planning.expected import Expected, measured_runs
 from lrc.planning.figures import cache_bytes
 from lrc.recipe import Recipe, make_recipe
 from tiny import LLAMAS, ROWS, tiny_teacher, tiny_tokens
@@ -270,3 +279,30 @@ def test_mistakes_are_one_sentence(
     options: tuple[Any, ...], expected: str, config: Path, lrc: Command
 ) -> None:
     assert expected in lrc.refusal("plan", config, *options)
+
+
+def test_finished_runs_become_rows_of_the_table(
+    folder: Path, tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds of one shape give one row; the plan of this teacher then quotes it."""
+    script = Path(__file__).parents[2] / "scripts" / "measured_shapes.py"
+    table = tmp_path / "measured.json"
+    table.write_text('{"runs": []}')
+    options = ("--teacher", folder / "teacher", "--hidden-size", 16, *data_of(folder), "--json")
+    losses = []
+    for seed in (0, 1):
+        settings = {"train.seed": seed, "initialize.method": "random", "train.tokens": 256}
+        run = tmp_path / f"run-{seed}"
+        found = json.loads(lrc.printed("train", *options, *options_of(settings), "--out", run))
+        losses.append(found["student_held_out_lm"])
+    runs = [str(tmp_path / f"run-{seed}") for seed in (0, 1)]
+    arguments = [str(script), *runs, "--source", "here", "--table", str(table)]
+    monkeypatch.setattr("sys.argv", arguments)
+    for _ in range(2):  # a second time replaces the row
+        runpy.run_path(str(script), run_name="__main__")
+    config = AutoConfig.from_pretrained(folder / "teacher")
+    (row,) = measured_runs(config, table.read_text())
+    assert row.shape == PrunedShape(4, 16, 2, 96)
+    assert row.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert row.parameters == weights_by_hand(vars(row.shape))
+    assert Expected([row]).of(row.shape, row.parameters, 256).loss == row.loss

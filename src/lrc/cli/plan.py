@@ -84,8 +84,9 @@ def plan(
 ) -> None:
     """Compare shapes of a student before any money is spent: size, speed, training cost.
 
-    All candidates have about the same number of parameters. What is narrower differs: the hidden
-    size, FFN neurons, key/value heads, layers, or several. docs/shapes.md explains every column.
+    All candidates use up the same budget. They differ in what is smaller than the teacher's: the
+    hidden size, FFN neurons, key/value heads, layers, or several. docs/shapes.md explains every
+    column.
 
     Examples:
 
@@ -186,15 +187,15 @@ def _words(made: "Plan", choose: int, out: Path | None) -> list[str]:
         reasons: dict[str, list[str]] = {}
         for number, row in enumerate(made.rows, 1):
             reasons.setdefault(row.expected.reason, []).append(str(number))
-        words += [
-            f"Held-out loss of {', '.join(rows)}: {reason}." for reason, rows in reasons.items()
-        ]
+        for reason, numbers in reasons.items():
+            which = "" if len(reasons) == 1 else f" of {', '.join(numbers)}"
+            words.append(f"Expected held-out loss{which}: {reason}.")
     words += [
-        f"Failed: {number}, {row.measured}"
+        f"{number} failed: {row.measured}"
         for number, row in enumerate(made.rows, 1)
         if isinstance(row.measured, str)
     ]
-    words += [f"Left out: {kind.replace('-', ', ')}, {why}" for kind, why in made.left_out.items()]
+    words += [f"Left out ({kind.replace('-', ', ')}): {why}" for kind, why in made.left_out.items()]
     words += made.notes
     if out is not None:
         words.append(f"The recipe of {choose} is in {out}: run `lrc train {out}`.")

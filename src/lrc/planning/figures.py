@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedModel
 
 from lrc.cloning.cost import step_flops, token_weights
+from lrc.exporting.gguf_file import K_BLOCK
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes, file_types
 from lrc.model.layout import layout_of
 from lrc.model.shapes import head_dim_of, layers_differ
@@ -16,9 +17,6 @@ from lrc.planning.gpus import Gpu
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
 from lrc.train.sizes import ADAM, sizes_of
-
-K_BLOCK = 256
-"""What rows of K-quants must be a multiple of."""
 
 CACHE_BYTES = 2
 """Bytes of a number in the cache of keys and values: float16 or bfloat16."""

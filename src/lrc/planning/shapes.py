@@ -195,48 +195,33 @@ class _Search:
 
     def _layers(self, base: PrunedShape) -> Iterator[PrunedShape]:
         """Fewer layers. If no whole number of them fits, the next larger one, and fewer neurons."""
-        number = self._root(base, "layers")
-        if number is None:
-            return
-        for layers in {round(number), math.ceil(number)}:
-            shape = replace(base, layers=layers)
-            if self.budget.allows(self.cost(shape)):
-                yield shape
-                return
-        yield from self._fit(replace(base, layers=math.ceil(number)), "neurons", 1)
+        yield from self._fit(base, "layers", 1, [1])
+        above = self._largest(base, "layers", 1) + 1
+        if above <= base.layers:
+            yield from self._fit(replace(base, layers=above), "neurons", 1)
 
-    def _fit(self, base: PrunedShape, axis: str, multiple: int) -> Iterator[PrunedShape]:
+    def _fit(
+        self, base: PrunedShape, axis: str, multiple: int, among: list[int] | None = None
+    ) -> Iterator[PrunedShape]:
         """The shape whose size on an axis is a multiple of the coarsest possible step."""
-        size = self._root(base, axis)
-        if size is None:
-            return
-        for step in steps(multiple):
-            around = sorted(
-                {int(size) // step * step, -(-int(size) // step) * step, round(size / step) * step},
-                key=lambda near: abs(near - size),
-            )
-            for near in around:
-                if not 0 < near <= getattr(self.whole, axis):
-                    continue
-                shape = replace(base, **{axis: near})
-                if self.budget.allows(self.cost(shape)):
-                    yield shape
-                    return
+        for step in among or steps(multiple):
+            below = self._largest(base, axis, step)
+            for size in (below, below + step):
+                if 0 < size <= getattr(base, axis):
+                    shape = replace(base, **{axis: size})
+                    if self.budget.allows(self.cost(shape)):
+                        yield shape
+                        return
 
-    def _root(self, base: PrunedShape, axis: str) -> float | None:
-        """The size on an axis that costs the budget, within 1; None if there is none."""
-        low, high = (2 if axis == "hidden" else 1), int(getattr(base, axis))
-        least, most = (self.cost(replace(base, **{axis: size})) for size in (low, high))
-        if not least <= self.budget.limit <= most:
-            return None
+    def _largest(self, base: PrunedShape, axis: str, step: int) -> int:
+        """The largest multiple of a step within the budget; 0: none. Costs that are not quite
+        monotonic (K-quants) may hide a larger one."""
+        low, high = 0, getattr(base, axis) // step + 1
         while high - low > 1:
             middle = (low + high) // 2
-            cost = self.cost(replace(base, **{axis: middle}))
-            if cost <= self.budget.limit:
-                low, least = middle, cost
-            else:
-                high, most = middle, cost
-        return low + (self.budget.limit - least) / max(most - least, 1)
+            shape = replace(base, **{axis: middle * step})
+            low, high = (middle, high) if self.cost(shape) <= self.budget.limit else (low, middle)
+        return low * step
 
 
 def steps(multiple: int) -> list[int]:
