@@ -29,6 +29,13 @@ LARGEST_ERROR = 0.1
 RUNS_PER_TERM = 2
 """Runs that a fit needs for each of its terms."""
 
+OUTSIDE = 1.05
+"""How far a size or length may lie outside of the measured ones, as a factor."""
+
+ALIKE = 0.05
+"""Directions in which the runs vary less than this, in units of the most varied one, are left out of
+the fit. Runs of one size lie on a surface, and say nothing about shapes beside it."""
+
 SAME_LENGTH = 1.1
 """Runs whose numbers of tokens differ by at most this factor are of one length."""
 
@@ -113,7 +120,8 @@ class Expected:
             )
         asked = features(shape, parameters, tokens)
         low, high = self._features.min(0), self._features.max(0)
-        if ((asked < low - 1e-9) | (asked > high + 1e-9)).any():
+        slack = math.log(OUTSIDE)
+        if ((asked < low - slack) | (asked > high + slack)).any():
             return Expectation(None, "outside of the sizes and lengths that were measured")
         loss = self.runs[0].teacher_loss + self._predict(self._features, self._gaps, asked)
         return Expectation(
@@ -139,8 +147,8 @@ class Expected:
 
     @cached_property
     def _varying(self) -> Array:
-        """The features in which the runs differ."""
-        return np.flatnonzero(np.ptp(self._features, axis=0) > 0)
+        """The features in which the runs differ enough to tell what they are worth."""
+        return np.flatnonzero(np.ptp(self._features, axis=0) > math.log(OUTSIDE))
 
     @cached_property
     def _gaps(self) -> Array:
@@ -148,10 +156,12 @@ class Expected:
 
     def _predict(self, rows: Array, gaps: Array, asked: Array) -> float:
         """The gap of a student, by least squares on the logarithms of other gaps."""
-        middle = rows[:, self._varying].mean(0)
-        design = np.column_stack([np.ones(len(rows)), rows[:, self._varying] - middle])
-        weights = np.linalg.lstsq(design, gaps, rcond=1e-6)[0]
-        return float(np.exp(weights[0] + (asked[self._varying] - middle) @ weights[1:]))
+        chosen = rows[:, self._varying]
+        middle, spread = chosen.mean(0), chosen.std(0).clip(1e-9)
+        design = (chosen - middle) / spread
+        weights = np.linalg.lstsq(design, gaps - gaps.mean(), rcond=ALIKE)[0]
+        moved = (asked[self._varying] - middle) / spread @ weights
+        return float(np.exp(gaps.mean() + moved))
 
 
 def features(shape: PrunedShape, parameters: int, tokens: int) -> Array:
