@@ -33,8 +33,8 @@ OUTSIDE = 1.05
 """How far a size or length may lie outside of the measured ones, as a factor."""
 
 ALIKE = 0.05
-"""Directions in which the runs vary less than this, in units of the most varied one, are left out of
-the fit. Runs of one size lie on a surface, and say nothing about shapes beside it."""
+"""Directions in which the runs vary less than this, in units of the most varied one, are left out
+of the fit. Runs of one size lie on a surface, and say nothing about shapes beside it."""
 
 SAME_LENGTH = 1.1
 """Runs whose numbers of tokens differ by at most this factor are of one length."""
