@@ -153,6 +153,6 @@ settings |= {json.dumps(changes)}
     printed = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ())
     )
-    summary = Run.open(folder / "runs" / "notebook").summary()
+    summary = Run.open(folder / "runs" / "book").summary()
     assert f"-> {summary['student_perplexity']:.1f}" in printed
-    assert (folder / "runs" / "notebook-student" / "config.json").is_file()
+    assert (folder / "runs" / "book-student" / "config.json").is_file()
