@@ -39,7 +39,7 @@ def taken(comparison: dict[str, Any]) -> dict[str, Any]:
     for entry in comparison["entries"]:
         if entry["name"] in ENTRIES:
             steps = list(zip(*(run["curve"] for run in entry["runs"]), strict=True))
-            losses = [[round(point["loss"], 4) for point in points] for points in steps]
+            losses = [[round(point["loss"], 7) for point in points] for points in steps]
             found["entries"][entry["name"]] = {
                 "parameters": entry["parameters"],
                 "tokens": [points[0]["tokens"] for points in steps],
@@ -99,7 +99,7 @@ def main() -> None:
         DATA.write_text(found.replace('], "', '],\n"').replace('{"', '{\n"') + "\n")
     data, text = json.loads(DATA.read_text()), README.read_text()
     before, _, rest = text.partition(BEGIN)
-    written = f"{before}{BEGIN}\n{table(data)}\n{END}{rest.partition(END)[2]}"
+    written = f"{before}{BEGIN}\n\n{table(data)}\n\n{END}{rest.partition(END)[2]}"
     if given.check:
         sys.exit(written != text)
     README.write_text(written)
