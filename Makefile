@@ -37,6 +37,11 @@ gpu-proof: $(if $(filter $(BIN)/lrc,$(LRC)),.venv/ready-dev)
 	$(LRC) compare $(COMPARISON) --minutes $(MINUTES) --parallel $(PARALLEL) --results-only --out $(RESULTS) $(COMPARE)
 	$(if $(OUT),tar -czf $(OUT)/$(COMPARISON).tar.gz --exclude-from $(RESULTS)/.gitignore $(RESULTS))
 
+# Builds the documentation's site in site/.
+docs: .venv/ready
+	$(BIN)/python -c "import mkdocs" 2>/dev/null || scripts/setup.sh .venv docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 setup: .venv/ready
 
 .venv/ready: pyproject.toml scripts/setup.sh

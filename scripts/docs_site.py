@@ -74,7 +74,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def replaced(match: re.Match[str]) -> str:
         text, target = match["text"], match["target"]
         path, _, anchor = target.partition("#")
-        if not path or "://" in path or (uri.startswith("reference/") and not inside):
+        if not path or "://" in path or uri.startswith("reference/"):
             return match[0]
         there = PurePosixPath(os.path.normpath(source.parent / path))
         page_uri = REFERENCES.get(str(there), str(there).removeprefix("docs/"))
@@ -203,7 +203,13 @@ def yaml_text(value: Any) -> str:
 def prose(text: str | None) -> str:
     """A docstring as one paragraph for each of its own."""
     paragraphs = re.split(r"\n\s*\n", (text or "").strip())
-    return "\n\n".join(re.sub(r"\s*\n\s*", " ", part) for part in paragraphs)
+    whole = "\n\n".join(re.sub(r"\s*\n\s*", " ", part) for part in paragraphs)
+    return re.sub(r"\b(?:docs/)?(?P<page>(?:benchmarks/)?[\w/]+)\.md\b", linked, whole)
+
+
+def linked(match: re.Match[str]) -> str:
+    """A link to a page that a docstring names by its file."""
+    return f"[{match['page']}](../{match['page']}.md)"
 
 
 def command_line_page() -> str:

@@ -1,0 +1,104 @@
+"""README, docs and the site: links lead somewhere, numbers and references are the code's."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from lrc.comparison.plan import Comparison
+from lrc.corpus.mix import Mix
+from lrc.recipe import Recipe, flatten, make_recipe
+from lrc.recipe.method_sections import METHOD_SECTIONS
+from lrc.tuning.settings import Tuning
+
+ROOT = Path(__file__).parents[1]
+PAGES = [
+    page
+    for pattern in ("*.md", "docs/**/*.md", "benchmarks/**/*.md")
+    for page in sorted(ROOT.glob(pattern))
+]
+
+
+@pytest.fixture(scope="module")
+def site() -> ModuleType:
+    """The hook that makes pages of the site."""
+    pytest.importorskip("mkdocs")
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import docs_site
+
+    return docs_site
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page: those that GitHub gives its headings, and those written out."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    slugs = {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+    return slugs | set(re.findall(r'<a id="([^"]+)">', text))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in path or path.startswith("mailto:"):
+            continue
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), target
+        assert not anchor or anchor in anchors(there), target
+
+
+def test_the_readmes_table_is_the_datas() -> None:
+    """If this fails, run `python scripts/readme.py`."""
+    command = [sys.executable, str(ROOT / "scripts" / "readme.py"), "--check"]
+    assert subprocess.run(command).returncode == 0
+
+
+def test_every_setting_is_in_the_reference(site: ModuleType) -> None:
+    headings = set(re.findall(r"^#### `(.*?)`", site.recipe_page(), re.MULTILINE))
+    base = {"teacher": {"model": "x"}, "student": {"hidden_size": 2}, "data": {"text": ["x"]}}
+    shown = make_recipe(base, {}).model_dump(mode="json")
+    for key in flatten(shown):
+        assert key in headings or key == "method.name", key
+    for section in METHOD_SECTIONS.values():
+        assert {f"method.{name}" for name in section.model_fields if name != "name"} <= headings
+    assert "data.stream.dataset" in headings
+    assert "train.evaluate.tasks" in headings
+    for section in (Mix, Tuning, Comparison):
+        page = site.settings_page("", section)
+        assert all(f"`{name}" in page or f"## {name}" in page for name in section.model_fields)
+    assert "`sources.NAME.filters.keep_matching`" in site.settings_page("", Mix)
+    assert "`entries[].set`" in site.settings_page("", Comparison)
+
+
+def test_settings_are_described(site: ModuleType) -> None:
+    """With their type, default and meaning."""
+    page = site.recipe_page()
+    start = page.index("#### `train.tokens`")
+    text = page[start : page.index("####", start + 4)]
+    assert "integer · default `1_000_000`" in text
+    assert "Total training tokens, rounded up to whole steps." in text
+    assert "number, or empty · default empty" in page
+    assert "true or false · default `true`" in page
+    assert f"`{'`, `'.join(['kl', 'reverse_kl', 'jsd'])}` · default `kl`" in page
+    for section in Recipe.model_fields:
+        assert f"\n## {section}\n" in page
+
+
+def test_the_site_is_built_without_a_warning(site: ModuleType, tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    page = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
+    assert "lrc data inspect" in page
+    assert "lrc init" not in page
+    assert "lrc.api.clone" in (tmp_path / "site" / "python" / "index.html").read_text()
