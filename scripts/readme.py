@@ -2,10 +2,11 @@
 
 python scripts/readme.py                          draw docs/loss.png, and write the README's table
 python scripts/readme.py --check                  exit with 1 if the table differs from the data
-python scripts/readme.py --take comparison.json   take the data from a folder of `lrc compare` first
+python scripts/readme.py --take comparison.json   first take entries that are new from a folder of
+                                                  `lrc compare`
 
-The data is benchmarks/comparisons/readme.json, small enough to be kept here. The comparison that it
-was taken from is described in benchmarks/comparisons/README.md.
+The data is benchmarks/comparisons/readme.json, small enough to be kept here. It was taken from the
+comparisons `release` and `shapes` (benchmarks/comparisons/README.md).
 """
 
 import argparse
@@ -21,23 +22,25 @@ ROOT = Path(__file__).parents[1]
 DATA = ROOT / "benchmarks" / "comparisons" / "readme.json"
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "loss.png"
 
-TITLE = "A Llama of 260 k parameters to half its hidden size, 3 seeds"
+TITLE = "A Llama of 260 k parameters to half of them"
 ENTRIES = {
-    "release-0-clone-first": "lrc",
-    "llm-pruner": "LLM-Pruner (keeps the hidden size)",
+    "heads-neurons": "lrc, fewer heads and neurons",
+    "release-0-clone-first": "lrc, smaller hidden size",
+    "llm-pruner": "LLM-Pruner",
     "slicegpt": "SliceGPT",
-    "random-release-0.3": "the paper's random start and clone loss",
+    "random-release-0.3": "the paper's start and losses",
 }
 """Names of the comparison's entries, and those of the picture."""
 
 BEGIN, END = "<!-- scripts/readme.py -->", "<!-- end -->"
 
 
-def taken(comparison: dict[str, Any]) -> dict[str, Any]:
-    """The entries of a comparison.json, with the mean over their runs at every measurement."""
-    found: dict[str, Any] = {"teacher": comparison["teacher_held_out_lm"], "entries": {}}
+def taken(comparison: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
+    """Entries by name: known ones, and the others of a comparison.json, with the losses of their
+    runs at every measurement."""
+    found: dict[str, Any] = {"teacher": comparison["teacher_held_out_lm"], "entries": dict(known)}
     for entry in comparison["entries"]:
-        if entry["name"] in ENTRIES:
+        if entry["name"] in ENTRIES and entry["name"] not in known:
             steps = list(zip(*(run["curve"] for run in entry["runs"]), strict=True))
             losses = [[round(point["loss"], 7) for point in points] for points in steps]
             found["entries"][entry["name"]] = {
@@ -95,7 +98,8 @@ def main() -> None:
     options.add_argument("--check", action="store_true")
     given = options.parse_args()
     if given.take:
-        found = json.dumps(taken(json.loads(given.take.read_text())))
+        known = json.loads(DATA.read_text())["entries"] if DATA.exists() else {}
+        found = json.dumps(taken(json.loads(given.take.read_text()), known))
         DATA.write_text(found.replace('], "', '],\n"').replace('{"', '{\n"') + "\n")
     data, text = json.loads(DATA.read_text()), README.read_text()
     before, _, rest = text.partition(BEGIN)

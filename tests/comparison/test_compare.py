@@ -123,6 +123,11 @@ def test_whole_comparison_and_its_second_start(
     written = (out / "comparison.md").read_text()
     assert "not finite at the rate 1e+30" in written
     assert "192 + 64" in written
+    curve = results.entries[1].curve()
+    assert curve is not None
+    ends = f"{curve.loss[0]:.3f}", f"{curve.loss[-1]:.3f}"
+    losses = [line for line in written.splitlines() if line.startswith("| scratch |")][1]
+    assert losses.split(" | ")[1:] == [ends[0], "-", "-", "-", "-", "-", f"{ends[1]} |"]
     data = json.loads((out / "comparison.json").read_text())
     assert data["entries"][1]["tries"]["1e+30"] is None
     assert (out / "curves.png").stat().st_size > 10_000

@@ -5,6 +5,9 @@ from lrc.system.tables import Table
 
 MISSING = "-"
 
+SHARES = 0, 0.05, 0.15, 0.25, 0.5, 0.75, 1
+"""Shares of the training tokens after which the table of losses shows the held-out loss."""
+
 
 def header(results: Results) -> list[str]:
     """Names of the columns."""
@@ -47,6 +50,24 @@ def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[s
         for entry in searched
     ]
     return [f"{rate:g}" for rate in rates], found
+
+
+def loss_by_tokens(results: Results) -> tuple[list[str], list[list[str]]]:
+    """Numbers of training tokens, and a row for every entry: its name, and its mean held-out loss
+    at the measurement that is closest to each number, if it is close."""
+    total = max((entry.tokens for entry in results.entries), default=0)
+    wanted = [share * total for share in SHARES]
+    found = []
+    for entry in results.entries:
+        curve, cells = entry.curve(), [MISSING] * len(wanted)
+        if curve is not None:
+            trained = [tokens - (entry.calibration_tokens or 0) for tokens in curve.tokens]
+            for number, tokens in enumerate(wanted):
+                nearest = min(range(len(trained)), key=lambda at: abs(trained[at] - tokens))
+                if abs(trained[nearest] - tokens) <= total / 40:
+                    cells[number] = f"{curve.loss[nearest]:.3f}"
+        found.append([entry.name, *cells])
+    return [f"{tokens:,.0f}" for tokens in wanted], found
 
 
 def _row(results: Results, entry: EntryResult) -> list[str]:
@@ -110,6 +131,10 @@ def markdown(results: Results) -> str:
     lines = [_line(header(results)), _line(["---"] * len(header(results)))]
     lines += [_line(row) for row in rows(results)]
     lines += ["", *(f"* {note}" for note in notes(results))]
+    tokens, losses = loss_by_tokens(results)
+    lines += ["", "Held-out LM loss by training tokens, without those of calibration:", ""]
+    lines += [_line(["", *tokens]), _line(["---"] * (len(tokens) + 1))]
+    lines += [_line(row) for row in losses]
     rates, tries = rate_grid(results)
     if tries:
         lines += [
