@@ -14,9 +14,13 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from lrc.baselines.attention import check_observable
 from lrc.baselines.pruning.shape import can_be_pruned
+from lrc.cloning.shape.pruned_teacher import asked_shape, first_units, pruned_teacher
 from lrc.model.families import FAMILIES, Family
 from lrc.model.layout import Layout, layout_of
+from lrc.model.pruned_shape import shape_of_config
 from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.teacher import Teacher
+from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
@@ -33,6 +37,8 @@ and 4, Qwen3.5, Mistral 3) is read out of it.
   (*italic*) have no clone term, because they see only the tokens that are routed to them.
 * **Start**: `norms` means that a norm follows each block. The closed-form start then fits the
   writer together with the gain of that norm.
+* **Smaller** lists what a clone may have fewer of, besides a smaller hidden size: layers, FFN
+  neurons (`student.intermediate_size`), heads (`student.kv_heads`).
 * **Pruning** means `minitron`, `sheared-llama`, `llm-pruner` and `lrc prune`; **attention** means
   `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
 * **Documents**: `masked` if attention masks keep packed documents apart; `split` if the model
@@ -46,8 +52,8 @@ and 4, Qwen3.5, Mistral 3) is read out of it.
 
 This page is written by `python scripts/families.py`.
 
-| model type | clone terms | start | pruning | attention | documents | BOS | GGUF | vLLM |
-|---|---|---|---|---|---|---|---|---|
+| model type | clone terms | start | smaller | pruning | attention | documents | BOS | GGUF | vLLM |
+|---|---|---|---|---|---|---|---|---|---|
 """
 
 
@@ -70,6 +76,25 @@ def terms(layout: Layout) -> str:
     return ", ".join(n if n in observable else f"*{n}*" for n in layout.names())
 
 
+def smaller(teacher: Teacher) -> str:
+    """What a student may have fewer of."""
+    whole = shape_of_config(teacher.config)
+    found = []
+    for name, sizes in {
+        "layers": {"layers": whole.layers - 1},
+        "neurons": {"intermediate_size": max(1, whole.neurons // 2)},
+        "heads": {"kv_heads": whole.kv_heads // 2},
+    }.items():
+        student = StudentSection.model_validate(sizes)
+        try:
+            asked_shape(teacher, student)
+            pruned_teacher(teacher, first_units(teacher, student))
+        except UserError:
+            continue
+        found.append(name)
+    return ", ".join(found)
+
+
 def row(family: Family) -> str:
     """The table's row of a family."""
     model = default_model(family)
@@ -83,6 +108,7 @@ def row(family: Family) -> str:
         f"`{family.model_type}`",
         terms(layout),
         "norms" if layout.after_norms() else "yes",
+        smaller(Teacher(model, None, family, family.model_type)) or "no",
         "yes" if can_be_pruned(model) else "no",
         observed,
         "masked" if family.keeps_documents_apart else "split",

@@ -23,10 +23,14 @@ import lrc.api, lrc.cli.training
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+ended = {}
 for line in sys.stdin:
     request = json.loads(line)
     if "wait" in request:
-        reply = os.waitpid(*request["wait"])
+        pid, options = request["wait"]
+        if pid not in ended and (found := os.waitpid(pid, options))[0]:
+            ended[pid] = os.waitstatus_to_exitcode(found[1])
+        reply = ended.get(pid)
     else:
         child = os.fork()
         if not child:
@@ -56,14 +60,13 @@ class Started:
 
     def poll(self) -> int | None:
         """The exit code, or minus the number of a signal; None while the process runs."""
-        pid, status = self.server.ask(wait=[self.pid, os.WNOHANG])
-        return os.waitstatus_to_exitcode(status) if pid else None
+        code: int | None = self.server.ask(wait=[self.pid, os.WNOHANG])
+        return code
 
     def wait(self) -> tuple[int, str, str]:
         """The exit code, or minus the number of a signal, the output and the errors, when the
         process has ended."""
-        _, status = self.server.ask(wait=[self.pid, 0])
-        code = os.waitstatus_to_exitcode(status)
+        code = self.server.ask(wait=[self.pid, 0])
         return code, self.output.read_text(), self.errors.read_text()
 
     def send_signal(self, number: int) -> None:
@@ -105,6 +108,8 @@ class Prepared:
         """Start a command, or other code with arguments."""
         self.number += 1
         output, errors = (self.folder / f"{self.number}.{kind}" for kind in ("out", "err"))
+        output.touch()
+        errors.touch()
         pid = self.ask(
             code=code,
             arguments=["lrc", *map(str, arguments)],
@@ -121,7 +126,7 @@ class Prepared:
         return self.start(*arguments, **options).wait()
 
     def close(self) -> None:
-        """End the process. Those that it started are waited for."""
+        """End the process."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         self.process.wait()

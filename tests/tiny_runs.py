@@ -19,6 +19,7 @@ from tiny import STUDENT_HIDDEN, tiny_teacher
 
 SETTINGS = {
     "student": {"hidden_size": STUDENT_HIDDEN},
+    "initialize": {"calibration_tokens": 256},
     "objective": {"alpha_schedule": "constant"},
     "data": {"held_out_fraction": 0.2, "sequence_length": 16},
     "train": {"tokens": 320, "micro_batch": 2, "eval_every": 4, "checkpoint_every": 3},

@@ -35,7 +35,14 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     file = folder / "tiny.yaml"
     file.write_text(
-        yaml.safe_dump(file_settings(folder, data={"document_mask": True}, train=train))
+        yaml.safe_dump(
+            file_settings(
+                folder,
+                initialize={"calibration_tokens": 256},
+                data={"document_mask": True},
+                train=train,
+            )
+        )
     )
     return file
 

@@ -3,11 +3,8 @@
 import base64
 import hashlib
 import json
-import os
-import subprocess
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from command_line import Command
 from lrc.evaluation.results import Evaluation, ModelResult, Score, TaskResult
 from lrc.exporting.card_changes import changed
 from lrc.exporting.modelfile import modelfile, ollama_template
+from prepared import CLI, Prepared
 from tiny import tiny_teacher, tiny_tokenizer
 from tiny_runs import go, new_run
 
@@ -135,17 +133,29 @@ def hub() -> Iterator[Hub]:
     thread.join()
 
 
-def push(hub: Hub, home: Path, *arguments: Any, token: str | None = TOKEN) -> tuple[int, str]:
+Push = Callable[..., tuple[int, str]]
+
+
+@pytest.fixture
+def push(hub: Hub, tmp_path: Path, prepared: Prepared) -> Push:
     """Run `lrc push` in another process, which alone sees the stand-in."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
-    if token:
-        environment["HF_TOKEN"] = token
-    command = [sys.executable, "-m", "lrc", "push", *map(str, arguments)]
-    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    output = ended.stdout + ended.stderr
-    assert TOKEN not in output
-    return ended.returncode, output
+    settings = {
+        "ENDPOINT": hub.address,
+        "HF_HOME": str(tmp_path),
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_OFFLINE": False,
+    }
+    code = f"import huggingface_hub\nvars(huggingface_hub.constants).update({settings!r})\n{CLI}"
+
+    def run(*arguments: Any, token: str = TOKEN) -> tuple[int, str]:
+        ended, output, errors = prepared.run(
+            "push", *arguments, code=code, environment={"HF_TOKEN": token}
+        )
+        assert TOKEN not in output + errors
+        return ended, output + errors
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -172,8 +182,10 @@ def front_of(card: str) -> dict[str, Any]:
     return yaml.safe_load(card.split("---\n")[1])
 
 
-def test_a_run_is_published_with_what_was_measured(folder: Path, hub: Hub, tmp_path: Path) -> None:
-    code, output = push(hub, tmp_path, folder, "me/small", "--private")
+def test_a_run_is_published_with_what_was_measured(
+    folder: Path, hub: Hub, tmp_path: Path, push: Push
+) -> None:
+    code, output = push(folder, "me/small", "--private")
     assert code == 0, output
     assert f"{hub.address}/me/small" in output
     assert hub.created == [{"name": "small", "organization": "me", "visibility": "private"}]
@@ -204,8 +216,8 @@ def test_a_run_is_published_with_what_was_measured(folder: Path, hub: Hub, tmp_p
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, tmp_path: Path) -> None:
-    code, output = push(hub, tmp_path, folder, "me/small", "--dry-run", token=None)
+def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, push: Push) -> None:
+    code, output = push(folder, "me/small", "--dry-run", token="")
     assert code == 0, output
     for name in ("model.safetensors", "README.md", "curves.png"):
         assert name in output
@@ -214,9 +226,9 @@ def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, tmp_
 
 
 def test_mistakes_are_told_in_a_sentence(
-    folder: Path, hub: Hub, tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+    folder: Path, hub: Hub, push: Push, lrc: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code, output = push(hub, tmp_path, folder, "me/small", token="hf_wrong")
+    code, output = push(folder, "me/small", token="hf_wrong")
     assert code == 2, output
     assert "did not take" in output
     assert not hub.files

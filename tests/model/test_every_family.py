@@ -374,7 +374,7 @@ def test_what_cannot_be_cloned_is_refused(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_folder_is_loaded_trained_and_exported(family: str, tmp_path: Path) -> None:
-    """From a teacher's folder through a few steps to a student's folder and a resumed run."""
+    """From a teacher's folder through a few steps to a student's folder."""
     teacher = tiny_teacher(family, dtype=torch.float32)
     teacher.model.save_pretrained(tmp_path / "teacher")
     teacher.tokenizer.save_pretrained(tmp_path / "teacher")

@@ -5,6 +5,7 @@
 
 import json
 import os
+import resource
 import sys
 
 import lrc.cli
@@ -50,6 +51,7 @@ def main() -> None:
         except SystemExit as end:
             code = code or int(end.code or 0)
     leave()
+    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB")
     sys.exit(code)
 
 

@@ -1,22 +1,30 @@
 """Batches that are read ahead are those that are read in time; a step waits for the device once."""
 
+import json
+import random
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
+from data_helpers import byte_tokenizer, write_jsonl, write_shards
 from lrc.cloning.activations import known_documents, last_hidden
-from lrc.data import Share
+from lrc.data import Reader, Share, open_text
 from lrc.data.batch import Batch
+from lrc.data.identity import tokenizer_identity
 from lrc.recipe.sections import TrainSection
 from lrc.run import Run
 from lrc.train.batches import BatchReader, count
 from lrc.train.loop import fetch
 from lrc.train.session import open_loop
 from tiny import tiny_batch, tiny_teacher
-from tiny_runs import new_run, without_times
+from tiny_runs import new_run, tiny_recipe, without_times
 
 
 class Numbers:
@@ -110,3 +118,87 @@ def test_only_some_lines_have_terms_by_layer(tmp_path: Path) -> None:
     lines = run.metrics()[1:]
     assert [line["step"] for line in lines if "clone_layers" in line] == [2, 4, 6, 8, 10]
     assert all("clone" in line for line in lines)
+
+
+# Several processes read what one reads: no overlap, no loss.
+
+MICRO_BATCH, ACCUMULATE, LENGTH = 2, 6, 16
+
+
+@pytest.fixture(scope="module")
+def readers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[], Reader]]:
+    """Opens the same documents as text, as shards and as a stream."""
+    folder = tmp_path_factory.mktemp("text")
+    drawn = random.Random(0)
+    documents = ["".join(drawn.choices("abcdefgh", k=5 + 7 * d % 60)) for d in range(60)]
+    tokenizer = byte_tokenizer()
+    files = [str(write_jsonl(folder / f"{n}.jsonl", documents[n::3])) for n in range(3)]
+    identity = tokenizer_identity(tokenizer)
+    sources = ["a" if d % 3 else "b" for d in range(60)]
+    tokens = list(zip(sources, tokenizer(documents).input_ids, strict=True))
+    parts = [("train", tokens[:40]), ("train", tokens[40:56]), ("held_out", tokens[56:])]
+    write_shards(folder / "shards", parts, identity)  # type: ignore[arg-type]
+    data: dict[str, dict[str, Any]] = {
+        "text": {"text": files, "cache": str(folder / "cache")},
+        "shards": {"shards": [str(folder / "shards")]},
+        "stream": {
+            "stream": {"dataset": "json", "data_files": files, "shuffle_documents": 7},
+            "held_out_fraction": 0.1,
+        },
+    }
+
+    def opening(kind: str) -> Callable[[], Reader]:
+        recipe = tiny_recipe(data={"sequence_length": LENGTH, **data[kind]})
+        return lambda: open_text(recipe, tokenizer)
+
+    return {kind: opening(kind) for kind in data}
+
+
+@pytest.mark.parametrize("kind", ["text", "shards", "stream"])
+@settings(max_examples=12, deadline=None)
+@given(
+    world=st.sampled_from([1, 2, 3, 6]),
+    later=st.sampled_from([1, 2, 3, 6]),
+    calibration=st.integers(0, 5),
+    ahead=st.booleans(),
+    steps=st.tuples(st.integers(1, 2), st.integers(1, 2)),
+)
+def test_processes_share_every_step(
+    readers: dict[str, Callable[[], Reader]],
+    kind: str,
+    world: int,
+    later: int,
+    calibration: int,
+    ahead: bool,
+    steps: tuple[int, int],
+) -> None:
+    """Whatever the text, the micro-batches of all processes are those of one process, in its
+    order, also if other processes continue from the first one's state."""
+
+    def opened(rank: int, size: int, state: dict[str, Any] | None) -> BatchReader:
+        text = readers[kind]()
+        if state is not None:
+            text.load_state(json.loads(json.dumps(state)))
+        train = TrainSection(tokens=1, micro_batch=MICRO_BATCH, accumulate=ACCUMULATE)
+        share = Share(rank, size)
+        return BatchReader(text, train, share, calibration, torch.device("cpu"), True, ahead)
+
+    def read(size: int, first: int, count: int, state: Any) -> tuple[list[list[Tensor]], Any]:
+        processes = [opened(rank, size, state) for rank in range(size)]
+        found = []
+        for step in range(first, first + count):
+            taken = [process.take(step, step == first + count - 1) for process in processes]
+            found.append([batch.input_ids for own in taken for batch in own.batches])
+        for process in processes:
+            process.close()
+        return found, processes[0].text_state()
+
+    alone, _ = read(1, 0, sum(steps), None)
+    begun, state = read(world, 0, steps[0], None)
+    continued, _ = read(later, steps[0], steps[1], state)
+    for ours, theirs in zip(begun + continued, alone, strict=True):
+        assert len(ours) == len(theirs) == ACCUMULATE
+        assert all(map(torch.equal, ours, theirs))
+    every = torch.cat([ids for step in alone for ids in step])
+    if kind != "stream" and len(every) <= (readers[kind]().training_sequences or 0):
+        assert len({tuple(row) for row in every.tolist()}) == len(every)

@@ -41,6 +41,10 @@ CASES: dict[str, list[str]] = {
         "--set", "train.release_at=0.5", "--set", "initialize.method=random",
         "--set", "objective.alpha_zero_at=1", "--set", "objective.alpha_schedule=linear",
     ],
+    "a smaller shape": [
+        "--set", "train.release_at=0.5", "--set", "student.layers=1",
+        "--set", "student.intermediate_size=9",
+    ],
     "pca": ["--set", "train.release_at=1", "--set", "initialize.method=pca"],
     "scratch": ["--method", "scratch"],
     "slicegpt": ["--method", "slicegpt"],

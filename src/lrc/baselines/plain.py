@@ -1,6 +1,7 @@
 """Base class of the methods that train a student's own weights, whatever their initialization."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -32,6 +33,9 @@ PLAIN_SETTINGS = frozenset(
 )
 """Recipe settings that every plain student uses."""
 
+SHAPE_SETTINGS = frozenset({"student.intermediate_size", "student.kv_heads", "student.layers"})
+"""Settings of the student's shape besides its hidden size."""
+
 
 class PlainStudent(Method):
     """A student whose own weights train on KL + LM, in the same way as LRC's.
@@ -39,7 +43,7 @@ class PlainStudent(Method):
     Subclasses provide the initial student, and may add losses and parameters.
     """
 
-    used_settings = PLAIN_SETTINGS
+    used_settings: ClassVar[frozenset[str]] = PLAIN_SETTINGS
 
     pair: MakePair | None = None
     """Function that gives what to clone at an activation site; None for no cloning."""
@@ -112,7 +116,10 @@ class RandomStudent(PlainStudent):
     """A student of LRC's shape with transformers' own random initialization."""
 
     def make_student(self) -> PreTrainedModel:
-        config = student_config(self.teacher, self.recipe.student)
+        student = self.recipe.student
+        if not self.used_settings.issuperset(SHAPE_SETTINGS):
+            student = student.hidden_size_alone()
+        config = student_config(self.teacher, student)
         return random_student(self.teacher, config, self.recipe.initialize.seed)
 
 

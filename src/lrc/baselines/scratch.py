@@ -7,10 +7,11 @@ that the only difference is the cloning. `objective.kl_weight: 0` is ordinary pr
 a teacher forward pass.
 """
 
-from lrc.baselines.plain import RandomStudent
+from lrc.baselines.plain import PLAIN_SETTINGS, SHAPE_SETTINGS, RandomStudent
 
 
 class Scratch(RandomStudent):
     """LM + KL from random weights."""
 
     title = "knowledge distillation from random weights (arXiv 1503.02531)"
+    used_settings = PLAIN_SETTINGS | SHAPE_SETTINGS

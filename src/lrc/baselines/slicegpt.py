@@ -44,7 +44,8 @@ class SliceGpt(PlainStudent):
         student = self.recipe.student
         width = student.hidden_size or self.teacher.hidden_size
         check_hidden_size(self.teacher, width, largest=self.teacher.hidden_size)
-        return random_student(self.teacher, derive_config(self.teacher, student), seed=0)
+        config = derive_config(self.teacher, student.hidden_size_alone())
+        return random_student(self.teacher, config, seed=0)
 
     def calibration_tokens(self) -> int:
         return self.recipe.initialize.calibration_tokens

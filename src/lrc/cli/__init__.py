@@ -15,6 +15,7 @@ from lrc.cli.display import show_library
 from lrc.cli.environment import env
 from lrc.cli.evaluate import evaluate
 from lrc.cli.models import export, generate, info
+from lrc.cli.plan import plan
 from lrc.cli.prune import prune
 from lrc.cli.push import push
 from lrc.cli.reporting import report
@@ -35,6 +36,7 @@ app = typer.Typer(
     rich_markup_mode="markdown",
 )
 for command in (
+    plan,
     train,
     compress,
     resume,

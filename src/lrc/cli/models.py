@@ -74,10 +74,18 @@ def info(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="A setting that overrides the recipe's."),
     ] = None,
+    memory: Annotated[
+        bool, typer.Option("--memory", help="Show what a recipe's training takes on each GPU.")
+    ] = False,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs for --memory.")] = "1",
+    card_memory: Annotated[
+        float, typer.Option(min=1, help="GiB of a GPU, for the largest micro-batch of --memory.")
+    ] = 80,
 ) -> None:
     """Show the shape and the parameters of a model, of a run's teacher and student, or of a recipe.
 
-    A recipe is shown with the memory for its weights. Only the teacher's configuration is needed.
+    A recipe is shown with the memory for its weights, or with all that a step needs on each GPU.
+    Only the teacher's configuration is needed.
 
     Examples:
 
@@ -85,6 +93,7 @@ def info(
     * `lrc info runs/mine`
     * `lrc info my-student --compare meta-llama/Llama-3.2-3B-Instruct`
     * `lrc info paper-lrc-1.7b` (a recipe, before anything is downloaded)
+    * `lrc info --memory paper-lrc-1.5b --gpus 1,8,64` (docs/scaling.md)
     """
     from lrc.model.shapes import shape_of
     from lrc.model.teacher import load_skeleton
@@ -96,8 +105,14 @@ def info(
     if Path(model).suffix in (".yaml", ".yml") or model in shipped("recipe"):
         if compare is not None:
             raise UserError("--compare goes with a model, not with a recipe: leave it out.")
-        _print_sizes(load_recipe(model, parse_overrides(settings or [], {})))
+        recipe = load_recipe(model, parse_overrides(settings or [], {}))
+        if memory:
+            _print_memory(recipe, numbers_of(gpus), card_memory)
+        else:
+            _print_sizes(recipe)
         return
+    if memory:
+        raise UserError("--memory goes with a recipe, not with a model: leave it out.")
     if settings:
         raise UserError("--set goes with a recipe, not with a model: leave it out.")
     names = [model] if compare is None else [compare, model]
@@ -140,6 +155,55 @@ def _print_sizes(recipe: "Recipe") -> None:
         "Memory: weights, gradients and the optimizer's values. Activations come on top "
         "(docs/cost.md).",
     )
+
+
+def numbers_of(text: str) -> list[int]:
+    """The numbers of GPUs in `1,8,64`.
+
+    Raises:
+        UserError: if they are not positive whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"--gpus is '{text}': give numbers of GPUs, such as 1,8,64.")
+    return [int(part) for part in parts]
+
+
+def _print_memory(recipe: "Recipe", gpus: list[int], card: float) -> None:
+    from lrc.system.distributed import World
+    from lrc.system.progress import task
+    from lrc.train.memory import largest_micro_batch, memory_of
+    from lrc.train.session import check_division
+
+    with task("Counting the memory", len(gpus)) as shown:
+        found, notes = [], []
+        for number in gpus:
+            try:
+                check_division(recipe, World(0, number))
+            except UserError as error:
+                notes.append(str(error))
+            found.append(memory_of(recipe, number))
+            shown.update(len(found))
+    table = Table(["GiB on each GPU", *(f"{n} GPU{'s' * (n > 1)}" for n in gpus)])
+
+    def add(name: str, sizes: list[int]) -> None:
+        table.add_row(name, *(f"{size / 2**30:.2f}" for size in sizes))
+
+    for part in found[0].parts:
+        add(part, [memory.parts[part] for memory in found])
+    add("together, in a step", [sum(memory.parts.values()) for memory in found])
+    add("start, on the first GPU", [memory.start for memory in found])
+    largest = (str(largest_micro_batch(recipe, memory, card * 2**30)) for memory in found)
+    table.add_row(f"largest micro-batch in {card:g} GiB", *largest)
+    table.add_row("GB exchanged in a step", *(f"{memory.moved / 1e9:.2f}" for memory in found))
+    console.print(table)
+    train = recipe.train
+    console.print(
+        f"Computed for micro-batches of {train.micro_batch} x {recipe.data.sequence_length:,} "
+        "tokens (docs/scaling.md)."
+    )
+    for note in notes:
+        console.print(note)
 
 
 def generate(

@@ -101,6 +101,7 @@ class DistillPass(nn.Module):
         self.teacher, self.objective, self.clock, self.pair = teacher, objective, clock, pair
         self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
         self.triton = triton
+        self.compare = compare_activations
         self.alpha = objective.alpha if pair else 0.0
         """Weight of the clone terms in the present step. At 0 nothing is cloned."""
         self.sites = [
@@ -265,13 +266,13 @@ class DistillPass(nn.Module):
             target = batch.targets[site] if again else batch.targets.pop(site)
             pair = self.pair(site, inputs[0], activation_of(output), target)
             mask = None if batch.mask is None else batch.mask.view(target.shape[:-1])
-            compared, batch.terms[site] = compare_activations(
+            compared, batch.terms[site] = self.compare(
                 pair.student,
                 pair.teacher,
                 mask,
                 batch.counts.tokens,
                 self.objective.clone_scale == "relative",
-                pair.factors,
+                factors=pair.factors,
                 reuse_target_buffer=not again,
                 triton=self.triton,
             )

@@ -85,10 +85,10 @@ class RecomputedFfn:
         ]
         self._saving: saved_tensors_hooks | None = None
         self._kept: _Kept | None = None
-        self._again: dict[int, Callable[[], Tensor]] = {}
-        """Functions that recompute a tensor, by its address."""
+        self._again: dict[tuple[int, int], Callable[[], Tensor]] = {}
+        """Functions that recompute a tensor, by its place in memory."""
         self._alive: list[Tensor] = []
-        """These tensors, kept so that no other tensor gets their address while the FFN runs."""
+        """These tensors, kept so that no other tensor gets their place while the FFN runs."""
 
     def _begin(self, *_: Any) -> None:
         if not torch.is_grad_enabled():
@@ -120,11 +120,11 @@ class RecomputedFfn:
             self._forget(inputs[0], self._kept.product)
 
     def _forget(self, tensor: Tensor, again: Callable[[], Tensor]) -> None:
-        self._again[tensor.data_ptr()] = again
+        self._again[_place(tensor)] = again
         self._alive.append(tensor.detach())
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple[Callable[[], Tensor], torch.Size]:
-        again = self._again.get(tensor.data_ptr()) if tensor.is_contiguous() else None
+        again = self._again.get(_place(tensor)) if tensor.is_contiguous() else None
         return tensor if again is None else (again, tensor.shape)
 
     @staticmethod
@@ -133,3 +133,9 @@ class RecomputedFfn:
             return saved
         again, shape = saved
         return again().view(shape)
+
+
+def _place(tensor: Tensor) -> tuple[int, int]:
+    """Where a tensor begins: its storage, which may have no memory (`lrc.train.memory`), and the
+    offset there."""
+    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())

@@ -172,7 +172,7 @@ def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPl
     for found in tensors_of(model):
         # The device `meta` computes shapes without numbers.
         shape = found.change(torch.empty_like(found.tensor, device="meta")).shape
-        stored = _stored(found.name, shape, kind)
+        stored = stored_kind(found.name, shape, kind)
         yield found.name, StoredPlace(found.path, found.tensor, shape, stored, found.change)
 
 
@@ -181,7 +181,7 @@ EXACT = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1
 they are small and decide much."""
 
 
-def _stored(name: str, shape: torch.Size, kind: Kind) -> Kind:
+def stored_kind(name: str, shape: torch.Size, kind: Kind) -> Kind:
     """The stored type of a tensor in a file of type `kind`."""
     if len(shape) == 1 or name.endswith(EXACT):
         return Kind.F32

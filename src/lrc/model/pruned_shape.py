@@ -17,7 +17,7 @@ class PrunedShape:
     hidden: int
     kv_heads: int
     neurons: int
-    """Width of the FFN."""
+    """Width of the dense FFNs; 0 if the family has none."""
 
 
 class Configured(Protocol):
@@ -35,7 +35,7 @@ def shape_of_config(config: Any) -> PrunedShape:
         int(config.num_hidden_layers),
         int(config.hidden_size),
         max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
-        max(int(one.intermediate_size) for one in layers),
+        max(int(getattr(one, "intermediate_size", None) or 0) for one in layers),
     )
 
 

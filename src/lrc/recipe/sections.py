@@ -101,6 +101,10 @@ class StudentSection(Section):
     changes only the parametrization: the same students can be reached without it. Train a start
     from text with it; otherwise the first steps undo the start. The paper does not use it."""
 
+    def hidden_size_alone(self) -> Self:
+        """The section without the other sizes, for methods that do not use them."""
+        return self.model_copy(update=dict.fromkeys(("intermediate_size", "kv_heads", "layers")))
+
     @property
     def prunes(self) -> bool:
         """Whether more than the hidden size may shrink."""

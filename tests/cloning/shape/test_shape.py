@@ -17,9 +17,11 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import project
 from lrc.cloning.shape.pruned_teacher import PrunedTeacher, first_units, pruned_teacher
 from lrc.data.batch import Batch
+from lrc.methods import METHODS, unused_settings
 from lrc.model.families import FAMILIES
 from lrc.model.families.base import Branch, Experts
 from lrc.model.kept_units import cut
+from lrc.model.pruned_shape import shape_of_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
 from lrc.run import Run
@@ -348,3 +350,13 @@ def test_a_smaller_shape_costs_less() -> None:
     assert cost is not None
     assert less is not None
     assert 0.5 < less / cost < 0.95
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("lrc", "llm-pruner")])
+def test_other_methods_use_the_shape_or_say_that_they_do_not(name: str) -> None:
+    recipe = tiny_recipe({"student.layers": 1, "student.intermediate_size": 6}, method=name)
+    method = METHODS[name].build(shaped_teacher("llama"), recipe)
+    shape = shape_of_config(method.student().config)
+    unused = {"student.layers", "student.intermediate_size"} & set(unused_settings(recipe))
+    assert (shape.layers, shape.neurons) == ((LAYERS, FFN) if unused else (1, 6))
+    assert bool(unused) == (name != "scratch")

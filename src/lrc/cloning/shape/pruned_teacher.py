@@ -277,6 +277,10 @@ def asked_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
         ("kv_heads", student.kv_heads, own.kv_heads, whole.kv_heads),
         ("layers", student.layers, own.layers, whole.layers),
     ):
+        if asked is not None and not theirs:
+            raise UserError(
+                f"{teacher.family.model_type} models have no dense FFN: leave student.{name} empty."
+            )
         if ours > theirs:
             raise UserError(
                 f"student.{name} is {ours}, but the teacher's is {theirs}: choose at most {theirs}."

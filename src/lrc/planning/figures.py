@@ -1,0 +1,200 @@
+"""What a student of a shape costs: files, cache, decoding, training memory and GPU hours.
+
+All figures come from models without weights. Those of training are estimates until a run is timed.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lrc.cloning.cost import step_flops, token_weights
+from lrc.exporting.gguf_file import K_BLOCK
+from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes, file_types
+from lrc.model.layout import layout_of
+from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.planning.gpus import Gpu
+from lrc.recipe import Recipe
+from lrc.system.errors import UserError
+from lrc.train.sizes import ADAM, sizes_of
+
+CACHE_BYTES = 2
+"""Bytes of a number in the cache of keys and values: float16 or bfloat16."""
+
+USABLE = 0.9
+"""Share of a GPU's memory that a run may fill. The rest is for the allocator and CUDA."""
+
+POINTS = 60
+"""Points of a run at which its stage is looked up: what is cloned, and what is trained."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Under which conditions figures hold."""
+
+    gpu: Gpu
+    gpus: int = 1
+    mfu: float = 0.35
+    """Share of the peak that training is assumed to reach. It is stated, not measured."""
+    context: int = 4096
+    """Tokens in the cache while decoding."""
+
+
+@dataclass(frozen=True)
+class Figures:
+    """The figures of one model."""
+
+    parameters: int
+    file_bytes: dict[str, int]
+    """By element type (`QUANTIZATIONS`). Only bf16, without llama.cpp."""
+    k_quants: bool
+    """Whether llama.cpp can store all matrices as K-quants, with no larger types instead."""
+    cache_bytes: int
+    """Bytes of keys and values for a token."""
+    tokens_per_second: dict[str, float]
+    """The bound on decoding one sequence that the memory's bandwidth sets, by element type."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What training one student takes."""
+
+    bytes: float
+    """Memory of a GPU with the recipe's micro-batch, an estimate."""
+    micro_batch: int
+    """The largest number of sequences in a micro-batch that fits; 0: none."""
+    gpu_hours: float
+    """Hours of one GPU for all training tokens, by operations and the assumed MFU."""
+
+
+def figures_of(model: PreTrainedModel, conditions: Conditions) -> Figures:
+    """The figures of a model, which needs no weights."""
+    files, cache, active = file_sizes(model), cache_bytes(model), active_share(model)
+    moved = {kind: size * active + cache * conditions.context for kind, size in files.items()}
+    return Figures(
+        sum(value.numel() for value in model.parameters()),
+        files,
+        fits_k_quants(model),
+        cache,
+        {kind: conditions.gpu.bandwidth / size for kind, size in moved.items()},
+    )
+
+
+def training_of(
+    teacher: PreTrainedModel, student: PreTrainedModel, recipe: Recipe, conditions: Conditions
+) -> Training:
+    """What training a student takes on GPUs.
+
+    Args:
+        teacher: the teacher, without weights.
+        student: the student, without weights.
+        recipe: its recipe.
+        conditions: GPU and MFU.
+    """
+    if recipe.train.precision == "auto":
+        train = recipe.train.model_copy(update={"precision": "bfloat16"})
+        recipe = recipe.model_copy(update={"train": train})
+    fixed, sequence = training_memory(teacher, student, recipe, conditions.gpus)
+    return Training(
+        fixed + recipe.train.micro_batch * sequence,
+        max(0, int((USABLE * conditions.gpu.memory - fixed) / sequence)),
+        gpu_hours(teacher, student, recipe, conditions),
+    )
+
+
+def file_sizes(model: PreTrainedModel) -> dict[str, int]:
+    """Bytes of a file of a model by element type, as far as llama.cpp runs it."""
+    try:
+        return {kind: file_bytes(model, kind) for kind in QUANTIZATIONS}
+    except UserError:
+        return {"bf16": 2 * sum(value.numel() for value in model.parameters())}
+
+
+def fits_k_quants(model: PreTrainedModel) -> bool:
+    """Whether all rows are multiples of 256."""
+    try:
+        shapes = [shape for shape, _ in file_types(model, "q8_0") if len(shape) > 1]
+    except UserError:
+        return False
+    return all(shape[-1] % K_BLOCK == 0 for shape in shapes)
+
+
+def cache_bytes(model: PreTrainedModel) -> int:
+    """Bytes of keys and values that a token adds to the cache. Layers with a sliding window stop
+    adding when it is full. Gated delta nets add nothing."""
+    layout, config = layout_of(model), model.config
+    numbers = 0
+    for layer, branches in enumerate(layout.branches):
+        own = config.per_layer_config[layer] if layers_differ(config) else config
+        readers = branches[0].readers
+        if "kv_a" in readers:
+            numbers += config.kv_lora_rank + config.qk_rope_head_dim
+        elif "k" in readers or "qkv" in readers:
+            numbers += 2 * own.num_key_value_heads * head_dim_of(own)
+    return CACHE_BYTES * numbers
+
+
+def active_share(model: PreTrainedModel) -> float:
+    """The share of the parameters that decoding a token reads: all but an embedding that is not the
+    head, and experts that do not see the token."""
+    total = sum(value.numel() for value in model.parameters())
+    unread = 0.0
+    if not model.config.tie_word_embeddings:
+        unread += model.get_input_embeddings().weight.numel()
+    for name, used in token_weights(model).items():
+        unread += model.get_parameter(name).numel() - used
+    return 1 - unread / total
+
+
+def training_memory(
+    teacher: PreTrainedModel, student: PreTrainedModel, recipe: Recipe, gpus: int
+) -> tuple[float, float]:
+    """Bytes of a GPU for weights and logits, and those for a sequence (docs/cost.md).
+
+    With clone terms, the differences of all activations are kept until the backward pass. The
+    optimizer's values are divided among the GPUs.
+    """
+    sizes, layout = sizes_of(recipe, teacher), layout_of(student)
+    theirs, ours = int(teacher.config.hidden_size), int(student.config.hidden_size)
+    low = 2 if recipe.train.precision == "bfloat16" else 4
+    weights = token_weights(student)
+    readers = heads = 0.0
+    for parameter in layout.projected(student):
+        if parameter.name in weights:
+            width = weights[parameter.name] / ours
+            if not layout.writes(parameter.site):
+                readers += width
+            elif parameter.site.name == "o":
+                heads += width
+    layers = layout.num_layers
+    numbers = 7 * layers * ours * 4 + (readers + heads) * low
+    objective = recipe.objective
+    if objective.alpha and layout.observable():
+        numbers += (readers + 2 * layers * theirs) * low
+    trained = sum(value.numel() for value in student.parameters())
+    shared = 4 * ADAM * trained * (1 - 1 / gpus)
+    chunk = objective.chunk_tokens or 2048
+    logits = 4 * 2 * chunk * int(student.config.vocab_size)
+    fixed = sizes.teacher_bytes + sizes.training_bytes - shared + logits
+    return fixed, numbers * recipe.data.sequence_length
+
+
+def gpu_hours(
+    teacher: PreTrainedModel, student: PreTrainedModel, recipe: Recipe, conditions: Conditions
+) -> float:
+    """Hours of one GPU for all training tokens: operations, over the assumed share of the peak."""
+    tokens, sequence = recipe.step_tokens(), recipe.data.sequence_length
+    clone, layout = recipe.objective.clone, layout_of(student)
+    sites = [site for site in layout.observable() if clone.enables(site.name)]
+    stages = Counter(
+        (recipe.objective.alpha_at(share) > 0, share >= recipe.train.release_at)
+        for share in ((point + 0.5) / POINTS for point in range(POINTS))
+    )
+    operations = 0.0
+    for (clones, released), points in stages.items():
+        cloned = sites if clones else []
+        parts = step_flops(
+            teacher, student, tokens, sequence, recipe.objective, cloned, None, released
+        )
+        operations += sum(parts.values()) * points / POINTS
+    return operations * recipe.steps() / (conditions.mfu * conditions.gpu.peak) / 3600

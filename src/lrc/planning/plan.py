@@ -1,0 +1,256 @@
+"""Plan a student: candidate shapes of one size, their figures, and the recipe of one of them."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lrc.exporting.gguf_architectures import check_runs
+from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes
+from lrc.model.families import check_supported
+from lrc.model.loading import load_skeleton_of
+from lrc.model.locate import locate
+from lrc.model.teacher import Teacher
+from lrc.planning.expected import Expectation, Expected, measured_runs
+from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
+from lrc.planning.probe import probe
+from lrc.planning.shapes import (
+    Budget,
+    Candidate,
+    candidates,
+    section_of,
+    student_without_weights,
+)
+from lrc.recipe import Recipe, make_recipe
+from lrc.recipe.recipe import ORIGINS
+from lrc.system.errors import UserError
+from lrc.system.files import write_text
+
+RULE = (
+    "a rule: heads and neurons first, the hidden size alone last, as in our measurements on "
+    "stories260K (docs/shapes.md)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanSettings:
+    """What a plan is for. One of `parameters`, `ratio` and `memory` is given."""
+
+    teacher: str
+    parameters: float | None = None
+    """Parameters of the student."""
+    ratio: float | None = None
+    """Share of the teacher's parameters that the student has."""
+    memory: float | None = None
+    """Bytes that the student's weights, in `dtype`, and the cache of `conditions.context` tokens
+    may take."""
+    dtype: str = "q4_k_m"
+    """Element type for `memory`, one of `QUANTIZATIONS`."""
+    conditions: Conditions
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of the recipe by dotted key."""
+    probe: bool = False
+    """Whether to solve the start of each candidate and rank by the held-out loss."""
+    probe_tokens: int = 0
+    """Tokens to train each candidate for before it is measured."""
+    calibration_tokens: int = 4096
+    """Tokens that a probe solves each start from."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A candidate with all that is known of it."""
+
+    candidate: Candidate
+    figures: Figures
+    training: Training
+    expected: Expectation
+    recipe: Recipe
+    measured: float | str | None = None
+    """The held-out LM loss of a probe, or why there is none; None: not probed."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Candidates, the recommended one first."""
+
+    teacher: Figures
+    rows: list[Row]
+    ranked_by: str
+    left_out: dict[str, str]
+    """Kinds of shapes without a candidate, and why."""
+    notes: list[str]
+    settings: PlanSettings
+    teacher_loss: float | None = None
+    """The teacher's held-out LM loss on the text of the probe."""
+
+    def as_json(self) -> dict[str, Any]:
+        """The plan as JSON values."""
+        return {
+            "teacher": {"model": self.settings.teacher, **asdict(self.teacher)},
+            "teacher_held_out_lm": self.teacher_loss,
+            "conditions": asdict(self.settings.conditions),
+            "ranked_by": self.ranked_by,
+            "candidates": [
+                {
+                    "kind": row.candidate.kind,
+                    "shape": asdict(row.candidate.shape),
+                    **asdict(row.figures),
+                    "training": asdict(row.training),
+                    "expected": asdict(row.expected),
+                    "measured": row.measured,
+                    "student": row.recipe.student.model_dump(exclude_none=True),
+                }
+                for row in self.rows
+            ],
+            "left_out": self.left_out,
+            "notes": self.notes,
+        }
+
+
+def make_plan(settings: PlanSettings) -> Plan:
+    """Find candidates for a budget, compute their figures, and rank them.
+
+    Raises:
+        UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
+            not usable.
+    """
+    teacher, under = _skeleton(settings.teacher), settings.conditions
+    found, left_out = candidates(teacher, _budget(teacher, settings))
+    if not found:
+        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in left_out.items())
+        raise UserError(f"No shape of this teacher fits ({reasons.rstrip('.')}).")
+    expected = Expected(measured_runs(teacher.config))
+    rows = []
+    for candidate in found:
+        recipe = _recipe(teacher, candidate, settings)
+        student = student_without_weights(teacher, candidate.shape)
+        figures = figures_of(student, under)
+        training = training_of(teacher.model, student, recipe, under)
+        known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
+        rows.append(Row(candidate, figures, training, known, recipe))
+    ranked_by, teacher_loss = RULE, None
+    if settings.probe:
+        rows, ranked_by, teacher_loss = _probed(rows, settings)
+    elif all(row.expected.loss is not None for row in rows):
+        rows.sort(key=lambda row: row.expected.loss or 0.0)
+        ranked_by = "the expected held-out loss"
+    whole = figures_of(teacher.model, under)
+    return Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
+
+
+def write_recipe(plan: Plan, choice: int, path: Path) -> None:
+    """Write the recipe of a candidate.
+
+    Args:
+        plan: the plan.
+        choice: the candidate's number, from 1.
+        path: a new YAML file.
+
+    Raises:
+        UserError: if there is no such candidate, the file exists, or the recipe has no text.
+    """
+    if not 1 <= choice <= len(plan.rows):
+        raise UserError(f"There is no candidate {choice}: choose from 1 to {len(plan.rows)}.")
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name with --out.")
+    row = plan.rows[choice - 1]
+    need_text(plan.settings)
+    chosen = row.recipe.model_dump(mode="json", exclude_unset=True)
+    about = f"# {row.candidate.kind}: {row.figures.parameters:,} parameters, by `lrc plan`.\n"
+    write_text(path, about + yaml.safe_dump(chosen, sort_keys=False))
+
+
+def need_text(settings: PlanSettings) -> None:
+    """Refuse to go on without text.
+
+    Raises:
+        UserError: if the settings name none.
+    """
+    origins = tuple(f"data.{origin}" for origin in ORIGINS)
+    if not any(key.startswith(origins) for key in settings.recipe):
+        raise UserError(
+            "Say which text the student learns from: give --text (or --set data.shards=FOLDER)."
+        )
+
+
+def _skeleton(name: str) -> Teacher:
+    """A teacher without weights."""
+    model = load_skeleton_of(locate(name, weights=False), check=False)
+    return Teacher(model, None, check_supported(model.config), name)
+
+
+def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
+    whole = sum(value.numel() for value in teacher.model.parameters())
+    given = [settings.parameters, settings.ratio, settings.memory]
+    if sum(value is not None for value in given) != 1:
+        raise UserError("Give one of --params, --ratio and --memory.")
+    if settings.ratio is not None and not 0 < settings.ratio < 1:
+        raise UserError(f"--ratio is {settings.ratio}: give the share to keep, between 0 and 1.")
+    if settings.memory is None:
+        limit = settings.parameters or whole * (settings.ratio or 0)
+        return Budget(lambda model: sum(value.numel() for value in model.parameters()), limit)
+    if settings.dtype not in QUANTIZATIONS:
+        raise UserError(f"--dtype is {settings.dtype}: choose one of {', '.join(QUANTIZATIONS)}.")
+    context = settings.conditions.context
+
+    def measure(model: Any) -> float:
+        return file_bytes(model, settings.dtype) + cache_bytes(model) * context
+
+    return Budget(measure, settings.memory, hard=True)
+
+
+def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> Recipe:
+    student = section_of(teacher, candidate.shape).model_dump(exclude_none=True, exclude_unset=True)
+    for section in ("student", "method", "teacher.model"):
+        if any(f"{key}.".startswith(f"{section}.") for key in settings.recipe):
+            raise UserError(f"The plan decides this: leave {section} out of --set.")
+    base = {
+        "teacher": {"model": settings.teacher},
+        "student": student,
+        "data": {"text": ["-"]},
+    }
+    recipe = make_recipe(base, settings.recipe)
+    gpus = settings.conditions.gpus
+    if recipe.train.accumulate % gpus and "train.accumulate" not in settings.recipe:
+        return make_recipe(base, {**settings.recipe, "train.accumulate": gpus})  # one for each GPU
+    return recipe
+
+
+def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, float]:
+    need_text(settings)
+    calibration = {"calibration_tokens": settings.calibration_tokens}
+    recipes: list[Recipe] = []
+    for row in rows:
+        changed: dict[str, Any] = {
+            "initialize": row.recipe.initialize.model_copy(update=calibration)
+        }
+        if settings.probe_tokens:
+            length = {"tokens": settings.probe_tokens}
+            changed["train"] = row.recipe.train.model_copy(update=length)
+        recipes.append(row.recipe.model_copy(update=changed))
+    teacher_loss, losses = probe(recipes, settings.probe_tokens)
+    measured = [replace(row, measured=loss) for row, loss in zip(rows, losses, strict=True)]
+    measured.sort(key=lambda row: row.measured if isinstance(row.measured, float) else 1e9)
+    after = f"{settings.probe_tokens:,} training tokens" if settings.probe_tokens else "the start"
+    return measured, f"the held-out loss measured after {after}", teacher_loss
+
+
+def _notes(teacher: Teacher) -> list[str]:
+    """What llama.cpp and vLLM say to students of this family."""
+    family, notes = teacher.family, []
+    try:
+        if family.gguf is None:
+            raise UserError(f"llama.cpp cannot run {family.model_type} students.")
+        check_runs(family.gguf, teacher.config)
+    except UserError as error:
+        notes.append(str(error))
+    takes = {
+        True: f"vLLM takes {family.model_type} students.",
+        False: f"vLLM's own class does not take {family.model_type} students: serve them with "
+        "--model-impl transformers.",
+        None: f"Whether vLLM takes {family.model_type} students was not checked.",
+    }
+    return [*notes, takes[family.vllm]]

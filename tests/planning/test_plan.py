@@ -1,0 +1,308 @@
+"""`lrc plan` through the real command line, on tiny teachers."""
+
+import json
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from gguf import GGMLQuantizationType as Kind
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
+
+from command_line import Command
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.exporting import gguf_file
+from lrc.exporting.gguf_sizes import file_bytes, file_types
+from lrc.model.pruned_shape import PrunedShape
+from lrc.model.teacher import load_teacher
+from lrc.planning.expected import Expected, measured_runs
+from lrc.planning.figures import cache_bytes
+from lrc.recipe import Recipe, make_recipe
+from tiny import LLAMAS, ROWS, tiny_teacher, tiny_tokens
+from tiny_runs import file_settings, save_teacher
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+}
+GPU = ("--tokens", "1M", "--gpu", "rtx-3090", "--gpus", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher with its weights, and a text."""
+    folder = tmp_path_factory.mktemp("plan")
+    save_teacher(folder / "teacher", "llama", **WIDE)
+    file_settings(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the teacher's configuration alone."""
+    folder = tmp_path_factory.mktemp("config")
+    tiny_teacher("llama", True, **WIDE).model.config.to_json_file(folder / "config.json")
+    return folder
+
+
+def data_of(folder: Path) -> list[str]:
+    """Options for the text and its cache."""
+    settings = ("sequence_length=16", "held_out_fraction=0.2", f"cache={folder / 'cache'}")
+    options = ["--text", str(folder / "text.jsonl")]
+    return options + [part for value in settings for part in ("--set", f"data.{value}")]
+
+
+def options_of(settings: dict[str, Any]) -> list[str]:
+    return [part for name, value in settings.items() for part in ("--set", f"{name}={value}")]
+
+
+def weights_by_hand(shape: dict[str, int]) -> int:
+    """Parameters of a tied Llama with heads of width 6, two for each key/value head."""
+    queries, keys = 2 * shape["kv_heads"] * 6, shape["kv_heads"] * 6
+    layer = shape["hidden"] * (2 * queries + 2 * keys + 3 * shape["neurons"] + 2)
+    return shape["layers"] * layer + shape["hidden"] * (ROWS + 1)
+
+
+def recipe_of(row: dict[str, Any], **changes: Any) -> Recipe:
+    base = {"teacher": {"model": "tiny"}, "student": row["student"], "data": {"text": ["x"]}}
+    return make_recipe(base, changes)
+
+
+def test_candidates_have_the_parameters_of_the_built_model(
+    config: Path, folder: Path, lrc: Command
+) -> None:
+    """From the configuration alone; within 3% of the budget, and each shape once."""
+    plan = json.loads(lrc.printed("plan", config, "--ratio", 0.5, *GPU, "--json"))
+    whole = {"layers": 4, "hidden": 32, "kv_heads": 2, "neurons": 96}
+    assert plan["teacher"]["parameters"] == weights_by_hand(whole)
+    teacher = load_teacher(str(folder / "teacher"))
+    seen = set()
+    for row in plan["candidates"]:
+        built = LowRankClone.build(teacher, recipe_of(row)).model
+        number = sum(value.numel() for value in built.parameters())
+        assert row["parameters"] == number == weights_by_hand(row["shape"])
+        assert number == pytest.approx(plan["teacher"]["parameters"] / 2, rel=0.03)
+        assert row["file_bytes"]["bf16"] == pytest.approx(2 * number, rel=0.05)  # float32 norms
+        smaller = {axis for axis, size in row["shape"].items() if size < whole[axis]}
+        assert {axis.replace("kv_", "") for axis in smaller} == set(row["kind"].split("-")) or (
+            row["kind"] == "layers" and smaller == {"layers", "neurons"}
+        )
+        seen.add(tuple(row["shape"].values()))
+    assert len(seen) == len(plan["candidates"]) >= 7
+    assert plan["candidates"][0]["kind"] == "heads-neurons"
+    assert "a rule" in plan["ranked_by"]
+
+
+def test_the_chosen_recipe_runs(folder: Path, tmp_path: Path, lrc: Command) -> None:
+    recipe, run = tmp_path / "recipe.yaml", tmp_path / "run"
+    options = ("--params", "20K", *data_of(folder), "--out", recipe, "--choose", 2)
+    output = lrc.printed("plan", folder / "teacher", *options, *GPU)
+    assert f"lrc train {recipe}" in output
+    assert recipe.read_text().startswith("# hidden-neurons: ")
+    assert yaml.safe_load(recipe.read_text())["train"] == {"tokens": 1_000_000, "accumulate": 2}
+    lrc.printed("compress", recipe, "--out", run)
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    (row,) = [line for line in output.splitlines() if line.startswith("| 2 ")]
+    assert f" {sum(value.numel() for value in student.parameters()):,} " in row
+    assert "exists" in lrc.refusal("plan", folder / "teacher", *options)
+    recipe.unlink()
+    assert "There is no candidate 99" in lrc.refusal("plan", folder / "teacher", *options[:-1], 99)
+
+
+def test_a_probe_ranks_by_what_runs_measure(folder: Path, tmp_path: Path, lrc: Command) -> None:
+    settings = {"initialize.refine_epochs": 0, "train.learning_rate": 0.01}
+    options = (*data_of(folder), *options_of(settings), "--json")
+    probe = ("--probe", "--probe-tokens", 512, "--calibration-tokens", 128)
+    plan = json.loads(lrc.printed("plan", folder / "teacher", "--ratio", 0.5, *probe, *options))
+    measured = [row["measured"] for row in plan["candidates"]]
+    assert measured == sorted(measured)
+    assert len(set(measured)) == len(measured) >= 7
+    for row in (plan["candidates"][0], plan["candidates"][-1]):
+        own = {f"student.{name}": value for name, value in row["student"].items()}
+        own |= {"train.tokens": 512, "initialize.calibration_tokens": 128}
+        out = tmp_path / row["kind"]
+        teacher = ("--teacher", folder / "teacher")
+        run = json.loads(lrc.printed("train", *teacher, *options_of(own), "--out", out, *options))
+        assert run["student_held_out_lm"] == row["measured"]
+        assert run["teacher_held_out_lm"] == plan["teacher_held_out_lm"]
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [("bf16", 60_000), ("q8_0", 36_000)])
+def test_memory_is_used_up(
+    dtype: str, limit: int, folder: Path, tmp_path: Path, lrc: Command
+) -> None:
+    """The tensors of a file and the cache fit the memory, and leave no more than 3% of it."""
+    recipe = tmp_path / "recipe.yaml"
+    options = ("--memory", f"{limit / 1000}KB", "--dtype", dtype, "--context", 16, *data_of(folder))
+    options += ("--out", recipe, "--set", "initialize=random", "--json")
+    plan = json.loads(lrc.printed("plan", folder / "teacher", *options))
+    for row in plan["candidates"]:
+        taken = row["file_bytes"][dtype] + 16 * row["cache_bytes"]
+        assert 0.97 * limit <= taken <= limit
+    lrc.printed("compress", recipe, "--out", tmp_path / "run")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert sum(v.numel() for v in student.parameters()) == plan["candidates"][0]["parameters"]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text"])
+@pytest.mark.parametrize("dtype", ["bf16", "q8_0"])
+def test_file_sizes_are_those_of_written_files(dtype: str, family: str, tmp_path: Path) -> None:
+    changes = {"norm_topk_prob": True} if family == "qwen3_moe" else {}
+    model = tiny_teacher(family, True, dtype=torch.float32, hidden_size=64, **changes).model
+    places = dict(gguf_file._tensors(model, Kind[dtype.upper()])).values()
+    assert file_bytes(model, dtype) == sum(place.stored().nbytes for place in places)
+
+
+def test_q4_k_m_is_as_large_as_published_files() -> None:
+    """Llama 3.2 1B in Q4_K_M is published in 807,694,464 bytes, of which almost 8 MB are the
+    vocabulary."""
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    assert file_bytes(model, "q4_k_m") == pytest.approx(807_694_464 - 7_800_000, rel=1e-3)
+    assert {kind.name for _, kind in file_types(model, "q4_k_m")} == {"Q4_K", "Q6_K", "F32"}
+
+
+def test_k_quants_fall_back_where_rows_do_not_fit() -> None:
+    """Types that llama-quantize takes for rows that are multiples of 32, and of less."""
+    for neurons, expected in ((96, {"Q5_0", "Q8_0"}), (40, {"Q5_0", "Q8_0", "F16"})):
+        sizes = {**WIDE, "head_dim": 32, "intermediate_size": neurons}
+        model = tiny_teacher("llama", True, **sizes).model
+        assert {kind.name for _, kind in file_types(model, "q4_k_m")} == {*expected, "F32"}
+
+
+@pytest.mark.parametrize("family", [*LLAMAS, "phi3", "olmo2", "gpt_oss"])
+def test_cache_is_that_of_transformers(family: str) -> None:
+    model = tiny_teacher(family).model
+    cache = DynamicCache()
+    model(tiny_tokens(1, length=4), past_key_values=cache, use_cache=True)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    assert 4 * cache_bytes(model) == 2 * numbers
+
+
+def test_gpu_hours_are_those_of_the_methods_operations(
+    folder: Path, config: Path, lrc: Command
+) -> None:
+    changes = {"train.release_at": 0.5, "objective.alpha_zero_at": 0.25}
+    options = (*GPU, "--mfu", 0.5, "--ratio", 0.5, *options_of(changes), "--json")
+    plan = json.loads(lrc.printed("plan", config, *options))
+    teacher = load_teacher(str(folder / "teacher"))
+    teacher.__dict__["vocab_size"] = ROWS  # without a tokenizer, padding rows are unknown
+    for row in plan["candidates"][:3]:
+        recipe = recipe_of(row, **{"train.tokens": 1_000_000, "train.accumulate": 2, **changes})
+        method = LowRankClone.build(teacher, recipe)
+        counted = 0.0
+        for step in range(recipe.steps()):
+            if step == method.stage_ends()[0]:
+                method.released = True
+            counted += method.step_flops(step, recipe.step_tokens(), 256) or 0.0
+        assert row["training"]["gpu_hours"] == pytest.approx(
+            counted / (0.5 * 71e12) / 3600, rel=0.01
+        )
+
+
+def test_the_largest_micro_batch_is_the_largest_that_fits(config: Path, lrc: Command) -> None:
+    """Memory grows by as much for every sequence, up to nine tenths of the GPU."""
+
+    def training(*more: Any) -> dict[str, Any]:
+        options = ("--ratio", 0.5, "--gpu", "l4", *more, "--json")
+        found = json.loads(lrc.printed("plan", config, *options))["candidates"][0]
+        return {**found["training"], "parameters": found["parameters"]}
+
+    one, two = (training("--set", f"train.micro_batch={number}") for number in (1, 2))
+    sequence = two["bytes"] - one["bytes"]
+    largest = one["micro_batch"]
+    assert one["bytes"] + (largest - 1) * sequence <= 0.9 * 24e9
+    assert one["bytes"] + largest * sequence > 0.9 * 24e9
+    four = training("--set", "train.micro_batch=1", "--gpus", 4)
+    assert one["bytes"] - four["bytes"] == 8 * one["parameters"] * 3 / 4  # of AdamW's values
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("olmo2", "heads or neurons that can be removed"), ("qwen3_moe", "no size of it fits")],
+)
+def test_shapes_that_a_family_does_not_take_are_left_out(
+    family: str, reason: str, tmp_path: Path, lrc: Command
+) -> None:
+    teacher = tiny_teacher(family, True, **{**WIDE, "hidden_size": 256})
+    teacher.model.config.to_json_file(tmp_path / "config.json")
+    plan = json.loads(lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU, "--json"))
+    kinds = {row["kind"] for row in plan["candidates"]}
+    assert "hidden" in kinds
+    assert any(reason in why for why in plan["left_out"].values())
+    assert not kinds & set(plan["left_out"])
+    assert any("vLLM" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ((), "one of --params, --ratio and --memory"),
+        (("--params", "1B", "--ratio", 0.5), "one of --params, --ratio and --memory"),
+        (("--params", "1B"), "no larger than this"),
+        (("--params", "much"), "one of the units K, M"),
+        (("--memory", "1X"), "one of the units B, KB"),
+        (("--ratio", 1.5), "between 0 and 1"),
+        (("--ratio", 0.001), "No shape of this teacher fits"),
+        (("--ratio", 0.5, "--gpu", "abacus"), "choose one of b200"),
+        (("--memory", "9KB", "--dtype", "q2_k"), "choose one of bf16"),
+        (("--ratio", 0.5, "--mfu", 35), "between 0 and 1"),
+        (("--ratio", 0.5, "--probe"), "give --text"),
+        (("--ratio", 0.5, "--probe-tokens", 9), "goes with --probe"),
+        (("--ratio", 0.5, "--out", "recipe.yaml"), "give --text"),
+        (("--ratio", 0.5, "--set", "student.hidden_size=8"), "leave student"),
+        (("--ratio", 0.5, "--set", "method=minitron"), "leave method"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    options: tuple[Any, ...], expected: str, config: Path, lrc: Command
+) -> None:
+    assert expected in lrc.refusal("plan", config, *options)
+
+
+def test_finished_runs_become_rows_of_the_table(
+    folder: Path, tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two seeds of one shape give one row; the plan of this teacher then quotes it."""
+    script = Path(__file__).parents[2] / "scripts" / "measured_shapes.py"
+    table = tmp_path / "measured.json"
+    table.write_text('{"runs": []}')
+    options = ("--teacher", folder / "teacher", "--hidden-size", 16, *data_of(folder), "--json")
+    losses = []
+    for seed in (0, 1):
+        settings = {"train.seed": seed, "initialize.method": "random", "train.tokens": 256}
+        run = tmp_path / f"run-{seed}"
+        found = json.loads(lrc.printed("train", *options, *options_of(settings), "--out", run))
+        losses.append(found["student_held_out_lm"])
+    runs = [str(tmp_path / f"run-{seed}") for seed in (0, 1)]
+    arguments = [str(script), *runs, "--source", "here", "--table", str(table)]
+    monkeypatch.setattr("sys.argv", arguments)
+    for _ in range(2):  # a second time replaces the row
+        runpy.run_path(str(script), run_name="__main__")
+    config = AutoConfig.from_pretrained(folder / "teacher")
+    (row,) = measured_runs(config, table.read_text())
+    assert row.shape == PrunedShape(4, 16, 2, 96)
+    assert row.loss == pytest.approx(sum(losses) / 2, abs=1e-4)
+    assert row.parameters == weights_by_hand(vars(row.shape))
+    assert Expected([row]).of(row.shape, row.parameters, 256).loss == row.loss
