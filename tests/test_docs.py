@@ -2,13 +2,18 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from typer.main import get_command
 
+from lrc.cli import app
 from lrc.comparison.plan import Comparison
 from lrc.corpus.mix import Mix
 from lrc.recipe import Recipe, flatten, make_recipe
@@ -51,6 +56,30 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def commands() -> Iterator[tuple[str, str]]:
+    """Every `lrc` command in a block of shell commands or a help page: where, and the command."""
+    for page in PAGES:
+        for block in re.findall(r"^```bash\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:^|-m )(lrc .*)", line.strip()):
+                    yield str(page.relative_to(ROOT)), found[1]
+    groups = [app, *(group.typer_instance for group in app.registered_groups)]
+    for command in (one for group in groups for one in group.registered_commands):
+        help_page = (command.callback and command.callback.__doc__) or ""
+        for line in re.findall(r"^ *\* `(lrc [^`]*)`", help_page, re.MULTILINE):
+            yield "--help", line
+
+
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_commands_are_the_command_lines(page: str, line: str) -> None:
+    """Commands, arguments and options exist, and values have the right type."""
+    given = [part for part in shlex.split(line, comments=True)[1:] if part != "..."]
+    command: Any = get_command(app)
+    while hasattr(command, "commands") and not given[0].startswith("-"):
+        command = command.commands[given.pop(0)]
+    command.make_context(line, given)
 
 
 def test_the_readmes_table_is_the_datas() -> None:

@@ -279,7 +279,7 @@ def test_other_refusals(
         raise evaluation_module.harness_version.__globals__["metadata"].PackageNotFoundError
 
     monkeypatch.setattr("lrc.evaluation.harness.metadata.version", missing)
-    with pytest.raises(UserError, match=r"pip install low-rank-clone\[eval\]"):
+    with pytest.raises(UserError, match=r"pip install 'low-rank-clone\[eval\]'"):
         evaluate(str(run.folder), [], EvaluationSettings(), tmp_path / "out")
 
 

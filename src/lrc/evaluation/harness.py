@@ -56,7 +56,7 @@ def harness_version() -> str:
         return metadata.version("lm_eval")
     except metadata.PackageNotFoundError as error:
         raise UserError(
-            "Benchmarks need lm-evaluation-harness; run `pip install low-rank-clone[eval]`."
+            "Benchmarks need lm-evaluation-harness; run `pip install 'low-rank-clone[eval]'`."
         ) from error
 
 
