@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
@@ -136,6 +137,8 @@ class RecomputedFfn:
 
 
 def _place(tensor: Tensor) -> tuple[int, int]:
-    """Where a tensor begins: its storage, which may have no memory (`lrc.train.memory`), and the
-    offset there."""
-    return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    """Where a tensor begins: its address, or, if it has no memory (`lrc.train.memory`), its storage
+    and the offset there."""
+    if isinstance(tensor, FakeTensor):
+        return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
+    return tensor.data_ptr(), 0
