@@ -267,6 +267,18 @@ def gradients(method: LowRankClone, *batches: Batch) -> tuple[dict[str, Tensor],
     return sums, {name: p.grad.clone() for name, p in method.parameters().items()}
 
 
+def logits(model: nn.Module, ids: Tensor) -> Tensor:
+    """The logits [batch, length, vocabulary] of a model."""
+    with torch.no_grad():
+        found: Tensor = model(ids, use_cache=False).logits
+    return found
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """The largest difference, in units of the largest expected value."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
 def assert_finite_differences(method: LowRankClone, batch: Batch, step: int) -> None:
     """The gradients of a training step equal finite differences of its loss, at some entries of
     every parameter."""

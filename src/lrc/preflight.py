@@ -30,7 +30,7 @@ def check_recipe(recipe: Recipe) -> None:
                 family_of(config["model_type"]),
                 config["hidden_size"],
                 config["num_attention_heads"],
-                config["hidden_size"] if student.prunes else None,
+                config["hidden_size"] if student != student.hidden_size_alone() else None,
             )
     source_files(recipe.data.text)
     source_files(recipe.data.held_out, held_out=True)

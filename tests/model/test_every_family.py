@@ -41,6 +41,8 @@ from tiny import (
     TOKENS,
     gradients,
     initialize_from_text,
+    logits,
+    relative_error,
     tiny_batch,
     tiny_method,
     tiny_teacher,
@@ -59,15 +61,6 @@ CASES = [
 def teacher(request: pytest.FixtureRequest) -> Teacher:
     family, tied = request.param
     return tiny_teacher(family, tied)
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        return model(ids, use_cache=False).logits
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)

@@ -105,13 +105,6 @@ class StudentSection(Section):
         """The section without the other sizes, for methods that do not use them."""
         return self.model_copy(update=dict.fromkeys(("intermediate_size", "kv_heads", "layers")))
 
-    @property
-    def prunes(self) -> bool:
-        """Whether more than the hidden size may shrink."""
-        return any(
-            asked is not None for asked in (self.intermediate_size, self.kv_heads, self.layers)
-        )
-
 
 class InitializeSection(Section):
     """How the projections are initialized."""

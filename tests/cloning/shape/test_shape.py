@@ -35,6 +35,8 @@ from tiny import (
     LLAMAS,
     TOKENS,
     gradients,
+    logits,
+    relative_error,
     tiny_batch,
     tiny_method,
     tiny_teacher,
@@ -84,16 +86,6 @@ def solved(teacher: Teacher, start: str = "closed-form", **student: Any) -> LowR
     method = built(teacher, start, **student)
     method.initialize(Batch(tiny_tokens(24)), lambda done, parts: None)
     return method
-
-
-def logits(model: nn.Module, ids: Tensor) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(ids, use_cache=False).logits
-    return found
-
-
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from lrc.cloning.shape.layers import choose_layers
-from lrc.cloning.shape.units import choose_units, inputs_of, unit_costs
+from lrc.cloning.shape.units import choose_units, unit_costs
+from lrc.model.kept_units import spread
 from tiny import tiny_teacher, tiny_tokens
 
 
@@ -39,7 +40,7 @@ def test_the_cost_of_a_unit_is_the_loss_without_it(size: int, units: int) -> Non
     root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     costs = unit_costs((inputs.T @ inputs).inverse(), root @ writer, size)
     for unit in range(units):
-        others = inputs_of(torch.tensor([u for u in range(units) if u != unit]), size)
+        others = spread(torch.tensor([u for u in range(units) if u != unit]), size)
         assert float(costs[unit]) == pytest.approx(loss_without(inputs, writer, metric, others))
 
 
@@ -50,9 +51,9 @@ def test_the_choice_is_close_to_the_best(size: int, units: int, count: int) -> N
     for seed in range(8):
         inputs, writer, metric = problem(size, units, seed)
         kept = choose_units(inputs.T @ inputs, writer, metric, size, count)
-        own = loss_without(inputs, writer, metric, inputs_of(kept, size))
+        own = loss_without(inputs, writer, metric, spread(kept, size))
         every = [
-            loss_without(inputs, writer, metric, inputs_of(torch.tensor(choice), size))
+            loss_without(inputs, writer, metric, spread(torch.tensor(choice), size))
             for choice in itertools.combinations(range(units), count)
         ]
         ranks.append(sum(loss < own * (1 - 1e-9) for loss in every) / len(every))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lrc.cloning.shape.layers import choose_layers
 from lrc.cloning.shape.pruned_teacher import PrunedTeacher, pruned_teacher
-from lrc.cloning.shape.units import choose_units, inputs_of
+from lrc.cloning.shape.units import choose_units
 from lrc.cloning.start.basis import stream_statistics
 from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
 from lrc.cloning.start.closed_form.least_squares import Rows, regress
@@ -28,7 +28,7 @@ from lrc.cloning.start.closed_form.refine import Target
 from lrc.cloning.start.closed_form.solve import cut_sequences
 from lrc.cloning.start.streams import ActivationStore
 from lrc.model.families import Branch
-from lrc.model.kept_units import KeptUnits
+from lrc.model.kept_units import KeptUnits, spread
 from lrc.recipe.sections import Keep, StudentSection
 from lrc.system.progress import Progress
 
@@ -101,12 +101,12 @@ class _Solver:
             solved = pruned.solved.get(f"{prefix}.{path}.weight")
             if solved is None:
                 for part in calibration.batches():
-                    written[part] = block(gain * self._read(part, branch))
+                    written[part] = block(gain * calibration.block_input(self.stream[part], branch))
             else:
                 writer = whole.get_submodule(path)
                 inputs = self._store(writer.get_parameter("weight").shape[1])
                 for part in calibration.batches():
-                    read = gain * self._read(part, branch)
+                    read = gain * calibration.block_input(self.stream[part], branch)
                     inputs[part], written[part] = _with_input(block, writer, read)
                 solved.copy_(self._solve(index, branch, writer, inputs, written, target))
             self._add(prefix, branch, written, target)
@@ -148,7 +148,7 @@ class _Solver:
                 kept = choose_units(gram, weight.double(), metric, size, len(kept))
                 own = self.pruned.kept.groups if "o" in branch.writers else self.pruned.kept.neurons
                 own[index] = kept.cpu()
-            columns = inputs_of(kept.to(weight.device), size)
+            columns = spread(kept.to(weight.device), size)
         prior = weight if columns is None else weight[:, columns]
         solved = regress(
             rows(0, solved_on, columns), rows(solved_on, None, columns), prior.double().T
@@ -164,11 +164,6 @@ class _Solver:
         return isinstance(
             student.kv_heads if "o" in branch.writers else student.intermediate_size, Keep
         )
-
-    def _read(self, part: slice, branch: Branch) -> Tensor:
-        """What a block reads of some sequences, before a gain."""
-        stream = self.stream[part]
-        return stream if branch.norm is None else stream / self.calibration.rms(stream)
 
     def _add(self, prefix: str, branch: Branch, written: ActivationStore, target: Target) -> None:
         """Add what a block writes to the stream."""

@@ -15,6 +15,8 @@ one by one. After each, G^-1 and V become those of the others:
 import torch
 from torch import Tensor
 
+from lrc.model.kept_units import spread
+
 ROUNDS = 6
 """Rounds of removal. In a round, only the cheapest units at its start are updated, twice as many as
 it removes. This saves nearly all of the time if there are thousands."""
@@ -47,11 +49,11 @@ def choose_units(gram: Tensor, writer: Tensor, metric: Tensor, size: int, count:
         if not removed:
             continue
         surplus -= removed
-        inputs = inputs_of(kept, size)
+        inputs = spread(kept, size)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram[inputs][:, inputs]))
         solved = crossed[:, inputs] @ inverse
         nearest = unit_costs(inverse, solved, size).argsort(stable=True)[: 2 * removed]
-        inside = inputs_of(nearest, size)
+        inside = spread(nearest, size)
         gone = _remove(inverse[inside][:, inside], solved[:, inside], size, removed)
         stays = torch.ones(len(kept), dtype=torch.bool, device=kept.device)
         stays[nearest[gone]] = False
@@ -90,8 +92,3 @@ def unit_costs(inverse: Tensor, weighted: Tensor, size: int) -> Tensor:
     blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     own = weighted.view(-1, units, size).transpose(0, 1)
     return (torch.linalg.solve(blocks, own.mT).mT * own).sum((1, 2))
-
-
-def inputs_of(units: Tensor, size: int) -> Tensor:
-    """The writer's inputs of some units, int64 [units * size]."""
-    return (units[:, None] * size + torch.arange(size, device=units.device)).flatten()

@@ -142,6 +142,10 @@ class Calibration:
         rows = stream.reshape(-1, stream.shape[-1])
         return rows / self.rms(rows)
 
+    def block_input(self, stream: Tensor, branch: Branch) -> Tensor:
+        """What a block reads of a residual stream [b, length, d], before the norm's gain."""
+        return stream if branch.norm is None else stream / self.rms(stream)
+
     def batches(self, start: int = 0, stop: int | None = None) -> Iterator[slice]:
         """Batches of sequences, by default of all."""
         stop = len(self.ids) if stop is None else stop

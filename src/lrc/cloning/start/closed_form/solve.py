@@ -238,7 +238,9 @@ class _Solver:
             gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
             written = before  # no longer needed
             for part in calibration.batches():
-                written[part] = block(gain * (self._read(part, branch) @ read.T))
+                written[part] = block(
+                    gain * (calibration.block_input(self.stream[part], branch) @ read.T)
+                )
             found = dict.fromkeys(branch.readers, read) | self._writers(
                 index, branch, written, target
             )
@@ -270,13 +272,8 @@ class _Solver:
             return {}  # no step was an improvement
         readers = ffn.readers(found)
         for part in calibration.batches():
-            written[part] = block(self._read(part, branch), readers)
+            written[part] = block(calibration.block_input(self.stream[part], branch), readers)
         return found | self._writers(index, branch, written, target)
-
-    def _read(self, part: slice, branch: Branch) -> Tensor:
-        """What the student's block reads of some sequences, [b, length, d_S], before a gain."""
-        stream = self.stream[part]
-        return stream if branch.norm is None else stream / self.calibration.rms(stream)
 
     def _writers(
         self, index: int, branch: Branch, written: ActivationStore, target: Target
