@@ -7,10 +7,10 @@ from tiny_runs import tiny_recipe
 
 
 def test_defaults_and_the_recipes_own() -> None:
-    assert choices(tiny_recipe()) == (
+    assert choices(tiny_recipe(), 10**9) == (
         "Defaults, from our comparisons (benchmarks/comparisons/README.md): closed-form start, "
         "16,384 calibration tokens, own weights from the start, alpha 0.2 falling to zero over 33% "
-        "of the steps, learning rate 0.0003."
+        "of the steps, learning rate 3.95e-05."
     )
     paper = {
         "initialize.method": "random",
@@ -18,11 +18,11 @@ def test_defaults_and_the_recipes_own() -> None:
         "train.release_at": 1,
         "train.learning_rate": 1e-4,
     }
-    assert choices(tiny_recipe(paper)) == (
+    assert choices(tiny_recipe(paper), 10**9) == (
         "From the recipe: random start, projections to the end, constant alpha 0.2, learning rate "
         "0.0001."
     )
-    assert choices(tiny_recipe({"method": "scratch"})) is None
+    assert choices(tiny_recipe({"method": "scratch"}), 10**9) is None
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,9 @@ def test_defaults_and_the_recipes_own() -> None:
     ],
 )
 def test_one_change(key: str, value: float, told: str) -> None:
-    default, _, given = str(choices(tiny_recipe({key: value}))).partition(" From the recipe: ")
+    default, _, given = str(choices(tiny_recipe({key: value}), 10**9)).partition(
+        " From the recipe: "
+    )
     assert given == f"{told}."
     assert told not in default
-    assert "learning rate 0.0003" in default
+    assert "learning rate 3.95e-05" in default

@@ -38,7 +38,7 @@ def test_defaults_and_the_published_settings() -> None:
     assert (recipe.objective.alpha, recipe.objective.alpha_at(1 / 3)) == (0.2, 0)
     assert not recipe.objective.clone.off()
     assert recipe.initialize.std == 0.02
-    assert (recipe.train.learning_rate, recipe.train.release_at) == (3e-4, 0)
+    assert (recipe.train.learning_rate, recipe.train.release_at) == ("auto", 0)
     paper = load_recipe("paper-lrc-1.5b")
     assert (paper.student.fold_gains, paper.initialize.method) == (False, "random")
     assert (paper.objective.temperature, paper.objective.kl_weight) == (40, 1.28)
@@ -94,6 +94,42 @@ def test_all_mistakes_are_reported_together() -> None:
 def test_value_of_the_wrong_kind() -> None:
     assert "'teacher' is 'name'" in refusal(smallest(teacher="name"))
     assert "'student.hidden_size' is 'wide'" in refusal(smallest(student={"hidden_size": "wide"}))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"train.learning_rate": -1},
+            "'train.learning_rate' is -1: input should be greater than 0, or input should be "
+            "'auto'",
+        ),
+        (
+            {"student.kv_heads": "two"},
+            "'student.kv_heads' is 'two': input should be a valid integer, unable to parse string "
+            "as an integer, or input should be a mapping of settings",
+        ),
+        (
+            {"student.kv_heads": {"keep": [2, 1]}},
+            "'student.kv_heads.keep' is [2, 1]: give each index once, ascending, from 0",
+        ),
+        (
+            {"student.layers": {"keep": [1, "b"]}},
+            "'student.layers.keep.1' is 'b': input should be a valid integer, unable to parse "
+            "string as an integer",
+        ),
+        ({"train.evaluate": 3}, "'train.evaluate' is 3: input should be a mapping of settings"),
+        ({"data.also_held_out": {"code": 3}}, "'data.also_held_out.code' is 3: input should be"),
+        (
+            {"method": {"name": "llm-pruner", "rati": 0.5}},
+            "unknown key 'method.rati' (nearest: 'method.ratio')",
+        ),
+    ],
+)
+def test_settings_of_several_types_are_named_once(settings: dict[str, Any], said: str) -> None:
+    message = refusal(smallest(), settings)
+    assert f"The recipe has mistakes: {said}" in message
+    assert message.count("' is ") <= 1
 
 
 def test_every_loss_off_is_refused() -> None:

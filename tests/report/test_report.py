@@ -105,7 +105,7 @@ def test_shapes_and_recipes(overlaid: Path, finished: list[Run]) -> None:
     assert shapes[""] == ["tiny", "first", "second"]
     assert shapes["hidden size"] == ["16", "8", "8"]
     different, everything = tables.rows["recipe"][:2], tables.section("recipe")
-    assert different == [["", "first", "second"], ["train.learning_rate", "0.0003", "0.1"]]
+    assert different == [["", "first", "second"], ["train.learning_rate", "auto", "0.1"]]
     assert everything["student.hidden_size"] == ["8", "8"]
     assert everything["python"] == [json.loads(environment(run))["python"] for run in finished]
 

@@ -1,5 +1,6 @@
 """What a recipe decides where the paper leaves a choice, and why, in one line."""
 
+from lrc.recipe.learning_rate import learning_rate
 from lrc.recipe.method_sections import LrcSection
 from lrc.recipe.recipe import Recipe
 from lrc.recipe.sections import ALPHA_ZERO_AT, ObjectiveSection
@@ -7,9 +8,14 @@ from lrc.recipe.sections import ALPHA_ZERO_AT, ObjectiveSection
 EVIDENCE = "benchmarks/comparisons/README.md"
 
 
-def choices(recipe: Recipe) -> str | None:
+def choices(recipe: Recipe, parameters: int) -> str | None:
     """One line that names start, calibration tokens, release, clone loss and learning rate of a
-    run, and which of them are our defaults; None for another method than LRC."""
+    run, and which of them are our defaults; None for another method than LRC.
+
+    Args:
+        recipe: the run's recipe.
+        parameters: elements of the student's weights.
+    """
     if not isinstance(recipe.method, LrcSection):
         return None
     usual = {name: type(getattr(recipe, name))() for name in ("initialize", "objective", "train")}
@@ -20,7 +26,7 @@ def choices(recipe: Recipe) -> str | None:
         (f"{start.calibration_tokens:,} calibration tokens", "initialize", ("calibration_tokens",)),
         (_release(train.release_at), "train", ("release_at",)),
         (_clone(loss), "objective", alpha),
-        (f"learning rate {train.learning_rate:g}", "train", ("learning_rate",)),
+        (f"learning rate {learning_rate(recipe, parameters):.3g}", "train", ("learning_rate",)),
     ]
     ours: dict[bool, list[str]] = {True: [], False: []}
     for text, section, keys in named:

@@ -172,7 +172,11 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
     try:
         return kind.model_validate(settings)
     except ValidationError as error:
-        problems = [_explain(problem, kind, what) for problem in error.errors()]
+        found: dict[tuple[str, ...], list[Any]] = {}
+        for problem in error.errors():
+            found.setdefault(_setting(problem["loc"], kind)[0], []).append(problem)
+        within = {at[:length] for at in found for length in range(1, len(at))}
+        problems = [_explain(same, kind, what) for at, same in found.items() if at not in within]
         raise UserError(f"{what} has mistakes: {'; '.join(problems)}.") from error
 
 
@@ -264,38 +268,61 @@ def _drop_origins(settings: dict[str, Any], overrides: Mapping[str, Any]) -> Non
             data.pop(name, None)
 
 
-def _explain(problem: Any, kind: type[Section], what: str) -> str:
-    """Turn one pydantic problem into a clause that says what to do."""
-    location = [str(part) for part in problem["loc"]]
-    method = None
-    if location[0:1] == ["method"] and len(location) > 1:
-        method = location.pop(1)  # pydantic inserts the method's name here
-    name = ".".join(location) or f"{what[0].lower()}{what[1:]}"
-    if problem["type"] == "extra_forbidden":
-        section = METHOD_SECTIONS[method] if method else _section_at(kind, location[:-1])
-        known = list(section.model_fields)
-        near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.0)
-        return f"unknown key '{name}' (nearest: '{'.'.join([*location[:-1], *near])}')"
+def _setting(
+    location: tuple[int | str, ...], kind: type[Section]
+) -> tuple[tuple[str, ...], type[Section] | None]:
+    """The path of a setting that pydantic complains about, without the names of the types that it
+    may have, and the section that holds it."""
+    path: list[str] = []
+    types: list[Any] = [kind]
+    holder = None
+    for part in map(str, location):
+        sections = [t for t in types if isinstance(t, type) and issubclass(t, Section)]
+        if len(types) > 1 and not (len(sections) == 1 and part in sections[0].model_fields):
+            chosen = METHOD_SECTIONS.get(part)  # how pydantic names a method's section
+            types = [t for t in types if t is chosen or getattr(t, "__name__", "") == part]
+            continue
+        path.append(part)
+        holder = sections[0] if sections else None
+        inner = types[0] if types else Any
+        if holder:
+            field = holder.model_fields.get(part)
+            types = _types(field.annotation) if field else []
+        else:
+            types = _types(get_args(inner)[-1]) if get_args(inner) else []
+    return tuple(path), holder
+
+
+def _types(annotation: Any) -> list[Any]:
+    """The types that a value may have besides None."""
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for kind in get_args(annotation) if kind is not NoneType]
+    return [annotation]
+
+
+def _explain(problems: list[Any], kind: type[Section], what: str) -> str:
+    """Turn pydantic's problems with one setting, one for each type that it may have, into a clause
+    that says what to do."""
+    problem = problems[0]
+    path, holder = _setting(problem["loc"], kind)
+    name = ".".join(path) or f"{what[0].lower()}{what[1:]}"
+    if problem["type"] == "extra_forbidden" and holder:
+        known = list(holder.model_fields)
+        near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.0)
+        return f"unknown key '{name}' (nearest: '{'.'.join([*path[:-1], *near])}')"
     if problem["type"] == "missing":
         return f"'{name}' is missing"
     if problem["type"] == "union_tag_not_found":
         return f"'{name}.name' is missing"
     if problem["type"] == "union_tag_invalid":
         return f"'{name}' is '{problem['ctx']['tag']}': choose one of {', '.join(METHOD_SECTIONS)}"
-    message = problem["msg"].removeprefix("Value error, ")
-    if not location:
-        return message
-    return f"'{name}' is {problem['input']!r}: {message[0].lower()}{message[1:]}"
-
-
-def _section_at(kind: type[Section], location: list[str]) -> type[Section]:
-    """Find the section class at `location`."""
-    section: Any = kind
-    for part in location:
-        if get_origin(section) is dict:
-            section = get_args(section)[1]
-        else:
-            section = section.model_fields[part].annotation
-        if get_origin(section) in (Union, UnionType):  # an optional section
-            section = next(kind for kind in get_args(section) if kind is not NoneType)
-    return section
+    messages = [
+        "input should be a mapping of settings"
+        if problem["type"] == "model_type"
+        else problem["msg"].removeprefix("Value error, ")
+        for problem in problems
+    ]
+    if not path:
+        return "; ".join(messages)
+    messages = [f"{message[0].lower()}{message[1:]}" for message in messages]
+    return f"'{name}' is {problem['input']!r}: {', or '.join(messages)}"

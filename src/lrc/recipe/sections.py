@@ -370,8 +370,10 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0, le=1 << 20)
     """Forward passes per optimizer step."""
 
-    learning_rate: float = Field(3e-4, gt=0)
-    """Peak learning rate of AdamW. The paper's 1e-4 is better for projections in short runs."""
+    learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
+    """Peak learning rate of AdamW. `auto`: from the student's parameters and the number of steps
+    (`lrc.recipe.learning_rate`), or 3e-4 with a random start or another method. The paper uses
+    1e-4."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up."""

@@ -30,7 +30,14 @@ from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
 from lrc.train.inputs import check_inputs, describe_inputs
 from lrc.train.loop import Loop, OnStep
-from lrc.train.setup import Setup, calibration_sequences, find_device, new_state, set_up
+from lrc.train.setup import (
+    Setup,
+    calibration_sequences,
+    find_device,
+    new_state,
+    set_up,
+    student_parameters,
+)
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
@@ -308,7 +315,7 @@ def open_loop(
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
-    if new and (chosen := choices(run.recipe)):
+    if new and (chosen := choices(run.recipe, student_parameters(setup.method))):
         logger.info(chosen)
     if new and (missing := chat_note(setup.teacher, text)):
         logger.warning(missing)

@@ -18,6 +18,7 @@ from lrc.methods import METHODS, unused_settings
 from lrc.model.precision import forward_dtype
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
+from lrc.recipe.learning_rate import learning_rate
 from lrc.recipe.sections import TrainSection
 from lrc.run import Run
 from lrc.system.distributed import ALONE, World, join, local_rank
@@ -132,7 +133,9 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
     for rate in sorted(set(own.values())):
         named = [p for name, p in owned.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
-    peak = getattr(train, stages.rate_setting()) or train.learning_rate
+    peak = getattr(train, stages.rate_setting())
+    if peak in (None, "auto"):
+        peak = learning_rate(recipe, student_parameters(method))
     optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
     bounds = 0, *stages.stage_ends(), recipe.steps()
     stage = bisect.bisect_right(bounds[:-1], step) - 1
@@ -143,6 +146,11 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
         factor = schedule(train, end - begin)
     scheduler = LambdaLR(optimizer, factor)
     return State(step, parameters, optimizer, scheduler, buffers=stages.buffers())
+
+
+def student_parameters(method: Method) -> int:
+    """Elements of the student's weights; tied ones count once."""
+    return sum(value.numel() for value in method.model.parameters())
 
 
 def warmup(train: TrainSection, steps: int) -> int:

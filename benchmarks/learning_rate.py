@@ -1,0 +1,93 @@
+"""How close `train.learning_rate: auto` and the default alpha come to the best of a grid.
+
+One comparison for each number of steps: the defaults; the rate of `auto` times 1/4, 1/2, 2 and 4;
+and other values of alpha at the rate of `auto`. All start from the same closed-form start.
+
+    python benchmarks/learning_rate.py shapes OUT --steps 20 50 200 800 --hidden-size 32
+    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 10 30 --hidden-size 288 \\
+        --factors 0.5 2 --alphas 0
+
+The first name is a shipped comparison, whose recipe, teacher and text are used (it says how to
+prepare them). What OUT holds already is not run again; the tables go to OUT/README.md.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import lrc
+from lrc.comparison import load_comparison
+from lrc.recipe import make_recipe, parse_override
+from lrc.recipe.learning_rate import learning_rate
+from lrc.recipe.recipe import apply_overrides
+from lrc.train.sizes import sizes_of
+
+
+def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The comparison for a number of steps."""
+    size = {"hidden_size": options.hidden_size}
+    recipe = make_recipe({**settings, "student": size})
+    tokens = steps * recipe.step_tokens()
+    recipe = make_recipe({**settings, "student": size}, {"train.tokens": tokens})
+    student = sizes_of(recipe).student
+    rate = learning_rate(recipe, sum(value.numel() for value in student.parameters()))
+    rates = {factor: float(f"{factor * rate:.3g}") for factor in [1, *options.factors]}
+    entries = [
+        {"name": f"rate-x{factor:g}", "learning_rates": [value]} for factor, value in rates.items()
+    ]
+    entries += [
+        {"name": f"alpha-{alpha:g}", "rate_of": "rate-x1", "set": {"objective.alpha": alpha}}
+        for alpha in options.alphas
+    ]
+    return {
+        "recipe": {**settings, "student": size},
+        "tokens": tokens,
+        "seeds": options.seeds,
+        "grid": {"learning_rates": [rates[1]], "tokens": tokens},
+        "entries": entries,
+    }
+
+
+def row(steps: int, results: Any) -> list[str]:
+    """What one comparison found: the rule's rate and loss, the best rate's, and each alpha's."""
+    losses = {entry.name: entry.mean("held_out_lm") for entry in results.entries}
+    rates = {entry.name: entry.learning_rate for entry in results.entries}
+    tried = {name: loss for name, loss in losses.items() if name.startswith("rate-")}
+    best = min(tried, key=lambda name: tried[name])
+    auto = losses["rate-x1"]
+    cells = [f"{steps:,}", f"{rates['rate-x1']:.2g}", f"{auto:.3f}", f"{rates[best]:.2g}"]
+    cells += [f"{tried[best]:.3f}", f"{auto - tried[best]:.3f}"]
+    return cells + [f"{loss:.3f}" for name, loss in losses.items() if name.startswith("alpha-")]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("comparison")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--steps", type=int, nargs="+", required=True)
+    parser.add_argument("--hidden-size", type=int, required=True)
+    parser.add_argument("--factors", type=float, nargs="*", default=[0.25, 0.5, 2, 4])
+    parser.add_argument("--alphas", type=float, nargs="*", default=[0, 1])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    options = parser.parse_args()
+    shipped = load_comparison(options.comparison).recipe
+    assert isinstance(shipped, dict)
+    settings = apply_overrides(shipped, dict(map(parse_override, options.set)))
+    columns = ["steps", "rate of auto", "loss", "best rate", "loss", "auto is behind by"]
+    columns += [f"alpha {alpha:g}" for alpha in options.alphas]
+    lines = [columns, ["---"] * len(columns)]
+    for steps in options.steps:
+        options.out.mkdir(parents=True, exist_ok=True)
+        path = options.out / f"steps-{steps}.yaml"
+        path.write_text(yaml.safe_dump(comparison(settings, steps, options), sort_keys=False))
+        lines.append(row(steps, lrc.compare(path, out=options.out / f"steps-{steps}")))
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        (options.out / "README.md").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""`train.learning_rate: auto`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from lrc.recipe import make_recipe
+from lrc.recipe.learning_rate import OTHERS, learning_rate
+from lrc.run import Run
+from lrc.train import train
+from tiny_runs import file_settings, save_teacher, tiny_recipe
+
+
+def test_more_steps_and_fewer_parameters_take_a_higher_rate() -> None:
+    """By hand: 1.26 * N^-0.6 * steps^(1/3)."""
+    tokens = {"train.tokens": 8 * 256 * 1000}
+    assert learning_rate(tiny_recipe(tokens), 10**5) == pytest.approx(1.26 * 1e-3 * 10)
+    assert learning_rate(tiny_recipe(tokens), 10**10) == pytest.approx(1.26 * 1e-6 * 10)
+    larger = tokens | {"train.micro_batch": 64}
+    assert learning_rate(tiny_recipe(larger), 10**5) == pytest.approx(1.26 * 1e-3 * 5)
+
+
+@pytest.mark.parametrize("changes", [{"method": "scratch"}, {"initialize": "random"}])
+def test_no_rule_without_a_start_from_text(changes: dict[str, Any]) -> None:
+    assert learning_rate(tiny_recipe(changes), 10**5) == OTHERS
+    given = changes | {"train.learning_rate": 1e-3}
+    assert learning_rate(tiny_recipe(given), 10**5) == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [
+        (False, {"train.release_at": 0}),
+        (True, {"train.release_at": 1}),
+        (True, {"train.release_at": 0.5}),
+        (False, {"student.kv_heads": 1, "student.intermediate_size": 8}),
+    ],
+)
+def test_a_run_takes_it_from_its_own_student(
+    tmp_path: Path, tied: bool, changes: dict[str, Any]
+) -> None:
+    """In every stage, the peak of the metrics is the rule's, given the exported student."""
+    save_teacher(tmp_path / "teacher", tied=tied)
+    settings = file_settings(tmp_path, initialize={"calibration_tokens": 128})
+    steps = {"train.tokens": 8 * 2 * 16, "train.micro_batch": 2, "train.schedule": "constant"}
+    run = Run.create(tmp_path / "run", make_recipe(settings, steps | changes))
+    train(run)
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder)
+    expected = learning_rate(run.recipe, sum(value.numel() for value in student.parameters()))
+    lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert max(rates) == pytest.approx(expected, rel=1e-9)
+    assert rates[-1] == pytest.approx(expected, rel=1e-9)
