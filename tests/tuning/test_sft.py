@@ -22,10 +22,12 @@ from lrc import api
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
 from lrc.train.session import Interrupted
+from lrc.train.signals import StopRequest
 from lrc.tuning.conversations import Encoder, encode_all
 from lrc.tuning.settings import Tuning, load_tuning
 from lrc.tuning.sft import sft
 from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer
+from prepared import CLI, EXACT, Prepared, places
 from tiny import tiny_teacher, tiny_tokenizer
 
 TEMPLATE = (
@@ -195,7 +197,7 @@ def _trainer(parts: dict[str, Any], tmp_path: Path, **changes: Any) -> Any:
 
         teacher = load_teacher(tuning.teacher)
         teacher.model.double()
-    reporter = Reporter(tmp_path / "metrics.jsonl", False, lambda _: None)
+    reporter = Reporter(tmp_path / "metrics.jsonl", StopRequest(), lambda _: None)
     return make_trainer(tuning, model, tokenizer, teacher, found, tmp_path / "kept", reporter)
 
 
@@ -474,3 +476,129 @@ def test_a_loss_that_is_not_finite_is_reported(parts: dict[str, Any], tmp_path: 
 @pytest.mark.parametrize("name", shipped("sft recipe"))
 def test_shipped_sft_recipe_is_valid(name: str) -> None:
     assert load_tuning(name, {"model": "student"}).data
+
+
+# Several processes
+
+
+def flags(parts: dict[str, Any], **settings: Any) -> list[str]:
+    """The settings of a tuning as arguments of `lrc sft`; a step has two micro-batches."""
+    given = {**parts, "micro_batch": 2, "accumulate": 2, **settings}
+    model, data = given.pop("model"), given.pop("data")
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    return ["sft", model, "--data", data[0], *sets]
+
+
+def together(prepared: Prepared, *arguments: Any, code: str = CLI) -> list[tuple[int, str, str]]:
+    """Exit codes, outputs and errors of a command in two processes."""
+    started = [
+        prepared.start(*arguments, code=code, environment=EXACT | place) for place in places(2)
+    ]
+    return [process.wait() for process in started]
+
+
+def lines_of(folder: Path, *names: str) -> list[list[Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[line.get(name) for name in ("step", *names)] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("plain", marks=pytest.mark.slow), "lora, packing and a teacher"]
+)
+def test_two_processes_tune_as_one_does(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared, kind: str
+) -> None:
+    settings: dict[str, Any] = {}
+    if kind != "plain":
+        settings = {"lora_rank": 4, "packing": "true", "max_length": 48}
+        settings["teacher"] = save_model(tmp_path / "teacher", seed=5)
+    command = flags(parts, **settings)
+    one = prepared.start(*command, "--out", tmp_path / "one", environment=EXACT)
+    for code, _, err in (*together(prepared, *command, "--out", tmp_path / "two"), one.wait()):
+        assert code == 0, err
+    found = [lines_of(tmp_path / name, "loss", "lm", "kl", "eval_loss") for name in ("one", "two")]
+    assert len(found[0]) == 9
+    assert found[0] == found[1]
+    assert same(weights(tmp_path / "one/student"), weights(tmp_path / "two/student"))
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    for summary in summaries:
+        summary.pop("seconds")
+    assert summaries[0] == summaries[1]
+
+
+BREAKS = """
+import os
+from lrc.tuning import trainers
+
+def breaks(kind, name, signal):
+    real = getattr(kind, name)
+    def broken(self, *rest, **more):
+        state = self.state if kind is trainers.Plain else rest[1]
+        if state.global_step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal)
+        return real(self, *rest, **more)
+    setattr(kind, name, broken)
+
+breaks({kind}, "{name}", {signal})
+"""
+"""Sends a signal to the second process, at step 3."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["compute_loss", "on_step_end"])
+def test_a_killed_process_ends_all_and_the_tuning_goes_on(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared, place: str
+) -> None:
+    kind = {"compute_loss": "trainers.Plain", "on_step_end": "trainers.Reporter"}[place]
+    code = BREAKS.format(kind=kind, name=place, signal=9) + CLI
+    (first, _, err), (second, _, _) = together(
+        prepared, *flags(parts), "--out", tmp_path / "out", code=code
+    )
+    assert (first, second) == (2, -9)
+    assert "Another process of this run has ended" in err
+    assert not (tmp_path / "out/student").exists()
+    resume, whole = ["resume", tmp_path / "out"], [*flags(parts), "--out", tmp_path / "whole"]
+    for command in (resume, whole):
+        code_, _, err = prepared.run(*command, environment=EXACT)
+        assert code_ == 0, err
+    assert same(weights(tmp_path / "out/student"), weights(tmp_path / "whole/student"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    code = BREAKS.format(kind="trainers.Reporter", name="on_step_end", signal=15) + CLI
+    found = together(prepared, *flags(parts), "--out", tmp_path / "out", code=code)
+    assert [code for code, _, _ in found] == [128 + 15] * 2
+    assert "Stopped after step 3" in found[0][1]
+    assert (tmp_path / "out/checkpoints/checkpoint-3/trainer_state.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_on_policy(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    teacher = save_model(tmp_path / "teacher", seed=5)
+    settings = {"on_policy": "true", "teacher": teacher, "max_new_tokens": 6, "max_length": 40}
+    found = together(prepared, *flags(parts, **settings), "--out", tmp_path / "out")
+    assert [code for code, _, _ in found] == [0, 0], found
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["held_out_lm"] < summary["held_out_lm_before"] - 0.05
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_tune_together_are_refused(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    command = [*flags(parts, accumulate=3), "--out", tmp_path / "out"]
+    for code, _, err in together(prepared, *command):
+        assert code == 2
+        assert "2 processes cannot divide: set it to 4" in err
+    differ = "import os, sys\nsys.argv += ['--set', 'seed=' + os.environ['RANK']]\n" + CLI
+    for code, _, err in together(prepared, *flags(parts), "--out", tmp_path / "out", code=differ):
+        assert code == 2
+        assert "differ in the settings" in err
+    assert not (tmp_path / "out/sft.yaml").exists()
