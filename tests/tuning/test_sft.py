@@ -23,7 +23,7 @@ from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
 from lrc.train.session import Interrupted
 from lrc.train.signals import StopRequest
-from lrc.tuning.conversations import Encoder, encode_all
+from lrc.tuning.conversations import Encoder, encode_all, read_conversations
 from lrc.tuning.settings import Tuning, load_tuning
 from lrc.tuning.sft import sft
 from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer
@@ -161,10 +161,68 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out() -> No
     ]
     rows = [conversation(i) for i in range(4)]
     found = encode_all([*rows, long], Encoder(tokenizer, 10), 0.25, 9, 0)
-    assert found.left_out == 1
+    assert found.left_out == {"there is no answer within max_length": 1}
     assert len(found.training) == 3
     assert len(found.held_out) == 1
     assert max(len(one.input_ids) for one in found.training) <= 10
+
+
+def test_an_empty_answer_is_not_learned() -> None:
+    """It would teach the model to say nothing. A call of a tool is an answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    question = {"role": "user", "content": "w5"}
+    empty = [question, {"role": "assistant", "content": " "}]
+    call = [question, {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]
+    rows = [*(conversation(i) for i in range(4)), empty, call]
+    found = encode_all(rows, Encoder(tokenizer, 64), 0.25, 9, 0)
+    assert found.left_out == {"an answer is empty": 1}
+    assert len(found.training) + len(found.held_out) == 5
+
+
+def test_what_the_template_refuses_is_left_out_with_its_reason() -> None:
+    tokenizer = tiny_tokenizer()
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + TEMPLATE
+    system = {"role": "system", "content": "w9"}
+    rows = [conversation(0), conversation(1), [system, *conversation(2)]]
+    found = encode_all(rows, Encoder(tokenizer, 64), 0.5, 9, 0)
+    assert found.left_out == {"the chat template refuses them (no system)": 1}
+    with pytest.raises(UserError, match=r"0 can be learned from.*Left out: 1, because .*no system"):
+        encode_all(rows[2:], Encoder(tokenizer, 64), 0.5, 9, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "Human", "value": "w5"}, {"from": "GPT", "value": "w6"}]},
+        {"messages": [{"role": "human", "content": "w5"}, {"role": "gpt", "content": "w6"}]},
+        {"messages": [{"role": "user", "value": "w5"}, {"role": "bot", "value": "w6"}]},
+        {
+            "messages": None,
+            "conversations": [
+                {"role": "user", "content": "w5", "tool_calls": None},
+                {"role": "assistant", "content": "w6", "name": None},
+            ],
+        },
+    ],
+)
+def test_common_ways_to_write_a_conversation(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(row))
+    question, answer = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}
+    assert list(read_conversations([str(path)], "train")) == [[question, answer]]
+
+
+def test_calls_of_tools_are_kept_and_their_description_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [call, {"role": "tool", "content": "w5"}, {"role": "observation", "content": "w6"}]
+    path.write_text(json.dumps({"messages": turns, "tools": []}))
+    assert list(read_conversations([str(path)], "train")) == [[{**call, "content": ""}, *turns[1:]]]
+    path.write_text(json.dumps({"messages": turns, "tools": [{"name": "f"}]}))
+    with pytest.raises(UserError, match="describes `tools`"):
+        list(read_conversations([str(path)], "train"))
 
 
 def test_the_held_out_loss_is_the_mean_over_answer_tokens(parts: dict[str, Any]) -> None:

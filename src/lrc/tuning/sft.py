@@ -135,11 +135,8 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
             tuning.seed,
             keep_messages=tuning.on_policy,
         )
-    if conversations.left_out:
-        logger.warning(
-            f"{conversations.left_out:,} conversations were left out: their chat template refuses "
-            "them, or no answer is within max_length."
-        )
+    for why, count in conversations.left_out.items():
+        logger.warning(f"{count:,} conversations were left out: {why}.")
     teacher = None if tuning.teacher is None else _teacher(tuning, tokenizer)
     fingerprint = conversations.fingerprint()
     mine = {"settings": tuning.to_yaml(), "folder": str(folder.resolve())}
