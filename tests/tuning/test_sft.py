@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer as Backend
 from torch.nn import functional
 from transformers import (
@@ -18,7 +19,9 @@ from transformers import (
 )
 
 from command_line import Command
+from gguf_helpers import byte_level_bpe, tiny_student
 from lrc import api
+from lrc.exporting.gguf_file import convert_to_gguf
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
 from lrc.train.session import Interrupted
@@ -529,6 +532,45 @@ def test_a_teacher_with_another_tokenizer_is_refused(parts: dict[str, Any], tmp_
 def test_a_loss_that_is_not_finite_is_reported(parts: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match="learning_rate"):
         sft(Tuning(**{**parts, "learning_rate": 1e30}), tmp_path / "out")
+
+
+def test_weights_that_the_last_step_breaks_are_not_exported(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is from before it."""
+    on_step_end = Reporter.on_step_end
+
+    def broken(self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if state.global_step == 5:
+            more["model"].lm_head.weight.data.fill_(float("nan"))
+        return on_step_end(self, args, state, control, **more)
+
+    monkeypatch.setattr(Reporter, "on_step_end", broken)
+    with pytest.raises(DivergedError, match="not finite at step 5"):
+        sft(Tuning(**{**parts, "steps": 5}), tmp_path / "out")
+    assert not (tmp_path / "out/student").exists()
+
+
+def test_a_damaged_model_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(parts["model"])
+    model.model.norm.weight.data.fill_(3e38)  # finite, but its logits are not
+    model.save_pretrained(parts["model"])
+    with pytest.raises(UserError, match="not finite before tuning"):
+        sft(Tuning(**parts), tmp_path / "out")
+
+
+def test_a_gguf_file_is_tuned_to_a_plain_model(parts: dict[str, Any], tmp_path: Path) -> None:
+    """transformers marks the model of such a file as quantized."""
+    tokenizer = byte_level_bpe()
+    tiny_student("llama", tokenizer).float().save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    convert_to_gguf(str(tmp_path / "plain"), tmp_path / "model.gguf", GGMLQuantizationType.F32)
+    sft(Tuning(**{**parts, "model": str(tmp_path / "model.gguf"), "steps": 2}), tmp_path / "out")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "out/student/config.json").read_text()
+    )
+    card = (tmp_path / "out/student/README.md").read_text()
+    assert card.index("## Chat tuning") < card.index("## Use")
 
 
 @pytest.mark.parametrize("name", shipped("sft recipe"))

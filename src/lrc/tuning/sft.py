@@ -12,6 +12,7 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -116,7 +117,13 @@ def _check(tuning: Tuning, folder: Path) -> None:
 
 def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
     from lrc.tuning.conversations import Encoder, encode_all, read_conversations
-    from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer, plain_model
+    from lrc.tuning.trainers import (
+        HeldOutLoss,
+        Reporter,
+        make_trainer,
+        plain_model,
+        refuse_not_finite,
+    )
 
     with task(f"Loading {tuning.model}"):
         model, tokenizer = load_model(student_of(tuning.model))
@@ -155,6 +162,11 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
         )
         held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch, world)
         before = _before(folder, held_out, plain_model(trainer.model), teacher)
+        if not math.isfinite(before["held_out_lm"]):
+            raise UserError(
+                f"The held-out loss of {tuning.model} is not finite before tuning: its weights are "
+                "damaged, so give another model."
+            )
         logger.info("Held-out loss on answers before tuning: %.4f", before["held_out_lm"])
         newest = world.from_first(_newest(checkpoints))
         with _together(world):
@@ -170,6 +182,8 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
         tuned = tuned.merge_and_unload()
     _restore(tuned, was)
     with task("Measuring and exporting"):
+        after = held_out.measure(tuned)
+        refuse_not_finite(after, trainer.state.global_step)
         summary = {
             "model": tuning.model,
             "data": tuning.data,
@@ -179,7 +193,7 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
             "training_answer_tokens": sum(int(one.learned.sum()) for one in conversations.training),
             "steps": trainer.state.global_step,
             "held_out_lm_before": before["held_out_lm"],
-            "held_out_lm": held_out.measure(tuned),
+            "held_out_lm": after,
             "teacher_held_out_lm": before["teacher_held_out_lm"],
             "seconds": round(time.perf_counter() - started, 1),
         }
@@ -254,7 +268,7 @@ def _begin(tuning: Tuning, folder: Path, fingerprint: str) -> None:
 
 def _before(
     folder: Path, held_out: "HeldOutLoss", model: PreTrainedModel, teacher: Teacher | None
-) -> dict[str, float | None]:
+) -> dict[str, Any]:
     """The held-out losses before the first step, measured once."""
     path, world = folder / "before.json", held_out.world
     if not world.from_first(path.is_file()):

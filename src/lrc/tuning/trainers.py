@@ -347,6 +347,15 @@ def _hidden_through(model: Any, plain: PreTrainedModel, batch: Batch) -> Tensor:
     return scaled_hidden(plain, found[0])
 
 
+def refuse_not_finite(loss: float, step: int) -> None:
+    """Raises DivergedError if a loss after a step is not finite."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"The loss is not finite at step {step}: start again, in another folder, with a lower "
+            "learning_rate."
+        )
+
+
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, and stops the trainer on a signal or a bad loss."""
 
@@ -365,11 +374,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self, _args: Any, state: TrainerState, _control: Any, logs: Any = None, **_: Any
     ) -> None:
         """Write and show a line."""
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise DivergedError(
-                f"The loss is not finite at step {state.global_step}: start again with a lower "
-                "learning_rate."
-            )
+        for name in ("loss", "eval_loss"):
+            refuse_not_finite((logs or {}).get(name, 0.0), state.global_step)
         if not self._world.leads:
             return
         line = {"step": state.global_step, "steps": state.max_steps, **(logs or {})}
