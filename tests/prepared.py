@@ -11,10 +11,15 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 CLI = "from lrc.cli import main; main()"
 """The command line."""
+
+EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
+"""MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
+same numbers."""
 
 SERVER = """
 import json, os, sys
@@ -47,6 +52,16 @@ if request["folder"]:
 sys.argv = request["arguments"]
 exec(request["code"])
 """
+
+
+def places(size: int) -> list[dict[str, str]]:
+    """What torchrun sets for each of several processes of this machine."""
+    with socket() as any_port:
+        any_port.bind(("localhost", 0))
+        port = str(any_port.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    common |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 @dataclass(frozen=True)

@@ -276,3 +276,10 @@ def test_modelfile_belongs_to_gguf(folder: Path, lrc: Command, tmp_path: Path) -
     code, _, err = lrc("export", folder, tmp_path / "plain", "--modelfile")
     assert code == 2
     assert "goes with GGUF" in err
+
+
+@pytest.mark.parametrize("name", ["me/a..b", "me/as st", "a/b/c", "me/-x"])
+def test_a_name_that_the_hub_would_refuse_is_refused_in_a_dry_run(
+    folder: Path, lrc: Command, name: str
+) -> None:
+    assert "is not a name for a repository" in lrc.refusal("push", folder, name, "--dry-run")

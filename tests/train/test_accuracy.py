@@ -18,6 +18,7 @@ from lrc.recipe.sections import EvaluateSection
 from lrc.report.curves import loss_charts
 from lrc.report.runs import read_runs
 from lrc.run import Run
+from prepared import EXACT, Prepared, places
 
 STEP_TOKENS = 2 * 32
 
@@ -110,6 +111,50 @@ def test_accuracy_is_measured_along_the_run_and_changes_nothing_else(
     code, _, err = lrc("eval", tmp_path / "run", "--checkpoints", *rows, "--compare", "teacher")
     assert code == 2
     assert "leave it out" in err
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_tasks(
+    settings: list[str], tmp_path: Path, prepared: Prepared
+) -> None:
+    command = ["train", *settings, "--set", "train.accumulate=2"]
+    started = [prepared.start(*command, "--out", tmp_path / "one", environment=EXACT)]
+    for place in places(2):
+        out = ("--out", tmp_path / "two")
+        started.append(prepared.start(*command, *out, code=COUNTED, environment=EXACT | place))
+    outputs = []
+    for process in started:
+        code, out, err = process.wait()
+        assert code == 0, err
+        outputs.append(out)
+    counted = [out.splitlines()[-1] for out in outputs[1:]]
+    # Steps 0, 2, 4 and 5, and the teacher once.
+    assert counted == ["{'arc_easy': 5}", "{'piqa': 5}"]
+    one, two = (
+        [(row["step"], row["accuracy"]) for row in lines_of(tmp_path / name) if "accuracy" in row]
+        for name in ("one", "two")
+    )
+    assert len(one) == 4
+    assert one == two
+    first = [lines_of(tmp_path / name)[0]["teacher_accuracy"] for name in ("one", "two")]
+    assert first[0] == first[1]
+
+
+COUNTED = """
+import atexit
+from collections import Counter
+from lrc.evaluation import along
+real, counts = along.evaluate_task, Counter()
+
+def evaluate_task(lm, manager, name, *rest):
+    counts[name] += 1
+    return real(lm, manager, name, *rest)
+
+along.evaluate_task = evaluate_task
+atexit.register(lambda: print(dict(counts)))
+from lrc.cli import main; main()
+"""
+"""The command line, which prints how often it evaluated each task."""
 
 
 def _is_evaluate(parts: list[str], i: int) -> bool:

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from socket import socket
 from typing import Any
 
 import pytest
@@ -24,15 +23,12 @@ from lrc.system.distributed import ALONE, World, assign
 from lrc.system.errors import UserError
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.session import check_division
-from prepared import Prepared
+from prepared import EXACT, Prepared, places
 from tiny_runs import copy_until, file_settings, save_teacher, without_times
 
 TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
 TRAINING |= {"tokens": 6 * 2 * 2 * 16}
 LAUNCHED = Path(__file__).with_name("launched.py")
-EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
-"""MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
-same numbers."""
 
 CASES: dict[str, list[str]] = {
     "released from step 0": [],
@@ -129,15 +125,9 @@ def assert_near(ours: Run, theirs: Run, tolerance: float) -> None:
 def pairs(folder: Path, prepared: Prepared) -> None:
     """Every case on two processes and on one, two micro-batches a step each. The two get what
     torchrun sets; the slow tests start torchrun itself."""
-    with socket() as any_port:
-        any_port.bind(("localhost", 0))
-        port = any_port.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    places = [
-        common | {"RANK": rank, "LOCAL_RANK": rank, "MASTER_PORT": str(port)} for rank in "01"
-    ]
     started = []
-    for out, place in [("two", places[0]), ("two", places[1]), ("one", {})]:
+    two = [("two", place) for place in places(2)]
+    for out, place in [*two, ("one", {})]:
         commands = [train(folder, "recipe.yaml", case, f"{out}/{case}") for case in PAIRS]
         arguments, code = json.dumps([commands, None]), LAUNCHED.read_text()
         started.append(prepared.start(arguments, code=code, environment=EXACT | place))

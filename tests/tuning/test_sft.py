@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer as Backend
 from torch.nn import functional
 from transformers import (
@@ -18,14 +19,18 @@ from transformers import (
 )
 
 from command_line import Command
+from gguf_helpers import byte_level_bpe, tiny_student
 from lrc import api
+from lrc.exporting.gguf_file import convert_to_gguf
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
 from lrc.train.session import Interrupted
-from lrc.tuning.conversations import Encoder, encode_all
+from lrc.train.signals import StopRequest
+from lrc.tuning.conversations import Encoder, encode_all, read_conversations
 from lrc.tuning.settings import Tuning, load_tuning
 from lrc.tuning.sft import sft
 from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer
+from prepared import CLI, EXACT, Prepared, places
 from tiny import tiny_teacher, tiny_tokenizer
 
 TEMPLATE = (
@@ -159,10 +164,68 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out() -> No
     ]
     rows = [conversation(i) for i in range(4)]
     found = encode_all([*rows, long], Encoder(tokenizer, 10), 0.25, 9, 0)
-    assert found.left_out == 1
+    assert found.left_out == {"there is no answer within max_length": 1}
     assert len(found.training) == 3
     assert len(found.held_out) == 1
     assert max(len(one.input_ids) for one in found.training) <= 10
+
+
+def test_an_empty_answer_is_not_learned() -> None:
+    """It would teach the model to say nothing. A call of a tool is an answer."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    question = {"role": "user", "content": "w5"}
+    empty = [question, {"role": "assistant", "content": " "}]
+    call = [question, {"role": "assistant", "content": "", "tool_calls": [{"function": {}}]}]
+    rows = [*(conversation(i) for i in range(4)), empty, call]
+    found = encode_all(rows, Encoder(tokenizer, 64), 0.25, 9, 0)
+    assert found.left_out == {"an answer is empty": 1}
+    assert len(found.training) + len(found.held_out) == 5
+
+
+def test_what_the_template_refuses_is_left_out_with_its_reason() -> None:
+    tokenizer = tiny_tokenizer()
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refuses + TEMPLATE
+    system = {"role": "system", "content": "w9"}
+    rows = [conversation(0), conversation(1), [system, *conversation(2)]]
+    found = encode_all(rows, Encoder(tokenizer, 64), 0.5, 9, 0)
+    assert found.left_out == {"the chat template refuses them (no system)": 1}
+    with pytest.raises(UserError, match=r"0 can be learned from.*Left out: 1, because .*no system"):
+        encode_all(rows[2:], Encoder(tokenizer, 64), 0.5, 9, 0)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "Human", "value": "w5"}, {"from": "GPT", "value": "w6"}]},
+        {"messages": [{"role": "human", "content": "w5"}, {"role": "gpt", "content": "w6"}]},
+        {"messages": [{"role": "user", "value": "w5"}, {"role": "bot", "value": "w6"}]},
+        {
+            "messages": None,
+            "conversations": [
+                {"role": "user", "content": "w5", "tool_calls": None},
+                {"role": "assistant", "content": "w6", "name": None},
+            ],
+        },
+    ],
+)
+def test_common_ways_to_write_a_conversation(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text(json.dumps(row))
+    question, answer = {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6"}
+    assert list(read_conversations([str(path)], "train")) == [[question, answer]]
+
+
+def test_calls_of_tools_are_kept_and_their_description_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]}
+    turns = [call, {"role": "tool", "content": "w5"}, {"role": "observation", "content": "w6"}]
+    path.write_text(json.dumps({"messages": turns, "tools": []}))
+    assert list(read_conversations([str(path)], "train")) == [[{**call, "content": ""}, *turns[1:]]]
+    path.write_text(json.dumps({"messages": turns, "tools": [{"name": "f"}]}))
+    with pytest.raises(UserError, match="describes `tools`"):
+        list(read_conversations([str(path)], "train"))
 
 
 def test_the_held_out_loss_is_the_mean_over_answer_tokens(parts: dict[str, Any]) -> None:
@@ -195,7 +258,7 @@ def _trainer(parts: dict[str, Any], tmp_path: Path, **changes: Any) -> Any:
 
         teacher = load_teacher(tuning.teacher)
         teacher.model.double()
-    reporter = Reporter(tmp_path / "metrics.jsonl", False, lambda _: None)
+    reporter = Reporter(tmp_path / "metrics.jsonl", StopRequest(), lambda _: None)
     return make_trainer(tuning, model, tokenizer, teacher, found, tmp_path / "kept", reporter)
 
 
@@ -471,6 +534,171 @@ def test_a_loss_that_is_not_finite_is_reported(parts: dict[str, Any], tmp_path: 
         sft(Tuning(**{**parts, "learning_rate": 1e30}), tmp_path / "out")
 
 
+def test_weights_that_the_last_step_breaks_are_not_exported(
+    parts: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its loss is from before it."""
+    on_step_end = Reporter.on_step_end
+
+    def broken(self: Any, args: Any, state: Any, control: Any, **more: Any) -> Any:
+        if state.global_step == 5:
+            more["model"].lm_head.weight.data.fill_(float("nan"))
+        return on_step_end(self, args, state, control, **more)
+
+    monkeypatch.setattr(Reporter, "on_step_end", broken)
+    with pytest.raises(DivergedError, match="not finite at step 5"):
+        sft(Tuning(**{**parts, "steps": 5}), tmp_path / "out")
+    assert not (tmp_path / "out/student").exists()
+
+
+def test_a_damaged_model_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(parts["model"])
+    model.model.norm.weight.data.fill_(3e38)  # finite, but its logits are not
+    model.save_pretrained(parts["model"])
+    with pytest.raises(UserError, match="not finite before tuning"):
+        sft(Tuning(**parts), tmp_path / "out")
+
+
+def test_a_gguf_file_is_tuned_to_a_plain_model(parts: dict[str, Any], tmp_path: Path) -> None:
+    """transformers marks the model of such a file as quantized."""
+    tokenizer = byte_level_bpe()
+    tiny_student("llama", tokenizer).float().save_pretrained(tmp_path / "plain")
+    tokenizer.save_pretrained(tmp_path / "plain")
+    convert_to_gguf(str(tmp_path / "plain"), tmp_path / "model.gguf", GGMLQuantizationType.F32)
+    sft(Tuning(**{**parts, "model": str(tmp_path / "model.gguf"), "steps": 2}), tmp_path / "out")
+    assert "quantization_config" not in json.loads(
+        (tmp_path / "out/student/config.json").read_text()
+    )
+    card = (tmp_path / "out/student/README.md").read_text()
+    assert card.index("## Chat tuning") < card.index("## Use")
+
+
 @pytest.mark.parametrize("name", shipped("sft recipe"))
 def test_shipped_sft_recipe_is_valid(name: str) -> None:
     assert load_tuning(name, {"model": "student"}).data
+
+
+# Several processes
+
+
+def flags(parts: dict[str, Any], **settings: Any) -> list[str]:
+    """The settings of a tuning as arguments of `lrc sft`; a step has two micro-batches."""
+    given = {**parts, "micro_batch": 2, "accumulate": 2, **settings}
+    model, data = given.pop("model"), given.pop("data")
+    sets = [part for key, value in given.items() for part in ("--set", f"{key}={value}")]
+    return ["sft", model, "--data", data[0], *sets]
+
+
+def together(prepared: Prepared, *arguments: Any, code: str = CLI) -> list[tuple[int, str, str]]:
+    """Exit codes, outputs and errors of a command in two processes."""
+    started = [
+        prepared.start(*arguments, code=code, environment=EXACT | place) for place in places(2)
+    ]
+    return [process.wait() for process in started]
+
+
+def lines_of(folder: Path, *names: str) -> list[list[Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [[line.get(name) for name in ("step", *names)] for line in lines]
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("plain", marks=pytest.mark.slow), "lora, packing and a teacher"]
+)
+def test_two_processes_tune_as_one_does(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared, kind: str
+) -> None:
+    settings: dict[str, Any] = {}
+    if kind != "plain":
+        settings = {"lora_rank": 4, "packing": "true", "max_length": 48}
+        settings["teacher"] = save_model(tmp_path / "teacher", seed=5)
+    command = flags(parts, **settings)
+    one = prepared.start(*command, "--out", tmp_path / "one", environment=EXACT)
+    for code, _, err in (*together(prepared, *command, "--out", tmp_path / "two"), one.wait()):
+        assert code == 0, err
+    found = [lines_of(tmp_path / name, "loss", "lm", "kl", "eval_loss") for name in ("one", "two")]
+    assert len(found[0]) == 9
+    assert found[0] == found[1]
+    assert same(weights(tmp_path / "one/student"), weights(tmp_path / "two/student"))
+    summaries = [
+        json.loads((tmp_path / name / "summary.json").read_text()) for name in ("one", "two")
+    ]
+    for summary in summaries:
+        summary.pop("seconds")
+    assert summaries[0] == summaries[1]
+
+
+BREAKS = """
+import os
+from lrc.tuning import trainers
+
+def breaks(kind, name, signal):
+    real = getattr(kind, name)
+    def broken(self, *rest, **more):
+        state = self.state if kind is trainers.Plain else rest[1]
+        if state.global_step == 3 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal)
+        return real(self, *rest, **more)
+    setattr(kind, name, broken)
+
+breaks({kind}, "{name}", {signal})
+"""
+"""Sends a signal to the second process, at step 3."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["compute_loss", "on_step_end"])
+def test_a_killed_process_ends_all_and_the_tuning_goes_on(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared, place: str
+) -> None:
+    kind = {"compute_loss": "trainers.Plain", "on_step_end": "trainers.Reporter"}[place]
+    code = BREAKS.format(kind=kind, name=place, signal=9) + CLI
+    (first, _, err), (second, _, _) = together(
+        prepared, *flags(parts), "--out", tmp_path / "out", code=code
+    )
+    assert (first, second) == (2, -9)
+    assert "Another process of this run has ended" in err
+    assert not (tmp_path / "out/student").exists()
+    resume, whole = ["resume", tmp_path / "out"], [*flags(parts), "--out", tmp_path / "whole"]
+    for command in (resume, whole):
+        code_, _, err = prepared.run(*command, environment=EXACT)
+        assert code_ == 0, err
+    assert same(weights(tmp_path / "out/student"), weights(tmp_path / "whole/student"))
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_both(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    code = BREAKS.format(kind="trainers.Reporter", name="on_step_end", signal=15) + CLI
+    found = together(prepared, *flags(parts), "--out", tmp_path / "out", code=code)
+    assert [code for code, _, _ in found] == [128 + 15] * 2
+    assert "Stopped after step 3" in found[0][1]
+    assert (tmp_path / "out/checkpoints/checkpoint-3/trainer_state.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_learn_on_policy(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    teacher = save_model(tmp_path / "teacher", seed=5)
+    settings = {"on_policy": "true", "teacher": teacher, "max_new_tokens": 6, "max_length": 40}
+    found = together(prepared, *flags(parts, **settings), "--out", tmp_path / "out")
+    assert [code for code, _, _ in found] == [0, 0], found
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert summary["held_out_lm"] < summary["held_out_lm_before"] - 0.05
+
+
+@pytest.mark.slow
+def test_processes_that_cannot_tune_together_are_refused(
+    parts: dict[str, Any], tmp_path: Path, prepared: Prepared
+) -> None:
+    command = [*flags(parts, accumulate=3), "--out", tmp_path / "out"]
+    for code, _, err in together(prepared, *command):
+        assert code == 2
+        assert "2 processes cannot divide: set it to 4" in err
+    differ = "import os, sys\nsys.argv += ['--set', 'seed=' + os.environ['RANK']]\n" + CLI
+    for code, _, err in together(prepared, *flags(parts), "--out", tmp_path / "out", code=differ):
+        assert code == 2
+        assert "differ in the settings" in err
+    assert not (tmp_path / "out/sft.yaml").exists()

@@ -11,7 +11,9 @@ from lrc.system.errors import UserError
 if TYPE_CHECKING:
     from lrc.evaluation.chatting import Chat
 
-HELP = "/reset forgets the conversation, /system TEXT sets the system message, /exit ends."
+HELP = (
+    "/reset forgets the conversation, /system TEXT starts over with a system message, /exit ends."
+)
 
 
 def chat(
@@ -31,7 +33,8 @@ def chat(
     * `lrc chat runs/assistant`
     * `lrc chat my-student --system "Answer in one sentence." --temperature 0.7`
 
-    /reset forgets the conversation, /system TEXT sets the system message, and /exit or Ctrl-D ends.
+    /reset forgets the conversation, /system TEXT starts over with a system message, and /exit or
+    Ctrl-D ends.
     Ctrl-C stops an answer.
     """
     import torch
@@ -72,6 +75,7 @@ def _take(line: str, talk: "Chat") -> None:
     elif command == "/system":
         talk.system = rest.strip() or None
         talk.reset()
+        console.print("The conversation starts over with this system message.", style="yellow")
     elif command.startswith("/"):
         console.print(HELP, style="yellow")
     else:

@@ -12,6 +12,9 @@ SHAREGPT_ROLES = {
     "user": "user",
     "gpt": "assistant",
     "chatgpt": "assistant",
+    "bot": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
     "assistant": "assistant",
     "model": "assistant",
     "system": "system",
@@ -19,7 +22,7 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-"""Roles, by their names in ShareGPT data sets."""
+"""Roles, by their names in ShareGPT data sets, in lower case."""
 
 
 class Malformed(Exception):
@@ -31,6 +34,7 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 
     Args:
         value: a list of `{role, content}` or of `{from, value}`; null is an empty conversation.
+            Other keys of the former, such as `tool_calls`, are kept.
 
     Raises:
         Malformed: if the value is neither.
@@ -45,14 +49,22 @@ def messages_of(value: Any) -> list[dict[str, Any]]:
 def _message(turn: Any) -> dict[str, Any]:
     if not isinstance(turn, dict):
         raise Malformed(f"a turn that is not an object but a {type(turn).__name__}")
-    if isinstance(turn.get("content"), str) and isinstance(turn.get("role"), str):
-        return turn
-    if isinstance(turn.get("value"), str) and isinstance(turn.get("from"), str):
-        role = SHAREGPT_ROLES.get(turn["from"])
+    # The hub's data sets have null where a turn lacks what others have; templates take it for more.
+    turn = {key: value for key, value in turn.items() if value is not None}
+    name, text = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+    if text is None and turn.get("tool_calls"):
+        text = ""
+    if not (isinstance(name, str) and isinstance(text, str)):
+        raise Malformed("a turn without text in `role` and `content`, or in `from` and `value`")
+    role = SHAREGPT_ROLES.get(name.lower())
+    if "role" not in turn:
         if role is None:
-            raise Malformed(f"a turn from '{turn['from']}', which is not a known role")
-        return {"role": role, "content": turn["value"]}
-    raise Malformed("a turn without text in `role` and `content`, or in `from` and `value`")
+            raise Malformed(f"a turn from '{name}', which is not a known role")
+        return {"role": role, "content": text}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    # Other names, such as `observation`, are the template's matter.
+    role = role if role in ("system", "user", "assistant") else name
+    return {**rest, "role": role, "content": text}
 
 
 def render(messages: list[dict[str, Any]], tokenizer: "Tokenizer") -> str:

@@ -16,6 +16,7 @@ from lrc.evaluation.harness import evaluate_task, find_tasks, harness_model, ope
 from lrc.evaluation.local_data import use_folder
 from lrc.evaluation.published import task_names
 from lrc.recipe.sections import EvaluateSection
+from lrc.system.distributed import ALONE, World
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -40,16 +41,25 @@ class Benchmarks:
         every = self.section.every_tokens
         return before // every < now // every
 
-    def accuracy(self, model: PreTrainedModel, tokenizer: Tokenizer) -> dict[str, float]:
-        """Every metric by `task/metric`. The state of all random generators stays as it is."""
-        found: dict[str, float] = {}
+    def accuracy(
+        self, model: PreTrainedModel, tokenizer: Tokenizer, world: World = ALONE
+    ) -> dict[str, float]:
+        """Every metric by `task/metric`. The state of all random generators stays as it is.
+
+        Args:
+            model: the model, the same in all processes.
+            tokenizer: its tokenizer.
+            world: the processes to share the tasks among; all get the result.
+        """
+        mine: dict[str, dict[str, float]] = {}
         with _same_random_state(), torch.no_grad():
             lm = harness_model(model, tokenizer, self.section.batch_size)
-            for name in self._names:
+            for name in self._names[world.rank :: world.size]:
                 local = self.section.data is not None
                 result = evaluate_task(lm, self._manager, name, self.section.limit, None, local)
-                found |= {f"{name}/{key}": score.value for key, score in result.metrics.items()}
-        return found
+                mine[name] = {f"{name}/{key}": one.value for key, one in result.metrics.items()}
+        of_all = {name: found for part in world.gather(mine) for name, found in part.items()}
+        return {key: value for name in self._names for key, value in of_all[name].items()}
 
 
 @contextmanager

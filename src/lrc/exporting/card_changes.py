@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult
-from lrc.exporting.card import PLACE, as_markdown, is_public, public_name
+from lrc.exporting.card import PLACE, TRANSFORMERS, as_markdown, is_public, public_name
 from lrc.model.locate import HUB_ID
 from lrc.model.teacher import model_files
 
@@ -31,9 +31,9 @@ def card_of(name: str) -> str | None:
 
 
 def new_card(title: str) -> str:
-    """A card with a title alone, for a model that has none."""
+    """A card with a title and how to load it, for a model that has none."""
     front = "library_name: transformers\npipeline_tag: text-generation"
-    return f"---\n{front}\n---\n\n# {as_markdown(title)}\n"
+    return f"---\n{front}\n---\n\n# {as_markdown(title)}\n\n## Use\n\n{TRANSFORMERS}\n"
 
 
 def tuned_card(name: str, summary: Mapping[str, Any]) -> str:

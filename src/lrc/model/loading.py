@@ -129,9 +129,18 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
             files.folder, dtype=dtype, **own, **files.options(), **options
         )
     model.eval()
+    _forget_quantization(model)
     _refuse_not_finite(files, model)
     notes = _settle_head(files, model, skeleton.config.tie_word_embeddings, tie)
     return LoadedModel(model, notes)
+
+
+def _forget_quantization(model: Model) -> None:
+    """Remove what transformers notes of a file's quantization: the weights are plain numbers now,
+    which can be trained and saved."""
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    vars(model.config).pop("quantization_config", None)
 
 
 def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTensor]) -> None:

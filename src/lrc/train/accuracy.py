@@ -36,12 +36,10 @@ def accuracy(loop: "Loop") -> dict[str, Any]:
         return {}
     tokenizer = setup.teacher.tokenizer
     with setup.method.clock.part("evaluation"):
-        student, found = setup.method.student(), {}
-        if loop.world.leads:
-            found[ACCURACY] = benchmarks.accuracy(student, tokenizer)
-            if step == 0:
-                found[TEACHER_ACCURACY] = benchmarks.accuracy(setup.teacher.model, tokenizer)
-        found = loop.world.from_first(found)
+        found = {ACCURACY: benchmarks.accuracy(setup.method.student(), tokenizer, loop.world)}
+        if step == 0:
+            teacher = setup.teacher.model
+            found[TEACHER_ACCURACY] = benchmarks.accuracy(teacher, tokenizer, loop.world)
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found[ACCURACY].items())
     logger.info("step %d of %d, %s tokens: %s", step, recipe.steps(), f"{tokens:,}", terms)
     return found

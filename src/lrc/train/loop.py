@@ -36,7 +36,7 @@ from lrc.train.setup import (
     describe_compute,
     new_state,
 )
-from lrc.train.signals import StopRequest, stop_on_signals
+from lrc.train.signals import StopRequest, agree, stop_on_signals
 from lrc.train.trackers import Tracker, open_trackers, tracked_values
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Loop:
             if not setup.restored:
                 self._weigh_sources(self.world.from_first(self.run.metrics()[:1])[0])
                 self._save()  # the start may have taken long
-            while setup.state.step < steps and not self._agree(stop):
+            while setup.state.step < steps and not agree(stop, self.world):
                 line = self._step(progress)
                 changed = self._change_stage(progress)
                 if self._due(recipe.train.eval_every):
@@ -152,13 +152,6 @@ class Loop:
             setup.teacher.family.keeps_documents_apart,
             reads_ahead=ahead and not isinstance(setup.method, WeighsSources),
         )
-
-    def _agree(self, stop: StopRequest) -> bool:
-        """Whether a signal asked any of the processes to stop. All then stop at the same step."""
-        asked = [signal for signal in self.world.gather(stop.signal) if signal is not None]
-        if asked:
-            stop.signal = asked[0]
-        return bool(asked)
 
     def _minutes_are_over(self) -> bool:
         minutes = self.run.recipe.train.checkpoint_minutes

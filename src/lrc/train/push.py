@@ -1,7 +1,6 @@
 """Publish a model on the hub: its folder, its card with what was measured, and a GGUF file."""
 
 import logging
-import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,8 +17,6 @@ from lrc.system.errors import UserError, reason
 from lrc.system.progress import Progress, task
 
 logger = logging.getLogger(__name__)
-
-REPOSITORY = re.compile(r"([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 
 CURVES = "curves.png"
 
@@ -50,8 +47,7 @@ def push(
         UserError: if the model is not a local folder, the name is not one, there is no valid login,
             or the hub refuses.
     """
-    if not REPOSITORY.fullmatch(repo):
-        raise UserError(f"'{repo}' is not a name for a repository: write it as USER/NAME.")
+    _check_name(repo)
     source = student_of(model)
     files = model_files(source)
     if not any(file.name == "config.json" for file in files):
@@ -80,6 +76,18 @@ def push(
             address = send(found, repo, private)
     logger.info("The model is at %s.", address)
     return address
+
+
+def _check_name(repo: str) -> None:
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(
+            f"'{repo}' is not a name for a repository ({reason(error)}): write it as USER/NAME."
+        ) from error
 
 
 def need_login() -> None:

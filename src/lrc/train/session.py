@@ -189,11 +189,15 @@ def check_division(recipe: Recipe, world: World) -> None:
     Raises:
         UserError: if they cannot.
     """
-    accumulate = recipe.train.accumulate
+    refuse_remainder("train.accumulate", recipe.train.accumulate, world)
+
+
+def refuse_remainder(setting: str, accumulate: int, world: World) -> None:
+    """Raises UserError if processes cannot divide the micro-batches of a step among them."""
     if accumulate % world.size:
         nearest = max(1, round(accumulate / world.size)) * world.size
         raise UserError(
-            f"train.accumulate is {accumulate}, which {world.size} processes cannot divide: set it "
+            f"{setting} is {accumulate}, which {world.size} processes cannot divide: set it "
             f"to {nearest}."
         )
 
@@ -204,15 +208,24 @@ def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World) -> N
     Raises:
         UserError: if recipe, inputs or versions differ.
     """
-    if world.size == 1:
-        return
     mine = {
         "recipe": run.recipe.fingerprint(),
         "folder": str(run.folder.resolve()),
         "inputs": describe_inputs(teacher, text),
-        "version of lrc": source_sha256(),
-        "version of torch": torch.__version__,
     }
+    refuse_differences(mine, world)
+
+
+def refuse_differences(mine: dict[str, Any], world: World) -> None:
+    """Refuse processes that have not the same of each named thing, or other versions of the code.
+
+    Raises:
+        UserError: if they differ.
+    """
+    if world.size == 1:
+        return
+    versions = {"version of lrc": source_sha256(), "version of torch": torch.__version__}
+    mine = mine | versions
     for rank, other in enumerate(world.gather(mine)):
         if differing := [name for name in mine if mine[name] != other[name]]:
             raise UserError(

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from lrc.system.distributed import World
+
 
 class StopRequest:
     """Whether the run should stop after its current step."""
@@ -43,3 +45,11 @@ def stop_on_signals() -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+def agree(request: StopRequest, world: World) -> bool:
+    """Whether a signal asked any of the processes to stop. All then stop at the same step."""
+    asked = [signal for signal in world.gather(request.signal) if signal is not None]
+    if asked:
+        request.signal = asked[0]
+    return bool(asked)

@@ -1,6 +1,7 @@
 """Read conversations, and encode them with a mask of the assistant's tokens."""
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -57,15 +58,21 @@ def read_conversations(sources: Sequence[str], split: str) -> Iterator[Messages]
         path = Path(source).expanduser()
         rows = json_lines(path) if path.is_file() else _hub_rows(source, split)
         for number, row in rows:
-            field = next((name for name in FIELDS if isinstance(row, dict) and name in row), None)
+            row = row if isinstance(row, dict) else {}
+            known = [name for name in FIELDS if name in row]
             where = f"{source}:{number}"
-            if field is None:
+            if row.get("tools"):
+                raise UserError(
+                    f"{where} describes `tools`, which chat tuning does not show to the model: "
+                    "remove the field, or write them into a system turn."
+                )
+            if not known:
                 raise UserError(
                     f"{where} holds no conversation: give rows with turns in `messages` or "
                     "`conversations`."
                 )
             try:
-                yield messages_of(row[field])
+                yield messages_of(next((row[name] for name in known if row[name]), None))
             except Malformed as error:
                 raise UserError(f"{where} holds {error}: fix or remove the row.") from error
 
@@ -195,8 +202,8 @@ class Conversations:
     held_out: list[Encoded]
     training_messages: list[Messages]
     """Empty lists, unless they were to be kept."""
-    left_out: int
-    """Conversations without an answer within the length, or that the template refuses."""
+    left_out: dict[str, int]
+    """Number of conversations that were left out, by the reason."""
 
     def fingerprint(self) -> str:
         """A checksum of all tokens and labels."""
@@ -230,22 +237,28 @@ def encode_all(
         UserError: if none can be learned from, or fewer than two are left.
     """
     kept: list[tuple[str, Messages, Encoded]] = []
-    left_out, refusal = 0, ""
+    left_out: dict[str, int] = defaultdict(int)
+    refusal = ""
     for messages in conversations:
+        if any(map(_is_blank_answer, messages)):
+            left_out["an answer is empty"] += 1
+            continue
         try:
             encoded = encoder.encode(messages)
         except RefusedConversation as error:
-            encoded, refusal = None, str(error)
+            refusal = refusal or f"the chat template refuses them ({error})"
+            left_out[refusal] += 1
+            continue
         if encoded is None:
-            left_out += 1
+            left_out["there is no answer within max_length"] += 1
             continue
         drawn = hashlib.sha256(f"{seed}:".encode() + encoded.input_ids.tobytes()).hexdigest()
         kept.append((drawn, messages if keep_messages else [], encoded))
     if len(kept) < 2:
-        why = f" The chat template refuses some: {refusal}." if refusal else ""
+        why = "".join(f" Left out: {count:,}, because {why}." for why, count in left_out.items())
         raise UserError(
-            f"Of {len(kept) + left_out:,} conversations, {len(kept)} have an answer to learn from "
-            f"within max_length, but two are needed.{why}"
+            f"Of {len(kept) + sum(left_out.values()):,} conversations, {len(kept)} can be learned "
+            f"from, but two are needed.{why}"
         )
     number = min(
         held_out_conversations, max(1, round(held_out_fraction * len(kept))), len(kept) - 1
@@ -258,5 +271,11 @@ def encode_all(
         [encoded for _, encoded in training],
         [encoded for drawn, _, encoded in kept if drawn in chosen],
         [messages for messages, _ in training],
-        left_out,
+        dict(left_out),
     )
+
+
+def _is_blank_answer(message: dict[str, Any]) -> bool:
+    """Whether a turn would teach the assistant to end its turn at once."""
+    said = message["content"].strip() or message.get("tool_calls")
+    return message["role"] == ASSISTANT and not said

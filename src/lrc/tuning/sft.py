@@ -12,10 +12,13 @@ import copy
 import importlib.util
 import json
 import logging
+import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -27,15 +30,19 @@ from lrc.model.locate import locate_locally
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
 from lrc.preflight import check_installed
 from lrc.run import student_of
+from lrc.system.distributed import World, join, may_restart, peers
 from lrc.system.errors import UserError
 from lrc.system.files import hold, is_taken, read_json, write_text
 from lrc.system.progress import Task, task
 from lrc.system.tables import Table
 from lrc.train.closing import best_effort
-from lrc.train.session import Interrupted
+from lrc.train.session import Interrupted, refuse_differences, refuse_remainder
 from lrc.train.setup import find_device
 from lrc.train.signals import stop_on_signals
 from lrc.tuning.settings import SETTINGS, Tuning, is_tuning, open_tuning
+
+if TYPE_CHECKING:
+    from lrc.tuning.trainers import HeldOutLoss
 
 logger = logging.getLogger(__name__)
 
@@ -43,12 +50,23 @@ STUDENT, SUMMARY, INPUTS = "student", "summary.json", "inputs.json"
 
 
 def default_folder(model: str) -> Path:
-    """Choose a new folder below `runs/`, named after the model and the time."""
-    return Path("runs") / f"{short_name(model)}-sft-{datetime.now():%Y%m%d-%H%M%S}"
+    """Choose a new folder below `runs/`, named after the model and the time; the first process
+    chooses for all.
+
+    Raises:
+        UserError: if the launcher may restart processes, which would then choose another.
+    """
+    if may_restart():
+        raise UserError("A launcher that restarts processes needs a folder: give one with --out.")
+    return join().from_first(
+        Path("runs") / f"{short_name(model)}-sft-{datetime.now():%Y%m%d-%H%M%S}"
+    )
 
 
 def sft(tuning: Tuning, folder: Path) -> dict[str, Any]:
     """Tune a model from its newest checkpoint or from the beginning.
+
+    If a launcher started several processes, all of them call this and tune the model together.
 
     Args:
         tuning: the settings.
@@ -64,11 +82,15 @@ def sft(tuning: Tuning, folder: Path) -> dict[str, Any]:
         Interrupted: if SIGINT or SIGTERM stops it; the same call continues.
     """
     _check(tuning, folder)
-    with hold(folder, f"Another process is working on {folder}: wait for it, or stop it first."):
-        if (folder / SUMMARY).is_file() and (folder / STUDENT).is_dir():
+    world = join()
+    refuse_remainder("accumulate", tuning.accumulate, world)
+    held = f"Another process is working on {folder}: wait for it, or stop it first."
+    with hold(folder, held) if world.leads else nullcontext():
+        ended = (folder / SUMMARY).is_file() and (folder / STUDENT).is_dir()
+        if world.from_first(ended):
             logger.info("%s has ended.", folder)
             return read_json(folder / SUMMARY, "remove it and tune again")
-        return _tune(tuning, folder)
+        return _tune(tuning, folder, world)
 
 
 def _check(tuning: Tuning, folder: Path) -> None:
@@ -93,9 +115,15 @@ def _check(tuning: Tuning, folder: Path) -> None:
         raise UserError(f"{folder} already exists: choose another folder with --out.")
 
 
-def _tune(tuning: Tuning, folder: Path) -> dict[str, Any]:
+def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
     from lrc.tuning.conversations import Encoder, encode_all, read_conversations
-    from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer, plain_model
+    from lrc.tuning.trainers import (
+        HeldOutLoss,
+        Reporter,
+        make_trainer,
+        plain_model,
+        refuse_not_finite,
+    )
 
     with task(f"Loading {tuning.model}"):
         model, tokenizer = load_model(student_of(tuning.model))
@@ -114,26 +142,35 @@ def _tune(tuning: Tuning, folder: Path) -> dict[str, Any]:
             tuning.seed,
             keep_messages=tuning.on_policy,
         )
-    if conversations.left_out:
-        logger.warning(
-            f"{conversations.left_out:,} conversations were left out: their chat template refuses "
-            "them, or no answer is within max_length."
-        )
+    for why, count in conversations.left_out.items():
+        logger.warning(f"{count:,} conversations were left out: {why}.")
     teacher = None if tuning.teacher is None else _teacher(tuning, tokenizer)
-    _begin(tuning, folder, conversations.fingerprint())
+    fingerprint = conversations.fingerprint()
+    mine = {"settings": tuning.to_yaml(), "folder": str(folder.resolve())}
+    refuse_differences(mine | {"conversations": fingerprint}, world)
+    if world.leads:
+        _begin(tuning, folder, fingerprint)
+    world.wait()
 
     dtype, was = model.dtype, _kept(model)
     model.float()
     started, checkpoints = time.perf_counter(), folder / "checkpoints"
     with stop_on_signals() as stop, task("Tuning") as shown:
-        reporter = Reporter(folder / "metrics.jsonl", stop, lambda line: _show(line, shown))
+        reporter = Reporter(folder / "metrics.jsonl", stop, lambda line: _show(line, shown), world)
         trainer = make_trainer(
-            tuning, model, tokenizer, teacher, conversations, checkpoints, reporter
+            tuning, model, tokenizer, teacher, conversations, checkpoints, reporter, world
         )
-        held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch)
-        before = _before(folder, lambda: _measure(held_out, plain_model(trainer.model), teacher))
+        held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch, world)
+        before = _before(folder, held_out, plain_model(trainer.model), teacher)
+        if not math.isfinite(before["held_out_lm"]):
+            raise UserError(
+                f"The held-out loss of {tuning.model} is not finite before tuning: its weights are "
+                "damaged, so give another model."
+            )
         logger.info("Held-out loss on answers before tuning: %.4f", before["held_out_lm"])
-        trainer.train(resume_from_checkpoint=_newest(checkpoints))
+        newest = world.from_first(_newest(checkpoints))
+        with _together(world):
+            trainer.train(resume_from_checkpoint=newest)
         if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
                 stop.signal,
@@ -145,6 +182,8 @@ def _tune(tuning: Tuning, folder: Path) -> dict[str, Any]:
         tuned = tuned.merge_and_unload()
     _restore(tuned, was)
     with task("Measuring and exporting"):
+        after = held_out.measure(tuned)
+        refuse_not_finite(after, trainer.state.global_step)
         summary = {
             "model": tuning.model,
             "data": tuning.data,
@@ -154,16 +193,44 @@ def _tune(tuning: Tuning, folder: Path) -> dict[str, Any]:
             "training_answer_tokens": sum(int(one.learned.sum()) for one in conversations.training),
             "steps": trainer.state.global_step,
             "held_out_lm_before": before["held_out_lm"],
-            "held_out_lm": held_out.measure(tuned),
+            "held_out_lm": after,
             "teacher_held_out_lm": before["teacher_held_out_lm"],
             "seconds": round(time.perf_counter() - started, 1),
         }
-        card = best_effort("the model card", lambda: tuned_card(student_of(tuning.model), summary))
-        export_student(
-            tuned, load_tokenizer(student_of(tuning.model)), card, folder / STUDENT, dtype
-        )
-    write_text(folder / SUMMARY, json.dumps(summary, indent=2))
-    return summary
+        if world.leads:
+            _export(tuned, tuning, summary, folder / STUDENT, dtype)
+            write_text(folder / SUMMARY, json.dumps(summary, indent=2))
+    return world.from_first(summary)
+
+
+@contextmanager
+def _together(world: World) -> Iterator[None]:
+    """Turn a connection that breaks in the trainer's own exchange into a sentence.
+
+    Raises:
+        PeerError: if another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+        if world.size > 1 and broken:
+            with peers():
+                raise
+        raise
+
+
+def _export(
+    tuned: PreTrainedModel,
+    tuning: Tuning,
+    summary: dict[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+) -> None:
+    """Write the tuned model with its card."""
+    name = student_of(tuning.model)
+    card = best_effort("the model card", lambda: tuned_card(name, summary))
+    export_student(tuned, load_tokenizer(name), card, folder, dtype)
 
 
 def _newest(checkpoints: Path) -> str | None:
@@ -199,17 +266,17 @@ def _begin(tuning: Tuning, folder: Path, fingerprint: str) -> None:
         )
 
 
-def _before(folder: Path, measure: Any) -> dict[str, float | None]:
+def _before(
+    folder: Path, held_out: "HeldOutLoss", model: PreTrainedModel, teacher: Teacher | None
+) -> dict[str, Any]:
     """The held-out losses before the first step, measured once."""
-    path = folder / "before.json"
-    if not path.is_file():
-        write_text(path, json.dumps(measure()))
-    return read_json(path, "remove it")
-
-
-def _measure(held_out: Any, model: PreTrainedModel, teacher: Teacher | None) -> dict[str, Any]:
-    theirs = None if teacher is None else held_out.measure(teacher.model)
-    return {"held_out_lm": held_out.measure(model), "teacher_held_out_lm": theirs}
+    path, world = folder / "before.json", held_out.world
+    if not world.from_first(path.is_file()):
+        theirs = None if teacher is None else held_out.measure(teacher.model)
+        found = {"held_out_lm": held_out.measure(model), "teacher_held_out_lm": theirs}
+        if world.leads:
+            write_text(path, json.dumps(found))
+    return world.from_first(read_json(path, "remove it") if world.leads else {})
 
 
 def _kept(model: PreTrainedModel) -> tuple[Any, Any]:

@@ -32,7 +32,9 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import held_out_loss
 from lrc.model.families import family_of
 from lrc.model.teacher import Teacher
+from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
+from lrc.train.signals import StopRequest, agree
 from lrc.tuning.conversations import ASSISTANT, Conversations, Encoded, Messages
 from lrc.tuning.settings import Tuning
 
@@ -50,6 +52,7 @@ def make_trainer(
     conversations: Conversations,
     folder: Path,
     callback: TrainerCallback,
+    world: World = ALONE,
 ) -> "SFTTrainer | DistillationTrainer":
     """TRL's trainer for a tuning.
 
@@ -61,14 +64,18 @@ def make_trainer(
         conversations: training and held-out conversations.
         folder: where TRL writes its checkpoints.
         callback: called by the trainer after every step.
+        world: the processes that share the micro-batches of every step.
+
+    Raises:
+        UserError: if the launcher asks for sharded models.
     """
-    held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch)
+    held_out = HeldOutLoss(conversations.held_out, tokenizer, tuning.micro_batch, world)
     shared = {
         "output_dir": str(folder),
         "num_train_epochs": tuning.epochs,
         "max_steps": tuning.steps or -1,
         "per_device_train_batch_size": tuning.micro_batch,
-        "gradient_accumulation_steps": tuning.accumulate,
+        "gradient_accumulation_steps": tuning.accumulate // world.size,
         "learning_rate": tuning.learning_rate,
         "lr_scheduler_type": tuning.schedule,
         "warmup_steps": tuning.warmup_ratio,  # a share if it is below 1
@@ -86,12 +93,13 @@ def make_trainer(
         "save_total_limit": tuning.keep_checkpoints,
         "report_to": [name for name in tuning.report_to if name != TENSORBOARD] or "none",
         "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
         "logging_nan_inf_filter": False,
     }
     common: dict[str, Any] = {
         "model": model,
         "processing_class": tokenizer,
-        "callbacks": [callback, *_tensorboard(tuning, folder.parent)],
+        "callbacks": [callback, *(_tensorboard(tuning, folder.parent) if world.leads else [])],
         "peft_config": _adapters(tuning),
     }
     if tuning.on_policy:
@@ -105,22 +113,27 @@ def make_trainer(
             max_completion_length=tuning.max_new_tokens,
         )
         data = {"train_dataset": prompts, "eval_dataset": prompts.select(range(1))}
-        return _quiet(
-            OnPolicy(held_out, **common, **data, args=config, teacher_model=teacher.model)
-        )
+        return _made(OnPolicy, held_out, config, **common, **data, teacher_model=teacher.model)
     config = SFTConfig(**shared, max_length=tuning.max_length, packing=tuning.packing)
     data = {
         "train_dataset": _rows(conversations.training),
         "eval_dataset": _rows(conversations.held_out),
     }
     if teacher is None:
-        return _quiet(Plain(held_out, **common, **data, args=config))
-    return _quiet(WithTeacher(held_out, teacher, tuning, **common, **data, args=config))
+        return _made(Plain, held_out, config, **common, **data)
+    return _made(WithTeacher, held_out, config, teacher=teacher, tuning=tuning, **common, **data)
 
 
-def _quiet(trainer: Any) -> Any:
-    """A trainer that does not print its metrics itself."""
+def _made(kind: Any, held_out: "HeldOutLoss", config: Any, **options: Any) -> Any:
+    """A trainer that does not print its metrics itself, and uses one GPU in each process."""
+    config._n_gpu = min(1, config.n_gpu)  # by itself, it would use DataParallel in a single process
+    trainer = kind(held_out, args=config, **options)
     trainer.remove_callback(PrinterCallback)
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise UserError(
+            "Chat tuning keeps the whole model in every process: turn FSDP and DeepSpeed off in "
+            "accelerate's configuration, or use torchrun."
+        )
     return trainer
 
 
@@ -182,18 +195,21 @@ class HeldOutLoss:
     """The loss on the assistant's tokens of held-out conversations: their mean, whatever the
     batches are."""
 
-    def __init__(self, encoded: Sequence[Encoded], tokenizer: Tokenizer, rows: int) -> None:
+    def __init__(
+        self, encoded: Sequence[Encoded], tokenizer: Tokenizer, rows: int, world: World = ALONE
+    ) -> None:
         self._encoded = sorted(encoded, key=lambda one: len(one.input_ids))
-        self._rows = rows
+        self._rows, self.world = rows, world
         self.vocab = max(tokenizer.get_vocab().values()) + 1
         """Number of token ids in use."""
 
     def measure(self, model: PreTrainedModel) -> float:
-        """The loss in nats."""
+        """The loss in nats. All processes measure a share, and all get the result."""
         training = model.training
         model.eval()
         try:
-            return held_out_loss(model, self._batches(model.device), self.vocab)
+            batches = self._batches(model.device)
+            return held_out_loss(model, batches, self.vocab, world=self.world)
         finally:
             model.train(training)
 
@@ -238,10 +254,12 @@ class WithTeacher(_Measured, SFTTrainer):  # type: ignore[misc]
     """TRL's trainer with LM and KL to a teacher on the assistant's tokens."""
 
     def __init__(
-        self, held_out: HeldOutLoss, teacher: Teacher, tuning: Tuning, **options: Any
+        self, held_out: HeldOutLoss, *, teacher: Teacher, tuning: Tuning, **options: Any
     ) -> None:
         self._teacher, self._tuning = teacher, tuning
         self._sums: dict[str, list[float]] = defaultdict(list)
+        self._first = 0
+        """Number of steps before those in `_sums`."""
         super().__init__(held_out, **options)
         # The trainer counts the labels of a whole step and passes their number to the loss.
         self.model_accepts_loss_kwargs = True
@@ -284,6 +302,8 @@ class WithTeacher(_Measured, SFTTrainer):  # type: ignore[misc]
             None,
             weights,
         )
+        if not self._sums:
+            self._first = self.state.global_step
         for name, value in (("lm", losses.lm), ("kl", losses.divergence)):
             self._sums[name].append(value.item())
         # With several processes, DDP averages gradients of losses that count everyone's labels.
@@ -292,9 +312,11 @@ class WithTeacher(_Measured, SFTTrainer):  # type: ignore[misc]
     def log(self, logs: dict[str, float], *rest: Any) -> None:
         """Add the terms of the loss to a line of training metrics, as means over its steps."""
         if "loss" in logs and self._sums:
-            terms = {name: math.fsum(values) for name, values in self._sums.items()}
-            steps = len(self._sums["lm"]) / self.args.gradient_accumulation_steps
-            logs |= {name: total / max(1.0, steps) for name, total in terms.items()}
+            mine = {name: math.fsum(values) for name, values in self._sums.items()}
+            of_all = self._held_out.world.gather(mine)
+            terms = {name: math.fsum(one[name] for one in of_all) for name in mine}
+            steps = max(1, self.state.global_step - self._first)
+            logs |= {name: total / steps for name, total in terms.items()}
             self._sums.clear()
         super().log(logs, *rest)
 
@@ -325,15 +347,24 @@ def _hidden_through(model: Any, plain: PreTrainedModel, batch: Batch) -> Tensor:
     return scaled_hidden(plain, found[0])
 
 
+def refuse_not_finite(loss: float, step: int) -> None:
+    """Raises DivergedError if a loss after a step is not finite."""
+    if not math.isfinite(loss):
+        raise DivergedError(
+            f"The loss is not finite at step {step}: start again, in another folder, with a lower "
+            "learning_rate."
+        )
+
+
 class Reporter(TrainerCallback):  # type: ignore[misc]
     """Writes metrics.jsonl, shows progress, and stops the trainer on a signal or a bad loss."""
 
-    def __init__(self, file: Path, stop: Any, show: OnLog) -> None:
-        self._file, self._stop, self._show = file, stop, show
+    def __init__(self, file: Path, stop: StopRequest, show: OnLog, world: World = ALONE) -> None:
+        self._file, self._stop, self._show, self._world = file, stop, show, world
 
     def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Drop the lines after the step that the trainer continues from."""
-        if not self._file.is_file():
+        if not (self._world.leads and self._file.is_file()):
             return
         lines = [json.loads(line) for line in self._file.read_text().splitlines()]
         kept = [line for line in lines if line["step"] <= state.global_step]
@@ -343,11 +374,10 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
         self, _args: Any, state: TrainerState, _control: Any, logs: Any = None, **_: Any
     ) -> None:
         """Write and show a line."""
-        if not math.isfinite((logs or {}).get("loss", 0.0)):
-            raise DivergedError(
-                f"The loss is not finite at step {state.global_step}: start again with a lower "
-                "learning_rate."
-            )
+        for name in ("loss", "eval_loss"):
+            refuse_not_finite((logs or {}).get(name, 0.0), state.global_step)
+        if not self._world.leads:
+            return
         line = {"step": state.global_step, "steps": state.max_steps, **(logs or {})}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
@@ -356,7 +386,7 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, _args: Any, _state: Any, control: TrainerControl, **_: Any
     ) -> TrainerControl:
-        """Write a checkpoint and stop, if a signal asked for it."""
-        if self._stop:
+        """Write a checkpoint and stop, if a signal asked any of the processes for it."""
+        if agree(self._stop, self._world):
             control.should_save = control.should_training_stop = True
         return control
