@@ -19,9 +19,13 @@ REFERENCE = {"train.kernels": "torch", "train.precision": "float32", "train.tf32
 REFERENCE |= {"teacher.dtype": "float32"}
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
-    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision)
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str, kernels: str) -> None:
+    """`test_waits.py` has the same without a GPU."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision, kernels=kernels)
     teacher = tiny_teacher("llama", dtype=torch.float32)
     teacher.model.to("cuda")
     with run.hold():
