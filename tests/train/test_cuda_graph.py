@@ -84,7 +84,7 @@ class Tape(TorchDispatchMode):
 class Taped:
     """In the place of a CUDA graph; counts what it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, _device: torch.device) -> None:
         self.warmed = self.recorded = self.replayed = 0
         RECORDERS.append(self)
 

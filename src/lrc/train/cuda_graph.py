@@ -56,11 +56,11 @@ class Recorder(Protocol):
 class CudaRecorder:
     """A CUDA graph, recorded on a stream of its own."""
 
-    def __init__(self) -> None:
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def warm(self, work: Callable[[], StepLosses]) -> StepLosses:
-        present = torch.cuda.current_stream()
+        present = torch.cuda.current_stream(self._stream.device)
         self._stream.wait_stream(present)
         with torch.cuda.stream(self._stream):
             found = work()
@@ -108,7 +108,7 @@ class Passes:
         self.method, self.train, self.device = method, recipe.train, device
         self._recorder: Recorder | None = None
         if uses_graph(method, recipe, teacher, device, world):
-            self._recorder = CudaRecorder()
+            self._recorder = CudaRecorder(device)
         self._structure: Hashable = None
         self._seen: Counter[Hashable] = Counter()
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -142,7 +142,7 @@ class Passes:
             losses = self.method.losses(batch, counts)
         with self.method.clock.part("student"):
             losses.loss.backward()  # type: ignore[no-untyped-call]
-        # Nothing may keep the nodes of the backward pass: they belong to the stream of this pass.
+        # Nothing may keep the backward pass's nodes: they belong to the stream of this pass.
         return replace(losses, loss=losses.loss.detach())
 
     def _record(
