@@ -10,9 +10,9 @@ clipping), on random tokens. Kinds of step:
     floor       teacher forward with its LM head, and a plain student's forward and backward with
                 the LM loss; also with torch.compile over whole layers and the Triton LM loss
 
-Shapes: `llama-3.2-3b` to 1536 with sequences of 2,048 tokens, and `smollm2-135m` to 288 with 2,048
-tokens a step. Everything is printed as it is measured, and written to --out as JSON. Nothing new
-starts a minute before --minutes are over.
+Shapes: `smollm2-135m` to 288 with 2,048 tokens a step, also with `train.cuda_graph`, and then
+`llama-3.2-3b` to 1536 with sequences of 2,048 tokens. Everything is printed as it is measured, and
+written to --out as JSON. Nothing new starts a minute before --minutes are over.
 
     python benchmarks/gpu_step.py --out step.json
     python benchmarks/gpu_step.py --tiny                on a CPU, only to see that it runs
@@ -58,6 +58,7 @@ from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.system.progress import Task
 from lrc.train.batches import count
+from lrc.train.cuda_graph import SMALL, WARM_UP
 from lrc.train.loop import Loop
 from lrc.train.setup import Setup, autocast, find_device, new_state
 
@@ -99,20 +100,6 @@ class Shape:
 
 
 SHAPES = {
-    "llama-3.2-3b": Shape(
-        {
-            "hidden_size": 3072,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 24,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "vocab_size": 128256,
-        },
-        1536,
-        2048,
-        (3, 6),
-    ),
     "smollm2-135m": Shape(
         {
             "hidden_size": 576,
@@ -126,6 +113,20 @@ SHAPES = {
         288,
         256,
         (8,),
+    ),
+    "llama-3.2-3b": Shape(
+        {
+            "hidden_size": 3072,
+            "intermediate_size": 8192,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 128256,
+        },
+        1536,
+        2048,
+        (3, 6),
     ),
 }
 TINY = Shape(
@@ -232,7 +233,13 @@ class Steps:
     """The training loop of a recipe, on random tokens."""
 
     def __init__(
-        self, teacher: Teacher, shape: Shape, kernels: str, micro_batch: int, kind: str
+        self,
+        teacher: Teacher,
+        shape: Shape,
+        kernels: str,
+        micro_batch: int,
+        kind: str,
+        graph: bool = False,
     ) -> None:
         self.tokens, self.sequence = micro_batch * shape.sequence, shape.sequence
         recipe = make_recipe(
@@ -244,6 +251,7 @@ class Steps:
                 "train.tokens": 10**10,  # so that alpha is not zero yet
                 "train.precision": "bfloat16" if GPU else "float32",
                 "train.kernels": kernels,
+                "train.cuda_graph": graph,
                 **STEPS[kind],
             },
         )
@@ -295,6 +303,9 @@ class Benchmark:
         for micro_batch, kind in itertools.product(self.shape.micro_batches, STEPS):
             where = f"{kind}, micro-batch {micro_batch}, {kernels}"
             self.measure(where, partial(self.steps, kernels, micro_batch, kind))
+            if GPU and self.teacher.model.num_parameters() <= SMALL:
+                graph = partial(self.steps, kernels, micro_batch, kind, graph=True)
+                self.measure(f"{where}, CUDA graph", graph)
         first = self.shape.micro_batches[0]
         self.measure(f"floor, eager, {kernels}", partial(self.floor, kernels, first))
         if GPU and kernels == "torch":
@@ -306,11 +317,14 @@ class Benchmark:
     def measure(self, name: str, part: Callable[[], Any]) -> None:
         self.report.measure(f"{self.name}: {name}", part)
 
-    def steps(self, kernels: str, micro_batch: int, kind: str) -> dict[str, Any]:
+    def steps(
+        self, kernels: str, micro_batch: int, kind: str, graph: bool = False
+    ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         with peak_memory(found):
-            steps = Steps(self.teacher, self.shape, kernels, micro_batch, kind)
-            seconds = median_seconds(steps.step, self.repeats)
+            steps = Steps(self.teacher, self.shape, kernels, micro_batch, kind, graph)
+            warm = WARM_UP + 1 if graph else 2  # the graph is recorded in the last of them
+            seconds = median_seconds(steps.step, self.repeats, warm)
         found |= self.rates(seconds, steps.tokens)
         found["mfu"] = round(steps.flops() / seconds / self.peak, 4)
         return found

@@ -69,13 +69,13 @@ def file_settings(folder: Path, **sections: Any) -> dict[str, Any]:
 
 
 def new_run(folder: Path, *trackers: str, name: str = "run", **changes: Any) -> Run:
-    """A run of ten steps on a tiny teacher; `changes` go to its training."""
+    """A run of ten steps on a tiny teacher; `changes` go to its training, if they have no dot."""
     overrides = {
         "teacher.model": "tiny",
         "data.text": [str(write_jsonl(folder / "text.jsonl", tiny_documents()))],
         "data.cache": str(folder / "cache"),
         "train.report_to": list(trackers),
-        **{f"train.{key}": value for key, value in changes.items()},
+        **{key if "." in key else f"train.{key}": value for key, value in changes.items()},
     }
     return Run.create(folder / name, make_recipe(SETTINGS, overrides))
 

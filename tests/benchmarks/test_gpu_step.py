@@ -6,11 +6,13 @@ import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 
 from lrc.cloning import token_clipping
+from lrc.train import cuda_graph
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_step.py"
 
@@ -44,6 +46,34 @@ def test_every_part_is_measured(
         assert all(number > 0 for number in value.values())
     kernels = found["tiny: kernels of projected, torch"]
     assert {"elementwise", "product", "attention"} <= set(kernels)
+
+
+def test_a_graph_is_recorded_before_its_steps_are_timed(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    did: list[str] = []
+
+    class Recorder:
+        """Does at once what it should record."""
+
+        def __init__(self, _device: torch.device) -> None: ...
+
+        def warm(self, work: Any) -> Any:
+            did.append("warm")
+            return work()
+
+        def record(self, work: Any) -> Any:
+            did.append("record")
+            return lambda: did.append("replay"), work()
+
+    monkeypatch.setattr(script, "GPU", False)
+    monkeypatch.setattr(script, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
+    monkeypatch.setattr(cuda_graph, "obstacle", lambda *_: None)
+    benchmark = script.Benchmark("tiny", script.TINY, script.Report(None, 8.0), 1e12, 2)
+    found = benchmark.steps("torch", 1, "projected", graph=True)
+    assert found["ms"] > 0
+    assert did == ["warm"] * cuda_graph.WARM_UP + ["record"] + ["replay"] * 3
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="needs triton")

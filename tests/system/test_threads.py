@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from lrc.recipe.sections import TrainSection
 from lrc.system.threads import SPINS
+from lrc.train.setup import describe_compute
 
 CODE = """
 import os, sys
@@ -35,3 +38,11 @@ def test_the_policy_of_the_command_line(given: dict[str, str], expected: str) ->
         [sys.executable, "-c", CODE], env=environment | given, capture_output=True, text=True
     )
     assert done.stdout.splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(("threads", "said"), [(1, "with 1 thread,"), (3, "with 3 threads,")])
+def test_a_run_says_how_many_threads_it_uses(
+    threads: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert said in describe_compute(TrainSection(), torch.device("cpu"))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from data_helpers import byte_tokenizer, write_jsonl, write_shards
-from lrc.cloning.activations import known_documents, last_hidden
+from lrc.cloning.activations import known_padding, last_hidden
 from lrc.data import Reader, Share, open_text
 from lrc.data.batch import Batch
 from lrc.data.identity import tokenizer_identity
@@ -101,12 +101,16 @@ def test_fetched_values_are_the_same() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "ministral"])
-@pytest.mark.parametrize("documents", [None, [[9], [9]], [[4, 5], [2, 7]]])
-def test_known_documents_change_nothing(family: str, documents: list[list[int]] | None) -> None:
-    teacher, batch = tiny_teacher(family), tiny_batch(documents=documents)
+@pytest.mark.parametrize(
+    "shape",
+    [{}, {"documents": [[9], [9]]}, {"documents": [[4, 5], [2, 7]]}, {"lengths": [9, 4]}],
+    ids=str,
+)
+def test_known_padding_changes_nothing(family: str, shape: dict[str, Any]) -> None:
+    teacher, batch = tiny_teacher(family), tiny_batch(**shape)
     with torch.no_grad():
         expected = last_hidden(teacher.model, batch)
-        with known_documents(batch):
+        with known_padding(batch):
             found = last_hidden(teacher.model, batch)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

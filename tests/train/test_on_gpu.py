@@ -9,6 +9,7 @@ import torch
 
 import lrc
 from lrc.system.progress import Task
+from lrc.train import train
 from lrc.train.session import open_loop
 from tiny import tiny_teacher
 from tiny_runs import new_run
@@ -19,9 +20,13 @@ REFERENCE = {"train.kernels": "torch", "train.precision": "float32", "train.tf32
 REFERENCE |= {"teacher.dtype": "float32"}
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
-    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision)
+def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str, kernels: str) -> None:
+    """`test_waits.py` has the same without a GPU."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision, kernels=kernels)
     teacher = tiny_teacher("llama", dtype=torch.float32)
     teacher.model.to("cuda")
     with run.hold():
@@ -37,6 +42,31 @@ def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str) -> None:
             torch.cuda.set_sync_debug_mode("default")
     waits = [warning for warning in found if "synchronizing" in str(warning.message)]
     assert len(waits) == 1, [f"{wait.filename}:{wait.lineno}" for wait in waits]
+
+
+@pytest.mark.parametrize("release", [0.0, 0.5, 1.0])
+def test_a_recorded_run_has_the_losses_of_the_eager_one(tmp_path: Path, release: float) -> None:
+    """`test_cuda_graph.py` has the same without a GPU."""
+    runs = []
+    for graph in (False, True):
+        run = new_run(
+            tmp_path,
+            name=f"graph-{graph}",
+            device="cuda",
+            precision="float32",
+            accumulate=2,
+            tokens=640,
+            release_at=release,
+            cuda_graph=graph,
+            **{"objective.alpha_schedule": "linear", "objective.alpha_zero_at": 0.7},
+        )
+        teacher = tiny_teacher("llama", dtype=torch.float32)
+        teacher.model.to("cuda")
+        train(run, teacher)
+        runs.append([line["loss"] for line in run.metrics() if "loss" in line])
+    eager, recorded = runs
+    assert len(eager) == 10
+    assert recorded == pytest.approx(eager, rel=1e-5)
 
 
 @pytest.mark.slow

@@ -56,25 +56,22 @@ def activation_of(output: Output) -> Tensor:
 
 
 @contextmanager
-def known_documents(batch: Batch) -> Iterator[None]:
-    """Tell transformers which documents a batch packs, while the context is open.
+def known_padding(batch: Batch) -> Iterator[None]:
+    """Tell transformers how a batch is packed and padded, while the context is open.
 
-    It would look whether position ids restart, and the CPU would wait for the device's answer in
-    every forward pass. A batch that packs documents has position ids, and no other batch has any.
+    It would look whether position ids restart and whether anything is padded, and the CPU would
+    wait for the device's answer in every forward pass. A batch that packs documents has position
+    ids, one with padding has a mask, and no other batch has any.
     """
-
-    def find(position_ids: Tensor) -> Tensor | None:
-        if batch.position_ids is None:
-            return None
-        restarts = position_ids.diff(dim=-1, prepend=position_ids[:, :1] - 1) != 1
-        return restarts.cumsum(-1)
-
-    asked = masking_utils.find_packed_sequence_indices
-    masking_utils.find_packed_sequence_indices = find
+    names = vars(masking_utils)
+    asked = {name: names[name] for name in ("is_tracing", "find_packed_sequence_indices")}
+    names["is_tracing"] = lambda *_: True  # while it traces, it asks for no value
+    if batch.position_ids is None:
+        names["find_packed_sequence_indices"] = lambda _: None
     try:
         yield
     finally:
-        masking_utils.find_packed_sequence_indices = asked
+        names.update(asked)
 
 
 def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
@@ -83,7 +80,7 @@ def last_hidden(model: PreTrainedModel, batch: Batch) -> Tensor:
     It includes the model's logit scale: its products with the rows of the LM head are the logits,
     before the softcap if the model has one.
     """
-    with known_documents(batch) if batch.input_ids.is_cuda else nullcontext():
+    with nullcontext() if batch.input_ids.device.type == "cpu" else known_padding(batch):
         output = model.base_model(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,

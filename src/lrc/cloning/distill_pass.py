@@ -102,6 +102,7 @@ class DistillPass(nn.Module):
         self.token_grad_clip, self.recomputes_layers = token_grad_clip, recomputes_layers
         self.triton = triton
         self.compare = compare_activations
+        self._alpha_on_device: Tensor | None = None
         self.alpha = objective.alpha if pair else 0.0
         """Weight of the clone terms in the present step. At 0 nothing is cloned."""
         self.sites = [
@@ -144,10 +145,25 @@ class DistillPass(nn.Module):
         clone = by_site.sum()
         return replace(
             losses,
-            loss=losses.loss + self.alpha * clone,
+            loss=losses.loss + self._factor(clone) * clone,
             terms={**losses.terms, "clone": clone.detach()},
             clone_layers=self._by_layer(by_site.detach()),
         )
+
+    def set_alpha(self, alpha: float) -> None:
+        """Set the weight of the clone terms, in device memory too if it is there."""
+        self.alpha = alpha
+        if self._alpha_on_device is not None:
+            self._alpha_on_device.fill_(alpha)
+
+    def keep_alpha_on_device(self) -> None:
+        """Let passes read alpha from device memory, as a recorded one must."""
+        device = self.student.device
+        self._alpha_on_device = torch.full((), self.alpha, dtype=torch.float64, device=device)
+
+    def _factor(self, clone: Tensor) -> float | Tensor:
+        on_device = self._alpha_on_device
+        return self.alpha if on_device is None else on_device.to(clone.dtype)
 
     def _by_layer(self, by_site: Tensor) -> dict[str, Tensor]:
         """The clone terms [layers] by name, NaN in layers without such a linear map."""

@@ -11,6 +11,7 @@ gives, and a step needs no projection. The readers' activations are cloned as be
 writers are cloned through the projections of the release, which stay frozen.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -253,7 +254,7 @@ class LowRankClone(Method, Staged):
         self.source.writers.clear()
 
     def begin_step(self, step: int) -> None:
-        self.distill.alpha = self.objective.alpha_at(step / self.steps)
+        self.distill.set_alpha(self.objective.alpha_at(step / self.steps))
         if self.released:
             return
         with self.clock.part("projection"):
@@ -277,6 +278,12 @@ class LowRankClone(Method, Staged):
     def losses(self, batch: Batch, counts: Counts) -> StepLosses:
         losses: StepLosses = self.distill(batch, counts)
         return losses
+
+    def prepare_capture(self) -> None:
+        self.distill.keep_alpha_on_device()
+
+    def capture_key(self) -> Hashable:
+        return self.released, bool(self.distill.alpha)
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         if self.alignment:

@@ -5,7 +5,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -240,6 +240,17 @@ class WeighsSources(Protocol):
             student: held-out LM loss by source, for sources with held-out tokens.
             teacher: the teacher's on the same tokens.
         """
+
+
+@runtime_checkable
+class Capturable(Protocol):
+    """A method whose micro-batches a CUDA graph can record (`lrc.train.cuda_graph`)."""
+
+    def prepare_capture(self) -> None:
+        """Keep the numbers that change from step to step in device memory from now on."""
+
+    def capture_key(self) -> Hashable:
+        """What the operations of a micro-batch depend on besides its shapes and counts."""
 
 
 @runtime_checkable

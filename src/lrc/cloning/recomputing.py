@@ -139,6 +139,6 @@ class RecomputedFfn:
 def _place(tensor: Tensor) -> tuple[int, int]:
     """Where a tensor begins: its address, or, if it has no memory (`lrc.train.memory`), its storage
     and the offset there."""
-    if isinstance(tensor, FakeTensor):
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
         return tensor.untyped_storage()._cdata, int(tensor.storage_offset())
     return tensor.data_ptr(), 0

@@ -39,6 +39,20 @@ class Batch:
         """Copy the batch to memory that CUDA can read on its own."""
         return self._each(torch.Tensor.pin_memory)
 
+    def copy(self) -> "Batch":
+        """A copy in memory of its own."""
+        return self._each(torch.Tensor.clone)
+
+    def fill(self, other: "Batch") -> None:
+        """Overwrite the batch with another of the same `shapes`."""
+        for ours, theirs in zip(self._all(), other._all(), strict=True):
+            if ours is not None and theirs is not None:
+                ours.copy_(theirs, non_blocking=True)
+
+    def shapes(self) -> tuple[torch.Size | None, ...]:
+        """The shape of every field; None where there is none."""
+        return tuple(None if tensor is None else tensor.shape for tensor in self._all())
+
     def rows(self, some: slice) -> "Batch":
         """Some sequences of the batch."""
         return self._each(lambda tensor: tensor[some])
@@ -83,6 +97,9 @@ class Batch:
     def _optional(self) -> tuple[Tensor | None, ...]:
         """All fields but the tokens, in their order."""
         return (self.position_ids, self.attention_mask, self.source_ids, self.label_mask)
+
+    def _all(self) -> tuple[Tensor | None, ...]:
+        return self.input_ids, *self._optional()
 
     def token_mask(self) -> Tensor | None:
         """Bool [batch, sequence], true where a token is not padding; None if nothing is padded."""

@@ -29,9 +29,9 @@ from lrc.system.progress import Task, task
 from lrc.train.accuracy import accuracy
 from lrc.train.batches import BatchReader, separated
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
+from lrc.train.cuda_graph import Passes
 from lrc.train.setup import (
     Setup,
-    autocast,
     calibration_sequences,
     describe_compute,
     new_state,
@@ -85,6 +85,10 @@ class Loop:
     batches: BatchReader = field(init=False)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
+
+    def __post_init__(self) -> None:
+        setup = self.setup
+        self.passes = Passes(setup.method, self.run.recipe, setup.teacher, setup.device, self.world)
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
@@ -170,7 +174,7 @@ class Loop:
             DivergedError: if the loss or its gradient is not finite; nothing is updated.
         """
         start = time.perf_counter()
-        train, setup = self.run.recipe.train, self.setup
+        setup = self.setup
         method, state = setup.method, setup.state
         with method.clock.part("data"):
             read = self.batches.take(state.step, state.step + 1 == self.run.recipe.steps())
@@ -180,10 +184,7 @@ class Loop:
         clone_layers: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
         for batch in read.batches:
-            with autocast(train, setup.device):
-                losses = method.losses(batch, counts)
-            with method.clock.part("student"):
-                losses.loss.backward()  # type: ignore[no-untyped-call]
+            losses = self.passes.run(batch, counts)
             by_source.add_batch(losses.token_lm, batch)
             for total, found in ((sums, losses.scalars()), (clone_layers, losses.clone_layers)):
                 for name, value in (found or {}).items():

@@ -321,9 +321,9 @@ class _Vocabulary(torch.autograd.Function):
             torch.empty_like(hidden), torch.empty_like(head, dtype=upcast_dtype(head))
         )
         rows = min(chunk, len(hidden))
-        # Both models' logits. Torch also needs two buffers, but on a CPU only of a few rows.
+        # Both models' logits. Torch also needs three buffers, but on a CPU few rows of them.
         exact = dtype if fused else torch.promote_types(dtype, torch.float32)
-        buffers = 2 if fused or head.device.type == "cpu" else 4
+        buffers = 2 if fused or head.device.type == "cpu" else 5
         made = [torch.empty(rows, len(head), dtype=exact) for _ in range(buffers)]
         del casts, made
         return hidden.new_zeros(())

@@ -28,6 +28,7 @@ from lrc.system.errors import UserError, reason
 from lrc.system.progress import task
 from lrc.train.closing import close_run
 from lrc.train.compiling import check_compiler, compile_small_modules
+from lrc.train.cuda_graph import uses_graph
 from lrc.train.inputs import check_inputs, describe_inputs
 from lrc.train.loop import Loop, OnStep
 from lrc.train.setup import (
@@ -311,6 +312,7 @@ def open_loop(
     loading = "Preparing the student" if teacher else f"Loading {run.recipe.teacher.model}"
     with task(loading):
         setup = set_up(run, teacher, world)
+    uses_graph(setup.method, run.recipe, setup.teacher, setup.device, world)  # before the start
     with task(f"Reading the text {run.recipe.data.origin()}", unit="tokens") as shown:
         text = world.first_then_others(
             lambda: open_text(

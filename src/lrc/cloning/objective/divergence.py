@@ -28,6 +28,11 @@ class Rows(NamedTuple):
     """Two tensors [n, vocab] that may be overwritten."""
 
 
+def answers_at_once(tensor: Tensor) -> bool:
+    """Whether the CPU can read a tensor's values without waiting for a GPU."""
+    return tensor.device.type == "cpu"
+
+
 DivergenceFunction = Callable[[Rows], tuple[Tensor, Tensor]]
 """Returns the divergence of each row in nats, [n, 1], and its gradient with respect to s / T, times
 the factor, [n, vocab]."""

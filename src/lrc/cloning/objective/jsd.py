@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from lrc.cloning.objective.divergence import LARGEST_EXPM1_ARGUMENT, Rows
+from lrc.cloning.objective.divergence import LARGEST_EXPM1_ARGUMENT, Rows, answers_at_once
 
 
 def divergence(rows: Rows) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def divergence(rows: Rows) -> tuple[Tensor, Tensor]:
     x = (growth - r) / (1 + r)
     p_over_m = -torch.log1p((1 - beta) * x)
     q_over_m = d - torch.log1p(r) + p_over_m  # d - log(1 + r) is log(q / p)
-    if far.any():
+    if not answers_at_once(far) or far.any():
         log_p, log_q = rows.scaled_teacher.log_softmax(-1), scaled.log_softmax(-1)
         log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
         p_over_m = torch.where(far, log_p - log_m, p_over_m)
