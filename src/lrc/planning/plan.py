@@ -27,6 +27,7 @@ from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.recipe import ORIGINS
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
+from lrc.system.progress import task
 
 RULE = (
     "a rule: heads and neurons first, the hidden size alone last, as in our measurements on "
@@ -117,6 +118,8 @@ def make_plan(settings: PlanSettings) -> Plan:
         UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
             not usable.
     """
+    if settings.probe:
+        need_text(settings)
     teacher, under = _skeleton(settings.teacher), settings.conditions
     found, left_out = candidates(teacher, _budget(teacher, settings))
     if not found:
@@ -124,13 +127,15 @@ def make_plan(settings: PlanSettings) -> Plan:
         raise UserError(f"No shape of this teacher fits ({reasons.rstrip('.')}).")
     expected = Expected(measured_runs(teacher.config))
     rows = []
-    for candidate in found:
-        recipe = _recipe(teacher, candidate, settings)
-        student = student_without_weights(teacher, candidate.shape)
-        figures = figures_of(student, under)
-        training = training_of(teacher.model, student, recipe, under)
-        known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
-        rows.append(Row(candidate, figures, training, known, recipe))
+    with task("Computing figures", len(found)) as shown:
+        for candidate in found:
+            recipe = _recipe(teacher, candidate, settings)
+            student = student_without_weights(teacher, candidate.shape)
+            figures = figures_of(student, under)
+            training = training_of(teacher.model, student, recipe, under)
+            known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
+            rows.append(Row(candidate, figures, training, known, recipe))
+            shown.update(len(rows))
     ranked_by, teacher_loss = RULE, None
     if settings.probe:
         rows, ranked_by, teacher_loss = _probed(rows, settings)
@@ -139,6 +144,17 @@ def make_plan(settings: PlanSettings) -> Plan:
         ranked_by = "the expected held-out loss"
     whole = figures_of(teacher.model, under)
     return Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
+
+
+def check_output(settings: PlanSettings, path: Path) -> None:
+    """Refuse to write a recipe before any work is done.
+
+    Raises:
+        UserError: if the file exists, or the settings name no text.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name with --out.")
+    need_text(settings)
 
 
 def write_recipe(plan: Plan, choice: int, path: Path) -> None:
@@ -154,17 +170,15 @@ def write_recipe(plan: Plan, choice: int, path: Path) -> None:
     """
     if not 1 <= choice <= len(plan.rows):
         raise UserError(f"There is no candidate {choice}: choose from 1 to {len(plan.rows)}.")
-    if path.exists():
-        raise UserError(f"{path} exists: choose another name with --out.")
+    check_output(plan.settings, path)
     row = plan.rows[choice - 1]
-    need_text(plan.settings)
     chosen = row.recipe.model_dump(mode="json", exclude_unset=True)
     about = f"# {row.candidate.kind}: {row.figures.parameters:,} parameters, by `lrc plan`.\n"
     write_text(path, about + yaml.safe_dump(chosen, sort_keys=False))
 
 
 def need_text(settings: PlanSettings) -> None:
-    """Refuse to go on without text.
+    """Refuse to continue without text.
 
     Raises:
         UserError: if the settings name none.
@@ -220,7 +234,6 @@ def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> R
 
 
 def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, float]:
-    need_text(settings)
     calibration = {"calibration_tokens": settings.calibration_tokens}
     recipes: list[Recipe] = []
     for row in rows:

@@ -30,7 +30,10 @@ from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
 from lrc.system.distributed import World
-from lrc.train.sizes import ADAM, planned_teacher, target_device
+from lrc.train.sizes import planned_teacher, target_device
+
+ADAM = 2
+"""Values that AdamW keeps for each trained one."""
 
 CUDA_CONTEXT = 2**29
 """Bytes that CUDA and its libraries take on a GPU, roughly."""
@@ -67,7 +70,7 @@ def memory_of(recipe: Recipe, processes: int) -> Memory:
         processes: number of processes, each with its own GPU.
 
     Raises:
-        UserError: as `lrc.train.sizes.sizes_of`.
+        UserError: as `lrc.train.sizes.planned_models`.
     """
     release, found = recipe.train.release_at, []
     for released in (False, True):
@@ -102,7 +105,8 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        grouped = func is torch.ops.aten._grouped_mm.default
+        result = (_grouped_product if grouped else func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
@@ -183,12 +187,12 @@ class _Stage:
             teacher = _unfilled(self.teacher.model, made)
             student = _unfilled(method.model, made)
             projections = 0
-            values = method.projections.values
-            for key, value in values.items():
-                values[key] = nn.Parameter(
-                    torch.empty(value.shape, dtype=value.dtype), requires_grad=value.requires_grad
-                )
-                projections += value.nbytes
+            for values in (method.projections.values, method.source.writers):
+                for key, value in values.items():
+                    values[key] = nn.Parameter(
+                        torch.empty(value.shape, dtype=value.dtype), value.requires_grad
+                    )
+                    projections += value.nbytes
             if not self.released and method.weight_dtype:
                 method.projections.store_as(method.model, method.weight_dtype)
                 student = sum(value.nbytes for value in method.model.parameters())
@@ -306,6 +310,13 @@ def _unfilled(model: nn.Module, made: dict[int, Tensor]) -> int:
                     total += new.nbytes
                 kind[name] = made[id(value)]  # type: ignore[assignment]
     return total
+
+
+def _grouped_product(left: Tensor, right: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The shape of a product with the weights of all experts, or of its gradient for them. Torch
+    knows it for aligned bfloat16 alone."""
+    experts = [len(ends)] if right.ndim == 2 else []
+    return left.new_empty(*experts, left.shape[-2], right.shape[-1])
 
 
 class _Vocabulary(torch.autograd.Function):
