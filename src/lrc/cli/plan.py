@@ -102,10 +102,6 @@ def plan(
         "memory": memory and quantity(memory, BYTES, "--memory"),
     }
     total = int(quantity(tokens, COUNTS, "--tokens"))
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu is {mfu}: give a share between 0 and 1.")
-    if probe_tokens and not probe:
-        raise UserError("--probe-tokens goes with --probe: give both.")
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
     from lrc.planning.plan import PlanSettings, check_output, make_plan, write_recipe

@@ -118,8 +118,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
             not usable.
     """
-    if settings.probe:
-        need_text(settings)
+    _check(settings)
     teacher, under = _skeleton(settings.teacher), settings.conditions
     found, left_out = candidates(teacher, _budget(teacher, settings))
     if not found:
@@ -188,6 +187,20 @@ def need_text(settings: PlanSettings) -> None:
         raise UserError(
             "Say which text the student learns from: give --text (or --set data.shards=FOLDER)."
         )
+
+
+def _check(settings: PlanSettings) -> None:
+    """Refuse settings that do not fit each other.
+
+    Raises:
+        UserError: as it says.
+    """
+    if not 0 < settings.conditions.mfu <= 1:
+        raise UserError(f"--mfu is {settings.conditions.mfu}: give a share between 0 and 1.")
+    if settings.probe_tokens and not settings.probe:
+        raise UserError("--probe-tokens goes with --probe: give both.")
+    if settings.probe:
+        need_text(settings)
 
 
 def _skeleton(name: str) -> Teacher:
