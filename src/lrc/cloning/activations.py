@@ -59,8 +59,8 @@ def activation_of(output: Output) -> Tensor:
 def known_documents(batch: Batch) -> Iterator[None]:
     """Tell transformers which documents a batch packs, while the context is open.
 
-    It would look whether position ids restart, and the CPU would wait for the device's answer in
-    every forward pass. A batch that packs documents has position ids, and no other batch has any.
+    Otherwise transformers checks in every forward pass whether position ids restart, and the CPU
+    waits for the device. Only batches that pack documents have position ids.
     """
 
     def find(position_ids: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from lrc.planning.expected import Expectation, Expected, measured_runs
 from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
 from lrc.planning.probe import probe
 from lrc.planning.shapes import (
-    Budget,
+    CostLimit,
     Candidate,
     candidates,
     section_of,
@@ -209,7 +209,7 @@ def _skeleton(name: str) -> Teacher:
     return Teacher(model, None, check_supported(model.config), name)
 
 
-def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
+def _budget(teacher: Teacher, settings: PlanSettings) -> CostLimit:
     whole = sum(value.numel() for value in teacher.model.parameters())
     given = [settings.parameters, settings.ratio, settings.memory]
     if sum(value is not None for value in given) != 1:
@@ -218,7 +218,7 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
         raise UserError(f"--ratio is {settings.ratio}: give the share to keep, between 0 and 1.")
     if settings.memory is None:
         limit = settings.parameters or whole * (settings.ratio or 0)
-        return Budget(lambda model: sum(value.numel() for value in model.parameters()), limit)
+        return CostLimit(lambda model: sum(value.numel() for value in model.parameters()), limit)
     if settings.dtype not in QUANTIZATIONS:
         raise UserError(f"--dtype is {settings.dtype}: choose one of {', '.join(QUANTIZATIONS)}.")
     context = settings.conditions.context
@@ -226,7 +226,7 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
     def measure(model: Any) -> float:
         return file_bytes(model, settings.dtype) + cache_bytes(model) * context
 
-    return Budget(measure, settings.memory, hard=True)
+    return CostLimit(measure, settings.memory, hard=True)
 
 
 def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> Recipe:

@@ -236,7 +236,7 @@ class _Stage:
             kept = alive.now - fixed - sum(value.nbytes for value in self._gradients())
             heads = method.model, self.teacher.model
             weights = (model.get_output_embeddings().weight for model in heads)
-            loss = _Vocabulary.apply(hidden.flatten(0, 1), *weights, self.fused, chunk)  # type: ignore[no-untyped-call]
+            loss = _VocabularyMemory.apply(hidden.flatten(0, 1), *weights, self.fused, chunk)  # type: ignore[no-untyped-call]
             return StepLosses(loss, {})
 
         method.distill.kl_and_lm_losses = vocabulary  # type: ignore[assignment,method-assign]
@@ -319,7 +319,7 @@ def _grouped_product(left: Tensor, right: Tensor, ends: Tensor, *_: Any, **__: A
     return left.new_empty(*experts, left.shape[-2], right.shape[-1])
 
 
-class _Vocabulary(torch.autograd.Function):
+class _VocabularyMemory(torch.autograd.Function):
     """What `lrc.cloning.objective.vocabulary` allocates."""
 
     @staticmethod
@@ -345,7 +345,7 @@ class _Vocabulary(torch.autograd.Function):
         return grad * of_hidden, grad * of_head, None, None, None
 
 
-class _Clone(torch.autograd.Function):
+class _CloneMemory(torch.autograd.Function):
     """What `lrc.cloning.kernels.clone` allocates."""
 
     @staticmethod
@@ -368,6 +368,6 @@ class _Clone(torch.autograd.Function):
 def _clone(
     student: Tensor, target: Tensor, *_: Any, factors: tuple[Any, Any] | None = None, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """`compare_activations` by `_Clone`."""
-    found: tuple[Tensor, Tensor] = _Clone.apply(student, target, *(factors or (None, None)))  # type: ignore[no-untyped-call]
+    """`compare_activations` by `_CloneMemory`."""
+    found: tuple[Tensor, Tensor] = _CloneMemory.apply(student, target, *(factors or (None, None)))  # type: ignore[no-untyped-call]
     return found

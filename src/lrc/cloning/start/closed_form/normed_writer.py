@@ -54,10 +54,10 @@ def diagonal_basis(basis: Tensor, gains: Iterable[Tensor]) -> Tensor:
         basis: B [d_T, d_S], orthonormal columns.
         gains: the gains [d_T] of the teacher's norms after its blocks.
     """
-    wide = basis.double()
+    exact = basis.double()
     mean = torch.stack([share / share.mean() for share in map(inverse_squares, gains)]).mean(0)
-    _, rotation = torch.linalg.eigh(wide.T @ (mean[:, None] * wide))
-    return (wide @ rotation).to(basis.dtype).contiguous()
+    _, rotation = torch.linalg.eigh(exact.T @ (mean[:, None] * exact))
+    return (exact @ rotation).to(basis.dtype).contiguous()
 
 
 def writer_without_text(gain: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
