@@ -18,7 +18,8 @@ version then."""
 
 
 def remember_norms(gradient: Tensor, norms: Tensor) -> None:
-    """Attach the norms [batch, sequence] of a new gradient [batch, sequence, width] for `clip_tokens`.
+    """Attach the norms [batch, sequence] of a new gradient [batch, sequence, width] to it, for
+    `clip_tokens`.
 
     Nothing else may refer to its memory, because it may be clipped in place. If autograd adds
     another gradient to it, the norms are forgotten.

@@ -17,8 +17,8 @@ from lrc.planning.expected import Expectation, Expected, measured_runs
 from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
 from lrc.planning.probe import probe
 from lrc.planning.shapes import (
-    CostLimit,
     Candidate,
+    CostLimit,
     candidates,
     section_of,
     student_without_weights,
@@ -37,7 +37,7 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What a plan is for. One of `parameters`, `ratio` and `memory` is given."""
+    """What a plan is made for. One of `parameters`, `ratio` and `memory` is given."""
 
     teacher: str
     parameters: float | None = None
@@ -62,7 +62,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate with all that is known of it."""
+    """A candidate and everything known about it."""
 
     candidate: Candidate
     figures: Figures
@@ -265,7 +265,7 @@ def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, fl
 
 
 def _notes(teacher: Teacher) -> list[str]:
-    """What llama.cpp and vLLM say to students of this family."""
+    """Whether llama.cpp and vLLM run students of this family."""
     family, notes = teacher.family, []
     try:
         if family.gguf is None:

@@ -29,10 +29,10 @@ RIDGES = 1e-8, 1e-4, 1e-2, 1.0
 second moment."""
 
 SMALLEST_GAIN = 1e-2
-"""Least gain to divide by, in units of the median."""
+"""Smallest gain to divide by, in units of the median."""
 
 SMALLEST_SHARE = 1e-2
-"""Least 1 / s^2, in units of what it is shrunk toward."""
+"""Smallest 1 / s^2, in units of what it is shrunk toward."""
 
 WrittenRows = Callable[[bool], Iterable[tuple[Tensor, Tensor, Tensor]]]
 """Returns batches of the block's outputs u [tokens, d_T], of what the stream lacks [tokens, d_S],
