@@ -1,5 +1,6 @@
 """`lrc info --memory`: what a recipe's training takes, against what it took."""
 
+import json
 import re
 import subprocess
 import sys
@@ -215,5 +216,7 @@ def test_what_the_command_says(tiny_recipe: Any, lrc: Command) -> None:
     shown = lrc.printed("info", "--memory", *settings, "--gpus", "1,2", "--card-memory", "24")
     assert "train.accumulate is 1, which 2 processes cannot divide: set it to 2." in shown
     assert table(shown)["largest micro-batch in 24 GiB"][0] > 100
+    [found] = json.loads(lrc.printed("info", "--memory", *settings, "--json"))["memory"]
+    assert found["peak"] == max(sum(found["parts"].values()), found["start"])
     assert "give numbers of GPUs" in lrc.refusal("info", "--memory", *settings, "--gpus", "1,x")
     assert "goes with a recipe" in lrc.refusal("info", "--memory", teacher)

@@ -1,5 +1,6 @@
 """`lrc export`, `lrc info` and `lrc generate`."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -190,17 +191,20 @@ def _print_memory(recipe: "Recipe", gpus: list[int], card: float) -> None:
         add(part, [memory.parts[part] for memory in found])
     add("together, in a step", [sum(memory.parts.values()) for memory in found])
     add("start, on the first GPU", [memory.start for memory in found])
-    largest = (str(largest_micro_batch(recipe, memory, card * 2**30)) for memory in found)
-    table.add_row(f"largest micro-batch in {card:g} GiB", *largest)
+    largest = [largest_micro_batch(recipe, memory, card * 2**30) for memory in found]
+    table.add_row(f"largest micro-batch in {card:g} GiB", *map(str, largest))
     table.add_row("GB exchanged in a step", *(f"{memory.moved / 1e9:.2f}" for memory in found))
-    console.print(table)
-    train = recipe.train
-    console.print(
-        f"Computed for micro-batches of {train.micro_batch} x {recipe.data.sequence_length:,} "
-        "tokens (docs/scaling.md)."
+    data = [
+        {"gpus": number, **asdict(memory), "peak": memory.peak, "largest_micro_batch": most}
+        for number, memory, most in zip(gpus, found, largest, strict=True)
+    ]
+    console.result(
+        {"memory": data, "notes": notes},
+        table,
+        f"Computed for micro-batches of {recipe.train.micro_batch} x "
+        f"{recipe.data.sequence_length:,} tokens (docs/scaling.md).",
+        *notes,
     )
-    for note in notes:
-        console.print(note)
 
 
 def generate(

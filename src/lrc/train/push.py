@@ -83,7 +83,7 @@ def push(
 
 
 def need_login() -> None:
-    """Refuse to go on without a login.
+    """Refuse to continue without a login.
 
     Raises:
         UserError: if huggingface_hub knows no token.
