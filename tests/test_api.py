@@ -147,6 +147,38 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     assert (run.folder / "evaluation" / "results.json").is_file()
 
 
+def test_plan_and_the_recipe_that_it_writes(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher", hidden_size=32, num_hidden_layers=2)
+    text = write_jsonl(tmp_path / "text.jsonl", tiny_documents())
+    given: dict[str, Any] = {"text": text, "settings": SETTINGS, "out": "recipe.yaml"}
+    plan = lrc.plan(teacher, ratio=0.6, gpu="l4", choose=2, **given)
+    assert plan.rows[1].training.bytes > 0
+    with pytest.raises(UserError, match="exists: choose another name"):
+        lrc.plan(teacher, ratio=0.6, **given)
+    with pytest.raises(UserError, match="Give one of --params"):
+        lrc.plan(teacher)
+    run = lrc.compress(recipe="recipe.yaml", out="run")
+    assert run.student().num_parameters() == plan.rows[1].figures.parameters
+    assert list(run.recipe.data.text) == [str(text)]
+    other = lrc.compress(recipe="recipe.yaml", settings={"initialize.method": "random"}, out="two")
+    assert other.recipe.initialize.method == "random"
+    page = lrc.write_report([run, "two"], out="page.html")
+    assert "two" in page.read_text()
+
+
+def test_build_shards(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    write_jsonl(tmp_path / "text.jsonl", tiny_documents())
+    mix = {"sources": {"own": {"files": ["text.jsonl"]}}, "held_out_fraction": 0.2}
+    Path("mix.yaml").write_text(yaml.safe_dump({**mix, "deduplicate": False}))
+    given: dict[str, Any] = {"teacher": str(teacher), "root": tmp_path, "workers": 1}
+    shards = lrc.build_shards("mix.yaml", "shards", **given)
+    settings = {**SETTINGS, "data.shards": str(shards)}
+    del settings["data.held_out_fraction"]  # the shards' own
+    run = lrc.compress(teacher, hidden_size=8, settings=settings, out="run")
+    assert run.summary()["tokens"] == 0
+
+
 def test_compare(tmp_path: Path) -> None:
     save_teacher(tmp_path / "teacher")
     train = {"micro_batch": 2, "eval_sequences": 4}
@@ -178,6 +210,9 @@ def test_public_names_are_not_hidden_by_packages() -> None:
         "sft",
         "push",
         "compare",
+        "plan",
+        "write_report",
+        "build_shards",
     ):
         assert callable(getattr(lrc, name))
         assert name in lrc.__all__

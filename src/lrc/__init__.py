@@ -4,7 +4,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lrc.api import clone, compare, compress, evaluate, export, prune, push, resume, sft
+    from lrc.api import (
+        build_shards,
+        clone,
+        compare,
+        compress,
+        evaluate,
+        export,
+        plan,
+        prune,
+        push,
+        resume,
+        sft,
+        write_report,
+    )
     from lrc.model.teacher import Teacher, as_teacher, load_teacher
     from lrc.recipe import Recipe, load_recipe
     from lrc.run import Run
@@ -16,15 +29,18 @@ _HOME = {
     "Teacher": "lrc.model.teacher",
     "UserError": "lrc.system.errors",
     "as_teacher": "lrc.model.teacher",
+    "build_shards": "lrc.api",
     "clone": "lrc.api",
     "compare": "lrc.api",
     "compress": "lrc.api",
     "evaluate": "lrc.api",
     "export": "lrc.api",
+    "plan": "lrc.api",
     "prune": "lrc.api",
     "push": "lrc.api",
     "resume": "lrc.api",
     "sft": "lrc.api",
+    "write_report": "lrc.api",
     "load_recipe": "lrc.recipe",
     "load_teacher": "lrc.model.teacher",
 }
@@ -36,6 +52,7 @@ __all__ = [
     "UserError",
     "__version__",
     "as_teacher",
+    "build_shards",
     "clone",
     "compare",
     "compress",
@@ -43,10 +60,12 @@ __all__ = [
     "export",
     "load_recipe",
     "load_teacher",
+    "plan",
     "prune",
     "push",
     "resume",
     "sft",
+    "write_report",
 ]
 
 

@@ -5,23 +5,21 @@ Warnings, results and progress are logged by the logger `lrc`:
     logging.basicConfig(level=logging.INFO)
 """
 
-import hashlib
-import json
 import os
-import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lrc.exporting.formats import Dtype, Format
-from lrc.model.teacher import Teacher, as_teacher
+from lrc.model.teacher import Teacher
+from lrc.objects import StrPath, Text, loaded_teacher, paths_of, written_text
 from lrc.preflight import check_recipe, need_whole_teacher
-from lrc.recipe import Recipe, make_recipe
+from lrc.recipe import make_recipe
+from lrc.recipe.shipped import find_yaml
 from lrc.run import Run, default_folder
-from lrc.system.checksums import cache_root
 from lrc.system.distributed import join
 from lrc.system.errors import UserError
-from lrc.system.files import new_file
+from lrc.system.yaml_files import read_yaml
 from lrc.train import train
 from lrc.train.loop import OnStep
 from lrc.train.prune import prune_recipe
@@ -32,37 +30,101 @@ if TYPE_CHECKING:
 
     from lrc.comparison.results import Results
     from lrc.evaluation.results import Evaluation
+    from lrc.planning.plan import Plan
 
-StrPath = str | os.PathLike[str]
 
-Text = StrPath | Sequence[StrPath] | Iterable[str] | Iterable[Mapping[str, Any]]
-"""Training text: a path or `stdlib-docs`; a list or tuple of these; a data set of `datasets` (a
-`Dataset` or an `IterableDataset`); or any other iterable of documents as strings."""
+def plan(
+    teacher: StrPath,
+    *,
+    parameters: float | None = None,
+    ratio: float | None = None,
+    memory: float | None = None,
+    dtype: str = "q4_k_m",
+    context: int = 4096,
+    tokens: int = 10_000_000_000,
+    gpu: str = "h100",
+    gpus: int = 1,
+    mfu: float = 0.35,
+    probe: bool = False,
+    probe_tokens: int = 0,
+    calibration_tokens: int = 4096,
+    text: StrPath | Sequence[StrPath] | None = None,
+    out: StrPath | None = None,
+    choose: int = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> "Plan":
+    """Compare shapes of a student by size, speed and training cost (docs/shapes.md).
 
-CHARACTERS_PER_TOKEN, CHARACTERS = 16, 1_000_000
-"""Text objects are read up to this many characters for every token that a run trains on, far more
-than any tokenizer needs, and at least up to this many in all. They may be endless."""
+    Args:
+        teacher: a hub id, a folder, a .gguf file or `package:NAME`; no weights are needed.
+        parameters: parameters of the student. One of this, `ratio` and `memory` is given.
+        ratio: share of the teacher's parameters to keep.
+        memory: bytes for running it: weights in `dtype`, and a cache of `context` tokens.
+        dtype: element type for `memory`: `bf16`, `q8_0` or `q4_k_m`.
+        context: tokens in the cache while decoding.
+        tokens: training tokens.
+        gpu: GPU to train and decode on.
+        gpus: how many of them train.
+        mfu: share of the GPU's peak that training is assumed to reach.
+        probe: whether to solve each start on `text`, and rank by its held-out loss.
+        probe_tokens: training tokens of each candidate in the probe.
+        calibration_tokens: tokens that the probe solves each start from.
+        text: the training text.
+        out: a new YAML file for the recipe of one candidate.
+        choose: this candidate's number, from 1.
+        settings: other settings of the recipe by dotted key.
+
+    Raises:
+        UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
+            not usable.
+    """
+    from lrc.planning.figures import Conditions
+    from lrc.planning.gpus import find_gpu
+    from lrc.planning.plan import PlanSettings, check_output, make_plan, write_recipe
+
+    given = {"data.text": paths_of(text), "train.tokens": tokens}
+    wanted = PlanSettings(
+        teacher=os.fspath(teacher),
+        parameters=parameters,
+        ratio=ratio,
+        memory=memory,
+        dtype=dtype,
+        conditions=Conditions(find_gpu(gpu), gpus, mfu, context),
+        recipe={key: value for key, value in given.items() if value} | dict(settings or {}),
+        probe=probe,
+        probe_tokens=probe_tokens,
+        calibration_tokens=calibration_tokens,
+    )
+    if out is not None:
+        check_output(wanted, Path(out))
+    made = make_plan(wanted)
+    if out is not None:
+        write_recipe(made, choose, Path(out))
+    return made
 
 
 def clone(
-    teacher: "StrPath | Teacher | PreTrainedModel",
+    teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
     hidden_size: int | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    recipe: StrPath | None = None,
     out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
     on_step: OnStep | None = None,
 ) -> Run:
-    """Clone a teacher into a student of a smaller hidden size.
+    """Clone a teacher into a smaller student.
 
     Args:
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, a loaded `lrc.Teacher`, or a
-            loaded transformers model, which needs its `tokenizer`.
-        hidden_size: d_S; even, and smaller than the teacher's. None: the teacher's, if `settings`
-            have fewer layers, heads or neurons (`{"student.intermediate_size": 4096}`).
-        text: the training text (`Text`). None: `settings` names shards or a stream.
+            loaded transformers model, which needs its `tokenizer`. None: the recipe's.
+        hidden_size: d_S; even, and smaller than the teacher's. None: the recipe's, or the teacher's
+            if `settings` have fewer layers, heads or neurons (`{"student.kv_heads": 4}`).
+        text: the training text (`Text`). None: the recipe's, or `settings` name shards or a stream.
         tokenizer: the tokenizer of a teacher that is a transformers model.
+        recipe: a recipe's YAML file, or the name of a shipped one; the other arguments and
+            `settings` override it.
         out: the run's folder; default: a new one in `runs/`.
         settings: other settings of the recipe by dotted key, `{"train.tokens": 500_000}`.
         on_step: called after every optimizer step.
@@ -73,18 +135,19 @@ def clone(
     Raises:
         UserError: if a setting, the teacher or the text is not usable.
     """
-    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
+    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, recipe, out, settings)
     need_whole_teacher(run.recipe)
     train(run, loaded, on_step=on_step)
     return run
 
 
 def compress(
-    teacher: "StrPath | Teacher | PreTrainedModel",
+    teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
     hidden_size: int | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
+    recipe: StrPath | None = None,
     out: StrPath | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -92,7 +155,7 @@ def compress(
 
     Arguments, return value and errors are those of `clone`. `resume` trains the run further.
     """
-    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, out, settings)
+    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, recipe, out, settings)
     initialize_only(run, loaded)
     return run
 
@@ -116,7 +179,9 @@ def resume(
         UserError: if the run cannot be continued.
     """
     opened = run if isinstance(run, Run) else Run.open(run)
-    loaded = None if teacher is None else _loaded(teacher, tokenizer, opened.recipe.teacher.model)
+    loaded = (
+        None if teacher is None else loaded_teacher(teacher, tokenizer, opened.recipe.teacher.model)
+    )
     train(opened, loaded, on_step=on_step)
     return opened
 
@@ -127,6 +192,7 @@ def export(
     *,
     dtype: str | None = None,
     format: str | None = None,
+    modelfile: bool = False,
 ) -> Path:
     """Write the student of a run as a plain transformers folder, or as a GGUF file.
 
@@ -135,6 +201,7 @@ def export(
         out: a new folder, or a new file whose name ends in .gguf.
         dtype: element type of the weights, as torch or llama.cpp names it; None: as trained.
         format: `safetensors` or `gguf`; None: as the name of `out` says.
+        modelfile: whether to write Ollama's Modelfile beside the GGUF file.
 
     Raises:
         UserError: if the run has no checkpoint, or the output cannot be written.
@@ -143,7 +210,7 @@ def export(
 
     name = _name(model)
     kinds = _choice(Dtype, dtype, "dtype"), _choice(Format, format, "format")
-    export_model(name, Path(out), *kinds)
+    export_model(name, Path(out), *kinds, modelfile)
     return Path(out)
 
 
@@ -156,7 +223,10 @@ def evaluate(
     limit: int | None = None,
     data: StrPath | None = None,
     batch_size: int = 16,
+    dtype: str = "auto",
     device: str = "auto",
+    teacher: str | None = None,
+    text: StrPath | Sequence[StrPath] | None = None,
     apply_chat_template: bool = False,
 ) -> "Evaluation":
     """Evaluate a model on benchmarks of lm-evaluation-harness, alone or with other models.
@@ -170,7 +240,10 @@ def evaluate(
         limit: rows of each task; None: all.
         data: folder of JSONL files that replace the harness's data sets.
         batch_size: sequences per forward pass.
+        dtype: element type of the models, as torch names it; `auto`: as stored.
         device: `auto`, or a device as in torch.
+        teacher: for `heldout`, the teacher; None: the run's.
+        text: for `heldout`, the held-out text; None: the run's.
         apply_chat_template: whether to ask in each model's chat template.
 
     Raises:
@@ -186,7 +259,10 @@ def evaluate(
         tasks=tuple(tasks or (PAPER,)),
         limit=limit,
         data=None if data is None else Path(data),
+        teacher=teacher,
+        text=tuple(paths_of(text)),
         batch_size=batch_size,
+        dtype=dtype,
         device=str(find_device(device)),
         apply_chat_template=apply_chat_template,
     )
@@ -221,7 +297,7 @@ def prune(
     from lrc.model.teacher import short_name
 
     name = _name(model)
-    recipe = prune_recipe(name, ratio, _paths(text), recover, tokens, settings or {})
+    recipe = prune_recipe(name, ratio, paths_of(text), recover, tokens, settings or {})
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
     run = Run.create(folder, recipe, join())
     check_recipe(recipe)
@@ -259,7 +335,7 @@ def sft(
     from lrc.tuning.sft import sft as tune
 
     name = _name(model)
-    given = {"model": name, "data": _paths(data) or None, "teacher": teacher}
+    given = {"model": name, "data": paths_of(data) or None, "teacher": teacher}
     chosen = {key: value for key, value in given.items() if value is not None}
     tuning = load_tuning(recipe, {**chosen, **(settings or {})})
     folder = Path(out) if out else default_folder(name)
@@ -332,89 +408,125 @@ def compare(
     return run_comparison(loaded, folder, only, results_only, side_by_side)
 
 
+def write_report(
+    runs: Run | StrPath | Sequence[Run | StrPath],
+    *,
+    out: StrPath | None = None,
+    prompts: Sequence[str] = (),
+) -> Path:
+    """Write one HTML page about one or several runs, or about a comparison.
+
+    Args:
+        runs: runs or their folders, finished or not, or the folder of one comparison.
+        out: the page; default: `report.html` in the run's folder, or in the current folder for
+            several runs.
+        prompts: texts for the students to continue.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        UserError: if a folder is not a run's, or a comparison is not alone.
+    """
+    from lrc.comparison.page import is_comparison, write_comparison_page
+    from lrc.report.page import write_report as write_page
+    from lrc.system.progress import task
+
+    every = [runs] if isinstance(runs, Run | str | os.PathLike) else list(runs)
+    folders = [Path(_name(run)) for run in every]
+    path = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
+    path = Path(out) if out else path
+    comparisons = [folder for folder in folders if is_comparison(folder)]
+    if comparisons and (len(folders) > 1 or prompts):
+        raise UserError(
+            f"{comparisons[0]} is a comparison, which has its own page: give it alone and without "
+            "--prompt, or give its runs."
+        )
+    opened = [] if comparisons else [Run.open(folder) for folder in folders]
+    with task(f"Writing {path}") as shown:
+        if comparisons:
+            write_comparison_page(folders[0], path, shown.describe)
+        else:
+            write_page(opened, path, prompts, shown.describe)
+    return path
+
+
+def build_shards(
+    mix: StrPath,
+    out: StrPath,
+    *,
+    teacher: str | None = None,
+    root: StrPath | None = None,
+    evaluation: StrPath | None = None,
+    workers: int | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Mix, filter, deduplicate and tokenize text into shards (`lrc data build`, docs/data.md).
+
+    Args:
+        mix: a mix's YAML file, or the name of a shipped one.
+        out: folder of the shards, new or of a stopped build of the same mix.
+        teacher: the teacher whose tokenizer and chat template to use; None: the mix's.
+        root: base folder of the mix's relative paths; None: the mix's.
+        evaluation: folder of evaluation sets (JSONL) that no document may overlap.
+        workers: number of processes; None: one per core.
+        settings: other settings of the mix by dotted key.
+
+    Returns:
+        The folder, for `data.shards` in a recipe.
+
+    Raises:
+        UserError: if the mix has mistakes, or a source is not found or not usable.
+    """
+    from lrc.corpus.mix import load_mix
+    from lrc.corpus.pool import default_workers
+    from lrc.corpus.run import build_shards as build
+    from lrc.model.teacher import load_tokenizer
+
+    given = {
+        "teacher": teacher,
+        "root": root and os.fspath(root),
+        "decontaminate.folder": evaluation and str(Path(evaluation).absolute()),
+    }
+    chosen = {key: value for key, value in given.items() if value}
+    loaded = load_mix(os.fspath(mix), {**chosen, **(settings or {})})
+    tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
+    build(loaded, tokenizer, Path(out), workers or default_workers())
+    return Path(out)
+
+
 def _new_run(
-    teacher: "StrPath | Teacher | PreTrainedModel",
+    teacher: "StrPath | Teacher | PreTrainedModel | None",
     hidden_size: int | None,
     text: Text | None,
     tokenizer: "PreTrainedTokenizerBase | None",
+    recipe: StrPath | None,
     out: StrPath | None,
     settings: Mapping[str, Any] | None,
 ) -> tuple[Run, Teacher | None]:
     """A new run, and its teacher if that is loaded already."""
-    loaded = None if isinstance(teacher, str | os.PathLike) else _loaded(teacher, tokenizer)
-    name = loaded.name if loaded else os.fspath(teacher)  # type: ignore[arg-type]
-    base = {"teacher": {"model": name}, "student": {"hidden_size": hidden_size}}
-    given = dict(settings or {})
+    is_name = teacher is None or isinstance(teacher, str | os.PathLike)
+    loaded = None if is_name else loaded_teacher(teacher, tokenizer)
+    name = loaded.name if loaded else teacher and os.fspath(teacher)  # type: ignore[arg-type]
     is_object = not (text is None or isinstance(text, str | os.PathLike | list | tuple))
-    data = {"text": ["-"]} if is_object else {"text": _paths(text)}  # type: ignore[arg-type]
-    recipe = make_recipe({**base, "data": data}, given)
+    sources = ["-"] if is_object else paths_of(text)  # type: ignore[arg-type]
+    given = {"teacher.model": name, "student.hidden_size": hidden_size, "data.text": sources}
+    overrides = {key: value for key, value in given.items() if value} | dict(settings or {})
+    base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
+    resolved = make_recipe(base, overrides)
     if is_object:
-        file = _written(text, recipe)  # type: ignore[arg-type]
-        recipe = make_recipe({**base, "data": {"text": [str(file)]}}, given)
-    run = Run.create(Path(out) if out else default_folder(recipe), recipe, join())
+        overrides["data.text"] = [str(written_text(text, resolved))]  # type: ignore[arg-type]
+        resolved = make_recipe(base, overrides)
+    stem = Path(recipe).stem if recipe else None
+    run = Run.create(Path(out) if out else default_folder(resolved, stem), resolved, join())
     if loaded is None:
-        check_recipe(recipe)
+        check_recipe(resolved)
     return run, loaded
-
-
-def _loaded(
-    teacher: "Teacher | PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase | None",
-    name: str | None = None,
-) -> Teacher:
-    """A loaded teacher, wrapped if it is a transformers model."""
-    from transformers import PreTrainedModel
-
-    if isinstance(teacher, Teacher):
-        return teacher
-    if not isinstance(teacher, PreTrainedModel):
-        raise UserError(
-            f"The teacher is a {type(teacher).__name__}: give its name or folder, a transformers "
-            "model with its tokenizer, or a loaded lrc.Teacher."
-        )
-    if tokenizer is None:
-        raise UserError("A teacher that is a transformers model needs its tokenizer: give both.")
-    known = name or getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
-    return as_teacher(teacher, tokenizer, known)
 
 
 def _name(model: Run | StrPath) -> str:
     """How the command line names a model: a run by its folder."""
     return str(model.folder) if isinstance(model, Run) else os.fspath(model)
-
-
-def _paths(text: StrPath | Sequence[StrPath] | None) -> list[str]:
-    """Paths of text as strings."""
-    if text is None:
-        return []
-    paths = [text] if isinstance(text, str | os.PathLike) else text
-    return [os.fspath(path) for path in paths]
-
-
-def _written(text: Iterable[Any], recipe: Recipe) -> Path:
-    """A text object as a JSONL file in the cache, named by its content."""
-    field, train = recipe.data.text_field, recipe.train
-    wanted = train.tokens + recipe.initialize.calibration_tokens
-    wanted += train.eval_sequences * recipe.data.sequence_length
-    needed = CHARACTERS_PER_TOKEN * wanted / (1 - recipe.data.held_out_fraction)
-    left = max(CHARACTERS, needed)
-    folder = cache_root(recipe.data.cache) / "texts"
-    digest, written = hashlib.sha256(), folder / f"{secrets.token_hex(8)}.jsonl"
-    with new_file(written) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in text:
-            document = row.get(field) if isinstance(row, Mapping) else row
-            if not isinstance(document, str):
-                raise UserError(
-                    f"The text holds a {type(document).__name__}: give strings, or rows with text "
-                    f"in '{field}' (data.text_field)."
-                )
-            line = json.dumps({field: document}) + "\n"
-            digest.update(line.encode())
-            file.write(line)
-            left -= len(document)
-            if left < 0:
-                break
-    return written.replace(folder / f"{digest.hexdigest()[:16]}.jsonl")
 
 
 def _choice(kind: Any, value: str | None, name: str) -> Any:

@@ -44,7 +44,7 @@ def tell(folder: Path, stories: int, tokens: int, seed: int) -> Iterator[str]:
     torch.manual_seed(seed)
     for first in range(0, stories, BATCH):
         start = torch.full((min(BATCH, stories - first), 1), tokenizer.bos_token_id)
-        told = model.generate(
+        written = model.generate(
             start,
             attention_mask=torch.ones_like(start),
             max_new_tokens=tokens,
@@ -53,7 +53,7 @@ def tell(folder: Path, stories: int, tokens: int, seed: int) -> Iterator[str]:
             top_k=0,
             pad_token_id=tokenizer.eos_token_id,
         )
-        yield from tokenizer.batch_decode(told, skip_special_tokens=True)
+        yield from tokenizer.batch_decode(written, skip_special_tokens=True)
 
 
 def write_stories(path: Path, stories: Iterator[str]) -> None:

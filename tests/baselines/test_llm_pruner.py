@@ -109,7 +109,7 @@ def test_the_ratio_is_met(case: Case, ratio: float) -> None:
     before, after = parameters(teacher.model), parameters(method.student())
     neuron = teacher.num_layers * 3 * 34
     assert abs(after - (1 - ratio) * before) <= neuron / 2
-    assert f"from {before:,} to {after:,} parameters" in method.notes()[0]
+    assert not method.notes()  # the closing table has both counts
 
 
 @given(st.integers(1, 6), st.integers(1, 3), st.integers(4, 50), st.floats(0.05, 0.95))

@@ -29,7 +29,6 @@ from gguf_helpers import (
     YARN,
     byte_level_bpe,
     read_fields,
-    stories_clone,
     tiny_student,
 )
 from lrc.cli import main
@@ -70,12 +69,6 @@ CASES = [
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return byte_level_bpe()
-
-
-@pytest.fixture(scope="module")
-def clone(stories_folder: Path) -> tuple[Any, Any]:
-    """A clone of stories260K and its tokenizer."""
-    return stories_clone(stories_folder)
 
 
 def expected_name(path: str) -> str:

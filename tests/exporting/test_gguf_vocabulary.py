@@ -19,7 +19,6 @@ from gguf_helpers import (
     TEXTS,
     byte_level_bpe,
     read_fields,
-    stories_clone,
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
@@ -32,12 +31,6 @@ ABOUT = About("tiny")
 @pytest.fixture(scope="module")
 def tokenizer() -> Any:
     return byte_level_bpe()
-
-
-@pytest.fixture(scope="module")
-def clone(stories_folder: Path) -> tuple[Any, Any]:
-    """A clone of stories260K and its tokenizer."""
-    return stories_clone(stories_folder)
 
 
 @pytest.fixture(scope="module")

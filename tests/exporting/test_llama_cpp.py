@@ -30,7 +30,6 @@ from gguf_helpers import (
     TEXTS,
     YARN,
     byte_level_bpe,
-    stories_clone,
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
@@ -84,12 +83,6 @@ CASES = [
 ]
 
 Open = Callable[..., Any]
-
-
-@pytest.fixture(scope="module")
-def clone(stories_folder: Path) -> tuple[Any, Any]:
-    """A clone of stories260K and its tokenizer."""
-    return stories_clone(stories_folder)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """`lrc info --memory`: what a recipe's training takes, against what it took."""
 
+import json
 import re
 import subprocess
 import sys
@@ -152,6 +153,27 @@ def test_parts_are_those_of_a_real_method(tiny_recipe: Any, release: int, proces
         assert memory.moved == 2 * sum(map(bytes_of, (writers, gains, leaves)))
 
 
+def test_solved_writers_count_before_the_release(tiny_recipe: Any) -> None:
+    changes = {"student.hidden_size": None, "student.intermediate_size": 8, "train.release_at": 1}
+    recipe = tiny_recipe(**changes)
+    method = LowRankClone.build(tiny_teacher("qwen2", dtype=torch.float32), recipe)
+    assert method.source.writers
+    held = [*method.projections.values.values(), *method.source.writers.values()]
+    parts = memory_of(recipe, 1).parts
+    assert parts["projections"] == bytes_of(held)
+    assert parts["optimizer"] == 2 * bytes_of(method.parameters().values())
+
+
+def test_experts_are_counted(tiny_recipe: Any, tmp_path: Path) -> None:
+    teacher = tiny_teacher("qwen3_moe", dtype=torch.float32)
+    teacher.model.config.to_json_file(tmp_path / "config.json")
+    recipe = tiny_recipe(**{"train.release_at": 0})
+    method = LowRankClone.build(teacher, recipe)
+    parts = memory_of(recipe, 1).parts
+    assert parts["student"] == held_by(method.model)
+    assert parts["gradients"] == bytes_of(method.model.parameters())
+
+
 def bytes_of(values: Any) -> int:
     return sum(value.nbytes for value in values)
 
@@ -194,5 +216,7 @@ def test_what_the_command_says(tiny_recipe: Any, lrc: Command) -> None:
     shown = lrc.printed("info", "--memory", *settings, "--gpus", "1,2", "--card-memory", "24")
     assert "train.accumulate is 1, which 2 processes cannot divide: set it to 2." in shown
     assert table(shown)["largest micro-batch in 24 GiB"][0] > 100
+    [found] = json.loads(lrc.printed("info", "--memory", *settings, "--json"))["memory"]
+    assert found["peak"] == max(sum(found["parts"].values()), found["start"])
     assert "give numbers of GPUs" in lrc.refusal("info", "--memory", *settings, "--gpus", "1,x")
     assert "goes with a recipe" in lrc.refusal("info", "--memory", teacher)

@@ -118,11 +118,7 @@ class LlmPruner(PrunedStudent):
         return shape
 
     def notes(self) -> list[str]:
-        if not self.pruner.ratio:
-            return super().notes()
-        before = sum(p.numel() for p in self.teacher.model.parameters())
-        after = sum(p.numel() for p in self.plain.parameters())
-        return [f"Pruned from {before:,} to {after:,} parameters ({after / before - 1:+.1%})."]
+        return [] if self.pruner.ratio else super().notes()
 
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
         kept = self.choose(calibration, progress)

@@ -109,7 +109,7 @@ def main() -> None:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        sentence, code = told(error)
+        sentence, code = explain(error)
         if is_news(error):
             typer.secho(f"Error: {sentence}", fg="red", err=True)
         sys.exit(code)
@@ -118,7 +118,7 @@ def main() -> None:
         sys.exit(INTERRUPTED)
 
 
-def told(error: Exception) -> tuple[str, int]:
+def explain(error: Exception) -> tuple[str, int]:
     """Turn an exception into a sentence for the user and an exit code."""
     if isinstance(error, UserError):
         return str(error), MISTAKE

@@ -38,7 +38,7 @@ def compare(
         bool,
         typer.Option(
             "--results-only",
-            help="Keep of runs that have ended only recipes, held-out losses and summaries, small "
+            help="Keep only the recipes, held-out losses and summaries of finished runs, small "
             "enough for git: no students, no checkpoints.",
         ),
     ] = False,
@@ -52,7 +52,7 @@ def compare(
     * `lrc compare mine.yaml --set train.micro_batch=4`
     * `lrc compare proof-cpu --minutes 60 --parallel 2 --results-only --out results/proof-cpu`
 
-    The most important runs come first: one seed after the other, in it the entries in their order.
+    The most important runs come first: seed by seed, and for each seed the entries in their order.
     Several processes with the same `--out` share the runs, such as one for each GPU. The same
     command continues where it was stopped. If nothing is left to run, it only tabulates.
     """

@@ -1,5 +1,6 @@
 """`lrc export`, `lrc info` and `lrc generate`."""
 
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -84,8 +85,8 @@ def info(
 ) -> None:
     """Show the shape and the parameters of a model, of a run's teacher and student, or of a recipe.
 
-    A recipe is shown with the memory for its weights, or with all that a step needs on each GPU.
-    Only the teacher's configuration is needed.
+    For a recipe, --memory shows instead what a step of training takes on each GPU. Both need only
+    the teacher's configuration.
 
     Examples:
 
@@ -109,7 +110,7 @@ def info(
         if memory:
             _print_memory(recipe, numbers_of(gpus), card_memory)
         else:
-            _print_sizes(recipe)
+            _print_models(recipe)
         return
     if memory:
         raise UserError("--memory goes with a recipe, not with a model: leave it out.")
@@ -130,30 +131,27 @@ def info(
     console.result({"models": data}, table)
 
 
-def _print_sizes(recipe: "Recipe") -> None:
+def _print_models(recipe: "Recipe") -> None:
     from lrc.model.shapes import shape_of
-    from lrc.train.sizes import sizes_of
+    from lrc.train.sizes import planned_models
 
-    sizes = sizes_of(recipe)
-    before, after = shape_of(sizes.teacher), shape_of(sizes.student)
+    planned = planned_models(recipe)
+    before, after = shape_of(planned.teacher), shape_of(planned.student)
     table = Table(["", recipe.teacher.model, "student"])
     for row in before.row:
         table.add_row(row, str(before.row[row]), str(after.row[row]))
     table.add_row("compression", "", f"{before.parameters / after.parameters:.2f}x smaller")
     if recipe.train.release_at > 0:
-        table.add_row("trained projections and gains", "", f"{sizes.projections:,}")
-    memory = [sizes.teacher_bytes, sizes.training_bytes]
-    table.add_row("memory while training", *(f"{size / 2**30:.1f} GiB" for size in memory))
+        table.add_row("trained projections and gains", "", f"{planned.trained:,}")
     table.add_row("training", "", f"{recipe.train.tokens:,} tokens in {recipe.steps():,} steps")
     models = [
-        {"model": recipe.teacher.model, **before.as_json(), "memory_bytes": sizes.teacher_bytes},
-        {"model": "student", **after.as_json(), "memory_bytes": sizes.training_bytes},
+        {"model": recipe.teacher.model, **before.as_json()},
+        {"model": "student", **after.as_json()},
     ]
     console.result(
         {"models": models, "tokens": recipe.train.tokens, "steps": recipe.steps()},
         table,
-        "Memory: weights, gradients and the optimizer's values. Activations come on top "
-        "(docs/cost.md).",
+        "--memory shows what a step of training takes.",
     )
 
 
@@ -193,17 +191,20 @@ def _print_memory(recipe: "Recipe", gpus: list[int], card: float) -> None:
         add(part, [memory.parts[part] for memory in found])
     add("together, in a step", [sum(memory.parts.values()) for memory in found])
     add("start, on the first GPU", [memory.start for memory in found])
-    largest = (str(largest_micro_batch(recipe, memory, card * 2**30)) for memory in found)
-    table.add_row(f"largest micro-batch in {card:g} GiB", *largest)
+    largest = [largest_micro_batch(recipe, memory, card * 2**30) for memory in found]
+    table.add_row(f"largest micro-batch in {card:g} GiB", *map(str, largest))
     table.add_row("GB exchanged in a step", *(f"{memory.moved / 1e9:.2f}" for memory in found))
-    console.print(table)
-    train = recipe.train
-    console.print(
-        f"Computed for micro-batches of {train.micro_batch} x {recipe.data.sequence_length:,} "
-        "tokens (docs/scaling.md)."
+    data = [
+        {"gpus": number, **asdict(memory), "peak": memory.peak, "largest_micro_batch": most}
+        for number, memory, most in zip(gpus, found, largest, strict=True)
+    ]
+    console.result(
+        {"memory": data, "notes": notes},
+        table,
+        f"Computed for micro-batches of {recipe.train.micro_batch} x "
+        f"{recipe.data.sequence_length:,} tokens (docs/scaling.md).",
+        *notes,
     )
-    for note in notes:
-        console.print(note)
 
 
 def generate(

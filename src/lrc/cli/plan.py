@@ -102,13 +102,9 @@ def plan(
         "memory": memory and quantity(memory, BYTES, "--memory"),
     }
     total = int(quantity(tokens, COUNTS, "--tokens"))
-    if not 0 < mfu <= 1:
-        raise UserError(f"--mfu is {mfu}: give a share between 0 and 1.")
-    if probe_tokens and not probe:
-        raise UserError("--probe-tokens goes with --probe: give both.")
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
-    from lrc.planning.plan import PlanSettings, make_plan, need_text, write_recipe
+    from lrc.planning.plan import PlanSettings, check_output, make_plan, write_recipe
     from lrc.recipe import parse_overrides
 
     quiet_libraries()
@@ -127,7 +123,7 @@ def plan(
         **given,  # type: ignore[arg-type]
     )
     if out is not None:
-        need_text(wanted)
+        check_output(wanted, out)
     made = make_plan(wanted)
     if out is not None:
         write_recipe(made, choose, out)
@@ -178,7 +174,7 @@ def _words(made: "Plan", choose: int, out: Path | None) -> list[str]:
         f"bytes that {under.gpu.name} moves at {under.gpu.bandwidth / 1e12:g} TB/s.",
         f"Training: {recipe.train.tokens:,} tokens in sequences of {recipe.data.sequence_length} "
         f"on {under.gpus} x {under.gpu.name}; memory of one GPU with micro-batches of "
-        f"{recipe.train.micro_batch}, an estimate. Hours of all GPUs together, by operations at "
+        f"{recipe.train.micro_batch}, computed. Hours of all GPUs together, by operations at "
         f"{under.mfu:.0%} of the peak, which is assumed, not measured.",
     ]
     if made.teacher_loss is not None:

@@ -6,7 +6,6 @@ from typing import Annotated
 import typer
 
 from lrc.cli.console import console, quiet_libraries
-from lrc.system.errors import UserError
 
 
 def report(
@@ -39,24 +38,8 @@ def report(
     * `lrc report runs/first runs/second --out comparison.html --prompt "Once upon a time"`
     * `lrc report runs/compare-fast` (made by `lrc compare`)
     """
-    from lrc.comparison.page import is_comparison, write_comparison_page
-    from lrc.report.page import write_report
-    from lrc.run import Run
-    from lrc.system.progress import task
-
     quiet_libraries()
-    path = out or (runs[0] / "report.html" if len(runs) == 1 else Path("report.html"))
-    comparisons = [folder for folder in runs if is_comparison(folder)]
-    if comparisons:
-        if len(runs) > 1 or prompt:
-            raise UserError(
-                f"{comparisons[0]} is a comparison, which has its own page: give it alone and "
-                "without --prompt, or give its runs."
-            )
-        with task(f"Writing {path}") as shown:
-            write_comparison_page(runs[0], path, shown.describe)
-    else:
-        opened = [Run.open(folder) for folder in runs]
-        with task(f"Writing {path}") as shown:
-            write_report(opened, path, prompt or (), shown.describe)
+    from lrc.api import write_report
+
+    path = write_report(runs, out=out, prompts=prompt or ())
     console.print(f"The report is in {path}.")

@@ -59,8 +59,8 @@ def activation_of(output: Output) -> Tensor:
 def known_padding(batch: Batch) -> Iterator[None]:
     """Tell transformers how a batch is packed and padded, while the context is open.
 
-    It would look whether position ids restart and whether anything is padded, and the CPU would
-    wait for the device's answer in every forward pass. A batch that packs documents has position
+Otherwise transformers checks in every forward pass whether position ids restart and whether
+    anything is padded, and the CPU waits for the device. A batch that packs documents has position
     ids, one with padding has a mask, and no other batch has any.
     """
     names = vars(masking_utils)

@@ -20,8 +20,8 @@ CHUNK = 64
 
 
 def token_weights(model: PreTrainedModel) -> dict[str, float]:
-    """How many elements of each weight in the layers a token is multiplied with. Of experts, it is
-    those of the experts that see the token."""
+    """How many elements of each weight in the layers a token is multiplied with. Of experts, only
+    those count that see the token."""
     prefix = f"{layout_of(model).family.layers}."
     experts = {
         f"{module}.{name}"
@@ -38,8 +38,8 @@ def token_weights(model: PreTrainedModel) -> dict[str, float]:
 
 
 def mixing(model: PreTrainedModel, sequence: int) -> tuple[float, float]:
-    """Operations per token of a forward pass that mix tokens: those of all attentions, of which
-    each computes only the scores that it uses, and those of all gated delta nets."""
+    """Operations per token of a forward pass that mix tokens: those of attention, which computes
+    only the scores that it uses, and those of gated delta nets."""
     layout, config = layout_of(model), model.config
     attention = recurrence = 0.0
     for layer in range(layout.num_layers):

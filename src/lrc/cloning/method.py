@@ -108,7 +108,7 @@ class Method(ABC):
         """
 
     def notes(self) -> list[str]:
-        """Sentences to show to the user when a run is set up."""
+        """Warnings to show when a run is set up."""
         return []
 
     def calibration_tokens(self) -> int:

@@ -18,7 +18,8 @@ version then."""
 
 
 def remember_norms(gradient: Tensor, norms: Tensor) -> None:
-    """Tell `clip_tokens` the norms [batch, sequence] of a new gradient [batch, sequence, width].
+    """Attach the norms [batch, sequence] of a new gradient [batch, sequence, width] to it, for
+    `clip_tokens`.
 
     Nothing else may refer to its memory, because it may be clipped in place. If autograd adds
     another gradient to it, the norms are forgotten.
@@ -27,7 +28,7 @@ def remember_norms(gradient: Tensor, norms: Tensor) -> None:
 
 
 def known_norms(gradient: Tensor) -> Tensor | None:
-    """What `remember_norms` was told, if the gradient has not changed since."""
+    """The norms that `remember_norms` attached, if the gradient has not changed since."""
     norms, version = getattr(gradient, NORMS, (None, None))
     return norms if version == gradient._version else None
 

@@ -72,8 +72,8 @@ def run_side_by_side(
                     if is_over(job.folder) and job.folder not in before:
                         before.add(job.folder)
                         loss = held_out_of(job.folder)
-                        told = "not finite" if loss is None else f"{loss:.4f}"
-                        logger.info("%s: held-out LM loss %s", job.title, told)
+                        value = "not finite" if loss is None else f"{loss:.4f}"
+                        logger.info("%s: held-out LM loss %s", job.title, value)
                 shown.update(len(before))
         finally:
             end(workers, closing)

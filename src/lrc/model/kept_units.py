@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.model.layout import layout_of
-from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config
+from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config, shape_of_config
 from lrc.model.shapes import head_dim_of
 from lrc.model.student import empty_student
 
@@ -107,7 +107,7 @@ Slice = tuple[str, Tensor | None, Tensor | None]
 
 def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
     """The source of every parameter of a pruned model, by its name in the pruned model."""
-    layout, head_dim, size = layout_of(model), head_dim_of(model.config), group_size(model.config)
+    layout = layout_of(model)
     family = layout.family
     found: dict[str, Slice] = {}
 
@@ -123,18 +123,7 @@ def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
     take(family.head, None, kept.hidden)
     take(family.final_norm, kept.hidden)
     for layer, number in enumerate(kept.layers):
-        keys = spread(kept.groups[layer], head_dim)
-        queries = spread(kept.groups[layer], size * head_dim)
-        neurons, hidden = kept.neurons[layer], kept.hidden
-        linears = {
-            "q": (queries, hidden),
-            "k": (keys, hidden),
-            "v": (keys, hidden),
-            "o": (hidden, queries),
-            "gate": (neurons, hidden),
-            "up": (neurons, hidden),
-            "down": (hidden, neurons),
-        }
+        groups, neurons, hidden = kept.groups[layer], kept.neurons[layer], kept.hidden
         prefix, theirs = layout.layer(layer), layout.layer(number)
         for path, _ in model.get_submodule(theirs).named_modules():  # includes the norms of a head
             if path:
@@ -142,9 +131,35 @@ def kept_slices(model: PreTrainedModel, kept: KeptUnits) -> dict[str, Slice]:
         for branch in layout.branches[number]:
             take(f"{prefix}.{branch.norm}", hidden, None, f"{theirs}.{branch.norm}")
             for name, path in (*branch.readers.items(), *branch.writers.items()):
-                rows, columns = linears[name]
+                rows, columns = unit_slices(model.config, name, groups, neurons)
+                rows, columns = (hidden if side is None else side for side in (rows, columns))
                 take(f"{prefix}.{path}", rows, columns, f"{theirs}.{path}")
     return found
+
+
+def unit_slices(
+    config: Any, name: str, groups: Tensor, neurons: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The rows and columns of a linear map of attention or FFN that belong to some units, int64;
+    None: all.
+
+    Args:
+        config: the model's configuration.
+        name: the linear map, as in `Branch`.
+        groups: key/value heads, each with all its query heads.
+        neurons: FFN neurons.
+    """
+    head_dim = head_dim_of(config)
+    keys, queries = spread(groups, head_dim), spread(groups, group_size(config) * head_dim)
+    if name in ("o", "down"):
+        return None, queries if name == "o" else neurons
+    if name == "qkv":
+        first = int(config.num_attention_heads) * head_dim
+        second = first + shape_of_config(config).kv_heads * head_dim
+        return torch.cat((queries, keys + first, keys + second)), None
+    if name == "gate_up":
+        return torch.cat((neurons, neurons + int(config.intermediate_size))), None
+    return {"q": queries, "k": keys, "v": keys}.get(name, neurons), None
 
 
 def spread(parts: Tensor, width: int) -> Tensor:

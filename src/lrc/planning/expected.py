@@ -1,8 +1,8 @@
 """What held-out loss to expect of a shape, from our own runs (`measured.json`).
 
 A run that measured this shape of this teacher at this length is quoted. Otherwise a line is fitted
-to all runs of this teacher, one run is left out at a time, and the fit claims to know only where
-these are predicted well and no size lies outside of what was measured:
+to all runs of this teacher. It is used only if it predicts runs well that are left out of the fit,
+one at a time, and if no size lies outside of what was measured:
 
     log(loss - teacher's loss) = a + b log(tokens) + c log(parameters) + d log(hidden size) + ...
 
@@ -34,7 +34,7 @@ OUTSIDE = 1.05
 
 ALIKE = 0.05
 """Directions in which the runs vary less than this, in units of the most varied one, are left out
-of the fit. Runs of one size lie on a surface, and say nothing about shapes beside it."""
+of the fit. Runs of one size lie on a surface, and say nothing about shapes off it."""
 
 SAME_LENGTH = 1.1
 """Runs whose numbers of tokens differ by at most this factor are of one length."""
@@ -147,7 +147,7 @@ class Expected:
 
     @cached_property
     def _varying(self) -> Array:
-        """The features in which the runs differ enough to tell what they are worth."""
+        """The features in which the runs differ enough to measure their effect."""
         return np.flatnonzero(np.ptp(self._features, axis=0) > math.log(OUTSIDE))
 
     @cached_property
@@ -165,6 +165,6 @@ class Expected:
 
 
 def features(shape: PrunedShape, parameters: int, tokens: int) -> Array:
-    """What the fit knows of a run: logarithms of its length and its sizes."""
+    """The inputs of the fit: logarithms of its length and its sizes."""
     sizes = shape.hidden, shape.layers, shape.kv_heads, shape.neurons
     return np.log([tokens, parameters, *sizes])

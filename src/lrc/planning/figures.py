@@ -1,6 +1,6 @@
 """What a student of a shape costs: files, cache, decoding, training memory and GPU hours.
 
-All figures come from models without weights. Those of training are estimates until a run is timed.
+All figures come from models without weights.
 """
 
 from collections import Counter
@@ -16,7 +16,7 @@ from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.planning.gpus import Gpu
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
-from lrc.train.sizes import ADAM, sizes_of
+from lrc.train.memory import largest_micro_batch, memory_of
 
 CACHE_BYTES = 2
 """Bytes of a number in the cache of keys and values: float16 or bfloat16."""
@@ -59,8 +59,8 @@ class Figures:
 class Training:
     """What training one student takes."""
 
-    bytes: float
-    """Memory of a GPU with the recipe's micro-batch, an estimate."""
+    bytes: int
+    """Memory of a GPU with the recipe's micro-batch, as `lrc.train.memory` counts it."""
     micro_batch: int
     """The largest number of sequences in a micro-batch that fits; 0: none."""
     gpu_hours: float
@@ -94,10 +94,10 @@ def training_of(
     if recipe.train.precision == "auto":
         train = recipe.train.model_copy(update={"precision": "bfloat16"})
         recipe = recipe.model_copy(update={"train": train})
-    fixed, sequence = training_memory(teacher, student, recipe, conditions.gpus)
+    memory = memory_of(recipe, conditions.gpus)
     return Training(
-        fixed + recipe.train.micro_batch * sequence,
-        max(0, int((USABLE * conditions.gpu.memory - fixed) / sequence)),
+        memory.peak,
+        largest_micro_batch(recipe, memory, USABLE * conditions.gpu.memory),
         gpu_hours(teacher, student, recipe, conditions),
     )
 
@@ -144,39 +144,6 @@ def active_share(model: PreTrainedModel) -> float:
     for name, used in token_weights(model).items():
         unread += model.get_parameter(name).numel() - used
     return 1 - unread / total
-
-
-def training_memory(
-    teacher: PreTrainedModel, student: PreTrainedModel, recipe: Recipe, gpus: int
-) -> tuple[float, float]:
-    """Bytes of a GPU for weights and logits, and those for a sequence (docs/cost.md).
-
-    With clone terms, the differences of all activations are kept until the backward pass. The
-    optimizer's values are divided among the GPUs.
-    """
-    sizes, layout = sizes_of(recipe, teacher), layout_of(student)
-    theirs, ours = int(teacher.config.hidden_size), int(student.config.hidden_size)
-    low = 2 if recipe.train.precision == "bfloat16" else 4
-    weights = token_weights(student)
-    readers = heads = 0.0
-    for parameter in layout.projected(student):
-        if parameter.name in weights:
-            width = weights[parameter.name] / ours
-            if not layout.writes(parameter.site):
-                readers += width
-            elif parameter.site.name == "o":
-                heads += width
-    layers = layout.num_layers
-    numbers = 7 * layers * ours * 4 + (readers + heads) * low
-    objective = recipe.objective
-    if objective.alpha and layout.observable():
-        numbers += (readers + 2 * layers * theirs) * low
-    trained = sum(value.numel() for value in student.parameters())
-    shared = 4 * ADAM * trained * (1 - 1 / gpus)
-    chunk = objective.chunk_tokens or 2048
-    logits = 4 * 2 * chunk * int(student.config.vocab_size)
-    fixed = sizes.teacher_bytes + sizes.training_bytes - shared + logits
-    return fixed, numbers * recipe.data.sequence_length
 
 
 def gpu_hours(

@@ -1,4 +1,4 @@
-"""GPUs by name: what plans need to know of them."""
+"""GPUs by name, with the figures that plans need."""
 
 from dataclasses import dataclass
 

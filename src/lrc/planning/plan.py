@@ -17,8 +17,8 @@ from lrc.planning.expected import Expectation, Expected, measured_runs
 from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
 from lrc.planning.probe import probe
 from lrc.planning.shapes import (
-    Budget,
     Candidate,
+    CostLimit,
     candidates,
     section_of,
     student_without_weights,
@@ -27,6 +27,7 @@ from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.recipe import ORIGINS
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
+from lrc.system.progress import task
 
 RULE = (
     "a rule: heads and neurons first, the hidden size alone last, as in our measurements on "
@@ -36,7 +37,7 @@ RULE = (
 
 @dataclass(frozen=True, kw_only=True)
 class PlanSettings:
-    """What a plan is for. One of `parameters`, `ratio` and `memory` is given."""
+    """What a plan is made for. One of `parameters`, `ratio` and `memory` is given."""
 
     teacher: str
     parameters: float | None = None
@@ -61,7 +62,7 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate with all that is known of it."""
+    """A candidate and everything known about it."""
 
     candidate: Candidate
     figures: Figures
@@ -117,6 +118,7 @@ def make_plan(settings: PlanSettings) -> Plan:
         UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
             not usable.
     """
+    _check(settings)
     teacher, under = _skeleton(settings.teacher), settings.conditions
     found, left_out = candidates(teacher, _budget(teacher, settings))
     if not found:
@@ -124,13 +126,15 @@ def make_plan(settings: PlanSettings) -> Plan:
         raise UserError(f"No shape of this teacher fits ({reasons.rstrip('.')}).")
     expected = Expected(measured_runs(teacher.config))
     rows = []
-    for candidate in found:
-        recipe = _recipe(teacher, candidate, settings)
-        student = student_without_weights(teacher, candidate.shape)
-        figures = figures_of(student, under)
-        training = training_of(teacher.model, student, recipe, under)
-        known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
-        rows.append(Row(candidate, figures, training, known, recipe))
+    with task("Computing figures", len(found)) as shown:
+        for candidate in found:
+            recipe = _recipe(teacher, candidate, settings)
+            student = student_without_weights(teacher, candidate.shape)
+            figures = figures_of(student, under)
+            training = training_of(teacher.model, student, recipe, under)
+            known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
+            rows.append(Row(candidate, figures, training, known, recipe))
+            shown.update(len(rows))
     ranked_by, teacher_loss = RULE, None
     if settings.probe:
         rows, ranked_by, teacher_loss = _probed(rows, settings)
@@ -139,6 +143,17 @@ def make_plan(settings: PlanSettings) -> Plan:
         ranked_by = "the expected held-out loss"
     whole = figures_of(teacher.model, under)
     return Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
+
+
+def check_output(settings: PlanSettings, path: Path) -> None:
+    """Refuse to write a recipe before any work is done.
+
+    Raises:
+        UserError: if the file exists, or the settings name no text.
+    """
+    if path.exists():
+        raise UserError(f"{path} exists: choose another name with --out.")
+    need_text(settings)
 
 
 def write_recipe(plan: Plan, choice: int, path: Path) -> None:
@@ -154,17 +169,15 @@ def write_recipe(plan: Plan, choice: int, path: Path) -> None:
     """
     if not 1 <= choice <= len(plan.rows):
         raise UserError(f"There is no candidate {choice}: choose from 1 to {len(plan.rows)}.")
-    if path.exists():
-        raise UserError(f"{path} exists: choose another name with --out.")
+    check_output(plan.settings, path)
     row = plan.rows[choice - 1]
-    need_text(plan.settings)
     chosen = row.recipe.model_dump(mode="json", exclude_unset=True)
     about = f"# {row.candidate.kind}: {row.figures.parameters:,} parameters, by `lrc plan`.\n"
     write_text(path, about + yaml.safe_dump(chosen, sort_keys=False))
 
 
 def need_text(settings: PlanSettings) -> None:
-    """Refuse to go on without text.
+    """Refuse to continue without text.
 
     Raises:
         UserError: if the settings name none.
@@ -176,13 +189,27 @@ def need_text(settings: PlanSettings) -> None:
         )
 
 
+def _check(settings: PlanSettings) -> None:
+    """Refuse settings that do not fit each other.
+
+    Raises:
+        UserError: as it says.
+    """
+    if not 0 < settings.conditions.mfu <= 1:
+        raise UserError(f"--mfu is {settings.conditions.mfu}: give a share between 0 and 1.")
+    if settings.probe_tokens and not settings.probe:
+        raise UserError("--probe-tokens goes with --probe: give both.")
+    if settings.probe:
+        need_text(settings)
+
+
 def _skeleton(name: str) -> Teacher:
     """A teacher without weights."""
     model = load_skeleton_of(locate(name, weights=False), check=False)
     return Teacher(model, None, check_supported(model.config), name)
 
 
-def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
+def _budget(teacher: Teacher, settings: PlanSettings) -> CostLimit:
     whole = sum(value.numel() for value in teacher.model.parameters())
     given = [settings.parameters, settings.ratio, settings.memory]
     if sum(value is not None for value in given) != 1:
@@ -191,7 +218,7 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
         raise UserError(f"--ratio is {settings.ratio}: give the share to keep, between 0 and 1.")
     if settings.memory is None:
         limit = settings.parameters or whole * (settings.ratio or 0)
-        return Budget(lambda model: sum(value.numel() for value in model.parameters()), limit)
+        return CostLimit(lambda model: sum(value.numel() for value in model.parameters()), limit)
     if settings.dtype not in QUANTIZATIONS:
         raise UserError(f"--dtype is {settings.dtype}: choose one of {', '.join(QUANTIZATIONS)}.")
     context = settings.conditions.context
@@ -199,7 +226,7 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> Budget:
     def measure(model: Any) -> float:
         return file_bytes(model, settings.dtype) + cache_bytes(model) * context
 
-    return Budget(measure, settings.memory, hard=True)
+    return CostLimit(measure, settings.memory, hard=True)
 
 
 def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> Recipe:
@@ -220,7 +247,6 @@ def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> R
 
 
 def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, float]:
-    need_text(settings)
     calibration = {"calibration_tokens": settings.calibration_tokens}
     recipes: list[Recipe] = []
     for row in rows:
@@ -239,7 +265,7 @@ def _probed(rows: list[Row], settings: PlanSettings) -> tuple[list[Row], str, fl
 
 
 def _notes(teacher: Teacher) -> list[str]:
-    """What llama.cpp and vLLM say to students of this family."""
+    """Whether llama.cpp and vLLM run students of this family."""
     family, notes = teacher.family, []
     try:
         if family.gguf is None:

@@ -32,7 +32,7 @@ Measure = Callable[[PreTrainedModel], float]
 
 
 @dataclass(frozen=True)
-class Budget:
+class CostLimit:
     """What a student may cost."""
 
     measure: Measure
@@ -113,7 +113,7 @@ def rank(teacher: Teacher, candidate: Candidate) -> tuple[bool, int]:
     return min(shares) < SMALLEST_SHARE, KINDS.index(candidate.kind)
 
 
-def candidates(teacher: Teacher, budget: Budget) -> tuple[list[Candidate], dict[str, str]]:
+def candidates(teacher: Teacher, budget: CostLimit) -> tuple[list[Candidate], dict[str, str]]:
     """The candidates in the order of the rule, and why the other kinds are left out.
 
     Args:
@@ -146,7 +146,7 @@ def candidates(teacher: Teacher, budget: Budget) -> tuple[list[Candidate], dict[
 class _Search:
     """Finds sizes that use up a budget, one free axis at a time."""
 
-    def __init__(self, teacher: Teacher, budget: Budget) -> None:
+    def __init__(self, teacher: Teacher, budget: CostLimit) -> None:
         self.teacher, self.budget = teacher, budget
         self.whole = shape_of_config(teacher.config)
         self.cost = cache(lambda shape: budget.measure(student_without_weights(teacher, shape)))

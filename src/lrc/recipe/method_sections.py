@@ -5,7 +5,7 @@
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
@@ -179,13 +179,6 @@ MethodSection = Annotated[
 ]
 
 METHOD_SECTIONS: dict[str, type[Section]] = {
-    "lrc": LrcSection,
-    "scratch": ScratchSection,
-    "tinybert": TinyBertSection,
-    "minilm": MiniLmSection,
-    "activation-clone": ActivationCloneSection,
-    "llm-pruner": LlmPrunerSection,
-    "minitron": MinitronSection,
-    "slicegpt": SliceGptSection,
-    "sheared-llama": ShearedLlamaSection,
+    get_args(section.model_fields["name"].annotation)[0]: section
+    for section in get_args(get_args(MethodSection)[0])
 }

@@ -82,14 +82,15 @@ class StudentSection(Section):
     shrinks. Empty: the teacher's."""
 
     intermediate_size: Units = None
-    """Width of the FFN. Empty: the teacher's. The start chooses the neurons whose loss costs least
-    in the teacher's predictions, in each layer, or takes `{keep: [...]}` in all layers."""
+    """Width of the FFN. Empty: the teacher's. In each layer, the start keeps the neurons whose loss
+    would change the teacher's predictions most, or those of `{keep: [...]}`."""
 
     kv_heads: Units = None
-    """Key/value heads, each with its query heads. Empty: the teacher's. Chosen as the neurons."""
+    """Key/value heads, each with its query heads. Empty: the teacher's. Chosen like the neurons."""
 
     layers: Units = None
-    """Decoder layers. Empty: the teacher's. The start chooses those whose loss costs most."""
+    """Decoder layers. Empty: the teacher's. The start keeps those whose loss would change the
+    teacher's predictions most."""
 
     tie_projections: bool | None = None
     """Whether embedding and LM head share one projection. Empty: yes if the teacher ties its
@@ -128,7 +129,7 @@ class InitializeSection(Section):
     refine_epochs: int = Field(2, ge=0, le=1000)
     """Passes over the calibration tokens in which `closed-form` refines the FFNs of the first half
     of the layers by gradients. As many passes follow for the second half with the head. 0 solves
-    everything by least squares alone, which takes half the time and starts less far ahead."""
+    everything by least squares alone, which takes half the time and gives a worse start."""
 
 
 class CloneTerms(Section):
@@ -161,7 +162,7 @@ class CloneTerms(Section):
     b: bool = True
     """The rate of a delta net."""
     ba: bool = True
-    """Both of one matrix."""
+    """Rate and decay of a delta net, of one matrix."""
     q_a: bool = True
     """The latent of the queries."""
     kv_a: bool = True
@@ -214,8 +215,8 @@ class ObjectiveSection(Section):
 
     divergence: Divergence = "kl"
     """The divergence that `kl_weight` weighs. `kl` (the paper) is KL(teacher || student), which
-    covers everything the teacher may say. `reverse_kl` keeps the student to what the teacher finds
-    likely. `jsd` is the generalized Jensen-Shannon divergence between the two."""
+    covers everything the teacher may say. `reverse_kl` confines the student to what the teacher
+    finds likely. `jsd` is the generalized Jensen-Shannon divergence between the two."""
 
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""

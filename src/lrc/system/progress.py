@@ -75,7 +75,7 @@ class Task:
         return f"{self.rate():,.1f} {self.unit}/s" if self.unit and self.done > self._first else ""
 
     def left(self) -> timedelta | None:
-        """The time left at the rate so far; None if it cannot be told."""
+        """The time left at the rate so far; None if it is not known."""
         here = self.done - self._first
         if not self.total or here <= 0 or here < LEAST_SHARE * (self.total - self._first):
             return None

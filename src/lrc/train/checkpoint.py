@@ -47,9 +47,9 @@ class State:
     text: dict[str, Any] = field(default_factory=dict)
     """The state of the text's reader (`lrc.data.Reader.state`)."""
     method: dict[str, Any] = field(default_factory=dict)
-    """The method's own state (`lrc.methods.Method.state`)."""
+    """The method's own state (`lrc.cloning.method.Staged.state`)."""
     buffers: dict[str, Tensor] = field(default_factory=dict)
-    """The method's tensors that are not trained (`lrc.methods.Method.buffers`)."""
+    """The method's tensors that are not trained (`lrc.cloning.method.Staged.buffers`)."""
 
 
 def checkpoint_folder(folder: Path, step: int) -> Path:

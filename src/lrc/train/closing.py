@@ -65,7 +65,9 @@ def close_run(loop: Loop) -> dict[str, Any]:
     card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     best_effort("the plot", lambda: draw_curves(run, run.folder / "curves.png", summary))
-    write_text(run.summary_file, json.dumps(summary, indent=2))  # last: it says that all is there
+    write_text(
+        run.summary_file, json.dumps(summary, indent=2)
+    )  # last: it marks the output as complete
     return loop.world.from_first(summary)
 
 

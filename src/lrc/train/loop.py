@@ -163,7 +163,7 @@ class Loop:
         return bool(minutes) and self.world.from_first(over)
 
     def _due(self, every: int) -> bool:
-        """Whether to do now what is done every `every` steps and at the end."""
+        """Whether something is due that happens every `every` steps and at the end."""
         step = self.setup.state.step
         return step % every == 0 or step == self.run.recipe.steps()
 
@@ -232,9 +232,11 @@ class Loop:
             return {}
         entries = stages_of(setup.method).next_stage()
         setup.state = new_state(setup.method, self.run.recipe, step, self.world)
-        told = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
-        told = f"{entries['stage']} ({told})" if told else entries["stage"]
-        logger.info("step %d of %d: %s%s", step, self.run.recipe.steps(), told, time_left(progress))
+        others = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
+        change = f"{entries['stage']} ({others})" if others else entries["stage"]
+        logger.info(
+            "step %d of %d: %s%s", step, self.run.recipe.steps(), change, time_left(progress)
+        )
         return entries
 
     def _calibration_sequences(self) -> int:
@@ -451,7 +453,7 @@ def describe(losses: dict[str, float], tokens_per_second: float) -> str:
 
 
 def time_left(progress: Task) -> str:
-    """The time left as the end of a line; empty if it cannot be told."""
+    """The time left as the end of a line; empty if it is not known."""
     left = progress.left()
     return f"; {left} left" if left else ""
 

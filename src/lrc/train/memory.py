@@ -30,7 +30,10 @@ from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
 from lrc.system.distributed import World
-from lrc.train.sizes import ADAM, planned_teacher, target_device
+from lrc.train.sizes import planned_teacher, target_device
+
+ADAM = 2
+"""Values that AdamW keeps for each trained one."""
 
 CUDA_CONTEXT = 2**29
 """Bytes that CUDA and its libraries take on a GPU, roughly."""
@@ -67,7 +70,7 @@ def memory_of(recipe: Recipe, processes: int) -> Memory:
         processes: number of processes, each with its own GPU.
 
     Raises:
-        UserError: as `lrc.train.sizes.sizes_of`.
+        UserError: as `lrc.train.sizes.planned_models`.
     """
     release, found = recipe.train.release_at, []
     for released in (False, True):
@@ -102,7 +105,8 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        grouped = func is torch.ops.aten._grouped_mm.default
+        result = (_grouped_product if grouped else func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
                 self._see(tensor.untyped_storage())
@@ -183,12 +187,12 @@ class _Stage:
             teacher = _unfilled(self.teacher.model, made)
             student = _unfilled(method.model, made)
             projections = 0
-            values = method.projections.values
-            for key, value in values.items():
-                values[key] = nn.Parameter(
-                    torch.empty(value.shape, dtype=value.dtype), requires_grad=value.requires_grad
-                )
-                projections += value.nbytes
+            for values in (method.projections.values, method.source.writers):
+                for key, value in values.items():
+                    values[key] = nn.Parameter(
+                        torch.empty(value.shape, dtype=value.dtype), value.requires_grad
+                    )
+                    projections += value.nbytes
             if not self.released and method.weight_dtype:
                 method.projections.store_as(method.model, method.weight_dtype)
                 student = sum(value.nbytes for value in method.model.parameters())
@@ -232,7 +236,7 @@ class _Stage:
             kept = alive.now - fixed - sum(value.nbytes for value in self._gradients())
             heads = method.model, self.teacher.model
             weights = (model.get_output_embeddings().weight for model in heads)
-            loss = _Vocabulary.apply(hidden.flatten(0, 1), *weights, self.fused, chunk)  # type: ignore[no-untyped-call]
+            loss = _VocabularyMemory.apply(hidden.flatten(0, 1), *weights, self.fused, chunk)  # type: ignore[no-untyped-call]
             return StepLosses(loss, {})
 
         method.distill.kl_and_lm_losses = vocabulary  # type: ignore[assignment,method-assign]
@@ -308,7 +312,14 @@ def _unfilled(model: nn.Module, made: dict[int, Tensor]) -> int:
     return total
 
 
-class _Vocabulary(torch.autograd.Function):
+def _grouped_product(left: Tensor, right: Tensor, ends: Tensor, *_: Any, **__: Any) -> Tensor:
+    """The shape of a product with the weights of all experts, or of its gradient for them. Torch
+    knows it for aligned bfloat16 alone."""
+    experts = [len(ends)] if right.ndim == 2 else []
+    return left.new_empty(*experts, left.shape[-2], right.shape[-1])
+
+
+class _VocabularyMemory(torch.autograd.Function):
     """What `lrc.cloning.objective.vocabulary` allocates."""
 
     @staticmethod
@@ -334,7 +345,7 @@ class _Vocabulary(torch.autograd.Function):
         return grad * of_hidden, grad * of_head, None, None, None
 
 
-class _Clone(torch.autograd.Function):
+class _CloneMemory(torch.autograd.Function):
     """What `lrc.cloning.kernels.clone` allocates."""
 
     @staticmethod
@@ -357,6 +368,6 @@ class _Clone(torch.autograd.Function):
 def _clone(
     student: Tensor, target: Tensor, *_: Any, factors: tuple[Any, Any] | None = None, **__: Any
 ) -> tuple[Tensor, Tensor]:
-    """`compare_activations` by `_Clone`."""
-    found: tuple[Tensor, Tensor] = _Clone.apply(student, target, *(factors or (None, None)))  # type: ignore[no-untyped-call]
+    """`compare_activations` by `_CloneMemory`."""
+    found: tuple[Tensor, Tensor] = _CloneMemory.apply(student, target, *(factors or (None, None)))  # type: ignore[no-untyped-call]
     return found

@@ -91,7 +91,7 @@ def _check_name(repo: str) -> None:
 
 
 def need_login() -> None:
-    """Refuse to go on without a login.
+    """Refuse to continue without a login.
 
     Raises:
         UserError: if huggingface_hub knows no token.

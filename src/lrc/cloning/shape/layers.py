@@ -1,9 +1,9 @@
-"""Which layers to keep: those whose removal moves the teacher's predictions most.
+"""Which layers to keep: those whose removal changes the teacher's predictions most.
 
-Layers are removed one by one. Each time, the layer is removed without which the predictions on a
-few calibration tokens move least, in KL(teacher || without it). A removal makes others costlier, so
-the cost measured before bounds the present one from below, nearly always: only layers that seem
-cheapest are measured again.
+Layers are removed one by one. Each time, it is the layer whose removal changes the predictions on a
+few calibration tokens least, in KL(teacher || without it). Each removal nearly always makes the
+others costlier, so an earlier measurement is a lower bound of the present cost. Only the layer that
+seems cheapest is measured again.
 """
 
 import heapq

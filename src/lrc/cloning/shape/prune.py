@@ -56,7 +56,7 @@ def prune(
         kept = KeptUnits(chosen, kept.hidden, kept.groups, kept.neurons)
     pruned = pruned_teacher(unsolved.whole, kept)
     with Calibration(pruned, sequences, pruned.hidden_size, restart) as calibration:
-        solver = _Solver(calibration, pruned, student)
+        solver = _Pruner(calibration, pruned, student)
         for layer in calibration.student_layers():
             solver.layer(layer)
             if progress:
@@ -64,7 +64,7 @@ def prune(
     return pruned
 
 
-class _Solver:
+class _Pruner:
     """Prunes the layers in order; `stream` is the pruned teacher's residual stream so far."""
 
     def __init__(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lrc.model.families import Branch
-from lrc.model.kept_units import KeptUnits, spread
+from lrc.model.kept_units import KeptUnits, unit_slices
 from lrc.model.layout import LinearSite
 from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config, shape_of_config
 from lrc.model.shapes import head_dim_of, layers_differ
@@ -83,24 +83,11 @@ class PrunedTeacher(Teacher):
 
     def slices(self, site: LinearSite) -> tuple[Tensor | None, Tensor | None]:
         """The kept rows and columns of the teacher's linear map at a site, int64; None: all."""
-        branch = self.layout.branch(site)
-        units = self.units(site.layer, branch)
-        if units is None:
+        layer = site.layer
+        if self.units(layer, self.layout.branch(site)) is None:
             return None, None
-        kept, size = units
-        if site.name in branch.writers:
-            return None, spread(kept, size)
-        keys = spread(kept, head_dim_of(self.original.config))
-        if site.name in ("k", "v"):
-            return keys, None
-        if site.name == "qkv":
-            whole = self.original.config
-            heads = whole.num_attention_heads, shape_of_config(whole).kv_heads
-            ends = [head_dim_of(self.original.config) * number for number in (heads[0], sum(heads))]
-            return torch.cat((spread(kept, size), keys + ends[0], keys + ends[1])), None
-        if site.name == "gate_up":
-            return torch.cat((kept, kept + int(self.original.config.intermediate_size))), None
-        return spread(kept, size), None
+        groups, neurons = self.kept.groups[layer], self.kept.neurons[layer]
+        return unit_slices(self.original.config, site.name, groups, neurons)
 
     def _slices_of(self, layer: int, path: str) -> tuple[Tensor | None, Tensor | None]:
         for branch in self.layout.branches[layer]:

@@ -236,8 +236,8 @@ def _best_for_the_mean(
 def _lost(basis: Tensor, moment: Tensor, fisher: Tensor) -> Tensor:
     """tr F (C - C B (B^T C B)^-1 B^T C)."""
     kept = moment @ basis
-    told = torch.linalg.solve(_raised(basis.T @ kept), kept.T)
-    return (fisher * moment).sum() - (told.T * (fisher @ kept)).sum()
+    solved = torch.linalg.solve(_raised(basis.T @ kept), kept.T)
+    return (fisher * moment).sum() - (solved.T * (fisher @ kept)).sum()
 
 
 def _lost_by_a_tied_head(basis: Tensor, moment: Tensor, fisher: Tensor, gain: Tensor) -> Tensor:

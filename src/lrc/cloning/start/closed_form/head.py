@@ -164,13 +164,13 @@ def tied_head(
     second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
     for part in calibration.batches():
         second += second_moment(calibration.normalize(stream[part]))
-    wide = basis.double()
+    exact = basis.double()
     ridge = RIDGE * second.diagonal().mean()
     cross = read.double() @ second
-    cross = cross + ridge * wide * ((wide * cross).sum() / second.trace())
+    cross = cross + ridge * exact * ((exact * cross).sum() / second.trace())
     second = second + ridge * torch.eye(len(second), dtype=second.dtype, device=second.device)
     gain = calibration.gain(calibration.family.final_norm).double()
-    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide
+    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * exact
     a, g = q.T @ metric @ q, q.T @ metric @ cross
     values, vectors = torch.linalg.eigh(second)
     white = vectors * values.rsqrt()
@@ -186,12 +186,12 @@ def diagonal_gains(
 ) -> Tensor:
     """The final gain s [d_S] of a tied student whose basis must not be rotated: that with
     E |P z - Q diag(s) z|_K^2 minimal. Arguments and notation are those of `tied_head`."""
-    wide = basis.double()
+    exact = basis.double()
     second = torch.zeros(basis.shape[1], basis.shape[1], dtype=torch.float64, device=basis.device)
     for part in calibration.batches():
         second += second_moment(calibration.normalize(stream[part]))
     gain = calibration.gain(calibration.family.final_norm).double()
-    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * wide
+    q = torch.where(gain.abs() > 1e-6, 1 / gain, 0.0)[:, None] * exact
     cross = (q.T @ metric @ read.double() @ second).diagonal()
     solved: Tensor = torch.linalg.solve((q.T @ metric @ q) * second, cross)
     return solved.to(basis.dtype)

@@ -29,10 +29,10 @@ RIDGES = 1e-8, 1e-4, 1e-2, 1.0
 second moment."""
 
 SMALLEST_GAIN = 1e-2
-"""Least gain to divide by, in units of the median."""
+"""Smallest gain to divide by, in units of the median."""
 
 SMALLEST_SHARE = 1e-2
-"""Least 1 / s^2, in units of what it is shrunk toward."""
+"""Smallest 1 / s^2, in units of what it is shrunk toward."""
 
 WrittenRows = Callable[[bool], Iterable[tuple[Tensor, Tensor, Tensor]]]
 """Returns batches of the block's outputs u [tokens, d_T], of what the stream lacks [tokens, d_S],
@@ -54,10 +54,10 @@ def diagonal_basis(basis: Tensor, gains: Iterable[Tensor]) -> Tensor:
         basis: B [d_T, d_S], orthonormal columns.
         gains: the gains [d_T] of the teacher's norms after its blocks.
     """
-    wide = basis.double()
+    exact = basis.double()
     mean = torch.stack([share / share.mean() for share in map(inverse_squares, gains)]).mean(0)
-    _, rotation = torch.linalg.eigh(wide.T @ (mean[:, None] * wide))
-    return (wide @ rotation).to(basis.dtype).contiguous()
+    _, rotation = torch.linalg.eigh(exact.T @ (mean[:, None] * exact))
+    return (exact @ rotation).to(basis.dtype).contiguous()
 
 
 def writer_without_text(gain: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:

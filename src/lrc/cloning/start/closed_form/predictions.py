@@ -101,10 +101,10 @@ class LastLayers:
             states, rows = head(value, calibration.normalize(self._run(part))[counted])
             h = calibration.normalize(final[part])[counted]
             labels = Batch(calibration.ids[part]).labels().flatten()[counted]
-            learnt = int((labels >= 0).sum())
+            learned = int((labels >= 0).sum())
             cap = calibration.source.logit_softcap
             weights = VocabularyWeights(
-                1.0, LM_WEIGHT, 1.0, len(h), learnt, len(rows), CHUNK, softcap=cap
+                1.0, LM_WEIGHT, 1.0, len(h), learned, len(rows), CHUNK, softcap=cap
             )
             return vocabulary_losses(states, rows, h, teacher_head, labels, None, weights)
 

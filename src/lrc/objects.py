@@ -1,0 +1,83 @@
+"""What the Python interface takes as objects: loaded teachers, and texts."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lrc.model.teacher import Teacher, as_teacher
+from lrc.recipe import Recipe
+from lrc.system.checksums import cache_root
+from lrc.system.errors import UserError
+from lrc.system.files import new_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+StrPath = str | os.PathLike[str]
+
+Text = StrPath | Sequence[StrPath] | Iterable[str] | Iterable[Mapping[str, Any]]
+"""Training text: a path or `stdlib-docs`; a list or tuple of these; a data set of `datasets` (a
+`Dataset` or an `IterableDataset`); or any other iterable of documents as strings."""
+
+CHARACTERS_PER_TOKEN, CHARACTERS = 16, 1_000_000
+"""Text objects are read up to this many characters for every token that a run trains on, far more
+than any tokenizer needs, and at least up to this many in all. They may be endless."""
+
+
+def loaded_teacher(
+    teacher: "Teacher | PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None",
+    name: str | None = None,
+) -> Teacher:
+    """A loaded teacher, wrapped if it is a transformers model."""
+    from transformers import PreTrainedModel
+
+    if isinstance(teacher, Teacher):
+        return teacher
+    if not isinstance(teacher, PreTrainedModel):
+        raise UserError(
+            f"The teacher is a {type(teacher).__name__}: give its name or folder, a transformers "
+            "model with its tokenizer, or a loaded lrc.Teacher."
+        )
+    if tokenizer is None:
+        raise UserError("A teacher that is a transformers model needs its tokenizer: give both.")
+    known = name or getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
+    return as_teacher(teacher, tokenizer, known)
+
+
+def paths_of(text: StrPath | Sequence[StrPath] | None) -> list[str]:
+    """Paths of text as strings."""
+    if text is None:
+        return []
+    paths = [text] if isinstance(text, str | os.PathLike) else text
+    return [os.fspath(path) for path in paths]
+
+
+def written_text(text: Iterable[Any], recipe: Recipe) -> Path:
+    """A text object as a JSONL file in the cache, named by its content."""
+    field, train = recipe.data.text_field, recipe.train
+    wanted = train.tokens + recipe.initialize.calibration_tokens
+    wanted += train.eval_sequences * recipe.data.sequence_length
+    needed = CHARACTERS_PER_TOKEN * wanted / (1 - recipe.data.held_out_fraction)
+    left = max(CHARACTERS, needed)
+    folder = cache_root(recipe.data.cache) / "texts"
+    digest, written = hashlib.sha256(), folder / f"{secrets.token_hex(8)}.jsonl"
+    with new_file(written) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for row in text:
+            document = row.get(field) if isinstance(row, Mapping) else row
+            if not isinstance(document, str):
+                raise UserError(
+                    f"The text holds a {type(document).__name__}: give strings, or rows with text "
+                    f"in '{field}' (data.text_field)."
+                )
+            line = json.dumps({field: document}) + "\n"
+            digest.update(line.encode())
+            file.write(line)
+            left -= len(document)
+            if left < 0:
+                break
+    return written.replace(folder / f"{digest.hexdigest()[:16]}.jsonl")
