@@ -59,7 +59,7 @@ def activation_of(output: Output) -> Tensor:
 def known_padding(batch: Batch) -> Iterator[None]:
     """Tell transformers how a batch is packed and padded, while the context is open.
 
-Otherwise transformers checks in every forward pass whether position ids restart and whether
+    Otherwise transformers checks in every forward pass whether position ids restart and whether
     anything is padded, and the CPU waits for the device. A batch that packs documents has position
     ids, one with padding has a mask, and no other batch has any.
     """
