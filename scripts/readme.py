@@ -1,12 +1,12 @@
-"""The README's picture and table: held-out loss of lrc, its rivals and the paper's start.
+"""The picture and the tables of held-out losses in README.md and benchmarks/comparisons/README.md.
 
-python scripts/readme.py                          draw docs/loss.png, and write the README's table
-python scripts/readme.py --check                  exit with 1 if the table differs from the data
-python scripts/readme.py --take comparison.json   first take entries that are new from a folder of
+python scripts/readme.py                          draw docs/loss.png, and write the tables
+python scripts/readme.py --check                  exit with 1 if a table differs from the data
+python scripts/readme.py --take comparison.json   first take the entries of a folder of
                                                   `lrc compare`
 
 The data is benchmarks/comparisons/readme.json, small enough to be kept here. It was taken from the
-comparisons `release` and `shapes` (benchmarks/comparisons/README.md).
+comparison `shapes` (benchmarks/comparisons/README.md).
 """
 
 import argparse
@@ -19,46 +19,74 @@ from typing import Any
 from lrc.report.charts import Chart, Line, Series, save_charts
 
 ROOT = Path(__file__).parents[1]
-DATA = ROOT / "benchmarks" / "comparisons" / "readme.json"
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "loss.png"
+COMPARISONS = ROOT / "benchmarks" / "comparisons"
+DATA, PICTURE = COMPARISONS / "readme.json", ROOT / "docs" / "loss.png"
 
 TITLE = "A Llama of 260 k parameters to half of them"
-ENTRIES = {
-    "heads-neurons": "lrc, fewer heads and neurons",
-    "release-0-clone-first": "lrc, smaller hidden size",
+SHAPES = {
+    "heads-neurons": "fewer heads and neurons",
+    "layers-heads-neurons": "fewer layers, heads and neurons",
+    "hidden-neurons": "smaller hidden size, fewer neurons",
+    "hidden-heads-neurons": "smaller hidden size, fewer heads and neurons",
+    "layers-neurons": "fewer layers and neurons",
+    "heads": "one key/value head, fewer neurons",
+    "neurons": "fewer neurons",
+    "hidden": "smaller hidden size, as in the paper",
+}
+"""Entries of lrc by name, with what is smaller than in the teacher."""
+RIVALS = {
     "llm-pruner": "LLM-Pruner",
     "slicegpt": "SliceGPT",
-    "random-release-0.3": "the paper's start and losses",
+    "minitron": "Minitron",
+    "sheared-llama": "Sheared LLaMA",
 }
-"""Names of the comparison's entries, and those of the picture."""
+PAPER = {"paper": "the paper's start and losses"}
+NAMES = {name: f"lrc, {smaller}" for name, smaller in SHAPES.items()} | RIVALS | PAPER
+"""Names of the entries, and those that people read."""
 
-BEGIN, END = "<!-- scripts/readme.py -->", "<!-- end -->"
+SHOWN = ("heads-neurons", "hidden", "llm-pruner", "slicegpt", "paper")
+"""The entries of the picture, and of the README's first table."""
+
+BUDGETS = (0, 40_960, 122_880, 204_800, 409_600, 614_400, 819_200)
+"""Training tokens of the other tables."""
 
 
 def taken(comparison: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
-    """Entries by name: known ones, and the others of a comparison.json, with the losses of their
-    runs at every measurement."""
+    """Entries by name: known ones, and those of a comparison.json, with the losses of their runs at
+    every measurement."""
     found: dict[str, Any] = {"teacher": comparison["teacher_held_out_lm"], "entries": dict(known)}
     for entry in comparison["entries"]:
-        if entry["name"] in ENTRIES and entry["name"] not in known:
+        if entry["name"] in NAMES and entry["runs"]:
             steps = list(zip(*(run["curve"] for run in entry["runs"]), strict=True))
-            losses = [[round(point["loss"], 7) for point in points] for points in steps]
             found["entries"][entry["name"]] = {
                 "parameters": entry["parameters"],
+                "calibration": entry["calibration_tokens"] or 0,
                 "tokens": [points[0]["tokens"] for points in steps],
-                "losses": losses,  # of every seed
+                "losses": [[round(point["loss"], 7) for point in points] for points in steps],
             }
     return found
+
+
+def at(entry: dict[str, Any], budget: int) -> list[float]:
+    """The losses of every seed after a number of training tokens."""
+    losses: list[float] = entry["losses"][entry["tokens"].index(budget + entry["calibration"])]
+    return losses
+
+
+def spread(losses: list[float]) -> str:
+    """Mean and standard deviation; one seed is marked by *."""
+    mean = f"{statistics.fmean(losses):.3f}"
+    return f"{mean} ± {statistics.stdev(losses):.3f}" if len(losses) > 1 else f"{mean}*"
 
 
 def draw(data: dict[str, Any]) -> None:
     """Draw the means over the seeds, with their range."""
     lines = []
-    for number, (key, name) in enumerate(ENTRIES.items()):
+    for number, key in enumerate(SHOWN):
         entry = data["entries"][key]
         lines.append(
             Line(
-                Series(name, number),
+                Series(NAMES[key], number),
                 entry["tokens"],
                 [statistics.fmean(losses) for losses in entry["losses"]],
                 data["teacher"],
@@ -70,26 +98,74 @@ def draw(data: dict[str, Any]) -> None:
     save_charts(TITLE, [chart], PICTURE)
 
 
-def table(data: dict[str, Any]) -> str:
+def final(data: dict[str, Any]) -> list[str]:
     """The final losses, and the tokens to what the last entry reaches in the end."""
-    means = {
-        key: [statistics.fmean(losses) for losses in data["entries"][key]["losses"]]
-        for key in ENTRIES
-    }
-    goal = list(means.values())[-1][-1]
-    first, *_, last = data["entries"][next(iter(ENTRIES))]["tokens"]
+    entries = {key: data["entries"][key] for key in SHOWN}
+    means = {key: list(map(statistics.fmean, entry["losses"])) for key, entry in entries.items()}
+    goal = means[SHOWN[-1]][-1]
     lines = [
-        f"| after {last - first:,} training tokens | held-out LM loss (teacher "
+        f"| after {BUDGETS[-1]:,} training tokens | held-out LM loss (teacher "
         f"{data['teacher']:.3f}) | parameters | tokens to {goal:.2f} |",
         "|---|---|---|---|",
     ]
-    for key, name in ENTRIES.items():
-        entry = data["entries"][key]
-        loss = f"{means[key][-1]:.3f} ± {statistics.stdev(entry['losses'][-1]):.3f}"
+    for key, entry in entries.items():
         points = zip(entry["tokens"], means[key], strict=True)
         reached = next(tokens for tokens, mean in points if mean <= goal)
-        lines.append(f"| {name} | {loss} | {entry['parameters']:,} | {reached:,} |")
-    return "\n".join(lines)
+        loss = spread(at(entry, BUDGETS[-1]))
+        lines.append(f"| {NAMES[key]} | {loss} | {entry['parameters']:,} | {reached:,} |")
+    return lines
+
+
+def recommended(data: dict[str, Any]) -> list[str]:
+    """The best shape and the best rival for every budget, and the paper's shape."""
+    lines = [
+        "| training tokens | best shape | loss | best rival | loss | the paper's shape |",
+        "|---|---|---|---|---|---|",
+    ]
+    for budget in BUDGETS:
+        losses = {key: at(entry, budget) for key, entry in data["entries"].items()}
+        cells = [f"{budget:,}"]
+        for names in (SHAPES, RIVALS):
+            best = min(names.keys() & losses, key=lambda key: statistics.fmean(losses[key]))
+            cells += [names[best], spread(losses[best])]
+        lines.append(f"| {' | '.join([*cells, spread(losses['hidden'])])} |")
+    return lines
+
+
+def by_budget(data: dict[str, Any]) -> list[str]:
+    """All shapes and rivals at every budget, in the order of their last losses."""
+    entries = {key: entry for key, entry in data["entries"].items() if key not in PAPER}
+    ordered = sorted(entries, key=lambda key: statistics.fmean(at(entries[key], BUDGETS[-1])))
+    lines = ["| training tokens | " + " | ".join(f"{budget:,}" for budget in BUDGETS) + " |"]
+    lines.append("|---" * (len(BUDGETS) + 1) + "|")
+    best = [min(statistics.fmean(at(entry, b)) for entry in entries.values()) for b in BUDGETS]
+    for key in ordered:
+        cells = []
+        for budget, least in zip(BUDGETS, best, strict=True):
+            losses = at(entries[key], budget)
+            mean = f"{statistics.fmean(losses):.3f}"
+            text = spread(losses) if budget == BUDGETS[-1] else mean
+            cells.append(f"**{text}**" if mean == f"{least:.3f}" else text)
+        lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
+    return lines
+
+
+PAGES = {
+    ROOT / "README.md": {"final": final, "recommended": recommended},
+    COMPARISONS / "README.md": {"by-budget": by_budget},
+}
+"""Where the tables stand: between `<!-- scripts/readme.py NAME -->` and `<!-- end -->`."""
+
+
+def written(text: str, tables: dict[str, Any], data: dict[str, Any]) -> str:
+    """A page with its tables made again."""
+    for name, table in tables.items():
+        begin = f"<!-- scripts/readme.py {name} -->"
+        before, _, rest = text.partition(begin)
+        _, end, after = rest.partition("<!-- end -->")
+        lines = "\n".join(table(data))
+        text = f"{before}{begin}\n\n{lines}\n\n{end}{after}"
+    return text
 
 
 def main() -> None:
@@ -101,12 +177,12 @@ def main() -> None:
         known = json.loads(DATA.read_text())["entries"] if DATA.exists() else {}
         found = json.dumps(taken(json.loads(given.take.read_text()), known))
         DATA.write_text(found.replace('], "', '],\n"').replace('{"', '{\n"') + "\n")
-    data, text = json.loads(DATA.read_text()), README.read_text()
-    before, _, rest = text.partition(BEGIN)
-    written = f"{before}{BEGIN}\n\n{table(data)}\n\n{END}{rest.partition(END)[2]}"
+    data = json.loads(DATA.read_text())
+    pages = {page: written(page.read_text(), tables, data) for page, tables in PAGES.items()}
     if given.check:
-        sys.exit(written != text)
-    README.write_text(written)
+        sys.exit(any(page.read_text() != text for page, text in pages.items()))
+    for page, text in pages.items():
+        page.write_text(text)
     draw(data)
 
 

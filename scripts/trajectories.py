@@ -151,7 +151,7 @@ def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[
         "teacher": {"model": str(place)},
         "student": {"hidden_size": 12},
         "initialize": {"calibration_tokens": 128},
-        "objective": {"alpha_schedule": "constant"},
+        "objective": {"alpha": 0.2, "alpha_schedule": "constant"},
         "data": {
             "text": [str(folder / "text.jsonl")],
             "held_out_fraction": 0.2,

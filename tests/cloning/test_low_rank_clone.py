@@ -152,7 +152,7 @@ def direct_total(method: LowRankClone, batch: Batch) -> dict[str, Tensor]:
     predicts = kept[:, :-1] & kept[:, 1:]
     lm = functional.cross_entropy(student[:, :-1][predicts], batch.input_ids[:, 1:][predicts])
     clone = torch.cat(list(direct_terms(method, batch, settings.attn_out).values())).sum()
-    loss = settings.kl_weight * kl + settings.lm_weight * lm + settings.alpha * clone
+    loss = settings.kl_weight * kl + settings.lm_weight * lm + method.distill.alpha * clone
     return {"loss": loss, "kl": kl, "lm": lm, "clone": clone}
 
 
@@ -166,7 +166,7 @@ def test_total(case: Case, padded: bool) -> None:
 
 
 def test_total_with_the_papers_weights() -> None:
-    method = clone_of(("llama", True, {}), {"kl_weight": 1.28, "temperature": 40})
+    method = clone_of(("llama", True, {}), {"alpha": 0.2, "kl_weight": 1.28, "temperature": 40})
     expected = direct_total(method, tiny_batch())
     losses, _ = gradients(method, tiny_batch())
     close(losses["loss"], expected["loss"])
@@ -183,6 +183,17 @@ def test_alpha_0_leaves_the_clone_out() -> None:
     same, same_grads = gradients(silent, tiny_batch())
     close(same["loss"], losses["loss"])
     close(same_grads, grads)
+
+
+@pytest.mark.parametrize(("off", "terms"), [([], 7), (["q", "down"], 5)])
+def test_alpha_auto_weighs_the_mean_of_the_terms(off: list[str], terms: int) -> None:
+    """However many layers and terms there are."""
+    method = clone_of(("qwen3", True, {}), {"clone": dict.fromkeys(off, False)})
+    counted = terms * method.teacher.num_layers
+    assert method.distill.alpha == pytest.approx(7 / counted)
+    losses, _ = gradients(method, batch := tiny_batch())
+    direct = direct_total(method, batch)
+    close(losses["loss"], direct["kl"] + direct["lm"] + 7 * direct["clone"] / counted)
 
 
 def test_alpha_scales_the_clone_alone() -> None:

@@ -227,15 +227,15 @@ def test_alpha_by_its_schedule(until: float | None) -> None:
         ObjectiveSection(alpha=0.4, alpha_schedule=kind, alpha_zero_at=until)  # type: ignore[arg-type]
         for kind in ("linear", "cosine")
     )
-    assert constant.alpha_at(0) == constant.alpha_at(1) == 0.4
+    assert constant.alpha_left(0) == constant.alpha_left(1) == 1
     until = until or 1 / 3
     for section in (linear, cosine):
-        assert section.alpha_at(0) == 0.4
-        assert section.alpha_at(until / 2) == pytest.approx(0.2)
-        assert section.alpha_at(until) == 0
-        assert section.alpha_at(1) == 0
-    assert linear.alpha_at(until / 4) == pytest.approx(0.3)
-    assert cosine.alpha_at(until / 4) == pytest.approx(0.2 * (1 + math.cos(math.pi / 4)))
+        assert section.alpha_left(0) == 1
+        assert section.alpha_left(until / 2) == pytest.approx(0.5)
+        assert section.alpha_left(until) == 0
+        assert section.alpha_left(1) == 0
+    assert linear.alpha_left(until / 4) == pytest.approx(0.75)
+    assert cosine.alpha_left(until / 4) == pytest.approx((1 + math.cos(math.pi / 4)) / 2)
 
 
 @pytest.mark.parametrize("name", ["lrc", "activation-clone"])
@@ -621,7 +621,7 @@ def test_matrix_products_of_a_released_step(family: str, objective: ObjectiveSec
         counts.tokens,
         24,
         objective,
-        method.distill.sites if objective.alpha_at(0.5) else (),
+        method.distill.sites if objective.clones_at(0.5) else (),
         teacher.vocab_size,
         released=True,
     )

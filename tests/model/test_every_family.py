@@ -139,7 +139,7 @@ def naive_losses(method: LowRankClone, batch: Batch) -> dict[str, Tensor]:
             target = target @ method.projections.values[key]
         counted = mask.view(output.shape[:-1])
         clone = clone + (output - target)[counted].square().mean()
-    return {"kl": kl, "lm": lm, "clone": clone, "loss": kl + lm + method.objective.alpha * clone}
+    return {"kl": kl, "lm": lm, "clone": clone, "loss": kl + lm + method.distill.alpha * clone}
 
 
 @pytest.mark.parametrize(("family", "tied"), CASES)

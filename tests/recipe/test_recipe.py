@@ -35,14 +35,14 @@ def test_defaults_and_the_published_settings() -> None:
     assert recipe.objective.clone_scale == "relative"
     assert (recipe.objective.temperature, recipe.objective.kl_weight) == (1, 1)
     assert recipe.train.token_grad_clip == 5
-    assert (recipe.objective.alpha, recipe.objective.alpha_at(1 / 3)) == (0.2, 0)
+    assert (recipe.objective.alpha, recipe.objective.clones_at(1 / 3)) == ("auto", False)
     assert not recipe.objective.clone.off()
     assert recipe.initialize.std == 0.02
     assert (recipe.train.learning_rate, recipe.train.release_at) == ("auto", 0)
     paper = load_recipe("paper-lrc-1.5b")
     assert (paper.student.fold_gains, paper.initialize.method) == (False, "random")
     assert (paper.objective.temperature, paper.objective.kl_weight) == (40, 1.28)
-    assert (paper.objective.alpha, paper.objective.alpha_at(1)) == (0.2, 0.2)
+    assert (paper.objective.alpha, paper.objective.alpha_left(1)) == (0.2, 1)
     assert paper.objective.clone_scale == "none"
     assert (paper.train.token_grad_clip, paper.train.release_at) == (0, 1)
 

@@ -36,18 +36,15 @@ class ActivationClone(RandomStudent):
         self.alignment = writer_alignment(teacher, self.model, self.distill.sites, seed)
 
     def loss_weights(self) -> list[float]:
-        clones = (
-            0.0
-            if self.objective.clone.off().issuperset(LLAMA_TERMS)
-            else self.objective.alpha_at(1)
-        )
-        return [*super().loss_weights(), clones]
+        clones = self.objective.clones_at(1)
+        clones = clones and not self.objective.clone.off().issuperset(LLAMA_TERMS)
+        return [*super().loss_weights(), float(clones)]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         return {**super().parameters(), **self.alignment}
 
     def begin_step(self, step: int) -> None:
-        self.distill.alpha = self.objective.alpha_at(step / self.recipe.steps())
+        self.distill.set_alpha(step / self.recipe.steps())
 
     def step_flops(self, step: int, tokens: int, sequence: int) -> None:
         """Not counted: the formula does not cover the alignment."""

@@ -103,14 +103,16 @@ class DistillPass(nn.Module):
         self.triton = triton
         self.compare = compare_activations
         self._alpha_on_device: Tensor | None = None
-        self.alpha = objective.alpha if pair else 0.0
-        """Weight of the clone terms in the present step. At 0 nothing is cloned."""
+        clones = pair is not None and objective.alpha != 0
         self.sites = [
             site
             for site in teacher.layout.observable()
-            if self.alpha and objective.clone.enables(site.name)
+            if clones and objective.clone.enables(site.name)
         ]
         """Where something is compared."""
+        self.peak_alpha = objective.peak_alpha(len(self.sites)) if clones else 0.0
+        self.alpha = self.peak_alpha
+        """Weight of the clone terms in the present step. At 0 nothing is cloned."""
         names, family = teacher.layout.names(), teacher.family.model_type
         if unknown := sorted(objective.clone.off().difference(names)):
             raise UserError(
@@ -150,11 +152,12 @@ class DistillPass(nn.Module):
             clone_layers=self._by_layer(by_site.detach()),
         )
 
-    def set_alpha(self, alpha: float) -> None:
-        """Set the weight of the clone terms, in device memory too if it is there."""
-        self.alpha = alpha
+    def set_alpha(self, share: float) -> None:
+        """Set the weight of the clone terms after a share of the run's steps, in device memory too
+        if it is there."""
+        self.alpha = self.peak_alpha * self.objective.alpha_left(share)
         if self._alpha_on_device is not None:
-            self._alpha_on_device.fill_(alpha)
+            self._alpha_on_device.fill_(self.alpha)
 
     def keep_alpha_on_device(self) -> None:
         """Let passes read alpha from device memory, as a recorded one must."""

@@ -249,12 +249,12 @@ class LowRankClone(Method, Staged):
         self.model.requires_grad_(True)
         self.model.zero_grad()
         first = self.stage_ends()[0] if self.stage_ends() else self.steps
-        clones = self.objective.alpha_at(first / self.steps) > 0
+        clones = self.objective.clones_at(first / self.steps)
         self.projections.freeze(self._cloned() if clones else [])
         self.source.writers.clear()
 
     def begin_step(self, step: int) -> None:
-        self.distill.set_alpha(self.objective.alpha_at(step / self.steps))
+        self.distill.set_alpha(step / self.steps)
         if self.released:
             return
         with self.clock.part("projection"):
@@ -288,7 +288,7 @@ class LowRankClone(Method, Staged):
     def step_flops(self, step: int, tokens: int, sequence: int) -> float | None:
         if self.alignment:
             return None  # not in the formula
-        clones = self.objective.alpha_at(step / self.steps) > 0
+        clones = self.objective.clones_at(step / self.steps)
         parts = step_flops(
             self.teacher.model,
             self.model,

@@ -154,7 +154,7 @@ def gpu_hours(
     clone, layout = recipe.objective.clone, layout_of(student)
     sites = [site for site in layout.observable() if clone.enables(site.name)]
     stages = Counter(
-        (recipe.objective.alpha_at(share) > 0, share >= recipe.train.release_at)
+        (recipe.objective.clones_at(share), share >= recipe.train.release_at)
         for share in ((point + 0.5) / POINTS for point in range(POINTS))
     )
     operations = 0.0

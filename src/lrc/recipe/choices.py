@@ -8,13 +8,14 @@ from lrc.recipe.sections import ALPHA_ZERO_AT, ObjectiveSection
 EVIDENCE = "benchmarks/comparisons/README.md"
 
 
-def choices(recipe: Recipe, parameters: int) -> str | None:
+def choices(recipe: Recipe, parameters: int, terms: int) -> str | None:
     """One line that names start, calibration tokens, release, clone loss and learning rate of a
     run, and which of them are our defaults; None for another method than LRC.
 
     Args:
         recipe: the run's recipe.
         parameters: elements of the student's weights.
+        terms: number of clone terms in all layers.
     """
     if not isinstance(recipe.method, LrcSection):
         return None
@@ -25,7 +26,7 @@ def choices(recipe: Recipe, parameters: int) -> str | None:
         (f"{start.method} start", "initialize", ("method",)),
         (f"{start.calibration_tokens:,} calibration tokens", "initialize", ("calibration_tokens",)),
         (_release(train.release_at), "train", ("release_at",)),
-        (_clone(loss), "objective", alpha),
+        (_clone(loss, terms), "objective", alpha),
         (f"learning rate {learning_rate(recipe, parameters):.3g}", "train", ("learning_rate",)),
     ]
     ours: dict[bool, list[str]] = {True: [], False: []}
@@ -49,10 +50,11 @@ def _release(share: float) -> str:
     return f"own weights after {share:.0%} of the steps" if share else "own weights from the start"
 
 
-def _clone(loss: ObjectiveSection) -> str:
+def _clone(loss: ObjectiveSection, terms: int) -> str:
     if loss.alpha == 0:
         return "no clone loss"
+    alpha = f"{loss.peak_alpha(terms):.3g}"
     if loss.alpha_schedule == "constant":
-        return f"constant alpha {loss.alpha:g}"
+        return f"constant alpha {alpha}"
     share = loss.alpha_zero_at or ALPHA_ZERO_AT
-    return f"alpha {loss.alpha:g} falling to zero over {share:.0%} of the steps"
+    return f"alpha {alpha} falling to zero over {share:.0%} of the steps"

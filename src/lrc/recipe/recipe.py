@@ -74,7 +74,7 @@ class Recipe(Section):
         weights = (
             loss.kl_weight,
             loss.lm_weight,
-            not loss.clone.off().issuperset(LLAMA_TERMS) and loss.alpha_at(1),
+            not loss.clone.off().issuperset(LLAMA_TERMS) and loss.clones_at(1),
         )
         if isinstance(self.method, LrcSection) and not any(weights):
             raise ValueError(

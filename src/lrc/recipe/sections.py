@@ -195,12 +195,17 @@ LLAMA_TERMS = ("q", "k", "v", "o", "gate", "up", "down")
 ALPHA_ZERO_AT = 1 / 3
 """Default of `objective.alpha_zero_at`."""
 
+MEAN_CLONE_WEIGHT = 7.0
+"""Weight of the mean clone term with `objective.alpha: auto` (benchmarks/learning_rate.md)."""
+
 
 class ObjectiveSection(Section):
     """L = KL + LM + alpha * clone (paper section 3; scaling in `lrc.cloning.objective`)."""
 
-    alpha: float = Field(0.2, ge=0)
-    """Weight of the activation clone loss."""
+    alpha: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """Weight of the activation clone loss, which is a sum over all layers and terms. `auto`: 7 /
+    the number of terms, so that a deep teacher's sum counts no more than a shallow one's; this is
+    0.2 for five layers of a Llama. The paper uses 0.2 and 0.5."""
 
     alpha_schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How alpha changes during the run: it stays constant (the paper), or falls to zero. Cloning
@@ -257,13 +262,20 @@ class ObjectiveSection(Section):
             raise ValueError("jsd_beta goes with divergence: jsd")
         return self
 
-    def alpha_at(self, share: float) -> float:
-        """alpha after a share of the run's steps, in [0, 1]."""
+    def peak_alpha(self, terms: int) -> float:
+        """alpha before its schedule, given the number of clone terms in all layers."""
+        return MEAN_CLONE_WEIGHT / max(1, terms) if self.alpha == "auto" else self.alpha
+
+    def alpha_left(self, share: float) -> float:
+        """What the schedule leaves of alpha after a share of the run's steps, both in [0, 1]."""
         if self.alpha_schedule == "constant":
-            return self.alpha
+            return 1.0
         done = min(1.0, share / (self.alpha_zero_at or ALPHA_ZERO_AT))
-        left = 1 - done if self.alpha_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
-        return self.alpha * left
+        return 1 - done if self.alpha_schedule == "linear" else (1 + math.cos(math.pi * done)) / 2
+
+    def clones_at(self, share: float) -> bool:
+        """Whether anything is cloned after a share of the run's steps."""
+        return self.alpha != 0 and self.alpha_left(share) > 0
 
 
 class StreamSection(Section):

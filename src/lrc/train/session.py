@@ -12,6 +12,7 @@ import torch
 from lrc.cloning.activations import last_hidden
 from lrc.cloning.kernels import use_triton
 from lrc.cloning.kernels.liger import apply_liger
+from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import stages_of
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
@@ -330,7 +331,9 @@ def open_loop(
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
-    if new and (chosen := choices(run.recipe, student_parameters(setup.method))):
+    terms = len(setup.method.distill.sites) if isinstance(setup.method, LowRankClone) else 0
+    chosen = choices(run.recipe, student_parameters(setup.method), terms)
+    if new and chosen:
         logger.info(chosen)
     if new and (missing := chat_note(setup.teacher, text)):
         logger.warning(missing)

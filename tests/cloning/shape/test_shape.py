@@ -241,7 +241,7 @@ def naive_losses(method: LowRankClone, batch: Batch) -> dict[str, Tensor]:
             size = target.shape[-1] // 2
             target = target[..., size:]  # the second of two groups
         clone = clone + (own[site] - target)[mask].square().mean()
-    return {"clone": clone, "loss": kl + lm + method.objective.alpha * clone}
+    return {"clone": clone, "loss": kl + lm + method.distill.alpha * clone}
 
 
 def test_every_start_of_a_smaller_shape() -> None:
