@@ -110,7 +110,7 @@ def planned_teacher(recipe: Recipe, model: PreTrainedModel | None = None) -> Tea
         )
     section = recipe.teacher
     if model is None:
-        files = locate(section.model, section.revision, weights=False)
+        files = locate(section.model, section.revision, "configuration")
         model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
     model.requires_grad_(False).eval()
