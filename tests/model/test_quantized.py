@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from test_multimodal import wrapped
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
@@ -16,7 +17,6 @@ from lrc.preflight import check_recipe
 from lrc.recipe import make_recipe
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
-from test_multimodal import wrapped
 from tiny import tiny_teacher, tiny_tokenizer
 
 BLOCK = 128
