@@ -142,7 +142,7 @@ def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
         package = DEQUANTIZED[kind]
         if package and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"The weights of '{files.name}' are quantized ({kind}); run `pip install {kind}` "
+                f"The weights of '{files.name}' are quantized ({kind}): run `pip install {kind}` "
                 "to read them, or give the original model."
             )
         return
