@@ -32,6 +32,10 @@ and `activation-clone` and the starts `closed-form`, `pca` and `random` work wit
 `tests/model/test_every_family.py` runs each. The text model of a multimodal checkpoint (Gemma 3
 and 4, Qwen3.5, Mistral 3) is read out of it.
 
+Quantized weights (mxfp4 and fp8; compressed-tensors and bitsandbytes with the extra `[quantized]`)
+are read as plain numbers. Other kinds, such as AWQ and GPTQ, are refused. Of a hub model, this and
+the family are checked from its configuration before its weights are downloaded.
+
 * **Clone terms** are the names that `objective.clone` switches, in the order of the first use.
   Projections have the same names, and the experts of a layer share theirs. The readers of experts
   (*italic*) have no clone term, because they see only the tokens that are routed to them.

@@ -7,9 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from lrc.cloning.distill_pass import DistillPass
 from lrc.data.batch import Batch
+from lrc.evaluation.agreement import HeldOut, measure
 from tiny import gradients, tiny_batch, tiny_method, tiny_teacher
 from tiny_runs import SETTINGS, go, new_run
 
@@ -71,7 +73,7 @@ def test_a_run_splits_them(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         return forward(self, batch, *arguments)
 
     monkeypatch.setattr(DistillPass, "forward", watch)
-    run = new_run(tmp_path, tokens=64, eval_sequences=2)
+    run = new_run(tmp_path, tokens=64, eval_sequences=20)
     go(run, family)
     tokens = 0
     for batch in seen:
@@ -82,3 +84,9 @@ def test_a_run_splits_them(family: str, tmp_path: Path, monkeypatch: pytest.Monk
         tokens += int(kept.sum())
     assert tokens == 64
     assert run.summary()["tokens"] == 64
+    teacher = tiny_teacher(family, dtype=torch.float32)
+    held_out = HeldOut(run.recipe.teacher, run.recipe.data, run.recipe, 20, 2)
+    student = AutoModelForCausalLM.from_pretrained(run.need_student(), dtype=torch.float32)
+    measured = measure(held_out, teacher, student, teacher.tokenizer, lambda *_: None)
+    expected = run.summary()["student_perplexity"]
+    assert measured.metrics["perplexity"].value == pytest.approx(expected, rel=1e-5)

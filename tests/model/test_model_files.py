@@ -1,10 +1,13 @@
 """A model's files must match the model that they describe, or loading is refused."""
 
+import hashlib
 import json
 import shutil
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -244,7 +247,7 @@ def test_weights_that_need_scales_are_refused(
         {"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}},
         {"quantization_config": {"quant_method": "something-new"}},
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
-        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        {"quantization_config": {"quant_method": "awq", "bits": 4}},
         {"compression_config": {"format": "int-quantized"}},
         {"quantization_config": "yes"},
     ],
@@ -611,6 +614,90 @@ def test_hub_models_come_from_the_cache(
     assert torch.equal(ours, load_teacher(str(untied)).model(ids).logits)
     with pytest.raises(UserError, match=r"no model 'org/other' on this machine and the hub cannot"):
         locate("org/other")
+
+
+@pytest.fixture
+def hub(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[tuple[Path, list[str]]]:
+    """A hub on this machine with one model, org/name: its folder, and what was downloaded."""
+    folder = copied(untied, tmp_path)
+    commit, asked = "0" * 40, []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            content = b""
+            _, _, name = self.path.partition(f"/resolve/{commit}/")
+            if name:
+                content = (folder / name).read_bytes()
+            elif self.path.startswith("/api/models/org/name"):
+                paths = sorted(path.name for path in folder.iterdir())
+                tree = [{"type": "file", "path": p, "size": 1, "oid": p} for p in paths]
+                files = [{"rfilename": p} for p in paths]
+                about = {"id": "org/name", "sha": commit, "siblings": files}
+                content = json.dumps(tree if "/tree/" in self.path else about).encode()
+            if name and self.command == "GET":
+                asked.append(name)
+            self.send_response(200)
+            self.send_header("X-Repo-Commit", commit)
+            self.send_header("ETag", f'"{hashlib.sha1(content).hexdigest()}"')
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    constants = huggingface_hub.constants
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = f"{address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("lrc.system.hub.hub_problem", lambda: None)
+    download = partial(
+        huggingface_hub.snapshot_download, cache_dir=tmp_path / "cache", endpoint=address
+    )
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "HfApi", partial(huggingface_hub.HfApi, endpoint=address))
+    yield folder, asked
+    server.shutdown()
+    thread.join()
+
+
+REFUSED = {
+    "are quantized (awq)": {"quantization_config": {"quant_method": "awq", "bits": 4}},
+    "are quantized (gptq)": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "'gpt2' are not supported": {"model_type": "gpt2"},
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_a_hub_model_is_refused_by_its_configuration_alone(
+    hub: tuple[Path, list[str]], words: str
+) -> None:
+    folder, asked = hub
+    edit_json(folder / "config.json", **REFUSED[words])
+    with pytest.raises(UserError) as error:
+        load_teacher("org/name")
+    assert words in str(error.value)
+    assert asked == ["config.json"]
+
+
+def test_a_hub_model_is_downloaded_once(hub: tuple[Path, list[str]], untied: Path) -> None:
+    folder, asked = hub
+    (folder / "pytorch_model.bin").write_bytes(b"the same again")
+    teacher = load_teacher("org/name")
+    load_teacher("org/name")
+    assert torch.equal(teacher.model.lm_head.weight, load_teacher(str(untied)).model.lm_head.weight)
+    assert sorted(asked) == sorted({path.name for path in untied.iterdir()})
 
 
 def test_git_lfs_pointers_are_reported(untied: Path, tmp_path: Path) -> None:

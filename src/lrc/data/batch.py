@@ -1,6 +1,6 @@
 """The tokens of one forward pass of teacher and student."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -140,3 +140,18 @@ class Batch:
         following = torch.full_like(self.source_ids, -1)
         following[:, :-1] = self.source_ids[:, 1:]
         return following.masked_fill_(self.labels() < 0, -1)
+
+
+def separated(batches: Iterable[Batch], keeps_apart: bool) -> Iterator[Batch]:
+    """Batches with masked documents in sequences of their own, for models that cannot keep the
+    documents of a sequence apart.
+
+    Args:
+        batches: the batches.
+        keeps_apart: whether the models can.
+    """
+    for batch in batches:
+        if keeps_apart or batch.position_ids is None:
+            yield batch
+        else:
+            yield from batch.split_documents()

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.data import open_text, read_documents, source_files
-from lrc.data.batch import Batch
+from lrc.data.batch import Batch, separated
 from lrc.data.packing import encode
 from lrc.evaluation.held_out import measure_agreement, perplexity
 from lrc.evaluation.results import HELD_OUT, Score, TaskResult
@@ -140,7 +140,8 @@ def measure(
             f"The model and the teacher {teacher.name} have different vocabularies, so their "
             "predictions cannot be compared; give --teacher a model with the same tokenizer."
         )
-    batches = held_out.batches(teacher.tokenizer, teacher.first_token)
+    sequences = held_out.batches(teacher.tokenizer, teacher.first_token)
+    batches = list(separated(sequences, teacher.family.keeps_documents_apart))
 
     def counted() -> Iterator[Batch]:
         for done, batch in enumerate(batches):
@@ -157,7 +158,7 @@ def measure(
         "kl": found.kl,
         "top1": found.top1,
     }
-    rows = sum(len(batch.input_ids) for batch in batches)
+    rows = sum(len(batch.input_ids) for batch in sequences)
     return TaskResult(
         task=HELD_OUT,
         metrics={metric: Score(value=value) for metric, value in metrics.items()},

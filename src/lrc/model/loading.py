@@ -8,14 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, FineGrainedFP8Config, Mxfp4Config
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    CompressedTensorsConfig,
+    FineGrainedFP8Config,
+    Mxfp4Config,
+)
 from transformers import PreTrainedModel as Model
 from transformers.utils import logging as transformers_logging
 
 from lrc.model import gguf
 from lrc.model.families import FAMILIES, check_supported
 from lrc.model.locate import ACCEPTED, ModelFiles
-from lrc.model.settings import DEQUANTIZED, quantization_of, read_config
+from lrc.model.settings import quantization_of, read_config
 from lrc.model.stored import StoredTensor, stored_tensor, stored_tensors
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
@@ -32,18 +38,25 @@ NOISE = 0.1
 """Relative difference up to which two matrices count as one matrix rounded twice. Four bits per
 weight give 0.07; a separately trained head differs by more than 1."""
 
+BITSANDBYTES = "bitsandbytes"
+"""The kind of quantized weights that transformers dequantizes only after it has loaded them."""
+
 COMPARED_ROWS = 4096
 """Rows of two matrices to compare for that."""
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Hide transformers' progress bars while the context is open."""
+    """Hide transformers' progress bars, and its warnings about weights, which we check ourselves,
+    while the context is open."""
     shown = transformers_logging.is_progress_bar_enabled()
+    level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(level)
         if shown:
             transformers_logging.enable_progress_bar()
 
@@ -77,6 +90,8 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
     inner = getattr(config, "text_config", None)
     if inner is not None and inner.model_type in FAMILIES:
         inner.tie_word_embeddings |= config.tie_word_embeddings
+        if described := getattr(config, "quantization_config", None):
+            inner.quantization_config = described
         config = inner
     if not any_family:
         check_supported(config)
@@ -128,6 +143,9 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
         model = AutoModelForCausalLM.from_pretrained(
             files.folder, dtype=dtype, **own, **files.options(), **options
         )
+        if quantization_kind(files) == BITSANDBYTES:  # it is read packed
+            wanted = model.config.dtype if dtype == "auto" else dtype
+            model = model.dequantize(wanted).to(wanted)
     model.eval()
     _forget_quantization(model)
     _refuse_not_finite(files, model)
@@ -157,7 +175,7 @@ def check_filled(files: ModelFiles, skeleton: Model, stored: dict[str, StoredTen
         missing, surplus, mismatched = gguf.check_tensors(files.gguf_path, stored, skeleton)
     else:
         missing, surplus, mismatched = _report(files)
-        dequantizing = bool(_dequantizing(files))
+        dequantizing = quantization_kind(files) is not None
         packed = [
             f"{name} ({tensor.dtype})"
             for name, tensor in stored.items()
@@ -188,7 +206,7 @@ def _report(files: ModelFiles) -> tuple[list[str], list[str], list[str]]:
     with reading(f"The model '{files.name}'", ACCEPTED), without_bars():
         _, found = AutoModelForCausalLM.from_pretrained(
             files.folder,
-            device_map={"": "meta"},
+            device_map={"": "cpu" if quantization_kind(files) == BITSANDBYTES else "meta"},
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             **_text_options(files),
@@ -229,10 +247,12 @@ def _text_options(files: ModelFiles) -> dict[str, Any]:
 
 
 def _has_scales(name: str, stored: dict[str, StoredTensor]) -> bool:
-    """Whether a quantized tensor comes with its scales, or is the scales."""
-    base = name.removesuffix("_scales").removesuffix("_blocks")
-    both = {f"{base}_blocks", f"{base}_scales"} <= stored.keys()
-    return f"{name}_scale_inv" in stored or both
+    """Whether a quantized tensor comes with its scales, or is a part of them."""
+    weight = re.sub(r"_(scales|blocks)$", "", name)
+    linear = re.sub(r"\.(weight.*|SCB)$", "", name)
+    ends = ("weight_scale_inv", "weight_scale", "weight.absmax", "SCB")
+    both = {f"{weight}_blocks", f"{weight}_scales"} <= stored.keys()
+    return both or any(f"{linear}.{end}" in stored for end in ends)
 
 
 def quantization_kind(files: ModelFiles) -> str | None:
@@ -244,11 +264,12 @@ def quantization_kind(files: ModelFiles) -> str | None:
 
 def _dequantizing(files: ModelFiles) -> dict[str, Any]:
     """Further arguments of `from_pretrained` to read quantized weights as plain numbers."""
-    kind = quantization_kind(files)
-    if kind not in DEQUANTIZED:
-        return {}
-    config = {"mxfp4": Mxfp4Config, "fp8": FineGrainedFP8Config}[kind]
-    return {"quantization_config": config(dequantize=True)}
+    config = {
+        "mxfp4": Mxfp4Config,
+        "fp8": FineGrainedFP8Config,
+        "compressed-tensors": CompressedTensorsConfig,
+    }.get(quantization_kind(files) or "")
+    return {"quantization_config": config(dequantize=True)} if config else {}
 
 
 def _some(names: list[str]) -> str:

@@ -4,7 +4,7 @@ import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lrc.system.errors import UserError
 from lrc.system.files import reading
@@ -12,7 +12,6 @@ from lrc.system.files import reading
 PACKAGE_PREFIX = "package:"
 
 SETTINGS_FILES = (
-    "config.json",
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -20,13 +19,16 @@ SETTINGS_FILES = (
     "vocab*",
     "merges.txt",
     "chat_template*",
-    "hf_quant_config.json",
-    "quantize_config.json",
-    "adapter_config.json",
     "*.index.json",
     "README.md",
 )
-"""Files of a hub repository that are needed besides the weights."""
+"""Further files of a hub repository that are needed besides the weights."""
+
+QUANTIZATION_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
+"""Files beside a configuration that describe quantized weights."""
+
+CONFIGURATION_FILES = ("config.json", "adapter_config.json", *QUANTIZATION_FILES)
+"""Files that can show that a model cannot be used. A hub model's are downloaded before others."""
 
 LFS_POINTER = b"version https://git-lfs"
 
@@ -62,19 +64,23 @@ class ModelFiles:
         return options | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def locate(name: str, revision: str | None = None, weights: bool = True) -> ModelFiles:
+Part = Literal["configuration", "settings", "weights"]
+"""What of a hub model is needed; each part includes the ones before it."""
+
+
+def locate(name: str, revision: str | None = None, part: Part = "weights") -> ModelFiles:
     """Find a model; download it first if it is on the hub.
 
     Args:
         name: a hub id, a folder, a .gguf file, or `package:NAME`.
         revision: hub revision (branch, tag or commit); for hub ids only.
-        weights: whether the weights are needed too.
+        part: what to download.
 
     Raises:
         UserError: if there is no such model, or it cannot be downloaded.
     """
     local = locate_locally(name)
-    return local or _download(name, revision, weights)
+    return local or _download(name, revision, part)
 
 
 def locate_locally(name: str) -> ModelFiles | None:
@@ -168,7 +174,7 @@ def _file_of_package(distribution: str) -> Path:
     return files[0]
 
 
-def _download(name: str, revision: str | None, weights: bool) -> ModelFiles:
+def _download(name: str, revision: str | None, part: Part) -> ModelFiles:
     """Return a model of the hub, from the hub's cache if it is there already.
 
     Raises:
@@ -176,10 +182,11 @@ def _download(name: str, revision: str | None, weights: bool) -> ModelFiles:
     """
     from lrc.system.hub import download
 
-    folder = download(name, revision, SETTINGS_FILES)
-    if weights:
-        kinds = ("model*.safetensors", "pytorch_model*.bin")
-        folder = download(name, revision, SETTINGS_FILES, kinds)
+    folder = download(name, revision, CONFIGURATION_FILES)
     if not (folder / "config.json").is_file():
-        raise UserError(f"The hub's '{name}' holds no config.json; {ACCEPTED}.")
-    return ModelFiles(name, folder, commit=folder.name)
+        raise UserError(f"The hub's '{name}' holds no config.json; {ACCEPTED}.{_hint(folder)}")
+    commit = folder.name  # all parts are of one commit, whatever is pushed meanwhile
+    if part != "configuration":
+        kinds = ("model*.safetensors", "pytorch_model*.bin") if part == "weights" else ()
+        download(name, commit, SETTINGS_FILES, kinds)
+    return ModelFiles(name, folder, commit=commit)

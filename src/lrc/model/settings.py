@@ -4,12 +4,13 @@ This module reads only the raw JSON and imports nothing heavy. A wrong name or s
 once, and no number in a file can make this process run or allocate without end.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lrc.model.families import FAMILIES, family_of
-from lrc.model.locate import ModelFiles, refuse_pointer
+from lrc.model.locate import QUANTIZATION_FILES, ModelFiles, refuse_pointer
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
 from lrc.system.limits import check_size
@@ -41,11 +42,14 @@ POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that describe quantized weights."""
 
-DEQUANTIZED = ("mxfp4", "fp8")
-"""Kinds of quantized weights that transformers turns back into plain numbers exactly."""
-
-QUANTIZED_FILES = ("hf_quant_config.json", "quantize_config.json", "quant_config.json")
-"""Files beside a configuration that describe quantized weights."""
+DEQUANTIZED = {
+    "mxfp4": None,
+    "fp8": None,
+    "compressed-tensors": "compressed_tensors",
+    "bitsandbytes": "bitsandbytes",
+}
+"""Kinds of quantized weights that transformers turns back into plain numbers, and the package that
+it needs for that."""
 
 
 def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
@@ -133,14 +137,21 @@ def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
         UserError: if the configuration or a file beside it says that the weights are quantized.
     """
     described: dict[str, Any] = {}
-    if quantization_of(config) in DEQUANTIZED:
+    kind = quantization_of(config)
+    if kind in DEQUANTIZED:
+        package = DEQUANTIZED[kind]
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"The weights of '{files.name}' are quantized ({kind}): run `pip install {kind}` "
+                "to read them, or give the original model."
+            )
         return
     for name in QUANTIZED:
         if config.get(name):
             described = {"quant_method": "of an unknown kind"}
             if isinstance(config[name], dict):
                 described |= config[name]
-    beside = [name for name in QUANTIZED_FILES if (files.folder / name).is_file()]
+    beside = [name for name in QUANTIZATION_FILES if (files.folder / name).is_file()]
     if described or beside:
         how = described.get("quant_method") if described else f"see {beside[0]}"
         raise UserError(

@@ -152,7 +152,7 @@ def load_teacher(
     """
     if not isinstance(section, TeacherSection):
         section = TeacherSection(model=os.fspath(section))
-    files = locate(section.model, section.revision)
+    files = locate(section.model, section.revision, "configuration")
     options: dict[str, Any] = {}
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
@@ -168,6 +168,7 @@ def load_teacher(
             f"teacher.load: layers cannot read the weights of '{section.model}', which are "
             f"quantized ({kind}): set teacher.load to full."
         )
+    files = locate(section.model, files.commit or section.revision)
     tokenizer = load_tokenizer_files(files)
     if by_layers:
         family = family_of(config.model_type)
@@ -206,8 +207,9 @@ def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
     Raises:
         UserError: if it is not found, cannot be read, or its files do not fill it.
     """
-    files = locate(name)
-    load_config(files, any_family=True)  # report its errors before reading the tokenizer
+    files = locate(name, part="configuration")
+    load_config(files, any_family=True)  # report its errors before anything else is read
+    files = locate(name, files.commit)
     tokenizer = load_tokenizer_files(files)
     wanted = dtype if dtype == "auto" else getattr(torch, dtype)
     return load_weights(files, wanted).model, tokenizer
@@ -233,7 +235,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     Raises:
         UserError: if it is not found or cannot be read.
     """
-    files = locate(name, revision, weights=False)
+    files = locate(name, revision, "settings")
     if files.gguf_path is not None:
         read_header(files.gguf_path)
     return load_tokenizer_files(files)
@@ -248,7 +250,7 @@ def load_skeleton(name: str) -> Model:
     Raises:
         UserError: if it is not found, cannot be read, or its files do not fill it.
     """
-    files = locate(name, weights=False)
+    files = locate(name, part="configuration")
     return load_skeleton_of(files, check=files.commit is None)
 
 
@@ -308,7 +310,7 @@ def describe_teacher(section: TeacherSection) -> Description:
     anything but the weights.
     """
     try:
-        files = locate(section.model, section.revision, weights=False)
+        files = locate(section.model, section.revision, "settings")
         if files.gguf_path is not None:
             fields = GGUFReader(files.gguf_path).fields
             found = {

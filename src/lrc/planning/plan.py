@@ -205,7 +205,7 @@ def _check(settings: PlanSettings) -> None:
 
 def _skeleton(name: str) -> Teacher:
     """A teacher without weights."""
-    model = load_skeleton_of(locate(name, weights=False), check=False)
+    model = load_skeleton_of(locate(name, part="configuration"), check=False)
     return Teacher(model, None, check_supported(model.config), name)
 
 

@@ -1,6 +1,6 @@
 """The micro-batches of every step, read ahead of time where a device computes in the meantime."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 
 from lrc.cloning.method import Counts
 from lrc.data import Reader, Share
-from lrc.data.batch import Batch
+from lrc.data.batch import Batch, separated
 from lrc.recipe.sections import TrainSection
 
 
@@ -82,21 +82,6 @@ class BatchReader:
         if self.device.type == "cuda":
             batches = [batch.pin_memory() for batch in batches]
         return StepBatches(batches, counts, self.text.state())
-
-
-def separated(batches: Iterable[Batch], keeps_apart: bool) -> Iterator[Batch]:
-    """Batches with masked documents in sequences of their own, for models that cannot keep the
-    documents of a sequence apart.
-
-    Args:
-        batches: the batches.
-        keeps_apart: whether the models can.
-    """
-    for batch in batches:
-        if keeps_apart or batch.position_ids is None:
-            yield batch
-        else:
-            yield from batch.split_documents()
 
 
 def count(batches: Sequence[Batch]) -> Counts:

@@ -72,7 +72,7 @@ def _write_modelfile(model: str, gguf: Path, target: Path) -> None:
     """Write a Modelfile from the tokenizer and the sampling settings of a model or a run's teacher,
     which its student shares."""
     source = Run.open(Path(model)).recipe.teacher.model if is_run(Path(model)) else model
-    files = locate(source, weights=False)
+    files = locate(source, part="settings")
     settings = None
     if (files.folder / "generation_config.json").is_file() and files.gguf is None:
         settings = GenerationConfig.from_pretrained(files.folder, local_files_only=True)

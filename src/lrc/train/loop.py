@@ -16,7 +16,7 @@ import torch
 
 from lrc.cloning.method import CLONE_LAYERS, Counts, WeighsSources, stages_of
 from lrc.data import Reader, Share
-from lrc.data.batch import Batch
+from lrc.data.batch import Batch, separated
 from lrc.data.by_source import SourceLosses
 from lrc.data.held_out import also_held_out
 from lrc.evaluation.along import Benchmarks
@@ -27,7 +27,7 @@ from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
 from lrc.system.progress import Task, task
 from lrc.train.accuracy import accuracy
-from lrc.train.batches import BatchReader, separated
+from lrc.train.batches import BatchReader
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.cuda_graph import Passes
 from lrc.train.setup import (

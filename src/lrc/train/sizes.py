@@ -75,7 +75,7 @@ def planned_teacher(recipe: Recipe) -> Teacher:
             "shown: give a model instead."
         )
     section = recipe.teacher
-    files = locate(section.model, section.revision, weights=False)
+    files = locate(section.model, section.revision, "configuration")
     model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
     model.requires_grad_(False).eval()

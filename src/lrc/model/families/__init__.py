@@ -12,6 +12,7 @@ from lrc.model.families.base import Branch, Family
 from lrc.model.families.cwm import CWM
 from lrc.model.families.deepseek_v3 import DEEPSEEK_V3
 from lrc.model.families.ernie4_5 import ERNIE4_5
+from lrc.model.families.exaone import EXAONE
 from lrc.model.families.exaone4 import EXAONE4
 from lrc.model.families.gemma import GEMMA
 from lrc.model.families.gemma2 import GEMMA2
@@ -23,6 +24,7 @@ from lrc.model.families.gpt_oss import GPT_OSS
 from lrc.model.families.granite import GRANITE
 from lrc.model.families.granite_swa import GRANITE_SWA
 from lrc.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
+from lrc.model.families.internlm3 import INTERNLM3
 from lrc.model.families.llama import LLAMA
 from lrc.model.families.ministral import MINISTRAL
 from lrc.model.families.ministral3 import MINISTRAL3
@@ -70,7 +72,9 @@ _FAMILIES = (
     YOUTU,
     GLM4,
     GLM4_MOE,
+    EXAONE,
     EXAONE4,
+    INTERNLM3,
     ERNIE4_5,
     SEED_OSS,
     HUNYUAN_V1_DENSE,
