@@ -1,14 +1,15 @@
-"""How close `train.learning_rate: auto` and the default alpha come to the best of a grid.
+"""How close `train.learning_rate: auto` and `objective.alpha: auto` come to the best of a grid.
 
-One comparison for each number of steps: the defaults; the rate of `auto` times 1/4, 1/2, 2 and 4;
-and other values of alpha at the rate of `auto`. All start from the same closed-form start.
+One comparison for each number of steps: the rate of `auto` times 1/4, 1/2, 1, 2 and 4, and other
+values of alpha at the rate of `auto`. All start from the same closed-form start.
 
     python benchmarks/learning_rate.py shapes OUT --steps 20 50 200 800 --hidden-size 32
-    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 10 30 --hidden-size 288 \\
+    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 30 --hidden-size 288 \\
         --factors 0.5 2 --alphas 0
 
 The first name is a shipped comparison, whose recipe, teacher and text are used (it says how to
-prepare them). What OUT holds already is not run again; the tables go to OUT/README.md.
+prepare them). What OUT holds already is not run again. The table goes to OUT/README.md
+(benchmarks/learning_rate.md has ours).
 """
 
 import argparse
@@ -22,7 +23,10 @@ from lrc.comparison import load_comparison
 from lrc.recipe import make_recipe, parse_override
 from lrc.recipe.learning_rate import learning_rate
 from lrc.recipe.recipe import apply_overrides
-from lrc.train.sizes import sizes_of
+from lrc.train.sizes import planned_models
+
+RULE = "rate-x1"
+"""Name of the entry with the defaults."""
 
 
 def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -31,14 +35,14 @@ def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace
     recipe = make_recipe({**settings, "student": size})
     tokens = steps * recipe.step_tokens()
     recipe = make_recipe({**settings, "student": size}, {"train.tokens": tokens})
-    student = sizes_of(recipe).student
+    student = planned_models(recipe).student
     rate = learning_rate(recipe, sum(value.numel() for value in student.parameters()))
     rates = {factor: float(f"{factor * rate:.3g}") for factor in [1, *options.factors]}
     entries = [
         {"name": f"rate-x{factor:g}", "learning_rates": [value]} for factor, value in rates.items()
     ]
     entries += [
-        {"name": f"alpha-{alpha:g}", "rate_of": "rate-x1", "set": {"objective.alpha": alpha}}
+        {"name": f"alpha-{alpha:g}", "rate_of": RULE, "set": {"objective.alpha": alpha}}
         for alpha in options.alphas
     ]
     return {
@@ -50,16 +54,11 @@ def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace
     }
 
 
-def row(steps: int, results: Any) -> list[str]:
-    """What one comparison found: the rule's rate and loss, the best rate's, and each alpha's."""
+def row(steps: int, results: Any, columns: list[str]) -> list[str]:
+    """What one comparison found: the rule's rate, and the loss of every entry."""
     losses = {entry.name: entry.mean("held_out_lm") for entry in results.entries}
-    rates = {entry.name: entry.learning_rate for entry in results.entries}
-    tried = {name: loss for name, loss in losses.items() if name.startswith("rate-")}
-    best = min(tried, key=lambda name: tried[name])
-    auto = losses["rate-x1"]
-    cells = [f"{steps:,}", f"{rates['rate-x1']:.2g}", f"{auto:.3f}", f"{rates[best]:.2g}"]
-    cells += [f"{tried[best]:.3f}", f"{auto - tried[best]:.3f}"]
-    return cells + [f"{loss:.3f}" for name, loss in losses.items() if name.startswith("alpha-")]
+    [rate] = [entry.learning_rate for entry in results.entries if entry.name == RULE]
+    return [f"{steps:,}", f"{rate:.2g}", *(f"{losses[name]:.3f}" for name in columns)]
 
 
 def main() -> None:
@@ -76,14 +75,15 @@ def main() -> None:
     shipped = load_comparison(options.comparison).recipe
     assert isinstance(shipped, dict)
     settings = apply_overrides(shipped, dict(map(parse_override, options.set)))
-    columns = ["steps", "rate of auto", "loss", "best rate", "loss", "auto is behind by"]
-    columns += [f"alpha {alpha:g}" for alpha in options.alphas]
-    lines = [columns, ["---"] * len(columns)]
+    columns = [f"rate-x{factor:g}" for factor in sorted([1, *options.factors])]
+    columns += [f"alpha-{alpha:g}" for alpha in options.alphas]
+    lines = [["steps", "rate of auto", *columns], ["---"] * (len(columns) + 2)]
     for steps in options.steps:
         options.out.mkdir(parents=True, exist_ok=True)
         path = options.out / f"steps-{steps}.yaml"
         path.write_text(yaml.safe_dump(comparison(settings, steps, options), sort_keys=False))
-        lines.append(row(steps, lrc.compare(path, out=options.out / f"steps-{steps}")))
+        results = lrc.compare(path, out=options.out / f"steps-{steps}")
+        lines.append(row(steps, results, columns))
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         (options.out / "README.md").write_text(text)
         print(text)

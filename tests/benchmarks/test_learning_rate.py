@@ -1,0 +1,44 @@
+"""The benchmark of the rules for learning rate and alpha, on a tiny teacher."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM
+
+from lrc.comparison import load_comparison
+from lrc.recipe.learning_rate import learning_rate
+from tiny_runs import file_settings, save_teacher
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "learning_rate.py"
+
+
+def test_table(tmp_path: Path) -> None:
+    save_teacher(tmp_path / "teacher")
+    settings = file_settings(tmp_path, initialize={"calibration_tokens": 128})
+    settings["train"] = {"micro_batch": 2, "eval_sequences": 4}
+    base = {"recipe": settings, "tokens": 64, "grid": {"learning_rates": [1e-3], "tokens": 32}}
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump({**base, "entries": [{"name": "lrc"}]}))
+    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path / "out"), "--steps", "2", "3"]
+    size = settings["student"]["hidden_size"]
+    command += ["--hidden-size", str(size), "--factors", "4", "--alphas", "0"]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    assert lines[0] == "| steps | rate of auto | rate-x1 | rate-x4 | alpha-0 |"
+    for steps, line in zip((2, 3), lines[2:], strict=True):
+        told = [float(cell) for cell in line.strip("|").split("|")]
+        run = tmp_path / "out" / f"steps-{steps}"
+        comparison = load_comparison(run / "comparison.yaml")
+        [rule] = [entry for entry in comparison.entries if entry.name == "rate-x1"]
+        recipe = comparison.run_recipe(rule, 1e-3, 0)
+        assert recipe.steps() == told[0] == steps
+        student = AutoModelForCausalLM.from_pretrained(run / "runs" / "rate-x1-seed0" / "student")
+        auto = recipe.model_copy(
+            update={"train": recipe.train.model_copy(update={"learning_rate": "auto"})}
+        )
+        expected = learning_rate(auto, sum(value.numel() for value in student.parameters()))
+        assert told[1] == pytest.approx(expected, rel=0.06)  # two digits
+        assert len(set(told[2:])) == 3
