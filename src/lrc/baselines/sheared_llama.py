@@ -70,6 +70,7 @@ class ShearedLlama(PlainStudent, Staged):
     """Masked teacher in stage one, pruned student in stage two."""
 
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
+    cuts_teacher = True
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self.step = 0

@@ -187,6 +187,7 @@ class LowRankClone(Method, Staged):
 
     def share_work(self, world: World) -> None:
         super().share_work(world)
+        needed = self._applied()
         if not self.released:
             keys = self.projections.values
             ranks = {key: self.owners[f"projections.{key}"] for key in keys}
@@ -195,6 +196,8 @@ class LowRankClone(Method, Staged):
                 of = {weight.name: ranks[weight.projection] for weight in self.projections.weights}
                 writers = {f"writers.{name}": of[name] for name in self.source.writers}
                 self.owners = Owners(world, {**self.owners.ranks, **writers})
+            needed |= self.projections.needed()
+        self.source.keep(needed)
 
     def costs(self) -> dict[str, float]:
         if self.released:
@@ -322,8 +325,18 @@ class LowRankClone(Method, Staged):
         writes = self.source.layout.writes(site)
         return writes and not (in_teachers_space or self.alignment)
 
+    def _applied(self) -> set[str]:
+        """Names of the teacher's parameters in `_teacher_output`."""
+        if self.objective.attn_out == "student":
+            return set()
+        model, layout = self.teacher.model, self.teacher.layout
+        paths = [layout.linear(site) for site in self.distill.sites if site.name == "o"]
+        return {n for path in paths for n, _ in model.get_submodule(path).named_parameters(path)}
+
     def _teacher_output(self, site: LinearSite, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a site, applied to the student's input of it."""
-        module = self.teacher.model.get_submodule(self.teacher.layout.linear(site))
-        bias = None if module.bias is None else module.bias.to(inputs.dtype)
-        return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)
+        path = self.teacher.layout.linear(site)
+        weight, bias = self.teacher.parameter(f"{path}.weight").to(inputs.dtype), None
+        if self.teacher.model.get_submodule(path).bias is not None:
+            bias = self.teacher.parameter(f"{path}.bias").to(inputs.dtype)
+        return functional.linear(inputs, weight, bias)

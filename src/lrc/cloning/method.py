@@ -98,6 +98,9 @@ class Method(ABC):
     """Whether `initialize` runs in one process, whose parameters all others then take. If not, it
     runs in all of them."""
 
+    cuts_teacher: ClassVar[bool] = False
+    """Whether it takes weights from the teacher's model itself, which must be whole for that."""
+
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":

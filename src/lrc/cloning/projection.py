@@ -279,8 +279,14 @@ class Projections:
         costs = dict.fromkeys(self.values, 0.0)
         for weight in self.weights:
             if weight.projection in costs:
-                costs[weight.projection] += self.teacher.parameter(weight.name).numel()
+                costs[weight.projection] += self.teacher.model.get_parameter(weight.name).numel()
         return costs
+
+    def needed(self) -> set[str]:
+        """Names of the teacher's parameters that this process multiplies in every step."""
+        owned = self._owned()
+        gains = {f"{weight.norm}.weight" for weight in owned if weight.norm and weight.folded}
+        return gains | {weight.name for weight in owned}
 
     def _owned(self) -> list[ProjectedWeight]:
         return [weight for weight in self.weights if self.owners.has(weight.projection)]

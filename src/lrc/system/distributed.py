@@ -22,6 +22,12 @@ TIMEOUT = timedelta(hours=12)
 """How long a process waits for the others, for example while the first one solves the start."""
 
 
+ENDED = (
+    "Another process of this run has ended; its own output says why. The last checkpoint "
+    "is intact: start all processes again with `lrc resume`."
+)
+
+
 class PeerError(UserError):
     """Another process of the run has ended."""
 
@@ -224,10 +230,25 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(
-            "Another process of this run has ended; its own output says why. The last checkpoint "
-            "is intact: start all processes again with `lrc resume`."
-        ) from error
+        raise PeerError(ENDED) from error
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """`peers` around code that also computes: other errors stay what they are.
+
+    Raises:
+        PeerError: if another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if joined():
+            import torch.distributed as dist
+
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise PeerError(ENDED) from error
+        raise
 
 
 def _number(name: str, default: int) -> int:

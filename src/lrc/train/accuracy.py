@@ -39,8 +39,8 @@ def accuracy(loop: "Loop") -> dict[str, Any]:
         student, found = setup.method.student(), {}
         if loop.world.leads:
             found[ACCURACY] = benchmarks.accuracy(student, tokenizer)
-            if step == 0:
-                found[TEACHER_ACCURACY] = benchmarks.accuracy(setup.teacher.model, tokenizer)
+        if step == 0 and (loop.world.leads or setup.teacher.sharded):
+            found[TEACHER_ACCURACY] = benchmarks.accuracy(setup.teacher.model, tokenizer)
         found = loop.world.from_first(found)
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found[ACCURACY].items())
     logger.info("step %d of %d, %s tokens: %s", step, recipe.steps(), f"{tokens:,}", terms)

@@ -1,6 +1,8 @@
 """What a recipe makes, from the teacher's configuration alone: shapes, and memory for weights."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -49,7 +51,7 @@ def sizes_of(recipe: Recipe, model: PreTrainedModel | None = None) -> TrainingSi
     """
     teacher = planned_teacher(recipe, model)
     asked_shape(teacher, recipe.student)
-    config, source = student_config(teacher, recipe.student), teacher
+    config, source = student_config(teacher, recipe.student), cast(Teacher, teacher)
     if prunes(teacher, recipe.student):
         source = pruned_teacher(teacher, first_units(teacher, recipe.student))
     with torch.device("meta"):
@@ -82,8 +84,17 @@ def sizes_of(recipe: Recipe, model: PreTrainedModel | None = None) -> TrainingSi
     )
 
 
-class _Planned(Teacher):
+@dataclass(frozen=True)
+class Planned(Teacher):
     """A teacher without weights and tokenizer."""
+
+    kept: set[str] = field(default_factory=set)
+    """Parameters that this process would keep whole if the teacher were divided."""
+
+    def keep(self, names: Iterable[str]) -> None:
+        wanted = set(names)
+        self.kept.clear()
+        self.kept.update(wanted)
 
     @property
     def vocab_size(self) -> int:
@@ -93,7 +104,7 @@ class _Planned(Teacher):
         return self.model.get_parameter(name)
 
 
-def planned_teacher(recipe: Recipe, model: PreTrainedModel | None = None) -> Teacher:
+def planned_teacher(recipe: Recipe, model: PreTrainedModel | None = None) -> Planned:
     """The teacher of a recipe of the method `lrc` on the meta device, from its configuration.
 
     Args:
@@ -114,7 +125,7 @@ def planned_teacher(recipe: Recipe, model: PreTrainedModel | None = None) -> Tea
         model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
     model.requires_grad_(False).eval()
-    return _Planned(model, None, family, section.model)
+    return Planned(model, None, family, section.model)
 
 
 def target_device(recipe: Recipe) -> torch.device:
