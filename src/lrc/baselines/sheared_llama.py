@@ -163,8 +163,8 @@ class ShearedLlama(PlainStudent, Staged):
         super().end_step()
         if self.kept_layers is None:
             for multiplier in self.masks.multipliers():
-                assert multiplier.grad is not None
-                multiplier.grad.neg_()  # ascent
+                if multiplier.grad is not None:  # else another process owns it
+                    multiplier.grad.neg_()  # ascent
 
     def student(self) -> PreTrainedModel:
         """In stage one, the model cut to the units that are currently most likely open."""

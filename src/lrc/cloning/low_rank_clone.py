@@ -11,6 +11,7 @@ gives, and a step needs no projection. The readers' activations are cloned as be
 writers are cloned through the projections of the release, which stay frozen.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
-from lrc.cloning.method import Counts, Method, Staged, StartReport, StepLosses
+from lrc.cloning.method import Counts, Leaf, Method, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.shape.prune import prune
 from lrc.cloning.shape.pruned_teacher import (
@@ -156,6 +157,7 @@ class LowRankClone(Method, Staged):
             self.gradient_checkpointing,
             self.triton,
         )
+        self.model.base_model.register_forward_pre_hook(partial(_arrive, self.projections))
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":
             self.alignment = writer_alignment(
@@ -199,6 +201,22 @@ class LowRankClone(Method, Staged):
             needed |= self.projections.needed()
         self.source.keep(needed)
 
+    def leaves(self) -> dict[str, Leaf]:
+        if self.released:
+            return super().leaves()
+        projections, cloned = self.projections, set(self._cloned())
+        keys = {weight.name: weight.projection for weight in projections.weights}
+        leaves = {name: Leaf(value, self.owners[name]) for name, value in self.alignment.items()}
+        for name, value in self.model.named_parameters():
+            if (key := keys.get(name)) is not None:
+                owner = projections.owners[key]
+                leaves[name] = Leaf(value, owner)
+                if key in cloned:
+                    leaves[f"projections.{key}"] = Leaf(projections.values[key], owner)
+            elif value.requires_grad:
+                leaves[name] = Leaf(value, self.owners[name])
+        return leaves
+
     def costs(self) -> dict[str, float]:
         if self.released:
             return super().costs()
@@ -222,6 +240,7 @@ class LowRankClone(Method, Staged):
         self.projections.store_as(self.model, self.projections.dtype)
         self.projections.write_into(self.model)
         self.projections.send(self._cloned())
+        self.projections.wait()
         self._release()
         return {"stage": "released"}
 
@@ -274,6 +293,7 @@ class LowRankClone(Method, Staged):
     def student(self) -> PreTrainedModel:
         if not self.released:
             self.projections.write_into(self.model)
+            self.projections.wait()
         view = plain_view(self.model)
         return view.to(self.weight_dtype) if self.weight_dtype and not self.released else view
 
@@ -340,3 +360,8 @@ class LowRankClone(Method, Staged):
         if self.teacher.model.get_submodule(path).bias is not None:
             bias = self.teacher.parameter(f"{path}.bias").to(inputs.dtype)
         return functional.linear(inputs, weight, bias)
+
+
+def _arrive(projections: Projections, *_: Any) -> None:
+    """Wait for the student's weights before it runs. The teacher has run in the meantime."""
+    projections.wait()

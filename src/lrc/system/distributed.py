@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrc.system.errors import UserError, reason
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Value = TypeVar("Value")
+
+Wait = Callable[[], None]
+"""Waits until an exchange that has begun is over. Its tensors must not be used before."""
 
 TIMEOUT = timedelta(hours=12)
 """How long a process waits for the others, for example while the first one solves the start."""
@@ -82,14 +86,15 @@ class World:
         """Wait until all processes are here."""
         self.gather(None)
 
-    def reduce(self, tensor: "Tensor", owner: int) -> None:
-        """Add up the tensors of all processes in their owner's, in place. The others' are undefined
-        afterwards."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def reduce(self, tensor: "Tensor", owner: int) -> Wait:
+        """Begin to add up the tensors of all processes in their owner's, in place. The others' are
+        undefined afterwards."""
+        if self.size == 1:
+            return _done
+        import torch.distributed as dist
 
-            with peers():
-                dist.reduce(tensor, owner)
+        with peers():
+            return partial(_wait, dist.reduce(tensor, owner, async_op=True))
 
     def add_up(self, tensor: "Tensor") -> None:
         """Add up the tensors of all processes, in place and in all of them."""
@@ -99,13 +104,14 @@ class World:
             with peers():
                 dist.all_reduce(tensor)
 
-    def send(self, tensor: "Tensor", owner: int) -> None:
-        """Replace the tensors of all processes by their owner's, in place."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def send(self, tensor: "Tensor", owner: int) -> Wait:
+        """Begin to replace the tensors of all processes by their owner's, in place."""
+        if self.size == 1:
+            return _done
+        import torch.distributed as dist
 
-            with peers():
-                dist.broadcast(tensor, owner)
+        with peers():
+            return partial(_wait, dist.broadcast(tensor, owner, async_op=True))
 
 
 ALONE = World()
@@ -249,6 +255,15 @@ def lost_peers() -> Iterator[None]:
             if isinstance(error, dist.DistError) or "gloo" in str(error):
                 raise PeerError(ENDED) from error
         raise
+
+
+def _done() -> None:
+    """There is nothing to wait for."""
+
+
+def _wait(work: Any) -> None:
+    with peers():
+        work.wait()
 
 
 def _number(name: str, default: int) -> int:

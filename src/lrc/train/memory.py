@@ -30,7 +30,7 @@ from lrc.data.batch import Batch
 from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
-from lrc.system.distributed import World
+from lrc.system.distributed import Wait, World
 from lrc.train.sizes import ADAM, planned_teacher, target_device
 
 CUDA_CONTEXT = 2**29
@@ -127,11 +127,9 @@ class _Others(World):
 
     moved: list[int] = field(default_factory=list)
 
-    def reduce(self, tensor: Tensor, owner: int) -> None:
+    def send(self, tensor: Tensor, owner: int) -> Wait:
         self.moved.append(tensor.nbytes)
-
-    def send(self, tensor: Tensor, owner: int) -> None:
-        self.moved.append(tensor.nbytes)
+        return lambda: None
 
 
 class _Stage:
@@ -201,6 +199,8 @@ class _Stage:
             fixed = teacher + student + projections
             activations = self._pass(micro_batch, alive, fixed)
             gradients = sum(value.nbytes for value in self._gradients())
+            grads = (leaf.value.grad for leaf in method.leaves().values())
+            self.world.moved.extend(grad.nbytes for grad in grads if grad is not None)
             method.end_step()
             if not self.released:
                 gradients = sum(value.nbytes for value in self._gradients())
@@ -264,13 +264,13 @@ class _Stage:
                 yield value.grad
 
     def _exchanged(self) -> int:
-        """Bytes of what the loop exchanges: gradients, parameters after the update, and the layers
-        of a divided teacher in every pass."""
+        """Bytes of the parameters that the loop sends after the update, and of the layers of a
+        divided teacher in every pass."""
         method = self.method
         projected = method.projected()
         passes = max(1, self.recipe.train.accumulate // self.world.size) if self.sharded else 0
         layers = sum(value.nbytes for layer in self._layers() for value in layer.values())
-        own = sum(2 * v.nbytes for n, v in method.parameters().items() if n not in projected)
+        own = sum(v.nbytes for n, v in method.parameters().items() if n not in projected)
         return own + passes * layers
 
     def _layers(self) -> list[dict[str, Tensor]]:

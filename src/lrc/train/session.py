@@ -90,7 +90,7 @@ def take_start(
         stages.load_state(state)
         setup.state = new_state(setup.method, recipe, world=world)
     for parameter in setup.state.parameters.values():
-        world.send(parameter.data, 0)
+        world.send(parameter.data, 0)()
     return found
 
 
