@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from lrc.recipe import make_recipe
 from lrc.run import Run
-from lrc.system.distributed import ALONE, World, assign
+from lrc.system.distributed import ALONE, World, assign, backend_for
 from lrc.system.errors import UserError
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.session import check_division
@@ -28,9 +28,10 @@ from prepared import Prepared
 from tiny_runs import copy_until, file_settings, save_teacher, without_times
 
 TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
-TRAINING |= {"tokens": 6 * 2 * 2 * 16}
+TRAINING |= {"tokens": 6 * 2 * 2 * 16, "device": "cpu"}
 LAUNCHED = Path(__file__).with_name("launched.py")
 EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
+EXACT |= {"CUDA_VISIBLE_DEVICES": "0"}
 """MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
 same numbers."""
 
@@ -192,6 +193,36 @@ def test_more_micro_batches_differ_by_rounding(folder: Path, dtype: str, toleran
     assert_near(
         Run.open(folder / f"three-{dtype}"), Run.open(folder / f"single-{dtype}"), tolerance
     )
+
+
+# On a GPU
+
+ON_GPU = {"train.device": "cuda", "train.precision": "float32", "train.tf32": "false"}
+ON_GPU |= {"train.kernels": "torch", "teacher.dtype": "float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", ["random, released", "a smaller shape", "tinybert"])
+def test_processes_on_one_gpu(folder: Path, case: str, processes: int) -> None:
+    """One under torchrun trains as without, and two share the card over gloo."""
+    numbers = str(processes), "without"
+    settings = [part for key, value in ON_GPU.items() for part in ("--set", f"{key}={value}")]
+    commands = [train(folder, "recipe.yaml", case, f"gpu {n} {case}") + settings for n in numbers]
+    done = launch(processes, commands[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone(commands[1])
+    ours, theirs = (Run.open(folder / f"gpu {n} {case}") for n in numbers)
+    assert_near(ours, theirs, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "cards", "backend"),
+    [(2, 0, "gloo"), (2, 1, "gloo"), (2, 2, "cpu:gloo,cuda:nccl"), (1, 8, "cpu:gloo,cuda:nccl")],
+)
+def test_processes_that_share_a_gpu_use_gloo(processes: int, cards: int, backend: str) -> None:
+    assert backend_for(processes, cards) == backend
 
 
 # Faults

@@ -6,8 +6,7 @@ activations. Embedding, final norm and LM head stay whole in every process.
 
 What needs single weights (projections, starts) gets them from the safetensors files. The owner of a
 projection keeps the teacher's weights that it multiplies in every step: together, the processes
-keep each of them once more. Collecting them twice a step would take longer than a micro-batch's
-passes on many GPUs.
+keep each of them once more. Collecting them would move the whole teacher twice more in every step.
 """
 
 from collections.abc import Iterable, Mapping

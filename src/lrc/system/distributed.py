@@ -132,13 +132,14 @@ def join() -> World:
     from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if cards:
+            torch.cuda.set_device(local_rank() % cards)
         try:
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             # torchrun keeps its store when it restarts processes, with the addresses of the former.
             own = PrefixStore(f"attempt-{restarts()}", store)
+            backend = backend_for(_number("LOCAL_WORLD_SIZE", 1), cards)
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             raise UserError(
@@ -146,6 +147,16 @@ def join() -> World:
                 "with torchrun or accelerate launch (docs/scaling.md)."
             ) from error
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def backend_for(processes: int, cards: int) -> str:
+    """The transport between processes. NCCL wants a GPU for each, gloo lets them share one.
+
+    Args:
+        processes: number of processes on a machine.
+        cards: number of its GPUs.
+    """
+    return "cpu:gloo,cuda:nccl" if 0 < processes <= cards else "gloo"
 
 
 def leave() -> None:

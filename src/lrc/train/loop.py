@@ -88,6 +88,9 @@ class Loop:
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
+    def __post_init__(self) -> None:
+        self.sums = GradientSums(self.world, self.setup.method.leaves())
+
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
 
@@ -107,7 +110,6 @@ class Loop:
             open_trackers(self.run, self.first_step, self.world) as self.trackers,
             task("Training", steps, self.first_step) as progress,
         ):
-            self.sums = GradientSums(self.world, setup.method.leaves())
             changed = {} if setup.restored else self._change_stage(progress)
             if self.world.from_first(not self.run.metrics()):
                 start = {**self._measure(progress), **self._measure_teacher()}
