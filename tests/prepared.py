@@ -18,6 +18,7 @@ CLI = "from lrc.cli import main; main()"
 """The command line."""
 
 EXACT = {"OMP_NUM_THREADS": "1", "MKL_CBWR": "COMPATIBLE", "HF_HUB_OFFLINE": "1"}
+EXACT |= {"CUDA_VISIBLE_DEVICES": "0"}
 """MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
 same numbers."""
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from lrc.recipe import make_recipe
 from lrc.run import Run
-from lrc.system.distributed import ALONE, World, assign
+from lrc.system.distributed import ALONE, World, assign, backend_for
 from lrc.system.errors import UserError
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.session import check_division
@@ -27,7 +27,7 @@ from prepared import EXACT, Prepared, places
 from tiny_runs import copy_until, file_settings, save_teacher, without_times
 
 TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
-TRAINING |= {"tokens": 6 * 2 * 2 * 16}
+TRAINING |= {"tokens": 6 * 2 * 2 * 16, "device": "cpu"}
 LAUNCHED = Path(__file__).with_name("launched.py")
 
 CASES: dict[str, list[str]] = {
@@ -41,6 +41,15 @@ CASES: dict[str, list[str]] = {
         "--set", "train.release_at=0.5", "--set", "student.layers=1",
         "--set", "student.intermediate_size=9",
     ],
+    "a divided teacher": [
+        "--set", "train.release_at=0.5", "--set", "teacher.shard=true",
+        "--set", "objective.attn_out=teacher",
+    ],
+    "a divided teacher, a smaller shape": [
+        "--set", "train.release_at=1", "--set", "teacher.shard=true", "--set", "student.layers=1",
+        "--set", "student.intermediate_size=9",
+    ],
+    "a divided teacher, tinybert": ["--method", "tinybert", "--set", "teacher.shard=true"],
     "pca": ["--set", "train.release_at=1", "--set", "initialize.method=pca"],
     "scratch": ["--method", "scratch"],
     "slicegpt": ["--method", "slicegpt"],
@@ -144,22 +153,22 @@ def test_two_processes_train_the_run_of_one(pairs: None, folder: Path, case: str
 
 
 @pytest.mark.slow
-def test_the_number_of_processes_may_change(folder: Path) -> None:
+@pytest.mark.parametrize("case", ["never released", "a divided teacher"])
+def test_the_number_of_processes_may_change(folder: Path, case: str) -> None:
     """Two processes, then one, then two, then three, as near one process as rounding allows."""
-    case = "never released"
-    alone(train(folder, "many.yaml", case, "alone"))
-    assert launch(2, train(folder, "many.yaml", case, "first")).returncode == 0
-    run = Run.open(folder / "first")
-    assert_near(run, Run.open(folder / "alone"), 1e-4)
+    alone(train(folder, "many.yaml", case, f"alone {case}"))
+    assert launch(2, train(folder, "many.yaml", case, f"first {case}")).returncode == 0
+    run = Run.open(folder / f"first {case}")
+    assert_near(run, Run.open(folder / f"alone {case}"), 1e-4)
     for number, (processes, step) in enumerate([(1, 2), (2, 4), (3, 4)]):
-        run = copy_until(run, folder / f"changed-{number}", step)
+        run = copy_until(run, folder / f"changed-{number} {case}", step)
         resume = ["resume", str(run.folder)]
         if processes == 1:
             alone(resume)
         else:
             done = launch(processes, resume)
             assert done.returncode == 0, done.stderr[-3000:]
-    assert_near(run, Run.open(folder / "alone"), 1e-4)
+    assert_near(run, Run.open(folder / f"alone {case}"), 1e-4)
 
 
 @pytest.mark.slow
@@ -175,13 +184,45 @@ def test_more_micro_batches_differ_by_rounding(folder: Path, dtype: str, toleran
     )
 
 
+# On a GPU
+
+ON_GPU = {"train.device": "cuda", "train.precision": "float32", "train.tf32": "false"}
+ON_GPU |= {"train.kernels": "torch", "teacher.dtype": "float32"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("case", ["random, released", "a smaller shape", "tinybert"])
+def test_processes_on_one_gpu(folder: Path, case: str, processes: int) -> None:
+    """One under torchrun trains as without, and two share the card over gloo."""
+    numbers = str(processes), "without"
+    settings = [part for key, value in ON_GPU.items() for part in ("--set", f"{key}={value}")]
+    commands = [train(folder, "recipe.yaml", case, f"gpu {n} {case}") + settings for n in numbers]
+    done = launch(processes, commands[0])
+    assert done.returncode == 0, done.stderr[-3000:]
+    alone(commands[1])
+    ours, theirs = (Run.open(folder / f"gpu {n} {case}") for n in numbers)
+    assert_near(ours, theirs, 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("processes", "cards", "backend"),
+    [(2, 0, "gloo"), (2, 1, "gloo"), (2, 2, "cpu:gloo,cuda:nccl"), (1, 8, "cpu:gloo,cuda:nccl")],
+)
+def test_processes_that_share_a_gpu_use_gloo(processes: int, cards: int, backend: str) -> None:
+    assert backend_for(processes, cards) == backend
+
+
 # Faults
 
 
-def broken(folder: Path, kind: str, rank: int, **options: Any) -> tuple[Run, str]:
+def broken(
+    folder: Path, kind: str, rank: int, case: str = "scratch", **options: Any
+) -> tuple[Run, str]:
     """A run that breaks in the step after the third, and what was printed."""
-    out = f"broken-{kind}-{rank}"
-    command = train(folder, "recipe.yaml", "scratch", out)
+    out = f"broken-{kind}-{rank} {case}"
+    command = train(folder, "recipe.yaml", case, out)
     began = time.monotonic()
     fault = {"kind": kind, "rank": rank, "step": 3}
     done = launch(2, command, fault=fault, **options)
@@ -195,13 +236,15 @@ def errors(printed: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_killed_process_ends_all_and_the_run_goes_on(folder: Path) -> None:
-    run, printed = broken(folder, "kill", rank=1)
+@pytest.mark.parametrize("case", ["scratch", "a divided teacher"])
+def test_a_killed_process_ends_all_and_the_run_goes_on(folder: Path, case: str) -> None:
+    run, printed = broken(folder, "kill", rank=1, case=case)
+    assert "lrc/train/" not in printed  # a traceback of ours
     assert len(errors(printed)) <= 1  # none if the launcher is faster
     assert list_checkpoints(run.checkpoints)[0].name == "step-00000002"
     assert not list(run.checkpoints.glob("*tmp*"))
-    alone(["resume", str(run.folder)], train(folder, "recipe.yaml", "scratch", "unbroken"))
-    assert_equal(Run.open(run.folder), Run.open(folder / "unbroken"))
+    alone(["resume", str(run.folder)], train(folder, "recipe.yaml", case, f"unbroken {case}"))
+    assert_equal(Run.open(run.folder), Run.open(folder / f"unbroken {case}"))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """`lrc info --memory`: what a recipe's training takes, against what it took."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -85,14 +86,20 @@ def table(printed: str) -> dict[str, list[float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "release"), [("random", 1), ("closed-form", 0)])
-def test_two_processes_take_what_is_computed(recipe_file: Path, start: str, release: int) -> None:
+@pytest.mark.parametrize(
+    ("start", "release", "shard"),
+    [("random", 1, False), ("closed-form", 0, False), ("random", 1, True)],
+)
+def test_two_processes_take_what_is_computed(
+    recipe_file: Path, start: str, release: int, shard: bool
+) -> None:
     changes = ["--set", f"initialize.method={start}", "--set", f"train.release_at={release}"]
+    changes += ["--set", f"teacher.shard={str(shard).lower()}"]
     info = [sys.executable, "-m", "lrc", "info", "--memory", str(recipe_file), "--gpus", "1,2"]
     done = subprocess.run([*info, *changes], capture_output=True, text=True, check=True)
     shown = table(done.stdout)
     computed = max(shown["together, in a step"][1], shown["start, on the first GPU"][1])
-    out = recipe_file.parent / f"{start}-{release}"
+    out = recipe_file.parent / f"{start}-{release}-{shard}"
     done = launch(2, ["train", str(recipe_file), *changes, "--out", str(out)])
     assert done.returncode == 0, done.stderr[-3000:]
     peaks = [int(kib) / 2**20 for kib in re.findall(r"^peak (\d+) KiB$", done.stdout, re.MULTILINE)]
@@ -172,6 +179,29 @@ def test_experts_are_counted(tiny_recipe: Any, tmp_path: Path) -> None:
     parts = memory_of(recipe, 1).parts
     assert parts["student"] == held_by(method.model)
     assert parts["gradients"] == bytes_of(method.model.parameters())
+
+
+@pytest.mark.parametrize("release", [0, 1])
+def test_a_divided_teacher(tiny_recipe: Any, release: int) -> None:
+    """Three processes have a third of the rows each, rounded up, and the owners of projections
+    together all layers once more. While the teacher runs there are two layers."""
+    settings = {"train.release_at": release, "student.fold_gains": False, "train.accumulate": 6}
+    whole = memory_of(tiny_recipe(**settings), 3)
+    ours = memory_of(tiny_recipe(**settings, **{"teacher.shard": True}), 3)
+    model = tiny_teacher("qwen2", dtype=torch.float32).model
+    layers = [list(layer.parameters()) for layer in model.model.layers]
+    thirds = [math.ceil(len(value) / 3) * value[0].nbytes for layer in layers for value in layer]
+    running = 2 * bytes_of(layers[0])
+    least = whole.parts["teacher"] - sum(map(bytes_of, layers)) + sum(thirds) + running
+    if release == 0:
+        assert ours.parts["teacher"] == least
+    else:
+        multiplied = sum(bytes_of(v for v in layer if v.ndim > 1) for layer in layers)
+        kept = ours.parts["teacher"] - least
+        assert multiplied / 6 < kept < multiplied / 2
+    for part in whole.parts.keys() - {"program", "teacher", "kept free"}:
+        assert ours.parts[part] == whole.parts[part], part
+    assert ours.moved - whole.moved == 2 * sum(map(bytes_of, layers))
 
 
 def bytes_of(values: Any) -> int:

@@ -27,6 +27,7 @@ class PrunedStudent(PlainStudent):
     """
 
     used_settings = PRUNED_SETTINGS
+    cuts_teacher = True
 
     @property
     def section(self) -> PrunedShapeSection:

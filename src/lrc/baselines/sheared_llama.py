@@ -70,6 +70,7 @@ class ShearedLlama(PlainStudent, Staged):
     """Masked teacher in stage one, pruned student in stage two."""
 
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
+    cuts_teacher = True
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self.step = 0
@@ -162,8 +163,8 @@ class ShearedLlama(PlainStudent, Staged):
         super().end_step()
         if self.kept_layers is None:
             for multiplier in self.masks.multipliers():
-                assert multiplier.grad is not None
-                multiplier.grad.neg_()  # ascent
+                if multiplier.grad is not None:  # else another process owns it
+                    multiplier.grad.neg_()  # ascent
 
     def student(self) -> PreTrainedModel:
         """In stage one, the model cut to the units that are currently most likely open."""

@@ -39,6 +39,7 @@ class SliceGpt(PlainStudent):
 
     title = "SliceGPT with one rotation for all blocks (arXiv 2401.15024)"
     used_settings = PRUNED_SETTINGS
+    cuts_teacher = True
 
     def make_student(self) -> PreTrainedModel:
         student = self.recipe.student

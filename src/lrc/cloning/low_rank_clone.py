@@ -12,6 +12,7 @@ writers are cloned through the projections of the release, which stay frozen.
 """
 
 from collections.abc import Hashable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
-from lrc.cloning.method import Counts, Method, Staged, StartReport, StepLosses
+from lrc.cloning.method import Counts, Leaf, Method, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.shape.prune import prune
 from lrc.cloning.shape.pruned_teacher import (
@@ -157,6 +158,7 @@ class LowRankClone(Method, Staged):
             self.gradient_checkpointing,
             self.triton,
         )
+        self.model.base_model.register_forward_pre_hook(partial(_arrive, self.projections))
         self.alignment: dict[str, nn.Parameter] = {}
         if self.objective.alignment == "explicit":
             self.alignment = writer_alignment(
@@ -188,6 +190,7 @@ class LowRankClone(Method, Staged):
 
     def share_work(self, world: World) -> None:
         super().share_work(world)
+        needed = self._applied()
         if not self.released:
             keys = self.projections.values
             ranks = {key: self.owners[f"projections.{key}"] for key in keys}
@@ -196,6 +199,24 @@ class LowRankClone(Method, Staged):
                 of = {weight.name: ranks[weight.projection] for weight in self.projections.weights}
                 writers = {f"writers.{name}": of[name] for name in self.source.writers}
                 self.owners = Owners(world, {**self.owners.ranks, **writers})
+            needed |= self.projections.needed()
+        self.source.keep(needed)
+
+    def leaves(self) -> dict[str, Leaf]:
+        if self.released:
+            return super().leaves()
+        projections, cloned = self.projections, set(self._cloned())
+        keys = {weight.name: weight.projection for weight in projections.weights}
+        leaves = {name: Leaf(value, self.owners[name]) for name, value in self.alignment.items()}
+        for name, value in self.model.named_parameters():
+            if (key := keys.get(name)) is not None:
+                owner = projections.owners[key]
+                leaves[name] = Leaf(value, owner)
+                if key in cloned:
+                    leaves[f"projections.{key}"] = Leaf(projections.values[key], owner)
+            elif value.requires_grad:
+                leaves[name] = Leaf(value, self.owners[name])
+        return leaves
 
     def costs(self) -> dict[str, float]:
         if self.released:
@@ -220,6 +241,7 @@ class LowRankClone(Method, Staged):
         self.projections.store_as(self.model, self.projections.dtype)
         self.projections.write_into(self.model)
         self.projections.send(self._cloned())
+        self.projections.wait()
         self._release()
         return {"stage": "released"}
 
@@ -272,6 +294,7 @@ class LowRankClone(Method, Staged):
     def student(self) -> PreTrainedModel:
         if not self.released:
             self.projections.write_into(self.model)
+            self.projections.wait()
         view = plain_view(self.model)
         return view.to(self.weight_dtype) if self.weight_dtype and not self.released else view
 
@@ -329,8 +352,23 @@ class LowRankClone(Method, Staged):
         writes = self.source.layout.writes(site)
         return writes and not (in_teachers_space or self.alignment)
 
+    def _applied(self) -> set[str]:
+        """Names of the teacher's parameters in `_teacher_output`."""
+        if self.objective.attn_out == "student":
+            return set()
+        model, layout = self.teacher.model, self.teacher.layout
+        paths = [layout.linear(site) for site in self.distill.sites if site.name == "o"]
+        return {n for path in paths for n, _ in model.get_submodule(path).named_parameters(path)}
+
     def _teacher_output(self, site: LinearSite, inputs: Tensor) -> Tensor:
         """The teacher's own linear map at a site, applied to the student's input of it."""
-        module = self.teacher.model.get_submodule(self.teacher.layout.linear(site))
-        bias = None if module.bias is None else module.bias.to(inputs.dtype)
-        return functional.linear(inputs, module.get_parameter("weight").to(inputs.dtype), bias)
+        path = self.teacher.layout.linear(site)
+        weight, bias = self.teacher.parameter(f"{path}.weight").to(inputs.dtype), None
+        if self.teacher.model.get_submodule(path).bias is not None:
+            bias = self.teacher.parameter(f"{path}.bias").to(inputs.dtype)
+        return functional.linear(inputs, weight, bias)
+
+
+def _arrive(projections: Projections, *_: Any) -> None:
+    """Wait for the student's weights before it runs. The teacher has run in the meantime."""
+    projections.wait()

@@ -7,7 +7,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -57,6 +57,14 @@ CLONE_LAYERS = "clone_layers"
 """Key of `StepLosses.clone_layers` in the metrics."""
 
 
+class Leaf(NamedTuple):
+    """A tensor that backward passes give a gradient."""
+
+    value: nn.Parameter
+    owner: int
+    """The process that needs the gradient."""
+
+
 @dataclass(frozen=True)
 class StartReport:
     """What it took to initialize a method."""
@@ -98,6 +106,9 @@ class Method(ABC):
     """Whether `initialize` runs in one process, whose parameters all others then take. If not, it
     runs in all of them."""
 
+    cuts_teacher: ClassVar[bool] = False
+    """Whether it takes weights from the teacher's model itself, which must be whole for that."""
+
     @classmethod
     @abstractmethod
     def build(cls, teacher: Teacher, recipe: Recipe) -> "Method":
@@ -137,6 +148,14 @@ class Method(ABC):
         """Choose the owners of the present stage's parameters."""
         self.owners = Owners(world, assign(self.costs(), world.size))
 
+    def leaves(self) -> dict[str, Leaf]:
+        """What backward passes give gradients that the owners of parameters need, by name. Those of
+        the student are in the order of its forward pass, after all others. Default: the
+        parameters."""
+        named = {name: Leaf(v, self.owners[name]) for name, v in self.parameters().items()}
+        inside = {name for name, _ in self.model.named_parameters()}
+        return dict(sorted(named.items(), key=lambda leaf: leaf[0] in inside))
+
     def costs(self) -> dict[str, float]:
         """What the owner of each parameter has to do in a step, by name, in any unit. Default: the
         number of its elements."""
@@ -144,12 +163,13 @@ class Method(ABC):
 
     def projected(self) -> set[str]:
         """Names of the parameters that the passes do not use themselves, but only weights computed
-        from them. `begin_step` and `end_step` exchange these weights and their gradients with other
-        processes, so that the loop has nothing to exchange for such a parameter."""
+        from them, which are among the `leaves`. `begin_step` sends these weights to other
+        processes, so that the loop has nothing to send for such a parameter."""
         return set()
 
     def begin_step(self, step: int) -> None:  # noqa: B027 - optional
-        """Prepare the forward passes of an optimizer step.
+        """Prepare the forward passes of an optimizer step. What other processes send may arrive
+        until the student runs.
 
         Args:
             step: number of completed steps of the run.
@@ -160,7 +180,8 @@ class Method(ABC):
         """The losses of a micro-batch."""
 
     def end_step(self) -> None:  # noqa: B027 - optional
-        """Complete the gradients after the last micro-batch, in all processes that share them."""
+        """Complete the gradients after the last micro-batch, from those of the `leaves`, which are
+        added up over all processes in their owners. Other processes have none of parameters."""
 
     @abstractmethod
     def student(self) -> PreTrainedModel:

@@ -27,7 +27,7 @@ from lrc.model.precision import tf32_products, upcast_dtype
 from lrc.model.student import ties_projections
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
-from lrc.system.distributed import Owners
+from lrc.system.distributed import Owners, Wait
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,7 @@ class Projections:
         self.teacher, self.tf32 = teacher, tf32
         self.owners = Owners()
         """The process that owns each projection, by key."""
+        self._waits: list[Wait] = []
         self.hidden_size = student.hidden_size or teacher.hidden_size
         self.weights = projected_weights(teacher, student)
         model = teacher.model
@@ -209,12 +210,20 @@ class Projections:
 
     def write_into(self, student: PreTrainedModel) -> None:
         """Write the projected weights into the student's parameters. Owners of projections compute
-        them and send them to all other processes."""
+        them and send them to all other processes, where they are complete after `wait`."""
         with tf32_products(self.tf32):
-            write_weights(self.teacher, self._owned(), self.values, student.get_parameter)
-        for weight in self.weights:
-            owner = self.owners[weight.projection]
-            self.owners.world.send(student.get_parameter(weight.name).data, owner)
+            for weight in self.weights:
+                if self.owners.has(weight.projection):
+                    write_weights(self.teacher, [weight], self.values, student.get_parameter)
+                owner = self.owners[weight.projection]
+                value = student.get_parameter(weight.name).data
+                self._waits.append(self.owners.world.send(value, owner))
+
+    def wait(self) -> None:
+        """Wait for what other processes send."""
+        for wait in self._waits:
+            wait()
+        self._waits.clear()
 
     def store_as(self, student: PreTrainedModel, dtype: torch.dtype) -> None:
         """Convert the student's projected weights. Their gradients are accumulated in at least
@@ -242,16 +251,8 @@ class Projections:
         torch._foreach_zero_([parameter.grad for parameter in parameters])
 
     def backward(self, student: PreTrainedModel) -> None:
-        """Add the gradients of the projections, from those accumulated on the student's weights.
-        Owners of projections get the sums over all processes; elsewhere there is no gradient."""
-        for weight in self.weights:
-            gradient = student.get_parameter(weight.name).grad
-            if gradient is not None:
-                self.owners.world.reduce(gradient, self.owners[weight.projection])
-        for key, value in self.values.items():  # of clone terms
-            if value.grad is not None:
-                self.owners.world.reduce(value.grad, self.owners[key])
-                value.grad = value.grad if self.owners.has(key) else None
+        """Add the gradients of the projections that this process owns, from those accumulated on
+        the student's weights."""
         with tf32_products(self.tf32):
             add_projection_gradients(
                 self.teacher, self._owned(), self.values, student.get_parameter
@@ -270,17 +271,24 @@ class Projections:
                     writer.grad = added if writer.grad is None else writer.grad.add_(added)
 
     def send(self, keys: Iterable[str]) -> None:
-        """Send some projections from their owners to all processes."""
+        """Send some projections from their owners to all processes, where they are complete after
+        `wait`."""
         for key in keys:
-            self.owners.world.send(self.values[key].data, self.owners[key])
+            self._waits.append(self.owners.world.send(self.values[key].data, self.owners[key]))
 
     def costs(self) -> dict[str, float]:
         """Elements of the teacher's weights that each projection multiplies, by key."""
         costs = dict.fromkeys(self.values, 0.0)
         for weight in self.weights:
             if weight.projection in costs:
-                costs[weight.projection] += self.teacher.parameter(weight.name).numel()
+                costs[weight.projection] += self.teacher.model.get_parameter(weight.name).numel()
         return costs
+
+    def needed(self) -> set[str]:
+        """Names of the teacher's parameters that this process multiplies in every step."""
+        owned = self._owned()
+        gains = {f"{weight.norm}.weight" for weight in owned if weight.norm and weight.folded}
+        return gains | {weight.name for weight in owned}
 
     def _owned(self) -> list[ProjectedWeight]:
         return [weight for weight in self.weights if self.owners.has(weight.projection)]

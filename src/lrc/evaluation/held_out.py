@@ -65,7 +65,8 @@ def held_out_loss(
         world: the processes to share the batches among; all get the result.
     """
     measured: list[tuple[float, int, dict[str, Tensor]]] = []
-    for batch in list(batches)[world.rank :: world.size]:
+    every = list(batches)
+    for batch in every[world.rank :: world.size]:
         hidden, labels = _labeled(last_hidden(model, batch), batch)
         losses = [
             functional.cross_entropy(logits, target, reduction="none")
@@ -75,6 +76,8 @@ def held_out_loss(
         _add(of_batch, losses, batch)
         totals = {name: value.cpu() for name, value in of_batch.totals.items()}
         measured.append((sum(chunk.sum().item() for chunk in losses), len(labels), totals))
+    if len(measured) < math.ceil(len(every) / world.size):
+        last_hidden(model, every[0])  # all processes must run a sharded model equally often
     total, count = 0.0, 0
     for of_all in zip_longest(*world.gather(measured)):  # in the order of the batches
         for loss, labeled, totals in filter(None, of_all):

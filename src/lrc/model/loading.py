@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -148,7 +148,7 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
             model = model.dequantize(wanted).to(wanted)
     model.eval()
     _forget_quantization(model)
-    _refuse_not_finite(files, model)
+    refuse_not_finite(files.name, model)
     notes = _settle_head(files, model, skeleton.config.tie_word_embeddings, tie)
     return LoadedModel(model, notes)
 
@@ -278,12 +278,22 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _refuse_not_finite(files: ModelFiles, model: Model) -> None:
-    for name, value in model.named_parameters():
+def refuse_not_finite(model: str, module: nn.Module, path: str = "") -> None:
+    """Refuse weights that are not finite.
+
+    Args:
+        model: the model's name.
+        module: the part of it to check; what is on the meta device is not checked.
+        path: its module path in the model.
+
+    Raises:
+        UserError: if there are some; the message names the parameter.
+    """
+    for name, value in module.named_parameters(path):
         if not value.is_meta and not bool(torch.isfinite(value).all()):
             raise UserError(
-                f"The weights of '{files.name}' are not finite (in {name}): download the model "
-                "again, or give another one."
+                f"The weights of '{model}' are not finite (in {name}): download the model again, "
+                "or give another one."
             )
 
 

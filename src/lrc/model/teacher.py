@@ -1,7 +1,7 @@
 """A teacher: a frozen model with its tokenizer and family, loaded from any source."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,10 +123,21 @@ class Teacher:
         """Whether the decoder layers' weights stay in their files (`teacher.load: layers`)."""
         return any(parameter.is_meta for parameter in self.model.parameters())
 
+    @property
+    def sharded(self) -> bool:
+        """Whether the decoder layers are divided among processes (`teacher.shard`). All of them
+        must then run the model equally often."""
+        return False
+
     def parameter(self, name: str) -> Tensor:
-        """Return a parameter by its name in the model, read from its file if it stays on disk."""
+        """Return a parameter by its name in the model, whole, read from its file if it stays on
+        disk."""
         value = self.model.get_parameter(name)
         return load_offloaded_parameter(self.model, name) if value.is_meta else value
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Keep these parameters, and no others, whole in this process. Those of a teacher that is
+        not sharded always are."""
 
     def gain(self, norm: str, dtype: torch.dtype | None = None) -> Tensor:
         """Return the factor [d_T] by which the norm at a module path multiplies.
@@ -157,16 +168,19 @@ def load_teacher(
     if section.attention != "auto":
         options["attn_implementation"] = section.attention
     by_layers = section.load == "layers"
+    setting, instead = "teacher.load: layers", "set teacher.load to full"
+    if section.shard:
+        setting, instead = "teacher.shard", "set teacher.shard to false"
     if by_layers and files.gguf:
         raise UserError(
-            f"teacher.load: layers reads safetensors, but '{section.model}' is a GGUF file: give a "
-            "model folder or a hub id, or set teacher.load to full."
+            f"{setting} reads safetensors, but '{section.model}' is a GGUF file: give a model "
+            f"folder or a hub id, or {instead}."
         )
     config = load_config(files)
     if by_layers and (kind := quantization_kind(files)):
         raise UserError(
-            f"teacher.load: layers cannot read the weights of '{section.model}', which are "
-            f"quantized ({kind}): set teacher.load to full."
+            f"{setting} cannot read the weights of '{section.model}', which are quantized "
+            f"({kind}): {instead}."
         )
     files = locate(section.model, files.commit or section.revision)
     tokenizer = load_tokenizer_files(files)
@@ -174,7 +188,17 @@ def load_teacher(
         family = family_of(config.model_type)
         options["device_map"] = _layers_on_disk(family, config.num_hidden_layers, str(device))
         options["use_safetensors"] = True
-    loaded = load_weights(files, element_type(section.dtype, device), section.tie_head, **options)
+    try:
+        loaded = load_weights(
+            files, element_type(section.dtype, device), section.tie_head, **options
+        )
+    except UserError as error:
+        if by_layers and "offload_folder" in str(error):  # transformers would write them anew
+            raise UserError(
+                f"{setting} cannot read the weights of '{section.model}', which holds experts one "
+                f"by one: {instead}."
+            ) from error
+        raise
     model = loaded.model if by_layers else loaded.model.to(device)
     return as_teacher(model, tokenizer, section.model, files, loaded.notes)
 

@@ -119,9 +119,10 @@ class Recipe(Section):
         """A checksum of the recipe, which ties checkpoints to it.
 
         Settings at their defaults are left out, so that a new setting keeps older checkpoints
-        valid. `teacher.load` is left out too, because it changes no result.
+        valid. `teacher.load` and `teacher.shard` are left out too, because they change no result.
         """
-        settings = self.model_dump_json(exclude_defaults=True, exclude={"teacher": {"load"}})
+        places = {"teacher": {"load", "shard"}}
+        settings = self.model_dump_json(exclude_defaults=True, exclude=places)
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def to_yaml(self) -> str:

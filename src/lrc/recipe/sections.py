@@ -42,6 +42,10 @@ class TeacherSection(Section):
     """`layers`: leave the decoder layers in their safetensors files and read one at a time. This is
     for `lrc compress` with a teacher that does not fit in memory. Training needs `full`."""
 
+    shard: bool = False
+    """Divide the teacher's decoder layers among the processes of a run (FSDP2), instead of a whole
+    teacher in each. Needs safetensors. A single process has nothing to divide."""
+
     tie_head: bool = False
     """Use the teacher's embedding as its LM head too. This is for files that hold one matrix twice
     with different rounding (many GGUF files). The student then needs one projection and one matrix

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lrc.system.errors import UserError, reason
@@ -18,8 +19,17 @@ if TYPE_CHECKING:
 
 Value = TypeVar("Value")
 
+Wait = Callable[[], None]
+"""Waits until an exchange that has begun is over. Its tensors must not be used before."""
+
 TIMEOUT = timedelta(hours=12)
 """How long a process waits for the others, for example while the first one solves the start."""
+
+
+ENDED = (
+    "Another process of this run has ended; its own output says why. The last checkpoint "
+    "is intact: start all processes again with `lrc resume`."
+)
 
 
 class PeerError(UserError):
@@ -76,14 +86,15 @@ class World:
         """Wait until all processes are here."""
         self.gather(None)
 
-    def reduce(self, tensor: "Tensor", owner: int) -> None:
-        """Add up the tensors of all processes in their owner's, in place. The others' are undefined
-        afterwards."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def reduce(self, tensor: "Tensor", owner: int) -> Wait:
+        """Begin to add up the tensors of all processes in their owner's, in place. The others' are
+        undefined afterwards."""
+        if self.size == 1:
+            return _done
+        import torch.distributed as dist
 
-            with peers():
-                dist.reduce(tensor, owner)
+        with peers():
+            return partial(_wait, dist.reduce(tensor, owner, async_op=True))
 
     def add_up(self, tensor: "Tensor") -> None:
         """Add up the tensors of all processes, in place and in all of them."""
@@ -93,13 +104,14 @@ class World:
             with peers():
                 dist.all_reduce(tensor)
 
-    def send(self, tensor: "Tensor", owner: int) -> None:
-        """Replace the tensors of all processes by their owner's, in place."""
-        if self.size > 1:
-            import torch.distributed as dist
+    def send(self, tensor: "Tensor", owner: int) -> Wait:
+        """Begin to replace the tensors of all processes by their owner's, in place."""
+        if self.size == 1:
+            return _done
+        import torch.distributed as dist
 
-            with peers():
-                dist.broadcast(tensor, owner)
+        with peers():
+            return partial(_wait, dist.broadcast(tensor, owner, async_op=True))
 
 
 ALONE = World()
@@ -120,13 +132,14 @@ def join() -> World:
     from torch.distributed.rendezvous import rendezvous
 
     if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        if torch.cuda.is_available():
-            torch.cuda.set_device(local_rank() % torch.cuda.device_count())
+        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if cards:
+            torch.cuda.set_device(local_rank() % cards)
         try:
             store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
             # torchrun keeps its store when it restarts processes, with the addresses of the former.
             own = PrefixStore(f"attempt-{restarts()}", store)
+            backend = backend_for(_number("LOCAL_WORLD_SIZE", 1), cards)
             dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=TIMEOUT)
         except (ValueError, RuntimeError) as error:
             raise UserError(
@@ -134,6 +147,16 @@ def join() -> World:
                 "with torchrun or accelerate launch (docs/scaling.md)."
             ) from error
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def backend_for(processes: int, cards: int) -> str:
+    """The transport between processes. NCCL wants a GPU for each, gloo lets them share one.
+
+    Args:
+        processes: number of processes on a machine.
+        cards: number of its GPUs.
+    """
+    return "cpu:gloo,cuda:nccl" if 0 < processes <= cards else "gloo"
 
 
 def leave() -> None:
@@ -224,10 +247,34 @@ def peers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise PeerError(
-            "Another process of this run has ended; its own output says why. The last checkpoint "
-            "is intact: start all processes again with `lrc resume`."
-        ) from error
+        raise PeerError(ENDED) from error
+
+
+@contextmanager
+def lost_peers() -> Iterator[None]:
+    """`peers` around code that also computes: other errors stay what they are.
+
+    Raises:
+        PeerError: if another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if joined():
+            import torch.distributed as dist
+
+            if isinstance(error, dist.DistError) or "gloo" in str(error):
+                raise PeerError(ENDED) from error
+        raise
+
+
+def _done() -> None:
+    """There is nothing to wait for."""
+
+
+def _wait(work: Any) -> None:
+    with peers():
+        work.wait()
 
 
 def _number(name: str, default: int) -> int:

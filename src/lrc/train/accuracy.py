@@ -8,6 +8,7 @@ from lrc.evaluation.along import Benchmarks
 from lrc.recipe.sections import EvaluateSection
 from lrc.report.curves import ACCURACY, TEACHER_ACCURACY
 from lrc.run import Run
+from lrc.system.distributed import ALONE
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
 from lrc.system.progress import task
@@ -38,8 +39,9 @@ def accuracy(loop: "Loop") -> dict[str, Any]:
     with setup.method.clock.part("evaluation"):
         found = {ACCURACY: benchmarks.accuracy(setup.method.student(), tokenizer, loop.world)}
         if step == 0:
-            teacher = setup.teacher.model
-            found[TEACHER_ACCURACY] = benchmarks.accuracy(teacher, tokenizer, loop.world)
+            # All processes must run a divided teacher equally often, so each measures all tasks.
+            teacher, world = setup.teacher, ALONE if setup.teacher.sharded else loop.world
+            found[TEACHER_ACCURACY] = benchmarks.accuracy(teacher.model, tokenizer, world)
     terms = ", ".join(f"{name} {value:.4g}" for name, value in found[ACCURACY].items())
     logger.info("step %d of %d, %s tokens: %s", step, recipe.steps(), f"{tokens:,}", terms)
     return found

@@ -51,14 +51,17 @@ def close_run(loop: Loop) -> dict[str, Any]:
     """
     run, setup = loop.run, loop.setup
     student = setup.method.student()
+    if loop.world.leads or setup.teacher.sharded:
+        with task("Comparing the student with its teacher"):
+            agreement = measure_agreement(
+                setup.teacher, student, loop.held_out(), loop.text.sources
+            )
+            others = {
+                name: measure_agreement(setup.teacher, student, batches)
+                for name, batches in loop.also_held_out()
+            }
     if not loop.world.leads:
         return loop.world.from_first({})
-    with task("Comparing the student with its teacher"):
-        agreement = measure_agreement(setup.teacher, student, loop.held_out(), loop.text.sources)
-        others = {
-            name: measure_agreement(setup.teacher, student, batches)
-            for name, batches in loop.also_held_out()
-        }
     summary = summarize(loop, agreement, student)
     summary["also_held_out"] = {name: _losses(found) for name, found in others.items()}
     summary["samples"] = best_effort("samples", lambda: samples(loop, student)) or {}
@@ -134,8 +137,8 @@ def samples(loop: Loop, student: PreTrainedModel) -> dict[str, str]:
     teacher, tokenizer = loop.setup.teacher, loop.setup.teacher.tokenizer
     start = loop.held_out()[0].input_ids[0, :PROMPT_TOKENS]
     prompt = tokenizer.decode(start, skip_special_tokens=True)
-    theirs = "(not written: with teacher.load: layers, every token would read the whole model)"
-    if not teacher.on_disk:
+    theirs = "(not written: this process does not have the whole teacher)"
+    if not (teacher.on_disk or teacher.sharded):
         theirs = continue_tokens(teacher.model, tokenizer, start.tolist(), SAMPLE_TOKENS)
     return {
         "prompt": prompt,

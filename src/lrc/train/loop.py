@@ -30,6 +30,7 @@ from lrc.train.accuracy import accuracy
 from lrc.train.batches import BatchReader
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.cuda_graph import Passes
+from lrc.train.gradient_sums import GradientSums
 from lrc.train.setup import (
     Setup,
     calibration_sequences,
@@ -83,12 +84,14 @@ class Loop:
     """Whether to read the next step's text in a thread; None: if the device is not the CPU, which
     has nothing to spare."""
     batches: BatchReader = field(init=False)
+    sums: GradientSums = field(init=False)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
     def __post_init__(self) -> None:
         setup = self.setup
         self.passes = Passes(setup.method, self.run.recipe, setup.teacher, setup.device, self.world)
+        self.sums = GradientSums(self.world, self.setup.method.leaves())
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
@@ -183,15 +186,17 @@ class Loop:
         sums: dict[str, torch.Tensor] = {}
         clone_layers: dict[str, torch.Tensor] = {}
         by_source = SourceLosses(self.text.sources)
-        for batch in read.batches:
+        for number, batch in enumerate(read.batches, 1):
+            if number == len(read.batches):
+                self.sums.begin()
             losses = self.passes.run(batch, counts)
             by_source.add_batch(losses.token_lm, batch)
             for total, found in ((sums, losses.scalars()), (clone_layers, losses.clone_layers)):
                 for name, value in (found or {}).items():
                     total[name] = total.get(name, 0) + value
+        missing = self._collect_gradients()
         method.end_step()
         with method.clock.part("optimizer"):
-            missing = self._collect_gradients()
             found = {"norm": self._clip(missing), **by_source.totals}
             found |= {f"term.{name}": value for name, value in sums.items()}
             found |= {f"layers.{name}": value for name, value in clone_layers.items()}
@@ -232,6 +237,8 @@ class Loop:
             return {}
         entries = stages_of(setup.method).next_stage()
         setup.state = new_state(setup.method, self.run.recipe, step, self.world)
+        self.sums.remove()
+        self.sums = GradientSums(self.world, setup.method.leaves())
         others = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         change = f"{entries['stage']} ({others})" if others else entries["stage"]
         logger.info(
@@ -246,34 +253,30 @@ class Loop:
         return calibration_sequences(self.setup.method, self.run.recipe, self.text)
 
     def _collect_gradients(self) -> set[str]:
-        """Add up the gradients of all processes in the owners of their parameters.
+        """Add up the gradients of all processes in their owners.
 
         Returns:
             The names of the parameters that have no gradient in any process.
         """
-        method, parameters = self.setup.method, self.setup.state.parameters
-        if self.world.size == 1:
-            return set()
-        exchanged = {n: p for n, p in parameters.items() if n not in method.projected()}
-        without = {name for name, value in exchanged.items() if value.grad is None}
-        missing = set.intersection(*self.world.gather(without))
-        for name, value in exchanged.items():
-            if name in missing:
-                continue
-            if value.grad is None:
-                value.grad = torch.zeros_like(value)
-            self.world.reduce(value.grad, method.owners[name])
+        method = self.setup.method
+        with method.clock.part("optimizer"):
+            missing = self.sums.finish()
+        for name, value in self.setup.state.parameters.items():
             if not method.owners.has(name):
                 value.grad = None
-        return missing
+        return missing - method.projected()
 
     def _send_parameters(self) -> None:
         """Send the updated parameters that the passes use from their owners to all processes."""
         method = self.setup.method
         projected = method.projected()
-        for name, value in self.setup.state.parameters.items():
-            if name not in projected:
-                self.world.send(value.data, method.owners[name])
+        waits = [
+            self.world.send(value.data, method.owners[name])
+            for name, value in self.setup.state.parameters.items()
+            if name not in projected
+        ]
+        for wait in waits:
+            wait()
 
     def _clip(self, missing: Collection[str]) -> torch.Tensor:
         """Clip the gradients as the recipe says; return their norm before clipping.

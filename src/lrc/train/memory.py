@@ -9,6 +9,7 @@ Not counted: fragmentation, workspaces of matrix products, and buffers of NCCL. 
 embedding are counted as torch computes them; liger-kernel's need less.
 """
 
+import math
 import resource
 import weakref
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ from lrc.data.batch import Batch
 from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
-from lrc.system.distributed import World
+from lrc.system.distributed import Wait, World
 from lrc.train.sizes import planned_teacher, target_device
 
 ADAM = 2
@@ -130,11 +131,9 @@ class _Others(World):
 
     moved: list[int] = field(default_factory=list)
 
-    def reduce(self, tensor: Tensor, owner: int) -> None:
+    def send(self, tensor: Tensor, owner: int) -> Wait:
         self.moved.append(tensor.nbytes)
-
-    def send(self, tensor: Tensor, owner: int) -> None:
-        self.moved.append(tensor.nbytes)
+        return lambda: None
 
 
 class _Stage:
@@ -156,6 +155,7 @@ class _Stage:
             self.method.weight_dtype = self.low
         self.fused = self.device.type == "cuda" and recipe.train.kernels != "torch"
         self.world = self._fullest(processes)
+        self.sharded = recipe.teacher.shard and processes > 1
         self.program = CUDA_CONTEXT
         if self.device.type == "cpu":
             self.program = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -203,11 +203,15 @@ class _Stage:
             fixed = teacher + student + projections
             activations = self._pass(micro_batch, alive, fixed)
             gradients = sum(value.nbytes for value in self._gradients())
+            grads = (leaf.value.grad for leaf in method.leaves().values())
+            self.world.moved.extend(grad.nbytes for grad in grads if grad is not None)
             method.end_step()
             if not self.released:
                 gradients = sum(value.nbytes for value in self._gradients())
+        elsewhere = self._elsewhere() if self.sharded else 0
+        teacher, fixed = teacher - elsewhere, fixed - elsewhere
         others = fixed + gradients + self.state
-        peak = alive.peak + self.state
+        peak = alive.peak + self.state - elsewhere
         activations = min(activations, peak - others)
         parts = {
             "program": self.program,
@@ -264,10 +268,32 @@ class _Stage:
                 yield value.grad
 
     def _exchanged(self) -> int:
-        """Bytes of what the loop exchanges: gradients, and parameters after the update."""
+        """Bytes of the parameters that the loop sends after the update, and of the layers of a
+        divided teacher in every pass."""
         method = self.method
         projected = method.projected()
-        return sum(2 * v.nbytes for n, v in method.parameters().items() if n not in projected)
+        passes = max(1, self.recipe.train.accumulate // self.world.size) if self.sharded else 0
+        layers = sum(value.nbytes for layer in self._layers() for value in layer.values())
+        own = sum(v.nbytes for n, v in method.parameters().items() if n not in projected)
+        return own + passes * layers
+
+    def _layers(self) -> list[dict[str, Tensor]]:
+        """The parameters of the teacher's layers, by their names in the teacher."""
+        teacher = self.teacher
+        paths = [teacher.layout.layer(index) for index in range(teacher.num_layers)]
+        return [dict(teacher.model.get_submodule(path).named_parameters(path)) for path in paths]
+
+    def _elsewhere(self) -> int:
+        """Bytes of a divided teacher that this process does not have when it has most: FSDP gives
+        it an equal part of the rows, and holds two whole layers when one follows another."""
+        layers, here = self._layers(), 0
+        for layer in layers:
+            for name, value in layer.items():
+                rows = math.ceil(len(value) / self.world.size)
+                here += rows * value.nbytes // len(value)
+                here += value.nbytes if name in self.teacher.kept else 0
+        sizes = [sum(value.nbytes for value in layer.values()) for layer in layers]
+        return sum(sizes) - here - 2 * max(sizes)
 
     def _start(self, projections: int, by_sequence: float) -> int:
         """What a start from text needs besides the weights (docs/initialize.md).

@@ -24,7 +24,7 @@ from lrc.recipe import Recipe
 from lrc.recipe.choices import choices
 from lrc.run import Run
 from lrc.system.checksums import source_sha256
-from lrc.system.distributed import ALONE, World, join
+from lrc.system.distributed import ALONE, World, join, lost_peers
 from lrc.system.errors import UserError, reason
 from lrc.system.progress import task
 from lrc.train.closing import close_run
@@ -71,7 +71,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, world: World = ALONE) -> t
             f"The training text is short: the student is initialized from {tokens:,} tokens "
             f"instead of {wanted:,}."
         )
-    if sequences and not setup.teacher.on_disk:
+    if sequences and not (setup.teacher.on_disk or setup.teacher.sharded):
         refuse_dead_teacher(setup.teacher, calibration.rows(slice(1)))
     started = time.perf_counter()
     what = "Initializing the student" + (f" from {tokens:,} tokens" if tokens else "")
@@ -99,7 +99,7 @@ def take_start(
         stages.load_state(state)
         setup.state = new_state(setup.method, recipe, world=world)
     for parameter in setup.state.parameters.values():
-        world.send(parameter.data, 0)
+        world.send(parameter.data, 0)()
     return found
 
 
@@ -180,7 +180,8 @@ def hold_together(run: Run, world: World) -> Iterator[None]:
     check_division(run.recipe, world)
     with run.hold() if world.leads else nullcontext():
         world.wait()
-        yield
+        with lost_peers():
+            yield
         world.wait()  # the first process may still write
 
 
@@ -213,7 +214,7 @@ def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World) -> N
     mine = {
         "recipe": run.recipe.fingerprint(),
         "folder": str(run.folder.resolve()),
-        "inputs": describe_inputs(teacher, text),
+        "inputs": world.first_then_others(lambda: describe_inputs(teacher, text)),
     }
     refuse_differences(mine, world)
 

@@ -16,6 +16,7 @@ from lrc.cloning.method import Method, stages_of
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
 from lrc.model.precision import forward_dtype
+from lrc.model.sharding import load_sharded
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
 from lrc.recipe.learning_rate import learning_rate
@@ -65,9 +66,13 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
     recipe = run.recipe
     device = find_device(recipe.train.device)
     torch.manual_seed(recipe.train.seed)
+    kind = METHODS[recipe.method.name]
+    if recipe.teacher.shard and world.size > 1:
+        check_sharding(recipe, kind, teacher)
+        teacher = load_sharded(recipe.teacher, device, world)
+        check_passes(recipe, teacher)
     teacher = teacher or load_teacher(recipe.teacher, device)
     _warn(teacher.notes)
-    kind = METHODS[recipe.method.name]
     if unused := unused_settings(recipe):
         _warn([f"No effect with method {recipe.method.name}: {', '.join(unused)}."])
     method = kind.build(teacher, recipe)
@@ -75,6 +80,43 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
     state = restore(run, method, world)
     restored = state is not None
     return Setup(teacher, method, state or new_state(method, recipe, world=world), device, restored)
+
+
+def check_sharding(recipe: Recipe, kind: type[Method], loaded: Teacher | None) -> None:
+    """Refuse to divide a teacher where that is not possible.
+
+    Args:
+        recipe: the recipe.
+        kind: its method.
+        loaded: a teacher that was passed in.
+
+    Raises:
+        UserError: if it is not possible.
+    """
+    if kind.cuts_teacher:
+        raise UserError(
+            f"Method {recipe.method.name} takes weights from the whole teacher: set teacher.shard "
+            "to false."
+        )
+    if loaded is not None:
+        raise UserError(
+            "teacher.shard divides a teacher while it is read from its files, but this one is "
+            "loaded: give its name, or set teacher.shard to false."
+        )
+
+
+def check_passes(recipe: Recipe, teacher: Teacher) -> None:
+    """Refuse text that processes would run a divided teacher on unequally often.
+
+    Raises:
+        UserError: if the recipe has such text.
+    """
+    if recipe.data.document_mask and not teacher.family.keeps_documents_apart:
+        raise UserError(
+            f"{teacher.family.model_type} models get every document as a sequence of its own, and "
+            "processes would have unequal numbers of batches: set data.document_mask or "
+            "teacher.shard to false."
+        )
 
 
 def _warn(notes: Sequence[str]) -> None:

@@ -1,6 +1,8 @@
 """The models of a recipe, from the teacher's configuration alone."""
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -39,7 +41,7 @@ def planned_models(recipe: Recipe) -> PlannedModels:
     """
     teacher = planned_teacher(recipe)
     asked_shape(teacher, recipe.student)
-    config, source = student_config(teacher, recipe.student), teacher
+    config, source = student_config(teacher, recipe.student), cast(Teacher, teacher)
     if prunes(teacher, recipe.student):
         source = pruned_teacher(teacher, first_units(teacher, recipe.student))
     with torch.device("meta"):
@@ -51,8 +53,17 @@ def planned_models(recipe: Recipe) -> PlannedModels:
     return PlannedModels(teacher.model, student, trained)
 
 
-class _Planned(Teacher):
+@dataclass(frozen=True)
+class Planned(Teacher):
     """A teacher without weights and tokenizer."""
+
+    kept: set[str] = field(default_factory=set)
+    """Parameters that this process would keep whole if the teacher were divided."""
+
+    def keep(self, names: Iterable[str]) -> None:
+        wanted = set(names)
+        self.kept.clear()
+        self.kept.update(wanted)
 
     @property
     def vocab_size(self) -> int:
@@ -62,7 +73,7 @@ class _Planned(Teacher):
         return self.model.get_parameter(name)
 
 
-def planned_teacher(recipe: Recipe) -> Teacher:
+def planned_teacher(recipe: Recipe) -> Planned:
     """The teacher of a recipe of the method `lrc` on the meta device, from its configuration.
 
     Raises:
@@ -79,7 +90,7 @@ def planned_teacher(recipe: Recipe) -> Teacher:
     model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
     model.requires_grad_(False).eval()
-    return _Planned(model, None, family, section.model)
+    return Planned(model, None, family, section.model)
 
 
 def target_device(recipe: Recipe) -> torch.device:

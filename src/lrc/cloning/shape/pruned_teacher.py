@@ -5,7 +5,7 @@ branches have values of their own, W_T C [d_T, kept]. C [all, kept] is not store
 all / d_T times as many numbers, and reaches no other students.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,21 +54,36 @@ class PrunedTeacher(Teacher):
     def kept_outputs(self, site: LinearSite) -> Tensor | None:
         return self.slices(site)[0]
 
+    @property
+    def sharded(self) -> bool:
+        return self.original.sharded
+
+    def keep(self, names: Iterable[str]) -> None:
+        self.original.keep(self._place(name)[1] for name in names if name not in self.solved)
+
     def parameter(self, name: str) -> Tensor:
         if name in self.solved:
             return self.solved[name].detach()
-        if not name.startswith(f"{self.family.layers}."):
-            return self.original.parameter(name)
-        number, _, inside = name.removeprefix(f"{self.family.layers}.").partition(".")
-        layer = int(number)
-        theirs = self.original.layout.layer(self.kept.layers[layer])
-        value = self.original.parameter(f"{theirs}.{inside}")
+        layer, theirs, inside = self._place(name)
+        value = self.original.parameter(theirs)
+        if layer is None:
+            return value
         rows, columns = self._slices_of(layer, inside.rpartition(".")[0])
         if rows is not None:
             value = value[rows.to(value.device)]
         if columns is not None and value.ndim > 1:
             value = value[:, columns.to(value.device)]
         return value
+
+    def _place(self, name: str) -> tuple[int | None, str, str]:
+        """The layer of a parameter, None if it is in none, its name in the whole teacher, and the
+        part of it inside the layer."""
+        prefix = f"{self.family.layers}."
+        if not name.startswith(prefix):
+            return None, name, name
+        number, _, inside = name.removeprefix(prefix).partition(".")
+        theirs = self.original.layout.layer(self.kept.layers[int(number)])
+        return int(number), f"{theirs}.{inside}", inside
 
     def units(self, layer: int, branch: Branch) -> tuple[Tensor, int] | None:
         """The kept units of a branch, int64, and how many inputs of its writer each has; None if

@@ -291,7 +291,8 @@ class Calibration:
         path = f"{self.family.layers}.{index}"
         own = teacher.model.get_submodule(path)
         parameters = dict(own.named_parameters())
-        if all(not p.is_meta and p.dtype == self.dtype for p in parameters.values()):
+        in_memory = all(not p.is_meta and p.dtype == self.dtype for p in parameters.values())
+        if in_memory and not teacher.sharded:
             return own
         with torch.device("meta"):
             layer = type(own)(teacher.config, index)
