@@ -277,7 +277,8 @@ def expected(method: Method, recipe: Recipe, reference: Reference) -> Losses:
         total = total + section.attention_weight * losses["attention"]
     elif name in ("activation-clone", "lrc"):
         losses["clone"] = reference.clone(method.alignment, relative)
-        total = total + loss.alpha * losses["clone"]
+        mean = losses["clone"] / (LAYERS * len(TERMS))
+        total = total + (7 * mean if loss.alpha == "auto" else loss.alpha * losses["clone"])
     return {**losses, "loss": total}
 
 

@@ -89,6 +89,7 @@ def test_losses_and_gradients_of_stage_one() -> None:
 def test_multipliers_ascend_with_their_own_rates() -> None:
     rates = {"mask_learning_rate": 0.5, "multiplier_learning_rate": 3.0}
     train = {"tokens": 180, "micro_batch": 2, "warmup_ratio": 0, "weight_decay": 0.1}
+    train["learning_rate"] = 1e-3
     _, method = built(recipe_of({**TARGET, **rates}, train=train))
     state = new_state(method, method.recipe)
     groups = {id(p): group for group in state.optimizer.param_groups for p in group["params"]}
