@@ -453,3 +453,14 @@ def test_init_names_compress_as_its_new_name(lrc: Command) -> None:
     assert code == 2
     assert "`lrc init` is now called `lrc compress`." in output
     assert "There is no recipe 'quickstar'" in errors
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_launcher_and_a_command_of_one_process(tmp_path: Path, number: int) -> None:
+    """The first process says so, and nothing is written twice."""
+    launched = {"WORLD_SIZE": "2", "RANK": str(number)}
+    lines = outside("export", tmp_path, tmp_path / "out.gguf", **launched)
+    assert "exit 2" in lines
+    said = [line for line in lines if line.startswith("Error: `lrc export` runs in one process")]
+    assert len(said) == (number == 0)
+    assert "exit 0" in outside("env", **launched)

@@ -21,9 +21,15 @@ from lrc.cli.push import push
 from lrc.cli.reporting import report
 from lrc.cli.sft import sft
 from lrc.cli.training import compress, init, resume, train
-from lrc.system.distributed import PeerError, joined, leave, rank
+from lrc.system.distributed import PeerError, joined, launched, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 from lrc.system.threads import sleep_while_waiting
+
+TOGETHER = ("train", "resume", "compress", "init", "prune", "sft")
+"""Commands that several processes run together."""
+
+ANYWHERE = ("info", "plan", "env")
+"""Commands that write nothing, so that a launcher's variables do not matter."""
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 """Exit codes: a mistake that the user can fix, a bug in lrc, and Ctrl-C outside training."""
@@ -68,6 +74,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[
         bool,
         typer.Option("--debug", help="Show the traceback of an error; before or after a command."),
@@ -82,6 +89,12 @@ def options(
     show_library(console)
     if rank():  # of several processes, the first one talks to the user
         console.quiet = True
+    command = context.invoked_subcommand
+    if launched() > 1 and command not in (*TOGETHER, *ANYWHERE):
+        raise UserError(
+            f"`lrc {command}` runs in one process, but a launcher started {launched()}: call it "
+            "without torchrun, or unset WORLD_SIZE."
+        )
 
 
 def main() -> None:
