@@ -118,7 +118,7 @@ def test_the_chosen_recipe_runs(folder: Path, tmp_path: Path, lrc: Command) -> N
     options = ("--params", "20K", *data_of(folder), "--out", recipe, "--choose", 2)
     output = lrc.printed("plan", folder / "teacher", *options, *GPU)
     assert f"lrc train {recipe}" in output
-    assert recipe.read_text().startswith("# hidden-neurons: ")
+    assert recipe.read_text().startswith("# layers-heads-neurons: ")
     assert yaml.safe_load(recipe.read_text())["train"] == {"tokens": 1_000_000, "accumulate": 2}
     lrc.printed("compress", recipe, "--out", run)
     student = AutoModelForCausalLM.from_pretrained(run / "student")

@@ -56,11 +56,11 @@ class Candidate:
 
 KINDS = (
     "heads-neurons",
+    "layers-heads-neurons",
+    "hidden-heads-neurons",
     "hidden-neurons",
     "layers-neurons",
     "neurons",
-    "hidden-heads-neurons",
-    "layers-heads-neurons",
     "layers-hidden",
     "layers",
     "hidden",
