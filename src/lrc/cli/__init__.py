@@ -25,10 +25,10 @@ from lrc.system.distributed import PeerError, joined, launched, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 from lrc.system.threads import sleep_while_waiting
 
-TOGETHER = ("train", "resume", "compress", "init", "prune", "sft")
+DISTRIBUTED = ("train", "resume", "compress", "init", "prune", "sft")
 """Commands that several processes run together."""
 
-ANYWHERE = ("info", "plan", "env")
+READ_ONLY = ("info", "plan", "env")
 """Commands that write nothing, so that a launcher's variables do not matter."""
 
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
@@ -90,7 +90,7 @@ def options(
     if rank():  # of several processes, the first one talks to the user
         console.quiet = True
     command = context.invoked_subcommand
-    if launched() > 1 and command not in (*TOGETHER, *ANYWHERE):
+    if launched() > 1 and command not in (*DISTRIBUTED, *READ_ONLY):
         raise UserError(
             f"`lrc {command}` runs in one process, but a launcher started {launched()}: call it "
             "without torchrun, or unset WORLD_SIZE."

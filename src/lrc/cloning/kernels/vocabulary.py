@@ -25,7 +25,7 @@ from lrc.cloning.objective.divergence import LARGEST_EXPM1_ARGUMENT
 BLOCK = 4096
 """Largest number of logits of a row that a program holds at once."""
 
-FAR = tl.constexpr(LARGEST_EXPM1_ARGUMENT)
+EXPM1_LIMIT = tl.constexpr(LARGEST_EXPM1_ARGUMENT)
 LARGEST_EXPONENT = tl.constexpr(60.0)
 """Rows with a block that reaches it are far, and e^d stays finite in float32."""
 
@@ -200,7 +200,7 @@ def _kl_lm_kernel(
         if HAS_MASK:
             used = tl.load(mask + row).to(tl.float32)
         kl_factor *= used
-        far = (d_max - mean > FAR) | (clipped > 0)
+        far = (d_max - mean > EXPM1_LIMIT) | (clipped > 0)
         r = excess / z
         # log(1 + r) without losing a small r
         small = r * (1 - r / 2 * (1 - r / 1.5 * (1 - r / (4 / 3) * (1 - r / 1.25))))
