@@ -16,7 +16,6 @@ from lrc.cloning.method import Method, stages_of
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
 from lrc.model.precision import forward_dtype
-from lrc.model.sharding import load_sharded
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
 from lrc.recipe.learning_rate import learning_rate
@@ -68,6 +67,8 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
     torch.manual_seed(recipe.train.seed)
     kind = METHODS[recipe.method.name]
     if recipe.teacher.shard and world.size > 1:
+        from lrc.model.sharding import load_sharded  # FSDP is imported where it is used
+
         check_sharding(recipe, kind, teacher)
         teacher = load_sharded(recipe.teacher, device, world)
         check_passes(recipe, teacher)
