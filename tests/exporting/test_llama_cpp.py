@@ -54,7 +54,9 @@ CASES = [
             if tied or family not in ("gemma", "gemma2")  # llama.cpp has no LM head for them
         ),
         ("llama", False, BIASES, "-biases"),
+        ("internlm3", False, {"qkv_bias": True, "bias": True}, "-biases"),
         ("llama", False, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
+        ("exaone", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("qwen2", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("apertus", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("llama", False, {"rope_parameters": LINEAR_ROPE}, "-linear-rope"),

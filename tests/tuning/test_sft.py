@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType
 from tokenizers import Tokenizer as Backend
 from torch.nn import functional
@@ -21,6 +22,7 @@ from transformers import (
 from command_line import Command
 from gguf_helpers import byte_level_bpe, tiny_student
 from lrc import api
+from lrc.exporting.card import PLACE
 from lrc.exporting.gguf_file import convert_to_gguf
 from lrc.recipe.shipped import shipped
 from lrc.system.errors import DivergedError, UserError
@@ -571,6 +573,46 @@ def test_a_gguf_file_is_tuned_to_a_plain_model(parts: dict[str, Any], tmp_path: 
     )
     card = (tmp_path / "out/student/README.md").read_text()
     assert card.index("## Chat tuning") < card.index("## Use")
+
+
+def test_the_card_keeps_the_settings_of_each_tuning_and_its_example_chats(
+    parts: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = [str(write_chats(tmp_path / "more.jsonl"))]
+    teacher = str(save_model(tmp_path / "teacher", seed=1))
+    rates = {"one": 0.0123, "two": 0.0456, "three": 0.0789}
+    model = parts["model"]
+    for name, rate in rates.items():
+        more = {"model": model, "data": data, "teacher": teacher, "learning_rate": rate}
+        sft(Tuning(**{**parts, **more, "steps": 2}), tmp_path / name)
+        model = str(tmp_path / name)
+    student = tmp_path / "three/student"
+    card = (student / "README.md").read_text()
+    titles = [line for line in card.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "## Chat tuning",
+        "## Chat tuning 2",
+        "## Chat tuning 3",
+        "## Chat",
+        "## Use",
+    ]
+    assert str(tmp_path) not in card
+    sections = [part.partition("\n## ")[0] for part in card.split("\n## Chat tuning")[1:]]
+    folded = [part.partition("```yaml\n")[2].partition("```")[0] for part in sections]
+    for text, name, before in zip(folded, rates, ["model", "one", "two"], strict=True):
+        settings = yaml.safe_load(text)
+        assert settings["learning_rate"] == rates[name]
+        assert settings["schedule"] == "linear"  # not given
+        assert (settings["model"], settings["teacher"]) == (Path(before).name, "teacher")
+        assert settings["data"] == ["more.jsonl"]
+    example = card.partition("\n## Chat\n")[2].partition("```python\n")[2].partition("```")[0]
+    names: dict[str, Any] = {}
+    exec(example.replace(PLACE, str(student)), names)
+    prompt = names["inputs"]["input_ids"][0].tolist()
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    assert tokenizer.decode(prompt).endswith("w4")  # the template asks for an answer
+    answer = tokenizer.decode(names["output"][0, len(prompt) :], skip_special_tokens=True)
+    assert capsys.readouterr().out.endswith(f"{answer}\n")
 
 
 @pytest.mark.parametrize("name", shipped("sft recipe"))

@@ -1,6 +1,7 @@
 """The model card of a student."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,26 +52,43 @@ for your purpose before you rely on it.
 
 ## Recipe
 
-<details>
-<summary>All settings of the run</summary>
+{recipe}
+"""
+
+FOLDED = """<details>
+<summary>All settings of the {what}</summary>
 
 ```yaml
-{recipe}
+{settings}
 ```
 
-</details>
-"""
+</details>"""
 
 PLACE = "path/of/this/folder"
 """Stands for the model in the examples of its card."""
 
+LOADING = f"""from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACE}")
+tokenizer = AutoTokenizer.from_pretrained("{PLACE}")"""
+
 TRANSFORMERS = f"""With transformers 4.57 or later:
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{LOADING}
+```"""
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}")
-tokenizer = AutoTokenizer.from_pretrained("{PLACE}")
+CHAT = f"""With transformers 4.57 or later:
+
+```python
+{LOADING}
+
+messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)
+output = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 
 GGUF = f"""With llama.cpp or Ollama, after `pip install low-rank-clone`:
@@ -115,7 +133,7 @@ def model_card(
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
         use=_use(teacher),
         license=_license(described),
-        recipe=public_recipe(run.recipe),
+        recipe=folded("run", public_recipe(run.recipe)),
     )
 
 
@@ -131,8 +149,14 @@ def is_public(name: str) -> bool:
     )
 
 
-def public_recipe(recipe: Recipe) -> str:
-    """A recipe as YAML, without paths of this machine."""
+def folded(what: str, settings: Mapping[str, Any]) -> str:
+    """Settings as YAML, folded away."""
+    text = yaml.safe_dump(settings, sort_keys=False).strip()
+    return FOLDED.format(what=what, settings=text.replace("`" * 3, "~" * 3))
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe's settings, without paths of this machine."""
     settings = recipe.model_dump(mode="json")
     settings["teacher"]["model"] = public_name(recipe.teacher.model)
     for name in ("text", "shards", "held_out"):
@@ -142,8 +166,7 @@ def public_recipe(recipe: Recipe) -> str:
         stream["dataset"] = public_name(stream["dataset"])
         stream["data_files"] = [Path(file).name for file in stream["data_files"]]
     settings["data"]["cache"] = None
-    text = yaml.safe_dump(settings, sort_keys=False).strip()
-    return text.replace("`" * 3, "~" * 3)
+    return settings
 
 
 def as_markdown(text: str) -> str:

@@ -10,7 +10,15 @@ from huggingface_hub import EvalResult, ModelCard
 from huggingface_hub.repocard_data import eval_results_to_model_index
 
 from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult
-from lrc.exporting.card import PLACE, TRANSFORMERS, as_markdown, is_public, public_name
+from lrc.exporting.card import (
+    CHAT,
+    PLACE,
+    TRANSFORMERS,
+    as_markdown,
+    folded,
+    is_public,
+    public_name,
+)
 from lrc.model.locate import HUB_ID
 from lrc.model.teacher import model_files
 
@@ -19,7 +27,9 @@ TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answer
 
 | | before | after |
 |---|---|---|
-| held-out loss on answers ({held_out:,} conversations) | {before:.4f} | {after:.4f} |"""
+| held-out loss on answers ({held_out:,} conversations) | {before:.4f} | {after:.4f} |
+
+{settings}"""
 
 CARD = "README.md"
 
@@ -36,15 +46,24 @@ def new_card(title: str) -> str:
     return f"---\n{front}\n---\n\n# {as_markdown(title)}\n\n## Use\n\n{TRANSFORMERS}\n"
 
 
-def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
-    """The card of a model, with a section about its chat tuning.
+def tuned_card(name: str, settings: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
+    """The card of a model, with a section about its chat tuning and one that shows how to chat.
+
+    The sections of earlier tunings remain.
 
     Args:
         name: the model that was tuned, named as in a recipe's `teacher.model`.
+        settings: all settings of the tuning.
         summary: the final table of the tuning.
     """
     known = card_of(name)
     data, teacher = summary["data"], summary["teacher"]
+    public = {
+        **settings,
+        "model": public_name(settings["model"]),
+        "data": [public_name(source) for source in data],
+        "teacher": teacher and public_name(teacher),
+    }
     section = TUNED.format(
         conversations=summary["training_conversations"],
         tokens=summary["training_answer_tokens"],
@@ -54,6 +73,7 @@ def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
         held_out=summary["held_out_conversations"],
         before=summary["held_out_lm_before"],
         after=summary["held_out_lm"],
+        settings=folded("tuning", public),
     )
     more: dict[str, Any] = {
         "tags": ["trl", "sft", "conversational"],
@@ -63,7 +83,9 @@ def tuned_card(name: str, summary: Mapping[str, Any]) -> str:
         known = new_card(f"{public_name(name)}, tuned on conversations")
         if HUB_ID.fullmatch(name) and is_public(name):
             more |= {"base_model": name, "base_model_relation": "finetune"}
-    return changed(known, more, {"Chat tuning": section})
+    earlier = len(re.findall(r"(?m)^## Chat tuning\b", known))
+    title = f"Chat tuning {earlier + 1}" if earlier else "Chat tuning"
+    return changed(known, more, {title: section, "Chat": CHAT})
 
 
 def published_card(

@@ -229,7 +229,8 @@ def _export(
 ) -> None:
     """Write the tuned model with its card."""
     name = student_of(tuning.model)
-    card = best_effort("the model card", lambda: tuned_card(name, summary))
+    settings = tuning.model_dump(mode="json")
+    card = best_effort("the model card", lambda: tuned_card(name, settings, summary))
     export_student(tuned, load_tokenizer(name), card, folder, dtype)
 
 
