@@ -54,6 +54,7 @@ def test_local_small_on_a_stand_in(lrc: Command, stand_in: Path, tmp_path: Path)
     teacher, out = save_teacher(tmp_path / "teacher"), tmp_path / "out"
     command = ("build", "local-small", out, "--root", stand_in, "--teacher", teacher)
     printed = lrc.printed("data", *command, "--workers", 1)
+    assert printed.splitlines()[:3] == ["Reading prose", "Reading chat", "Writing shards"]
     assert "Note: 'chat': " in printed
     assert "sft.jsonl:21 is not valid JSON" in printed
     shards = open_shards(out)

@@ -83,6 +83,22 @@ def test_the_oldest_turns_give_way_in_a_long_conversation(talk: Chat) -> None:
     assert talk.turns == []
 
 
+def test_an_answer_takes_half_of_a_short_context_by_default(folder: Path) -> None:
+    """The tiny model has 64 positions, fewer than the 512 tokens of an answer."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    talk = Chat(model, AutoTokenizer.from_pretrained(folder))
+    lengths: list[int] = []
+    generate = model.generate
+
+    def watched(ids: torch.Tensor, **options: Any) -> Any:
+        lengths.append(options["max_new_tokens"])
+        return generate(ids, **options)
+
+    model.generate = watched
+    talk.answer("w7 w8", lambda _: None, never)
+    assert lengths == [32]
+
+
 def test_a_stopped_answer_stays_in_the_conversation(talk: Chat) -> None:
     talk._max_new_tokens = 40
     counted: list[None] = []

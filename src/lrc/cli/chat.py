@@ -19,7 +19,13 @@ HELP = (
 def chat(
     model: ModelArgument,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Maximum length of an answer.")] = 512,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Maximum length of an answer. Default: 512, or half of a shorter context.",
+        ),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(min=0, help="0: the most likely token. Default: the model's settings."),

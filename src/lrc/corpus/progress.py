@@ -7,6 +7,8 @@ from lrc.corpus.selection import Tally
 from lrc.data.shards import Shard
 from lrc.system.progress import Task, task
 
+WRITING = "Writing shards"
+
 
 class BuildProgress:
     """Shows the progress of a build: a task for each source, and one for the shards."""
@@ -18,15 +20,15 @@ class BuildProgress:
     def unit(self, source: str, tally: Tally, budget: int | None) -> None:
         """Update a source after selecting from one of its units; `tally` has the totals so far."""
         detail = f"{tally.read.documents:,} documents read"
-        self._task(source, budget, "tokens").update(tally.train.tokens, detail=detail)
+        self._task(f"Reading {source}", budget, "tokens").update(tally.train.tokens, detail=detail)
 
     def shards(self, count: int) -> None:
         """Start the display for `count` shards to be written."""
-        self._task("shards", count)
+        self._task(WRITING, count)
 
     def shard(self, shard: Shard) -> None:
         """Update the display after a shard is written."""
-        self._tasks["shards"].update(self._tasks["shards"].done + 1)
+        self._tasks[WRITING].update(self._tasks[WRITING].done + 1)
 
     def _task(self, name: str, total: int | None, unit: str = "") -> Task:
         if name not in self._tasks:

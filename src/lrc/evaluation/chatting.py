@@ -19,7 +19,7 @@ class Chat:
         self,
         model: PreTrainedModel,
         tokenizer: Tokenizer,
-        max_new_tokens: int,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         system: str | None = None,
     ) -> None:
@@ -27,7 +27,8 @@ class Chat:
         Args:
             model: the model.
             tokenizer: its tokenizer.
-            max_new_tokens: maximum length of an answer.
+            max_new_tokens: maximum length of an answer; None: 512, or half of the model's context
+                if that is shorter.
             temperature: sampling temperature, 0 for greedy; None: the model's generation config.
             system: the system message; None: none.
 
@@ -36,7 +37,9 @@ class Chat:
         """
         need_template(tokenizer)
         self._model, self._tokenizer = model, tokenizer
-        self._max_new_tokens, self._temperature = max_new_tokens, temperature
+        self._longest: int | None = getattr(model.config, "max_position_embeddings", None)
+        default = min(512, self._longest // 2) if self._longest else 512
+        self._max_new_tokens, self._temperature = max_new_tokens or default, temperature
         self.system = system
         self.turns: list[dict[str, str]] = []
 
@@ -91,7 +94,7 @@ class Chat:
 
     def _prompt(self) -> list[int]:
         """The conversation as tokens; the oldest turns are dropped if it is too long."""
-        longest = getattr(self._model.config, "max_position_embeddings", None)
+        longest = self._longest
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
             try:
