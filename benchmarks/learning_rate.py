@@ -31,10 +31,9 @@ RULE = "rate-x1"
 
 def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The comparison for a number of steps."""
-    size = {"hidden_size": options.hidden_size}
-    recipe = make_recipe({**settings, "student": size})
-    tokens = steps * recipe.step_tokens()
-    recipe = make_recipe({**settings, "student": size}, {"train.tokens": tokens})
+    settings = {**settings, "student": {"hidden_size": options.hidden_size}}
+    tokens = steps * make_recipe(settings).step_tokens()
+    recipe = make_recipe(settings, {"train.tokens": tokens})
     student = planned_models(recipe).student
     rate = learning_rate(recipe, sum(value.numel() for value in student.parameters()))
     rates = {factor: float(f"{factor * rate:.3g}") for factor in [1, *options.factors]}
@@ -46,7 +45,7 @@ def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace
         for alpha in options.alphas
     ]
     return {
-        "recipe": {**settings, "student": size},
+        "recipe": settings,
         "tokens": tokens,
         "seeds": options.seeds,
         "grid": {"learning_rates": [rates[1]], "tokens": tokens},

@@ -80,7 +80,7 @@ def plan(
     """
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
-    from lrc.planning.plan import PlanSettings, check_output, make_plan, write_recipe
+    from lrc.planning.plan import PlanSettings, make_plan
 
     given = {"data.text": paths_of(text), "train.tokens": tokens}
     wanted = PlanSettings(
@@ -95,12 +95,7 @@ def plan(
         probe_tokens=probe_tokens,
         calibration_tokens=calibration_tokens,
     )
-    if out is not None:
-        check_output(wanted, Path(out))
-    made = make_plan(wanted)
-    if out is not None:
-        write_recipe(made, choose, Path(out))
-    return made
+    return make_plan(wanted, None if out is None else Path(out), choose)
 
 
 def clone(

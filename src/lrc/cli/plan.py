@@ -104,7 +104,7 @@ def plan(
     total = int(quantity(tokens, COUNTS, "--tokens"))
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
-    from lrc.planning.plan import PlanSettings, check_output, make_plan, write_recipe
+    from lrc.planning.plan import PlanSettings, make_plan
     from lrc.recipe import parse_overrides
 
     quiet_libraries()
@@ -122,11 +122,7 @@ def plan(
         calibration_tokens=calibration_tokens,
         **given,  # type: ignore[arg-type]
     )
-    if out is not None:
-        check_output(wanted, out)
-    made = make_plan(wanted)
-    if out is not None:
-        write_recipe(made, choose, out)
+    made = make_plan(wanted, out, choose)
     chosen = {"chosen": choose, "recipe": str(out)} if out else {}
     console.result({**made.as_json(), **chosen}, _table(made), *_words(made, choose, out))
 

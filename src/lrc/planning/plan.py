@@ -111,13 +111,20 @@ class Plan:
         }
 
 
-def make_plan(settings: PlanSettings) -> Plan:
+def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) -> Plan:
     """Find candidates for a budget, compute their figures, and rank them.
 
+    Args:
+        settings: what the plan is made for.
+        out: a new YAML file for the recipe of one candidate.
+        choose: this candidate's number, from 1.
+
     Raises:
-        UserError: if the teacher is not found or not supported, no candidate fits, or a setting is
-            not usable.
+        UserError: if the teacher is not found or not supported, no candidate fits, a setting is not
+            usable, or the recipe has no text or cannot be written.
     """
+    if out is not None:
+        _check_output(settings, out)
     _check(settings)
     teacher, under = _skeleton(settings.teacher), settings.conditions
     found, left_out = candidates(teacher, _budget(teacher, settings))
@@ -142,10 +149,13 @@ def make_plan(settings: PlanSettings) -> Plan:
         rows.sort(key=lambda row: row.expected.loss or 0.0)
         ranked_by = "the expected held-out loss"
     whole = figures_of(teacher.model, under)
-    return Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
+    made = Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
+    if out is not None:
+        _write_recipe(made, choose, out)
+    return made
 
 
-def check_output(settings: PlanSettings, path: Path) -> None:
+def _check_output(settings: PlanSettings, path: Path) -> None:
     """Refuse to write a recipe before any work is done.
 
     Raises:
@@ -153,10 +163,10 @@ def check_output(settings: PlanSettings, path: Path) -> None:
     """
     if path.exists():
         raise UserError(f"{path} exists: choose another name with --out.")
-    need_text(settings)
+    _need_text(settings)
 
 
-def write_recipe(plan: Plan, choice: int, path: Path) -> None:
+def _write_recipe(plan: Plan, choice: int, path: Path) -> None:
     """Write the recipe of a candidate.
 
     Args:
@@ -169,14 +179,14 @@ def write_recipe(plan: Plan, choice: int, path: Path) -> None:
     """
     if not 1 <= choice <= len(plan.rows):
         raise UserError(f"There is no candidate {choice}: choose from 1 to {len(plan.rows)}.")
-    check_output(plan.settings, path)
+    _check_output(plan.settings, path)
     row = plan.rows[choice - 1]
     chosen = row.recipe.model_dump(mode="json", exclude_unset=True)
     about = f"# {row.candidate.kind}: {row.figures.parameters:,} parameters, by `lrc plan`.\n"
     write_text(path, about + yaml.safe_dump(chosen, sort_keys=False))
 
 
-def need_text(settings: PlanSettings) -> None:
+def _need_text(settings: PlanSettings) -> None:
     """Refuse to continue without text.
 
     Raises:
@@ -200,7 +210,7 @@ def _check(settings: PlanSettings) -> None:
     if settings.probe_tokens and not settings.probe:
         raise UserError("--probe-tokens goes with --probe: give both.")
     if settings.probe:
-        need_text(settings)
+        _need_text(settings)
 
 
 def _skeleton(name: str) -> Teacher:

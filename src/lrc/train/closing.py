@@ -68,9 +68,8 @@ def close_run(loop: Loop) -> dict[str, Any]:
     card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     best_effort("the plot", lambda: draw_curves(run, run.folder / "curves.png", summary))
-    write_text(
-        run.summary_file, json.dumps(summary, indent=2)
-    )  # last: it marks the output as complete
+    # Last, since it marks the output as complete.
+    write_text(run.summary_file, json.dumps(summary, indent=2))
     return loop.world.from_first(summary)
 
 

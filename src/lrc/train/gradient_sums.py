@@ -1,6 +1,6 @@
 """Adds up the gradients of several processes while the last backward pass of a step still runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lrc.cloning.method import Leaf
-from lrc.system.distributed import World
+from lrc.system.distributed import Wait, World
 
 
 class GradientSums:
@@ -34,7 +34,7 @@ class GradientSums:
         self._next = 0
         """The first place that may still have to be sent."""
         self._open = False
-        self._waits: list[Callable[[], None]] = []
+        self._waits: list[Wait] = []
         self._hooks: list[RemovableHandle] = []
         for place, leaf in enumerate(self.leaves if world.size > 1 else []):
             hook = leaf.value.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]

@@ -332,12 +332,12 @@ def open_loop(
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
-    terms = len(setup.method.distill.sites) if isinstance(setup.method, LowRankClone) else 0
-    chosen = choices(run.recipe, student_parameters(setup.method), terms)
-    if new and chosen:
-        logger.info(chosen)
-    if new and (missing := chat_note(setup.teacher, text)):
-        logger.warning(missing)
+    if new:
+        terms = len(setup.method.distill.sites) if isinstance(setup.method, LowRankClone) else 0
+        if chosen := choices(run.recipe, student_parameters(setup.method), terms):
+            logger.info(chosen)
+        if missing := chat_note(setup.teacher, text):
+            logger.warning(missing)
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
 from transformers import PreTrainedModel
@@ -41,7 +40,8 @@ def planned_models(recipe: Recipe) -> PlannedModels:
     """
     teacher = planned_teacher(recipe)
     asked_shape(teacher, recipe.student)
-    config, source = student_config(teacher, recipe.student), cast(Teacher, teacher)
+    config = student_config(teacher, recipe.student)
+    source: Teacher = teacher
     if prunes(teacher, recipe.student):
         source = pruned_teacher(teacher, first_units(teacher, recipe.student))
     with torch.device("meta"):

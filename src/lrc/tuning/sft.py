@@ -14,8 +14,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +29,7 @@ from lrc.model.locate import locate_locally
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
 from lrc.preflight import check_installed
 from lrc.run import student_of
-from lrc.system.distributed import World, join, may_restart, peers
+from lrc.system.distributed import World, join, lost_peers, may_restart
 from lrc.system.errors import UserError
 from lrc.system.files import hold, is_taken, read_json, write_text
 from lrc.system.progress import Task, task
@@ -169,7 +168,7 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
             )
         logger.info("Held-out loss on answers before tuning: %.4f", before["held_out_lm"])
         newest = world.from_first(_newest(checkpoints))
-        with _together(world):
+        with lost_peers():
             trainer.train(resume_from_checkpoint=newest)
         if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
             raise Interrupted(
@@ -201,23 +200,6 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
             _export(tuned, tuning, summary, folder / STUDENT, dtype)
             write_text(folder / SUMMARY, json.dumps(summary, indent=2))
     return world.from_first(summary)
-
-
-@contextmanager
-def _together(world: World) -> Iterator[None]:
-    """Turn a connection that breaks in the trainer's own exchange into a sentence.
-
-    Raises:
-        PeerError: if another process has ended.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        broken = isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
-        if world.size > 1 and broken:
-            with peers():
-                raise
-        raise
 
 
 def _export(
