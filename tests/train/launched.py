@@ -51,7 +51,9 @@ def main() -> None:
         except SystemExit as end:
             code = code or int(end.code or 0)
     leave()
-    print(f"peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss} KiB")
+    sys.stdout.flush()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    os.write(1, f"\npeak {peak} KiB\n".encode())  # at once: the processes share the pipe
     sys.exit(code)
 
 
