@@ -10,8 +10,8 @@ clipping), on random tokens. Kinds of step:
     floor       teacher forward with its LM head, and a plain student's forward and backward with
                 the LM loss; also with torch.compile over whole layers and the Triton LM loss
 
-Shapes: `smollm2-135m` to 288 with 2,048 tokens a step, also with `train.cuda_graph`, and then
-`llama-3.2-3b` to 1536 with sequences of 2,048 tokens. Everything is printed as it is measured, and
+Shapes: `smollm2-135m` to 288 with 2,048 and 16,384 tokens a step, also with `train.cuda_graph`,
+then `llama-3.2-3b` to 1536 with sequences of 2,048. Everything is printed as it is measured, and
 written to --out as JSON. Nothing new starts a minute before --minutes are over.
 
     python benchmarks/gpu_step.py --out step.json
@@ -64,9 +64,6 @@ from lrc.train.setup import Setup, autocast, find_device, new_state
 
 DEVICE = find_device("auto")
 GPU = DEVICE.type == "cuda"
-BANDWIDTH = 2.8e12
-"""Bytes a second that an H100 moves in practice; only turns times into bytes."""
-
 PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bfloat16 operations a second from the data sheets. Other cards: a measured product."""
 
@@ -87,6 +84,9 @@ KINDS = {
     "reduction": ("reduce", "norm", "sum"),
 }
 """Kinds of GPU kernels by words in their names, the first that fits; the others: elementwise."""
+
+LONGEST = 25
+"""Number of kernels whose time is printed by name."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ SHAPES = {
         },
         288,
         256,
-        (8,),
+        (8, 64),
     ),
     "llama-3.2-3b": Shape(
         {
@@ -291,9 +291,17 @@ def peak_memory(found: dict[str, Any]) -> Iterator[None]:
 class Benchmark:
     """All measurements of a shape."""
 
-    def __init__(self, name: str, shape: Shape, report: Report, peak: float, repeats: int) -> None:
+    def __init__(
+        self,
+        name: str,
+        shape: Shape,
+        report: Report,
+        peak: float,
+        repeats: int,
+        bandwidth: float = 1e10,
+    ) -> None:
         self.name, self.shape, self.report = name, shape, report
-        self.peak, self.repeats = peak, repeats
+        self.peak, self.repeats, self.bandwidth = peak, repeats, bandwidth
         self.teacher = make_teacher(shape)
 
     def go(self, kernels: str) -> None:
@@ -308,9 +316,9 @@ class Benchmark:
                 self.measure(f"{where}, CUDA graph", graph)
         first = self.shape.micro_batches[0]
         self.measure(f"floor, eager, {kernels}", partial(self.floor, kernels, first))
-        if GPU and kernels == "torch":
-            self.measure("floor, compiled", partial(self.floor, "auto", first, compiled=True))
-        self.measure(f"kernels of projected, {kernels}", partial(self.kernels, kernels, first))
+        for kind in ("projected", "distilled"):
+            self.measure(f"parts of {kind}, {kernels}", partial(self.step_parts, kernels, kind))
+            self.measure(f"kernels of {kind}, {kernels}", partial(self.kernels, kernels, kind))
         if GPU:
             self.measure(f"syncs of projected, {kernels}", partial(self.syncs, kernels, first))
 
@@ -375,22 +383,39 @@ class Benchmark:
             for layer in layers:
                 layer._compiled_call_impl = None
 
-    def kernels(self, kernels: str, micro_batch: int) -> dict[str, Any]:
+    def step_parts(self, kernels: str, kind: str) -> dict[str, float]:
+        """Milliseconds of a step by part, with a wait after each: the sum is more than a step. With
+        a CUDA graph for a small teacher, so that passes and losses are one part, `student`."""
+        graph = GPU and self.teacher.model.num_parameters() <= SMALL
+        steps = Steps(self.teacher, self.shape, kernels, self.shape.micro_batches[0], kind, graph)
+        for _ in range(WARM_UP + 1):
+            steps.step()
+        clock = steps.method.clock
+        clock.seconds.clear()
+        clock.part = partial(waiting_part, clock.part)  # type: ignore[method-assign]
+        for _ in range(self.repeats):
+            steps.step()
+        return {n: round(1e3 * s / self.repeats, 2) for n, s in clock.seconds.items()}
+
+    def kernels(self, kernels: str, kind: str) -> dict[str, Any]:
         """Launches and milliseconds of a step by kind of kernel."""
-        steps = Steps(self.teacher, self.shape, kernels, micro_batch, "projected")
+        steps = Steps(self.teacher, self.shape, kernels, self.shape.micro_batches[-1], kind)
         steps.step()
         activity = ProfilerActivity.CUDA if GPU else ProfilerActivity.CPU
         with profile(activities=[activity]) as profiler:
             steps.step()
             _synchronize()
-        return by_kind(
+        found = [
             (
                 event.key,
                 event.count,
                 event.self_device_time_total if GPU else event.self_cpu_time_total,
             )
             for event in profiler.key_averages()
-        )
+        ]
+        found.sort(key=lambda kernel: -kernel[2])
+        longest = [[name[:120], n, round(us / 1e3, 3)] for name, n, us in found[:LONGEST]]
+        return {**by_kind(iter(found)), "longest": longest}
 
     def syncs(self, kernels: str, micro_batch: int) -> dict[str, int]:
         """Synchronizations of a step by the line of ours that waits."""
@@ -439,7 +464,7 @@ class Benchmark:
         return {
             "us_per_token": round(1e6 * whole / chunk, 3),
             "us_per_token_of_products": round(1e6 * rest / chunk, 3),
-            "bytes_per_logit_at_2.8_tb_s": round((whole - rest) * BANDWIDTH / (chunk * vocab), 1),
+            "bytes_per_logit": round((whole - rest) * self.bandwidth / (chunk * vocab), 1),
         }
 
     def clone(self, kernels: str, width: int) -> dict[str, Any]:
@@ -471,6 +496,13 @@ class Benchmark:
         return self.teacher.model.dtype
 
 
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of a copy in the device's memory."""
+    source = torch.empty(2**30 if GPU else 2**22, dtype=torch.uint8, device=DEVICE)
+    copy = torch.empty_like(source)
+    return 2 * source.numel() / median_seconds(lambda: copy.copy_(source), 10)
+
+
 def _normal(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device=DEVICE, dtype=dtype)
 
@@ -484,6 +516,15 @@ def by_kind(kernels: Iterator[tuple[str, int, float]]) -> dict[str, dict[str, fl
         row["launches"] += launches
         row["ms"] = round(row["ms"] + microseconds / 1e3, 3)
     return dict(sorted(found.items(), key=lambda item: -item[1]["ms"]))
+
+
+@contextmanager
+def waiting_part(part: Callable[[str], Any], name: str) -> Iterator[None]:
+    """A part of a clock, with what it starts on the device."""
+    _synchronize()
+    with part(name):
+        yield
+        _synchronize()
 
 
 @contextmanager
@@ -532,6 +573,7 @@ def main() -> None:
     peak = next((peak for name, peak in PEAKS.items() if name in card), None)
     if peak is None:
         peak = matmul_peak(DEVICE, torch.bfloat16 if GPU else torch.float32)
+    bandwidth = copy_bandwidth()
     report.add(
         "machine",
         {
@@ -541,12 +583,16 @@ def main() -> None:
             "torch": torch.__version__,
             "date": date.today().isoformat(),
             "operations_per_second": peak,
+            "bytes_per_second": bandwidth,
         },
     )
     shapes = {"tiny": TINY} if arguments.tiny else {n: SHAPES[n] for n in arguments.shape}
     kernels = sorted(arguments.kernels or (["torch", "triton"] if GPU else ["torch"]))
     for name, shape in shapes.items():
-        benchmark = Benchmark(name, shape, report, peak, 1 if arguments.tiny else 5)
+        benchmark = Benchmark(name, shape, report, peak, 1 if arguments.tiny else 5, bandwidth)
+        if GPU:  # before liger-kernel's modules are in the teacher
+            floor = partial(benchmark.floor, "auto", shape.micro_batches[0], compiled=True)
+            benchmark.measure("floor, compiled", floor)
         for choice in kernels:
             benchmark.go(choice)
     report.add("seconds", round(report.seconds()))

@@ -28,7 +28,6 @@ def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str, kernels: 
         pytest.importorskip("triton")
     run = new_run(tmp_path, device="cuda", eval_every=1000, precision=precision, kernels=kernels)
     teacher = tiny_teacher("llama", dtype=torch.float32)
-    teacher.model.to("cuda")
     with run.hold():
         loop = open_loop(run, teacher)
         loop.reads_ahead = False
@@ -60,9 +59,7 @@ def test_a_recorded_run_has_the_losses_of_the_eager_one(tmp_path: Path, release:
             cuda_graph=graph,
             **{"objective.alpha_schedule": "linear", "objective.alpha_zero_at": 0.7},
         )
-        teacher = tiny_teacher("llama", dtype=torch.float32)
-        teacher.model.to("cuda")
-        train(run, teacher)
+        train(run, tiny_teacher("llama", dtype=torch.float32))
         runs.append([line["loss"] for line in run.metrics() if "loss" in line])
     eager, recorded = runs
     assert len(eager) == 10

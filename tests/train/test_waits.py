@@ -17,7 +17,7 @@ from lrc.model.families import FAMILIES
 from lrc.run import Run
 from lrc.system.progress import Task
 from lrc.train.loop import Loop
-from lrc.train.setup import Setup, new_state
+from lrc.train.setup import Setup, new_state, set_up
 from tiny import tiny_batch, tiny_teacher
 from tiny_runs import tiny_recipe
 
@@ -154,3 +154,15 @@ def test_what_waits(name: str) -> None:
     with an_absent_gpu(), Waits() as waits, suppress(AssertionError):
         call(torch.ones(4, device=ABSENT))
     assert bool(waits.places) == (name in WAITING)
+
+
+def test_a_loaded_teacher_moves_to_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A user's model comes from the CPU."""
+    monkeypatch.setattr("lrc.train.setup.find_device", lambda _name: ABSENT)
+    run = Run.create(tmp_path / "run", tiny_recipe({}))
+    with an_absent_gpu():
+        setup = set_up(run, tiny_teacher("llama", dtype=torch.float32))
+        assert {value.device for value in setup.teacher.model.parameters()} == {ABSENT}
+        assert {value.device for value in setup.method.model.parameters()} == {ABSENT}

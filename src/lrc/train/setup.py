@@ -55,7 +55,8 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
 
     Args:
         run: the run; without checkpoints, its method is not initialized yet.
-        teacher: a teacher that is already loaded; None: the recipe's.
+        teacher: a teacher that is already loaded, which is moved to the run's device; None: the
+            recipe's.
         world: the processes that train the run together.
 
     Raises:
@@ -72,7 +73,10 @@ def set_up(run: Run, teacher: Teacher | None = None, world: World = ALONE) -> Se
         check_sharding(recipe, kind, teacher)
         teacher = load_sharded(recipe.teacher, device, world)
         check_passes(recipe, teacher)
-    teacher = teacher or load_teacher(recipe.teacher, device)
+    if teacher is None:
+        teacher = load_teacher(recipe.teacher, device)
+    elif not (teacher.on_disk or teacher.sharded):
+        teacher.model.to(device)
     _warn(teacher.notes)
     if unused := unused_settings(recipe):
         _warn([f"No effect with method {recipe.method.name}: {', '.join(unused)}."])

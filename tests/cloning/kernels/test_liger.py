@@ -27,12 +27,14 @@ from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.methods import METHODS
 from lrc.model.families import FAMILIES as KNOWN
 from lrc.model.student import plain_view
+from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from lrc.train import train
 from tiny import STUDENT_HIDDEN, gradients, randomize, tiny_batch, tiny_teacher
 from tiny_runs import new_run
 
 GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 @triton.jit
@@ -59,13 +61,18 @@ def interpretable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
 
 
+def placed_teacher(family: str) -> Teacher:
+    """A tiny teacher where Triton's kernels can run."""
+    teacher = tiny_teacher(family, dtype=torch.float32)
+    teacher.model.to(DEVICE)
+    return teacher
+
+
 def step(
     family: str, kernels: str, checkpointing: bool = False, clip: float = 5.0
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Losses and gradients of a step of two micro-batches, one of them padded."""
-    teacher = tiny_teacher(family, dtype=torch.float32)
-    if GPU:
-        teacher.model.cuda()
+    teacher = placed_teacher(family)
     method = LowRankClone(
         teacher,
         StudentSection(hidden_size=STUDENT_HIDDEN),
@@ -131,7 +138,7 @@ def test_only_the_given_model_changes() -> None:
 
 def test_queries_and_keys_stay_as_they_are() -> None:
     """liger-kernel's rotary embedding would overwrite what the clone terms keep."""
-    teacher = tiny_teacher("llama", dtype=torch.float32)
+    teacher = placed_teacher("llama")
     apply_liger(teacher.model)
     kept: list[tuple[Tensor, Tensor]] = []
     sites = [site for site in teacher.layout.observable() if site.name in "qk"]
@@ -141,17 +148,17 @@ def test_queries_and_keys_stay_as_they_are() -> None:
         return output
 
     with torch.no_grad(), observe(teacher.model, teacher.layout, sites, keep):
-        teacher.model(tiny_batch().input_ids)
+        teacher.model(tiny_batch().input_ids.to(DEVICE))
     assert len(kept) == len(sites)
     assert all(torch.equal(output, before) for output, before in kept)
 
 
 def test_a_plain_view_is_without_it() -> None:
     """So the student is measured as it is exported, and a copy may move to a CPU."""
-    model = tiny_teacher("qwen3", dtype=torch.float32).model
+    model = placed_teacher("qwen3").model
     plain = copy.deepcopy(model)
     apply_liger(model)
-    ids = tiny_batch().input_ids
+    ids = tiny_batch().input_ids.to(DEVICE)
     assert torch.equal(plain_view(model)(ids).logits, plain(ids).logits)
     assert not torch.equal(model(ids).logits, plain(ids).logits)
 
@@ -205,7 +212,7 @@ def test_a_run_is_the_same(
 
 def test_other_methods_use_the_switch(tmp_path: Path) -> None:
     run = new_run(tmp_path, kernels="triton")
-    teacher = tiny_teacher("llama", dtype=torch.float32)
+    teacher = placed_teacher("llama")
     method = METHODS["scratch"].build(teacher, run.recipe)
     assert isinstance(method, PlainStudent)
     assert method.distill.triton
