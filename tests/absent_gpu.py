@@ -114,11 +114,13 @@ def an_absent_gpu() -> Iterator[None]:
             teacher, "load_offloaded_parameter", lambda model, name: model.get_parameter(name)
         )
         try:
-            from lrc.cloning.kernels import clone, vocabulary
+            from lrc.cloning.kernels import clipping, clone, vocabulary
         except ImportError:
             pass
         else:
             patch.setattr(vocabulary, "_kl_lm_kernel", _NoKernel())
-            for name in ("_clone_forward", "_clone_backward", "_scale_tokens"):
+            for name in ("_clone_forward", "_clone_backward", "_weights_and_loss"):
                 patch.setattr(clone, name, _NoKernel())
+            for name in ("_token_norms", "_clip_factors", "_scale_tokens"):
+                patch.setattr(clipping, name, _NoKernel())
         yield

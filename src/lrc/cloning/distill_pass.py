@@ -269,7 +269,8 @@ class DistillPass(nn.Module):
         batch = self._micro_batch
         if batch is not None and batch.spared is not None:
             activation = activation_of(output)
-            clip_output(activation, batch.spared.view(activation.shape[:-1]), self.token_grad_clip)
+            spared = batch.spared.view(activation.shape[:-1])
+            clip_output(activation, spared, self.token_grad_clip, self.triton)
 
     def _compare(
         self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Output

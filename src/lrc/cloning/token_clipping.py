@@ -33,7 +33,7 @@ def known_norms(gradient: Tensor) -> Tensor | None:
     return norms if version == gradient._version else None
 
 
-def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
+def clip_output(output: Tensor, spared: Tensor, limit: float, triton: bool = False) -> None:
     """Clip the gradient at the output of a linear map per token in the backward pass.
 
     Args:
@@ -41,12 +41,13 @@ def clip_output(output: Tensor, spared: Tensor, limit: float) -> None:
         spared: tokens not to clip, bool [batch, sequence]: the first tokens of sequences, because
             everything after depends on them.
         limit: as in `clip_tokens`.
+        triton: as in `clip_tokens`.
     """
     if output.requires_grad:
-        output.register_hook(lambda gradient: clip_tokens(gradient, spared, limit))  # type: ignore[no-untyped-call]
+        output.register_hook(lambda gradient: clip_tokens(gradient, spared, limit, triton))  # type: ignore[no-untyped-call]
 
 
-def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:
+def clip_tokens(gradient: Tensor, spared: Tensor, limit: float, triton: bool = False) -> Tensor:
     """Clip the norm of each token's gradient at `limit` times the median over the tokens with a
     nonzero gradient.
 
@@ -54,20 +55,17 @@ def clip_tokens(gradient: Tensor, spared: Tensor, limit: float) -> Tensor:
         gradient: [batch, sequence, width].
         spared: tokens not to clip, bool [batch, sequence].
         limit: the largest norm, in medians.
-
-    Returns:
-        The clipped gradient: the same tensor if its norms were known, else a new one.
+        triton: whether to use the Triton kernels, up to float32. They clip a gradient in place if
+            its norms are known.
     """
-    norms = known = known_norms(gradient)
-    if norms is None:
-        norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
+    if triton and gradient.itemsize <= 4:
+        from lrc.cloning.kernels import clipping
+
+        return clipping.clip_tokens(gradient, known_norms(gradient), spared, limit)
+    norms = torch.linalg.vector_norm(gradient, dim=-1, dtype=upcast_dtype(gradient))
     counted = norms.where(norms > 0, torch.nan)
     # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
     largest = limit * counted.flatten().nanmedian(0).values
     over = (norms > largest) & ~spared
     factors = torch.where(over, largest / norms, 1.0)
-    if known is not None:
-        from lrc.cloning.kernels.clone import scale_tokens
-
-        return scale_tokens(gradient, factors)
     return gradient * factors[..., None].to(gradient.dtype)

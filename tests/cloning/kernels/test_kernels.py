@@ -17,11 +17,16 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lrc.cloning.kernels import clone, use_triton, vocabulary
+from lrc.cloning.kernels import clipping, use_triton, vocabulary
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.cloning.objective.clone import compare_activations, naive_clone_term, relative_weight
 from lrc.cloning.objective.vocabulary import naive_vocabulary_losses
-from lrc.cloning.token_clipping import clip_output, clip_tokens, known_norms
+from lrc.cloning.token_clipping import (
+    clip_output,
+    clip_tokens,
+    known_norms,
+    remember_norms,
+)
 from lrc.system.errors import UserError
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -39,7 +44,8 @@ def blocks_of(size: int) -> Iterator[None]:
     """Rows of more than `size` elements take several blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(vocabulary, "BLOCK", size)
-        patch.setattr(clone, "BLOCK", size)
+        patch.setattr(clipping, "BLOCK", size)
+        patch.setattr(clipping, "TOKENS", size // 4)
         yield
 
 
@@ -379,7 +385,8 @@ def clipped_gradient(sides: Sides, triton: bool, consumers: int = 1) -> tuple[Te
     x = sides.student.to(DEVICE, copy=True).requires_grad_()
     output = x * 1
     output.register_hook(lambda gradient: known.append(known_norms(gradient) is not None))
-    clip_output(output, torch.zeros(output.shape[:2], dtype=torch.bool, device=DEVICE), 2.0)
+    spared = torch.zeros(output.shape[:2], dtype=torch.bool, device=DEVICE)
+    clip_output(output, spared, 2.0, triton)
     compared, loss = compare_activations(
         output, sides.target.to(DEVICE), None, 11, True, triton=triton
     )
@@ -404,12 +411,67 @@ def test_clipping_uses_the_norms_of_the_clone_term(consumers: int) -> None:
     assert norms.max() <= norms.median() * 2.001
 
 
-def test_what_is_not_finite_stays_so_in_place() -> None:
-    for value in (torch.inf, torch.nan):
-        gradient = torch.ones(1, 3, 2, device=DEVICE)
-        gradient[0, 1, 0] = value
-        factors = torch.where(gradient.norm(dim=-1) > 5, 5 / gradient.norm(dim=-1), 1.0)
-        assert not clone.scale_tokens(gradient, factors).isfinite().all()
+@settings(max_examples=60, deadline=None)
+@given(
+    tokens=st.integers(1, 40),
+    width=st.integers(1, 70),
+    block=st.sampled_from([16, 64, 256]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    known=st.booleans(),
+    broken=st.sampled_from([None, torch.inf, torch.nan]),
+    zeros=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_gradients_of_any_shape_are_clipped(
+    tokens: int,
+    width: int,
+    block: int,
+    dtype: str,
+    known: bool,
+    broken: float | None,
+    zeros: float,
+    seed: int,
+) -> None:
+    """As the torch code clips them: the median is exact, tokens without a gradient do not count,
+    and what is not finite stays so."""
+    generator = torch.Generator().manual_seed(seed)
+    gradient = torch.randn(1, tokens, width, generator=generator).to(DTYPES[dtype])
+    gradient *= 10 ** torch.randn(1, tokens, 1, generator=generator)
+    gradient[torch.rand(1, tokens, generator=generator) < zeros] = 0
+    if broken is not None:
+        gradient[0, seed % tokens, 0] = broken
+    spared = torch.rand(1, tokens, generator=generator) < 0.2
+    expected = clip_tokens(gradient.float(), spared, 2.0)
+    ours = gradient.to(DEVICE, copy=True)
+    if known:
+        remember_norms(ours, ours.float().norm(dim=-1))
+    with blocks_of(block):
+        clipped = clip_tokens(ours, spared.to(DEVICE), 2.0, triton=True)
+    assert (clipped is ours) == known
+    rounding = 1e-5 if dtype == "float32" else 2 * ONE_ROUNDING
+    torch.testing.assert_close(
+        clipped.cpu().float(), expected, rtol=rounding, atol=0, equal_nan=True
+    )
+    if not known:
+        torch.testing.assert_close(ours.cpu(), gradient, rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_gradient_with_other_strides_is_clipped() -> None:
+    gradient = torch.randn(2, 3, 5, device=DEVICE)
+    gradient[:, 0] *= 30
+    spared = torch.zeros(2, 5, dtype=torch.bool, device=DEVICE)
+    found = clip_tokens(gradient.mT, spared, 1.1, triton=True)
+    torch.testing.assert_close(found, clip_tokens(gradient.mT, spared, 1.1))
+
+
+def test_masked_tokens_do_not_count_for_the_median() -> None:
+    """With more tokens than a program holds at once, and a size that is not finite."""
+    sides = Sides((3, 11, 8), torch.float32)
+    sides.target[sides.mask.logical_not()] *= 1000
+    with blocks_of(16):
+        ours = sides.ours(masked=True, relative=True)
+    for mine, reference in zip(ours, sides.reference(masked=True, relative=True), strict=True):
+        assert error(mine, reference) < 1e-5
 
 
 @interpreted
@@ -419,13 +481,19 @@ def test_bytes_of_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
     elements, tokens = 2 * 10 * 64, 2 * 10
     with counted(monkeypatch) as found:
         sides.ours(masked=False, relative=True)
-    assert found == {"load": 8 * elements + 4 * tokens, "store": 4 * elements + 12 * tokens}
+    # By token: sizes twice, squares and weight; for all tokens: the gradient of the loss.
+    assert found == {"load": 8 * elements + 20 * tokens, "store": 4 * elements + 16 * tokens + 4}
     assert sum(found.values()) <= 14 * elements
-    factors = torch.ones(2, 10)
-    factors[0, 3] = factors[1, 8] = 0.5
+    spared = torch.zeros(2, 10, dtype=torch.bool)
+    sides.gradient[0, 3] = sides.gradient[1, 8] = 9.0
+    clipped, one = sides.gradient.clone(), 2 * 64  # a token's bytes
+    remember_norms(clipped, clipped.float().norm(dim=-1))
     with counted(monkeypatch) as found:
-        clone.scale_tokens(sides.gradient, factors)
-    assert found == {"load": 2 * 2 * 64 + 4 * tokens, "store": 2 * 2 * 64}
+        clip_tokens(clipped, spared, 2.0, triton=True)
+    assert found == {"load": 2 * one + 13 * tokens, "store": 2 * one + 4 * tokens}
+    with counted(monkeypatch) as found:
+        clip_tokens(sides.gradient, spared, 2.0, triton=True)
+    assert found == {"load": 4 * elements + 13 * tokens, "store": 2 * elements + 8 * tokens}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -445,20 +513,12 @@ def test_where_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         use_triton("triton", cuda)
 
 
-def test_clip_tokens_without_known_norms_makes_a_new_tensor() -> None:
-    gradient = torch.ones(1, 4, 2)
-    gradient[0, 2] = 100
-    before = gradient.clone()
-    clip_tokens(gradient, torch.zeros(1, 4, dtype=torch.bool), 3.0)
-    assert torch.equal(gradient, before)
-
-
 COMPILE = """
 import sys, warnings
 from triton import compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from lrc.cloning.kernels import clone, vocabulary
+from lrc.cloning.kernels import clipping, clone, vocabulary
 
 warnings.simplefilter("ignore")
 wide, scalar = "*bf16", "fp32"
@@ -471,8 +531,13 @@ logits = dict(
 sums = dict(squares="*fp32", sizes="*fp32", width="i32")
 sides = dict(student=wide, target=wide, difference=wide)
 gradients = dict(received=wide, difference=wide, gradient=wide)
-rows = dict(factors="*fp32", width="i32")
-norms = dict(factors="*fp32", norms="*fp32", width="i32")
+scaled = dict(gradient=wide, out=wide, factors="*fp32", width="i32")
+norms = dict(weight="*fp32", grad_loss="*fp32", norms="*fp32", width="i32", scale=scalar)
+tokens = dict(norms="*fp32", spared="*i1", factors="*fp32", tokens="i32", limit=scalar)
+weights = dict(
+    squares="*fp32", sizes="*fp32", mask="*i1", weight="*fp32", loss="*fp32", tokens="i32",
+    width=scalar, scale=scalar,
+)
 cases = [
     (vocabulary._kl_lm_kernel, logits, dict(zip(options, values), BLOCK=4096))
     for values in ((True, False, False), (True, True, True), (False, False, False))
@@ -480,7 +545,11 @@ cases = [
 cases += [
     (clone._clone_forward, {**sides, **sums}, dict(BLOCK=2048)),
     (clone._clone_backward, {**gradients, **norms}, dict(BLOCK=2048)),
-    (clone._scale_tokens, {"gradient": wide, **rows}, dict(BLOCK=2048)),
+    (clone._weights_and_loss, weights, dict(RELATIVE=True, MASKED=True, BLOCK=8192)),
+    (clipping._token_norms, dict(gradient=wide, norms="*fp32", width="i32"), dict(BLOCK=2048)),
+    (clipping._clip_factors, tokens, dict(BLOCK=8192)),
+    (clipping._scale_tokens, scaled, dict(IN_PLACE=True, BLOCK=2048)),
+    (clipping._scale_tokens, scaled, dict(IN_PLACE=False, BLOCK=2048)),
 ]
 for kernel, signature, constants in cases:
     types = {**signature, **dict.fromkeys(constants, "constexpr")}

@@ -1,11 +1,11 @@
-"""The clone term and the clipping of its tokens' gradients, in Triton kernels.
+"""The clone term in Triton kernels.
 
 A program has one token. Memory traffic in bytes an element, with elements of b bytes:
 
 * forward: read the student's and the teacher's side, write their difference: 3 b. The sums of
   squares by token give the loss and the weights, so the elements are not weighted.
 * backward: read the difference and the model's gradient, write their sum: 3 b. Norms by token come
-  with it, so that clipping (`lrc.cloning.token_clipping`) touches only tokens over the limit.
+  with it, so that clipping (`lrc.cloning.kernels.clipping`) touches only tokens over the limit.
 
 That is 6 b, or 12 with bfloat16. A target that is a product with a projection costs a pass more,
 for the projection's gradient. Arithmetic is float32; the difference is rounded to the wider of the
@@ -20,11 +20,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lrc.cloning.objective.clone import projection_unit, weight_of_size
+from lrc.cloning.kernels.clipping import by_token, load_counted, median, over_tokens
+from lrc.cloning.objective.clone import projection_unit
 from lrc.cloning.token_clipping import remember_norms
-
-BLOCK = 4096
-"""Largest number of elements of a token that a program holds at once."""
 
 
 def clone_term(
@@ -72,15 +70,25 @@ class _Clone(torch.autograd.Function):
         difference = torch.empty(s.shape, dtype=wider, device=s.device)
         sums = torch.empty(2, *s.shape[:-1], dtype=torch.float32, device=s.device)
         squares, sizes = sums  # of the difference and of the target, by token
-        _launch(_clone_forward, s, t, difference, squares, sizes)
-        weight = weight_of_size(sizes / width, mask) if relative else mask
+        by_token(_clone_forward, s, t, difference, squares, sizes)
+        weight, loss = torch.empty_like(squares), squares.new_empty(())
+        over_tokens(
+            _weights_and_loss,
+            squares,
+            sizes,
+            squares if mask is None else mask.contiguous(),
+            weight,
+            loss,
+            width=float(width),
+            scale=scale,
+            RELATIVE=relative,
+            MASKED=mask is not None,
+        )
         unit = None  # the gradient of the projection for a loss gradient of 1
         if projection is not None and source is not None and ctx.needs_input_grad[2]:
-            weighted = difference if weight is None else difference * weight[..., None]
-            unit = projection_unit(weighted, source, projection, scale)
+            unit = projection_unit(difference * weight[..., None], source, projection, scale)
         ctx.save_for_backward(difference, weight, unit)
         ctx.scale = scale
-        loss = scale * (squares if weight is None else squares * weight).sum()
         return student.view_as(student), loss
 
     @staticmethod
@@ -89,32 +97,14 @@ class _Clone(torch.autograd.Function):
         difference, weight, unit = ctx.saved_tensors
         grad = None
         if ctx.needs_input_grad[0]:
-            factor = 2 * ctx.scale * grad_loss.float()
-            by_token = factor.expand(difference.shape[:-1]) if weight is None else factor * weight
             received = grad_student.contiguous()
             grad = torch.empty_like(received)
             norms = torch.empty(grad.shape[:-1], dtype=torch.float32, device=grad.device)
-            _launch(_clone_backward, received, difference, grad, by_token.contiguous(), norms)
+            tensors = received, difference, grad, weight, grad_loss.float(), norms
+            by_token(_clone_backward, *tensors, scale=2 * ctx.scale)
             remember_norms(grad, norms)
         grad_projection = None if unit is None else unit * grad_loss
         return grad, None, grad_projection, None, None, None, None
-
-
-def scale_tokens(gradient: Tensor, factors: Tensor) -> Tensor:
-    """Multiply the tokens of a contiguous gradient [batch, sequence, width] in place by factors
-    [batch, sequence], and return it. Tokens with factor 1 cost nothing."""
-    _launch(_scale_tokens, gradient, factors.contiguous())
-    return gradient
-
-
-def _launch(kernel: Any, *tensors: Tensor) -> None:
-    """Run a kernel with a program for every token of the first tensor."""
-    width = tensors[0].shape[-1]
-    block = min(BLOCK, triton.next_power_of_2(width))
-    if tensors[0].numel():
-        programs = (tensors[0].numel() // width,)
-        with torch.cuda.device_of(tensors[0]):
-            kernel[programs](*tensors, width, BLOCK=block, num_warps=8 if block > 2048 else 4)
 
 
 @triton.jit
@@ -136,9 +126,56 @@ def _clone_forward(student, target, difference, squares, sizes, width, BLOCK: tl
 
 
 @triton.jit
-def _clone_backward(received, difference, gradient, factors, norms, width, BLOCK: tl.constexpr):
+def _weights_and_loss(
+    squares,
+    sizes,
+    mask,
+    weight,
+    loss,
+    tokens,
+    width,
+    scale,
+    RELATIVE: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """`relative_weight` and the loss, from the sums of squares by token."""
+    middle = 0.0
+    if RELATIVE:
+        middle = median(sizes, mask, tokens, width, False, MASKED, BLOCK)
+    total = 0.0
+    for start in range(0, tokens, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = at < tokens
+        size, _ = load_counted(sizes, mask, at, tokens, width, False, False)
+        w = tl.where(inside, 1.0, 0.0)
+        if RELATIVE:
+            sum_of_both = size + middle
+            w = 1 / tl.where(
+                sum_of_both < 1.1754943508222875e-38, 1.1754943508222875e-38, sum_of_both
+            )
+        if MASKED:
+            w = w * tl.load(mask + at, mask=inside, other=0).to(tl.float32)
+        square = tl.load(squares + at, mask=inside, other=0.0)
+        tl.store(weight + at, w, mask=inside)
+        total += tl.sum(tl.where(inside, square * w, 0.0), 0)
+    tl.store(loss, scale * total)
+
+
+@triton.jit
+def _clone_backward(
+    received,
+    difference,
+    gradient,
+    weight,
+    grad_loss,
+    norms,
+    width,
+    scale,
+    BLOCK: tl.constexpr,
+):
     token = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factors + token)
+    factor = scale * tl.load(grad_loss) * tl.load(weight + token)
     square = 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -149,15 +186,3 @@ def _clone_backward(received, difference, gradient, factors, norms, width, BLOCK
         tl.store(gradient + at, g, mask=inside)
         square += tl.sum(g * g, 0)
     tl.store(norms + token, tl.sqrt(square))
-
-
-@triton.jit
-def _scale_tokens(gradient, factors, width, BLOCK: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    factor = tl.load(factors + token)
-    if factor != 1.0:
-        for start in range(0, width, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < width
-            at = gradient + token * width + columns
-            tl.store(at, tl.load(at, mask=inside, other=0.0).to(tl.float32) * factor, mask=inside)
