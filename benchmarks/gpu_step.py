@@ -331,7 +331,7 @@ class Benchmark:
         found: dict[str, Any] = {}
         with peak_memory(found):
             steps = Steps(self.teacher, self.shape, kernels, micro_batch, kind, graph)
-            warm = WARM_UP + 1 if graph else 2  # the graph is recorded in the last of them
+            warm = WARM_UP + 2 if graph else 2  # the last two record
             seconds = median_seconds(steps.step, self.repeats, warm)
         found |= self.rates(seconds, steps.tokens)
         found["mfu"] = round(steps.flops() / seconds / self.peak, 4)
@@ -388,7 +388,7 @@ class Benchmark:
         a CUDA graph for a small teacher, so that passes and losses are one part, `student`."""
         graph = GPU and self.teacher.model.num_parameters() <= SMALL
         steps = Steps(self.teacher, self.shape, kernels, self.shape.micro_batches[0], kind, graph)
-        for _ in range(WARM_UP + 1):
+        for _ in range(WARM_UP + 2):
             steps.step()
         clock = steps.method.clock
         clock.seconds.clear()

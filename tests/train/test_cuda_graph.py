@@ -1,6 +1,7 @@
 """`train.cuda_graph` without a GPU: the operations of a micro-batch are recorded on a tape, which
 replays what a CUDA graph would: the same operations, memory and numbers of Python."""
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -85,21 +86,23 @@ class Taped:
     """In the place of a CUDA graph; counts what it does."""
 
     def __init__(self, _device: torch.device) -> None:
-        self.warmed = self.recorded = self.replayed = 0
+        self.warmed = 0
+        self.recorded, self.replayed = Counter[str](), Counter[str]()
         RECORDERS.append(self)
 
     def warm(self, work: Callable[[], StepLosses]) -> StepLosses:
         self.warmed += 1
         return work()
 
-    def record(self, work: Callable[[], StepLosses]) -> tuple[Callable[[], None], StepLosses]:
-        self.recorded += 1
+    def record(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         with Tape() as tape:
             found = work()
         tape.undo()
+        kind = "losses" if isinstance(found, StepLosses) else "projections"
+        self.recorded[kind] += 1
 
         def replay() -> None:
-            self.replayed += 1
+            self.replayed[kind] += 1
             tape.replay()
 
         return replay, found
@@ -122,7 +125,8 @@ def taped(monkeypatch: pytest.MonkeyPatch) -> list[Taped]:
 def finished(folder: Path, name: str, **changes: Any) -> Run:
     """A run of ten steps of two micro-batches, with another alpha in each, at last zero."""
     alpha = {"objective.alpha_schedule": "linear", "objective.alpha_zero_at": 0.7}
-    run = new_run(folder, name=name, accumulate=2, tokens=640, **alpha, **changes)
+    settings = {"accumulate": 2, "tokens": 640, "cuda_graph": False, **alpha, **changes}
+    run = new_run(folder, name=name, **settings)
     go(run)
     return run
 
@@ -137,9 +141,40 @@ def test_a_recorded_run_is_the_same(
     recorded = finished(tmp_path, "recorded", cuda_graph=True, release_at=release)
     assert_same_run(recorded, eager)
     (tape,) = taped
-    assert tape.recorded == stages
+    assert tape.recorded["losses"] == stages
     assert tape.warmed == stages * WARM_UP
-    assert tape.warmed + tape.replayed == 20
+    assert tape.warmed + tape.replayed["losses"] == 20
+    assert bool(release) == bool(tape.replayed["projections"])
+
+
+@pytest.mark.parametrize("method", ["scratch", "slicegpt", "minitron", "activation-clone"])
+def test_other_methods_are_recorded(tmp_path: Path, method: str, taped: list[Taped]) -> None:
+    named = {"method.name": method}
+    eager = finished(tmp_path, "eager", **named)
+    recorded = finished(tmp_path, "recorded", cuda_graph=True, **named)
+    assert_same_run(recorded, eager)
+    assert taped[0].replayed["losses"] >= 20 - 2 * WARM_UP
+
+
+@pytest.mark.parametrize("switch", ["auto", True])
+def test_a_run_that_cannot_be_recorded(
+    tmp_path: Path, switch: str | bool, taped: list[Taped], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It goes on where nobody asked for a graph, with the gradients that it had."""
+
+    def refuse(_self: Taped, work: Callable[[], Any]) -> Any:
+        with Tape() as tape:
+            work()  # the gradients are where only a graph would write them
+        tape.undo()
+        raise UserError("A CUDA graph cannot record this.")
+
+    monkeypatch.setattr(Taped, "record", refuse)
+    if switch is True:
+        with pytest.raises(UserError, match="cannot record this"):
+            finished(tmp_path, "refused", cuda_graph=True)
+        return
+    eager = finished(tmp_path, "eager", release_at=1.0)
+    assert_same_run(finished(tmp_path, "auto", cuda_graph=switch, release_at=1.0), eager)
 
 
 def step(passes: Passes, batches: list[Batch]) -> dict[str, Tensor]:
@@ -171,13 +206,14 @@ def test_a_micro_batch_of_another_shape_runs_alone(taped: list[Taped], place: in
     for _ in range(3):
         step(passes, mixed)
     (tape,) = taped
-    warmed, replayed = tape.warmed, tape.replayed
+    warmed, replayed = tape.warmed, tape.replayed["losses"]
     expected = step(Passes(tiny_method(teacher), tiny_recipe(), teacher, CPU), mixed)
     for name, value in step(passes, mixed).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-13, atol=1e-13)
-    assert (tape.recorded, tape.warmed, tape.replayed) == (1, warmed + 1, replayed + 2)
+    recorded, again = tape.recorded["losses"], tape.replayed["losses"]
+    assert (recorded, tape.warmed, again) == (1, warmed + 1, replayed + 2)
     step(passes, short)  # other counts
-    assert (tape.recorded, tape.replayed) == (1, replayed + 2)
+    assert (tape.recorded["losses"], tape.replayed["losses"]) == (1, replayed + 2)
 
 
 def test_weights_in_other_memory_are_recorded_again(taped: list[Taped]) -> None:
@@ -190,7 +226,7 @@ def test_weights_in_other_memory_are_recorded_again(taped: list[Taped]) -> None:
     norm = method.model.model.norm.weight
     norm.data = 2 * norm.data
     again = [step(passes, batches) for _ in range(3)]
-    assert taped[0].recorded == 2
+    assert taped[0].recorded["losses"] == 2
     for name, value in again[0].items():
         torch.testing.assert_close(value, again[2][name], rtol=1e-13, atol=1e-13)
 

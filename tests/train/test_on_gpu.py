@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import lrc
+from lrc.model.families import FAMILIES
 from lrc.system.progress import Task
 from lrc.train import train
 from lrc.train.session import open_loop
@@ -43,27 +44,47 @@ def test_a_step_waits_for_the_gpu_once(tmp_path: Path, precision: str, kernels: 
     assert len(waits) == 1, [f"{wait.filename}:{wait.lineno}" for wait in waits]
 
 
-@pytest.mark.parametrize("release", [0.0, 0.5, 1.0])
-def test_a_recorded_run_has_the_losses_of_the_eager_one(tmp_path: Path, release: float) -> None:
-    """`test_cuda_graph.py` has the same without a GPU."""
+def recorded_and_eager(folder: Path, family: str = "llama", **changes: Any) -> list[list[float]]:
+    """The losses of ten steps with a CUDA graph and without."""
     runs = []
-    for graph in (False, True):
+    for graph in (True, False):
         run = new_run(
-            tmp_path,
+            folder,
             name=f"graph-{graph}",
             device="cuda",
             precision="float32",
             accumulate=2,
             tokens=640,
-            release_at=release,
             cuda_graph=graph,
-            **{"objective.alpha_schedule": "linear", "objective.alpha_zero_at": 0.7},
+            **{"objective.alpha_schedule": "linear", "objective.alpha_zero_at": 0.7, **changes},
         )
-        train(run, tiny_teacher("llama", dtype=torch.float32))
+        train(run, tiny_teacher(family, dtype=torch.float32))
         runs.append([line["loss"] for line in run.metrics() if "loss" in line])
-    eager, recorded = runs
-    assert len(eager) == 10
+    assert len(runs[0]) == 10
+    return runs
+
+
+@pytest.mark.parametrize("release", [0.0, 0.5, 1.0])
+def test_a_recorded_run_has_the_losses_of_the_eager_one(tmp_path: Path, release: float) -> None:
+    """`test_cuda_graph.py` has the same without a GPU."""
+    recorded, eager = recorded_and_eager(tmp_path, release_at=release)
     assert recorded == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.parametrize("method", ["scratch", "slicegpt", "activation-clone"])
+def test_other_methods_are_recorded(tmp_path: Path, method: str) -> None:
+    recorded, eager = recorded_and_eager(tmp_path, **{"method.name": method})
+    assert recorded == pytest.approx(eager, rel=1e-5)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_recorded(tmp_path: Path, family: str) -> None:
+    """But those with experts, which choose them by values."""
+    layers = tiny_teacher(family).layout.branches
+    if any(branch.has_experts for layer in layers for branch in layer):
+        pytest.skip("has experts")
+    recorded, eager = recorded_and_eager(tmp_path, family)
+    assert recorded == pytest.approx(eager, rel=1e-4)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ width, since there is no projection to reuse. Losses and weights are LRC's.
 
 from torch import Tensor, nn
 
-from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent
+from lrc.baselines.plain import PLAIN_SETTINGS, RandomStudent, SamePasses
 from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.distill_pass import ClonePair
 from lrc.model.layout import LinearSite
@@ -18,7 +18,7 @@ from lrc.recipe import Recipe
 from lrc.recipe.sections import LLAMA_TERMS
 
 
-class ActivationClone(RandomStudent):
+class ActivationClone(SamePasses, RandomStudent):
     """Activation clone, KL and LM, from random weights."""
 
     title = "activation clone without projection, an ablation of LRC (arXiv 2505.12781)"

@@ -1,6 +1,7 @@
 """Base class of the methods that train a student's own weights, whatever their initialization."""
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import ClassVar
 
 import torch
@@ -110,6 +111,19 @@ class PlainStudent(Method):
             released=True,
         )
         return sum(parts.values())
+
+
+class SamePasses:
+    """A plain student whose passes do the same in every step, so that a CUDA graph can record them
+    (`lrc.cloning.method.Capturable`)."""
+
+    distill: DistillPass
+
+    def prepare_capture(self) -> None:
+        self.distill.keep_alpha_on_device()
+
+    def capture_key(self) -> Hashable:
+        return bool(self.distill.alpha)
 
 
 class RandomStudent(PlainStudent):

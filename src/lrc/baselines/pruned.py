@@ -4,7 +4,7 @@ from abc import abstractmethod
 
 from transformers import PreTrainedModel
 
-from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, random_student
+from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, SamePasses, random_student
 from lrc.baselines.pruning.shape import target_shape
 from lrc.baselines.pruning.size import compare_sizes
 from lrc.cloning.method import StartReport
@@ -20,7 +20,7 @@ PRUNED_SETTINGS = PLAIN_SETTINGS | {"initialize.calibration_tokens"}
 is not an error: comparisons set it for all methods."""
 
 
-class PrunedStudent(PlainStudent):
+class PrunedStudent(SamePasses, PlainStudent):
     """A student that is cut out of the teacher based on training text, then trained on KL + LM.
 
     Subclasses choose what to keep.

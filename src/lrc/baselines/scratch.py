@@ -7,10 +7,10 @@ that the only difference is the cloning. `objective.kl_weight: 0` is ordinary pr
 a teacher forward pass.
 """
 
-from lrc.baselines.plain import PLAIN_SETTINGS, SHAPE_SETTINGS, RandomStudent
+from lrc.baselines.plain import PLAIN_SETTINGS, SHAPE_SETTINGS, RandomStudent, SamePasses
 
 
-class Scratch(RandomStudent):
+class Scratch(SamePasses, RandomStudent):
     """LM + KL from random weights."""
 
     title = "knowledge distillation from random weights (arXiv 1503.02531)"

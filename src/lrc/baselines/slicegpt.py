@@ -23,7 +23,7 @@ this method trains the student's own weights.
 
 from transformers import PreTrainedModel
 
-from lrc.baselines.plain import PlainStudent, random_student
+from lrc.baselines.plain import PlainStudent, SamePasses, random_student
 from lrc.baselines.pruned import PRUNED_SETTINGS
 from lrc.baselines.pruning.rotate import write_rotated
 from lrc.cloning.method import StartReport
@@ -34,7 +34,7 @@ from lrc.model.student import check_hidden_size, derive_config
 from lrc.system.progress import Progress
 
 
-class SliceGpt(PlainStudent):
+class SliceGpt(SamePasses, PlainStudent):
     """The teacher's leading directions, trained on KL + LM."""
 
     title = "SliceGPT with one rotation for all blocks (arXiv 2401.15024)"

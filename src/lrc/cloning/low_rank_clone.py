@@ -11,7 +11,7 @@ gives, and a step needs no projection. The readers' activations are cloned as be
 writers are cloned through the projections of the release, which stay frozen.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 from typing import Any
 
@@ -103,6 +103,9 @@ class LowRankClone(Method, Staged):
         self.steps, self.release_at = steps, release_at
         self.weight_dtype, self.tf32 = weight_dtype, tf32
         self.clock = Clock()
+        self.replay: Callable[[str, Callable[[], object]], object] = lambda _name, work: work()
+        """Does what a step computes besides its micro-batches, by name. `lrc.train.cuda_graph`
+        replays it."""
         self._begin()
 
     @classmethod
@@ -281,7 +284,7 @@ class LowRankClone(Method, Staged):
             return
         with self.clock.part("projection"):
             self.projections.send(self._cloned() if self.distill.alpha else [])
-            self.projections.write_into(self.model)
+            self.replay("write", lambda: self.projections.write_into(self.model))
             self.projections.forget_gradients(self.model)
 
     def end_step(self) -> None:
@@ -289,7 +292,7 @@ class LowRankClone(Method, Staged):
         if self.released:
             return
         with self.clock.part("projection"):
-            self.projections.backward(self.model)
+            self.replay("backward", lambda: self.projections.backward(self.model))
 
     def student(self) -> PreTrainedModel:
         if not self.released:

@@ -453,11 +453,11 @@ class TrainSection(Section):
     FFNs and rotary embedding (the extra `cuda`). `torch`: plain torch. `auto`: triton on CUDA where
     it is installed, else torch. Losses differ by rounding."""
 
-    cuda_graph: bool | Literal["auto"] = False
+    cuda_graph: bool | Literal["auto"] = "auto"
     """Record the passes of a micro-batch in a CUDA graph and replay it with one launch, for small
     models, which are limited by launches. `auto`: for teachers of up to 500 million parameters,
-    where it is possible. Only method `lrc` on one GPU, without `gradient_checkpointing`,
-    `data.document_mask` and experts. Off by default, because it was never run on a GPU yet."""
+    where it is possible: on one GPU, without `gradient_checkpointing`, `data.document_mask` and
+    experts, and with methods whose passes do the same in every step. Losses differ by rounding."""
 
     log_every: int = Field(1, gt=0)
     """Steps between two lines of metrics.jsonl."""
