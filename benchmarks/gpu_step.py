@@ -22,6 +22,7 @@ import argparse
 import gc
 import itertools
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -97,6 +98,8 @@ class Shape:
     hidden_size: int
     sequence: int
     micro_batches: tuple[int, ...]
+    accumulate: int = 1
+    """Of the largest micro-batch, for a step as in the paper."""
 
 
 SHAPES = {
@@ -127,6 +130,7 @@ SHAPES = {
         1536,
         2048,
         (3, 6),
+        accumulate=4,
     ),
 }
 TINY = Shape(
@@ -165,8 +169,8 @@ class RandomText:
 class Report:
     """Prints and writes what is measured, and skips what there is no time for."""
 
-    def __init__(self, out: Path | None, minutes: float) -> None:
-        self.out, self.began = out, time.perf_counter()
+    def __init__(self, out: Path | None, minutes: float, only: str = "") -> None:
+        self.out, self.only, self.began = out, only, time.perf_counter()
         self.last_start = 60 * (minutes - 1)
         self.found: dict[str, Any] = {}
 
@@ -181,6 +185,8 @@ class Report:
 
     def measure(self, name: str, part: Callable[[], Any]) -> None:
         """Add a part. One that fails does not stop the others."""
+        if not re.search(self.only, name):
+            return
         if self.seconds() > self.last_start:
             return self.add(name, "not measured: no time left")
         try:
@@ -240,14 +246,16 @@ class Steps:
         micro_batch: int,
         kind: str,
         graph: bool = False,
+        accumulate: int = 1,
     ) -> None:
-        self.tokens, self.sequence = micro_batch * shape.sequence, shape.sequence
+        self.tokens, self.sequence = accumulate * micro_batch * shape.sequence, shape.sequence
         recipe = make_recipe(
             {"initialize": "random", "data": {"text": "random"}, "teacher": {"model": "random"}},
             {
                 "student.hidden_size": shape.hidden_size,
                 "data.sequence_length": shape.sequence,
                 "train.micro_batch": micro_batch,
+                "train.accumulate": accumulate,
                 "train.tokens": 10**10,  # so that alpha is not zero yet
                 "train.precision": "bfloat16" if GPU else "float32",
                 "train.kernels": kernels,
@@ -314,8 +322,11 @@ class Benchmark:
             if GPU and self.teacher.model.num_parameters() <= SMALL:
                 graph = partial(self.steps, kernels, micro_batch, kind, graph=True)
                 self.measure(f"{where}, CUDA graph", graph)
-        first = self.shape.micro_batches[0]
-        self.measure(f"floor, eager, {kernels}", partial(self.floor, kernels, first))
+        first, largest = self.shape.micro_batches[0], self.shape.micro_batches[-1]
+        if (accumulate := self.shape.accumulate) > 1:
+            step = partial(self.steps, kernels, largest, "projected", accumulate=accumulate)
+            self.measure(f"projected, micro-batch {largest} x {accumulate}, {kernels}", step)
+        self.measure(f"floor, eager, {kernels}", partial(self.floor, kernels, largest))
         for kind in ("projected", "distilled"):
             self.measure(f"parts of {kind}, {kernels}", partial(self.step_parts, kernels, kind))
             self.measure(f"kernels of {kind}, {kernels}", partial(self.kernels, kernels, kind))
@@ -326,11 +337,16 @@ class Benchmark:
         self.report.measure(f"{self.name}: {name}", part)
 
     def steps(
-        self, kernels: str, micro_batch: int, kind: str, graph: bool = False
+        self,
+        kernels: str,
+        micro_batch: int,
+        kind: str,
+        graph: bool = False,
+        accumulate: int = 1,
     ) -> dict[str, Any]:
         found: dict[str, Any] = {}
         with peak_memory(found):
-            steps = Steps(self.teacher, self.shape, kernels, micro_batch, kind, graph)
+            steps = Steps(self.teacher, self.shape, kernels, micro_batch, kind, graph, accumulate)
             warm = WARM_UP + 2 if graph else 2  # the last two record
             seconds = median_seconds(steps.step, self.repeats, warm)
         found |= self.rates(seconds, steps.tokens)
@@ -562,13 +578,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
     parser.add_argument("--kernels", choices=["torch", "triton"], nargs="+")
+    parser.add_argument("--only", default="", help="regular expression of what is measured")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--tiny", action="store_true", help="a tiny shape, to see that it runs")
     arguments = parser.parse_args()
     if not (GPU or arguments.tiny):
         parser.error("this machine has no CUDA GPU; --tiny shows on a CPU that the script runs")
-    report = Report(arguments.out, arguments.minutes)
+    report = Report(arguments.out, arguments.minutes, arguments.only)
     card = torch.cuda.get_device_name() if GPU else "CPU"
     peak = next((peak for name, peak in PEAKS.items() if name in card), None)
     if peak is None:
@@ -591,7 +608,7 @@ def main() -> None:
     for name, shape in shapes.items():
         benchmark = Benchmark(name, shape, report, peak, 1 if arguments.tiny else 5, bandwidth)
         if GPU:  # before liger-kernel's modules are in the teacher
-            floor = partial(benchmark.floor, "auto", shape.micro_batches[0], compiled=True)
+            floor = partial(benchmark.floor, "auto", shape.micro_batches[-1], compiled=True)
             benchmark.measure("floor, compiled", floor)
         for choice in kernels:
             benchmark.go(choice)

@@ -99,6 +99,13 @@ def test_nothing_starts_in_the_last_minute(
     assert len(skipped) == len(found) - 2  # all but the machine and the seconds
 
 
+def test_what_is_measured_can_be_chosen(script: ModuleType) -> None:
+    report = script.Report(None, 8.0, "projected|floor")
+    for name in ("tiny: projected, torch", "tiny: released, torch", "tiny: floor, compiled"):
+        report.measure(name, lambda: {"ms": 1})
+    assert list(report.found) == ["tiny: projected, torch", "tiny: floor, compiled"]
+
+
 def test_a_part_that_fails_stops_no_other(script: ModuleType, tmp_path: Path) -> None:
     report = script.Report(tmp_path / "out.json", 8.0)
     report.measure("wrong", lambda: 1 / 0)
