@@ -1,10 +1,12 @@
 """Which heads, neurons and layers are kept, against direct computations."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lrc.cloning.shape.layers import choose_layers
 from lrc.cloning.shape.units import choose_units, unit_costs
@@ -60,6 +62,22 @@ def test_the_choice_is_close_to_the_best(size: int, units: int, count: int) -> N
         assert len(kept) == count
         assert torch.equal(kept, kept.sort().values)
     assert sum(ranks) / len(ranks) < 0.1
+
+
+@pytest.mark.parametrize(("size", "units"), [(1, 60), (3, 30)])
+def test_a_choice_asks_for_no_values(size: int, units: int) -> None:
+    """A GPU would wait for each removed unit."""
+    inputs, writer, metric = problem(size, units)
+
+    class NoValues(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            assert func.overloadpacket.__name__ != "_local_scalar_dense"
+            return func(*args, **(kwargs or {}))
+
+    with NoValues():
+        assert len(choose_units(inputs.T @ inputs, writer, metric, size, units // 3)) == units // 3
 
 
 def test_a_unit_that_others_stand_in_for_goes_first() -> None:

@@ -64,17 +64,19 @@ def choose_units(gram: Tensor, writer: Tensor, metric: Tensor, size: int, count:
 def _remove(inverse: Tensor, weighted: Tensor, size: int, count: int) -> Tensor:
     """The units to remove, one by one, int64 [count]. Arguments are those of `unit_costs`."""
     inverse, weighted = inverse.clone(), weighted.clone()
-    total = len(inverse) // size
-    left = torch.ones(total, dtype=torch.bool, device=inverse.device)
-    for _ in range(count):
+    left = torch.ones(len(inverse) // size, dtype=torch.bool, device=inverse.device)
+    columns = torch.arange(size, device=inverse.device)
+    eye = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
+    for _ in range(count):  # on a GPU nothing here waits for it
         costs = unit_costs(inverse, weighted, size).where(left, torch.inf)
-        unit = int(costs.argmin())
-        own = slice(unit * size, (unit + 1) * size)
-        factor = torch.linalg.solve(inverse[own, own], inverse[own])
-        weighted -= weighted[:, own].clone() @ factor
-        inverse -= inverse[:, own].clone() @ factor
-        left[unit] = False
-        inverse[own, own] = torch.eye(size, dtype=inverse.dtype, device=inverse.device)
+        unit = costs.argmin(0, keepdim=True)
+        own = unit * size + columns
+        rows = inverse[own]
+        factor = rows / rows[:, own] if size == 1 else torch.linalg.solve_ex(rows[:, own], rows)[0]
+        weighted -= weighted[:, own] @ factor
+        inverse -= inverse[:, own] @ factor
+        left.index_fill_(0, unit, False)
+        inverse[own[:, None], own] = eye
     return (~left).nonzero()[:, 0]
 
 
@@ -91,4 +93,4 @@ def unit_costs(inverse: Tensor, weighted: Tensor, size: int) -> Tensor:
         return weighted.square().sum(0) / inverse.diagonal()
     blocks = inverse.view(units, size, units, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     own = weighted.view(-1, units, size).transpose(0, 1)
-    return (torch.linalg.solve(blocks, own.mT).mT * own).sum((1, 2))
+    return (torch.linalg.solve_ex(blocks, own.mT)[0].mT * own).sum((1, 2))
