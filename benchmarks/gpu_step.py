@@ -545,12 +545,12 @@ def waiting_part(part: Callable[[str], Any], name: str) -> Iterator[None]:
 
 @contextmanager
 def count_warnings() -> Iterator[Counter[str]]:
-    """Count the warnings in the block by the innermost line of ours on the stack."""
+    """Count CUDA's warnings of waits in the block by the innermost line of ours on the stack."""
     places: Counter[str] = Counter()
 
     package = Path(lrc.__file__).parent
 
-    def note(_message: object, _category: object, filename: str, line: int, *_: object) -> None:
+    def note(message: object, _category: object, filename: str, line: int, *_: object) -> None:
         frames = [(Path(frame.filename), frame.lineno) for frame in traceback.extract_stack()]
         ours = [
             (str(path.relative_to(package)), at)
@@ -558,7 +558,8 @@ def count_warnings() -> Iterator[Counter[str]]:
             if path.is_relative_to(package)
         ]
         where, at = ours[-1] if ours else (filename, line)
-        places[f"{where}:{at}"] += 1
+        if "synchronizing" in str(message):
+            places[f"{where}:{at}"] += 1
 
     with warnings.catch_warnings():
         warnings.simplefilter("always")

@@ -10,6 +10,7 @@ are dealt with here:
 """
 
 import inspect
+import logging
 import sys
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -62,6 +63,8 @@ def apply_liger(*models: PreTrainedModel) -> str | None:
             "liger-kernel is not installed, so norms, FFNs and rotary embedding run in plain "
             "torch: `pip install 'low-rank-clone[cuda]'` makes them faster."
         )
+    # It warns of each of its kernels for other hardware.
+    logging.getLogger("liger_kernel.backends.registry").setLevel(logging.ERROR)
     for model in models:
         if model.dtype.itemsize <= 4:
             _apply(model)
