@@ -14,6 +14,7 @@ import torch
 from data_helpers import byte_tokenizer
 from lrc.data import Share, StreamedText
 from lrc.data.identity import HASH_RANGE, text_hash
+from lrc.data.stream import merged_state
 from lrc.recipe.sections import DataSection, StreamSection
 from lrc.system.errors import UserError
 
@@ -44,12 +45,15 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def opened(files: list[str]) -> Callable[..., StreamedText]:
     """Opens the files as a stream, with settings of the data section and of the stream."""
 
-    def open_stream(seed: int = 0, held_out: int = 3, **data: Any) -> StreamedText:
+    def open_stream(
+        seed: int = 0, held_out: int = 3, parts: int = 1, block: int = 1, **data: Any
+    ) -> StreamedText:
         stream = {"dataset": "json", "data_files": files, "shuffle_documents": 7}
         stream |= data.pop("stream", {})
         values = {"sequence_length": LENGTH, "held_out_fraction": HELD_OUT, **data}
         section = DataSection(stream=StreamSection(**stream), **values)
-        return StreamedText(section, byte_tokenizer(), seed, held_out)
+        tokenizer = byte_tokenizer()
+        return StreamedText(section, tokenizer, seed, held_out, parts=parts, block=block)
 
     return open_stream
 
@@ -115,7 +119,7 @@ def test_it_continues_from_any_place(opened: Callable[..., StreamedText]) -> Non
     for position in range(500):
         states.append(json.dumps(text.state()))
         whole.append(text.training_batch(position, 1))
-    assert json.loads(states[-1])["epoch"] == 1
+    assert json.loads(states[-1])["parts"][0]["epoch"] == 1
     resumed = opened(document_mask=True)
     for position in [*range(0, 490, 7), 0]:
         resumed.load_state(json.loads(states[position]))
@@ -153,25 +157,60 @@ def test_it_can_start_over(opened: Callable[..., StreamedText]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_shares_of_processes(opened: Callable[..., StreamedText], world_size: int) -> None:
-    """Each step equals that of one process, also when another number of processes continues."""
-    whole = opened()
-    steps = [whole.training_batch(6 * step, 6).input_ids for step in range(4)]
+@pytest.mark.parametrize(("parts", "block"), [(1, 6), (3, 2), (3, 1), (3, 4), (4, 2)])
+def test_shares_of_processes(
+    opened: Callable[..., StreamedText], world_size: int, parts: int, block: int
+) -> None:
+    """Each step equals that of one process, also when another number of processes continues, and
+    where blocks are not those that processes take. Four parts are more than there are files."""
+
+    def new() -> StreamedText:
+        return opened(parts=parts, block=block)
+
+    whole = new()
+    whole.training_batch(0, 2)  # calibration
+    steps = [whole.training_batch(2 + 6 * step, 6).input_ids for step in range(4)]
 
     def step_of(readers: list[StreamedText], step: int) -> torch.Tensor:
         shares = [Share(rank, len(readers)).positions(step, 6) for rank in range(len(readers))]
         pairs = zip(readers, shares, strict=True)
-        return torch.cat([r.training_batch(own.start, len(own)).input_ids for r, own in pairs])
+        return torch.cat([r.training_batch(2 + own.start, len(own)).input_ids for r, own in pairs])
 
-    readers = [opened() for _ in range(world_size)]
+    readers = [new() for _ in range(world_size)]
     for step in range(2):
         assert torch.equal(step_of(readers, step), steps[step])
-    state = readers[0].state()
-    others = [opened() for _ in range(6 // world_size)]
+    state = json.loads(json.dumps(merged_state([reader.state() for reader in readers])))
+    others = [new() for _ in range(6 // world_size)]
     for reader in others:
         reader.load_state(state)
     for step in range(2, 4):
         assert torch.equal(step_of(others, step), steps[step])
+
+
+def test_parts_have_files_of_their_own(
+    opened: Callable[..., StreamedText], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Together, they are the data set. A process tokenizes its own part only."""
+    alone = []
+    for rank in range(FILES):
+        text, read = opened(parts=FILES, block=1), []
+        monkeypatch.setattr(
+            "lrc.data.stream.text_hash", lambda t, r=read: r.append(t) or text_hash(t)
+        )
+        batches = [text.training_batch(rank + FILES * step, 1).input_ids for step in range(120)]
+        monkeypatch.setattr("lrc.data.stream.text_hash", text_hash)
+        own = {int(document.split()[1]) for document in documents(batches)}
+        assert own <= {int(document.split()[1]) for document in read}
+        alone.append(own)
+    firsts = [{n // DOCUMENTS for n in own if n >= DOCUMENTS or n % 2} for own in alone]
+    assert sorted(firsts, key=min) == [{0}, {1}, {2}]
+    assert set.union(*alone) == set(TRAINING)
+
+
+def test_a_data_set_with_other_files_is_not_continued(opened: Callable[..., StreamedText]) -> None:
+    state = opened(parts=3, block=2).state()
+    with pytest.raises(UserError, match="in 3 parts, and now there are 1"):
+        opened(parts=4, block=2).load_state(state)
 
 
 def test_what_is_refused(opened: Callable[..., StreamedText], tmp_path: Path) -> None:

@@ -24,7 +24,14 @@ from lrc.system.errors import UserError
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.session import check_division
 from prepared import EXACT, Prepared, places
-from tiny_runs import copy_until, file_settings, save_teacher, without_times
+from tiny_runs import (
+    copy_until,
+    file_settings,
+    save_teacher,
+    tiny_documents,
+    without_times,
+    write_jsonl,
+)
 
 TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
 TRAINING |= {"tokens": 6 * 2 * 2 * 16, "device": "cpu"}
@@ -55,6 +62,10 @@ CASES: dict[str, list[str]] = {
     "slicegpt": ["--method", "slicegpt"],
     "tinybert": ["--method", "tinybert"],
     "sheared-llama": ["--method", "sheared-llama"],
+    "a stream": [
+        "--method", "slicegpt", "--set", "data.text=[]", "--set", "data.stream.dataset=json",
+        "--set", "data.stream.data_files=FOLDER/part-*.jsonl",
+    ],
 }  # fmt: skip
 
 PAIRS = [case for case in CASES if case not in ("pca", "scratch")]
@@ -68,6 +79,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_teacher(folder / "teacher", tied=False)
     write_recipe(folder / "recipe.yaml", TRAINING)
     write_recipe(folder / "many.yaml", TRAINING | {"accumulate": 6, "tokens": 6 * 2 * 6 * 16})
+    for part in range(6):  # as many as micro-batches
+        write_jsonl(folder / f"part-{part}.jsonl", tiny_documents()[part::6])
     return folder
 
 
@@ -104,7 +117,8 @@ def alone(*commands: Sequence[str]) -> None:
 
 
 def train(folder: Path, recipe: str, case: str, out: str) -> list[str]:
-    return ["train", str(folder / recipe), *CASES[case], "--out", str(folder / out)]
+    settings = [setting.replace("FOLDER", str(folder)) for setting in CASES[case]]
+    return ["train", str(folder / recipe), *settings, "--out", str(folder / out)]
 
 
 def student(run: Run) -> dict[str, torch.Tensor]:
@@ -153,7 +167,7 @@ def test_two_processes_train_the_run_of_one(pairs: None, folder: Path, case: str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["never released", "a divided teacher"])
+@pytest.mark.parametrize("case", ["never released", "a divided teacher", "a stream"])
 def test_the_number_of_processes_may_change(folder: Path, case: str) -> None:
     """Two processes, then one, then two, then three, as near one process as rounding allows."""
     alone(train(folder, "many.yaml", case, f"alone {case}"))

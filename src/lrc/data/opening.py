@@ -37,7 +37,14 @@ def open_text(
     data, train = recipe.data, recipe.train
     if data.stream is not None:
         return StreamedText(
-            data, tokenizer, train.seed, train.eval_sequences, progress, first_token
+            data,
+            tokenizer,
+            train.seed,
+            train.eval_sequences,
+            progress,
+            first_token,
+            train.accumulate,
+            train.micro_batch,
         )
     if data.shards:
         folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]

@@ -3,11 +3,17 @@
 Documents are read in blocks and shuffled within each block; `datasets` shuffles the order of the
 data set's files. A stream position is a block, which `datasets` can seek to, plus a document and a
 token in it. Resuming rereads one block and yields exactly the same sequences. (The shuffle buffer
-of `datasets` loses its contents on resume.) As in packed text, a document's content determines
-whether it is held out, so a held-out document is never trained on, even if it occurs again.
+of `datasets` loses its contents on resume.)
+
+A data set with enough files is read in parts, one for each micro-batch of a step, each with files
+of its own, so that every process reads and tokenizes only what it trains on. With fewer files,
+every process reads all of it and drops what others train on.
+
+As in packed text, a document's content determines whether it is held out, so a held-out document is
+never trained on, even if it occurs again.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +102,28 @@ class Packer:
         return self._document
 
 
+class _Part:
+    """The part of a stream that has been packed up to a position of its own."""
+
+    def __init__(self, packer: Packer, position: int = 0) -> None:
+        self._packer, self.position = packer, position
+
+    def take(self, position: int) -> Span:
+        """The sequence at a position. Those before it are read and discarded: they belong to other
+        processes."""
+        if position < self.position:
+            raise ValueError("a stream can only be read forwards")
+        for _ in range(self.position, position):
+            next(self._packer)
+        self.position = position + 1
+        return next(self._packer)
+
+    def state(self) -> dict[str, Any]:
+        """Where the next sequence begins, as JSON values."""
+        mark, used = self._packer.place() if self.position else (START, 0)
+        return {**mark._asdict(), "used": used, "position": self.position}
+
+
 class StreamedText:
     """A streamed data set as the training loop reads it; see `lrc.data.reader.Reader`.
 
@@ -106,6 +134,8 @@ class StreamedText:
         held_out: number of held-out sequences wanted.
         progress: callback that receives the number of held-out tokens read so far.
         first_token: as in `lrc.data.reader.Sequences`.
+        parts: parts to read it in, if it has as many files: the micro-batches of a step.
+        block: consecutive sequences of a part: those of a micro-batch.
 
     Raises:
         UserError: if the data set cannot be read or lacks the text field, the held-out text does
@@ -124,6 +154,8 @@ class StreamedText:
         held_out: int,
         progress: Progress | None = None,
         first_token: int | None = None,
+        parts: int = 1,
+        block: int = 1,
     ) -> None:
         self._first_token = first_token
         assert data.stream is not None
@@ -133,23 +165,20 @@ class StreamedText:
         self._seed = seed % (1 << 64)
         self._builder = _open(data.stream)
         self._held_out = self._read_held_out(held_out, progress)
-        self._position = 0
-        self._packer = self._packed_from(START, 0)
+        files = self._builder.as_streaming_dataset(split=data.stream.split).num_shards
+        self._block = block
+        self._parts = self._from_the_start(parts if files >= parts else 1)
 
     def training_batch(self, position: int, count: int) -> Batch:
-        """The `count` training sequences after the first `position` sequences of the run.
-
-        Sequences between the last one returned and `position` are read and discarded: they belong
-        to other processes and are fewer than one step's.
-        """
-        if position == 0 and self._position:
-            self._position, self._packer = 0, self._packed_from(START, 0)
-        if position < self._position:
-            raise ValueError("a stream can only be read forwards")
-        for _ in range(self._position, position):
-            next(self._packer)
-        spans = [next(self._packer) for _ in range(count)]
-        self._position = position + count
+        """The `count` training sequences after the first `position` sequences of the run. Blocks of
+        sequences are those of one part after the other."""
+        if position == 0 and any(part.position for part in self._parts):
+            self._parts = self._from_the_start(len(self._parts))
+        spans = []
+        for number in range(position, position + count):
+            block, place = divmod(number, self._block)
+            before, part = divmod(block, len(self._parts))
+            spans.append(self._parts[part].take(before * self._block + place))
         return make_batch(spans, self._data.document_mask, self._first_token)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
@@ -168,45 +197,61 @@ class StreamedText:
         raise AssertionError("a stream has no named sources")
 
     def state(self) -> dict[str, Any]:
-        """The position at which the next sequence begins, as JSON values."""
-        mark, used = self._packer.place()
-        return {**mark._asdict(), "used": used, "position": self._position}
+        """The positions at which the next sequences begin, as JSON values."""
+        return {"parts": [part.state() for part in self._parts]}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 
         Raises:
-            UserError: if the state has no position.
+            UserError: if the state has no such position.
         """
         try:
-            mark = Mark(*(state[name] for name in Mark._fields))
-            self._packer = self._packed_from(mark, state["used"])
-            self._position = state["position"]
+            saved = state["parts"]
+            if len(saved) != len(self._parts):
+                raise UserError(
+                    f"The checkpoint has read its stream in {len(saved)} parts, and now there are "
+                    f"{len(self._parts)}: the data set has other files; start a new run."
+                )
+            self._parts = [
+                _Part(
+                    self._packed_from(
+                        number, Mark(*(part[name] for name in Mark._fields)), part["used"]
+                    ),
+                    part["position"],
+                )
+                for number, part in enumerate(saved)
+            ]
         except KeyError as error:
             raise UserError(
                 "The checkpoint does not say where the run was in its stream; start a new run."
             ) from error
 
-    def _packed_from(self, mark: Mark, used: int) -> Packer:
-        """Pack sequences starting at a token of a document."""
-        return Packer(
-            self._tokenized(self._documents(mark), DOCUMENTS_PER_BATCH), self._length, used
-        )
+    def _from_the_start(self, parts: int) -> list[_Part]:
+        return [_Part(self._packed_from(number, START, 0)) for number in range(parts)]
+
+    def _packed_from(self, part: int, mark: Mark, used: int) -> Packer:
+        """Pack the sequences of a part, starting at a token of a document."""
+        documents = self._tokenized(self._documents(part, mark), DOCUMENTS_PER_BATCH)
+        return Packer(documents, self._length, used)
 
     @property
     def _length(self) -> int:
         return self._data.sequence_length
 
-    def _documents(self, mark: Mark) -> Iterator[tuple[Mark, str]]:
-        """The training documents from a position on, epoch after epoch."""
+    def _documents(self, part: int, mark: Mark) -> Iterator[tuple[Mark, str]]:
+        """The training documents of a part from a position on, epoch after epoch."""
+        together = max(1, self._stream.shuffle_documents // len(self._parts))
         epoch, block, before, document = mark
         while True:
             rows = self._builder.as_streaming_dataset(split=self._stream.split)
+            if len(self._parts) > 1:
+                rows = rows.shard(len(self._parts), part, contiguous=False)
             # Any nonzero epoch makes `datasets` shuffle its files.
             rows.set_epoch(1 + int(_random(1, self._seed, epoch)[0]) % (1 << 31))
             rows.load_state_dict(before)
             texts = (text for text in self._texts(rows) if not self._is_held_out(text))
-            while found := list(islice(texts, self._stream.shuffle_documents)):
+            while found := list(islice(texts, together)):
                 order = np.argsort(_random(len(found), self._seed, epoch, block), kind="stable")
                 for number in range(document, len(found)):
                     yield Mark(epoch, block, before, number), found[order[number]]
@@ -268,6 +313,15 @@ class StreamedText:
                 f"{self._length} tokens; raise data.held_out_fraction."
             )
         return spans
+
+
+def merged_state(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The state of a text from those of all processes: of a stream's parts, the latest position of
+    each, and of other texts the first state, since they are alike."""
+    if "parts" not in states[0]:
+        return states[0]
+    by_part = zip(*(state["parts"] for state in states), strict=True)
+    return {"parts": [max(part, key=lambda state: state["position"]) for part in by_part]}
 
 
 def _open(stream: StreamSection) -> Any:

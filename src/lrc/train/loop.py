@@ -19,6 +19,7 @@ from lrc.data import Reader, Share
 from lrc.data.batch import Batch, separated
 from lrc.data.by_source import SourceLosses
 from lrc.data.held_out import also_held_out
+from lrc.data.stream import merged_state
 from lrc.evaluation.along import Benchmarks
 from lrc.evaluation.held_out import held_out_loss
 from lrc.run import Run
@@ -436,7 +437,7 @@ class Loop:
 
     def _save(self) -> None:
         train = self.run.recipe.train
-        self.setup.state.text = self.batches.text_state()
+        self.setup.state.text = merged_state(self.world.gather(self.batches.text_state()))
         self.setup.state.method = stages_of(self.setup.method).state()
         with self.setup.method.clock.part("checkpoint"):
             save_checkpoint(
