@@ -64,7 +64,7 @@ CASES: dict[str, list[str]] = {
     "sheared-llama": ["--method", "sheared-llama"],
     "a stream": [
         "--method", "slicegpt", "--set", "data.text=[]", "--set", "data.stream.dataset=json",
-        "--set", "data.stream.data_files=FOLDER/part-*.jsonl",
+        "--set", "data.stream.data_files=[FOLDER/part-*.jsonl]",
     ],
 }  # fmt: skip
 
