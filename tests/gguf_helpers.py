@@ -29,6 +29,14 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 16,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+DYNAMIC_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 6.0}
+LONG_ROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0] * 3,
+    "long_factor": [2.0] * 3,
+    "original_max_position_embeddings": 16,
+}
 BIASES = {"attention_bias": True, "mlp_bias": True}
 YARN = {
     "rope_type": "yarn",

@@ -237,6 +237,8 @@ def test_settings_reach_the_experiment(
     first = go("first", "--neurons", 3, "--random-draws", 2)
     assert go("again", "--neurons", 3, "--random-draws", 2) == first
     share = go("share", "--share", 0.1, "--per-layer", "--random-draws", 1)
+    assert "mean of 2 draws" in (tmp_path / "first" / "neurons.md").read_text()
+    assert "in each layer; one draw." in (tmp_path / "share" / "neurons.md").read_text()
     assert share.by_layer == (2, 2)
     assert share.settings["count"] == 2
     assert first.by_layer == tuple(sum(i == layer for i, _ in first.important) for layer in (0, 1))

@@ -125,7 +125,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
         (["teacher", "--ratio", "1.5", "--text", "text.jsonl"], "'method.ratio' is 1.5"),
         (["teacher", "--ratio", "0", "--text", "text.jsonl"], "'method.ratio' is 0"),
         (["teacher", "--ratio", "0.99", "--text", "text.jsonl"], "choose a ratio of at most"),
-        (["teacher", "--ratio", "0.2"], "give --text"),
+        (["teacher", "--ratio", "0.2"], "teacher is not a run, so pruning needs text"),
         (["teacher", "--ratio", "0.2", "--text", "short.txt"], "text"),
         (["missing/run/here", "--ratio", "0.2", "--text", "text.jsonl"], "There is no folder"),
         (["teacher", "--ratio", "0.2", "--text", "text.jsonl", "--recover", "lora"], "--tokens"),

@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -59,6 +60,24 @@ def test_a_recipe_as_json(recipe_file: Path, lrc: Command) -> None:
     found = json.loads(lrc.printed("info", recipe_file, "--json"))
     assert found["tokens"] == 64
     assert found["models"][0]["parameters"] > found["models"][1]["parameters"]
+
+
+def test_what_libraries_print_is_not_between_the_results(
+    recipe_file: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lrc.model import shapes
+
+    def noisy(model: Any) -> shapes.Shape:
+        print("Downloaded something.")
+        return quiet(model)
+
+    quiet = shapes.shape_of
+    monkeypatch.setattr(shapes, "shape_of", noisy)
+    code, output, errors = lrc("info", recipe_file, "--json")
+    assert code == 0
+    assert json.loads(output)["tokens"] == 64
+    assert "Downloaded something." in errors
+    assert "Downloaded something." in lrc.printed("info", recipe_file)
 
 
 def test_quiet_prints_only_the_results(

@@ -8,6 +8,7 @@ from unittest import mock
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch.nn import functional
 from torch.optim import SGD, Adam
@@ -545,6 +546,23 @@ def test_export_of_any_checkpoint(whole: Run, tmp_path: Path, step: int) -> None
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     for name, value in method.student().state_dict().items():
         assert torch.equal(student.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("release_at", "said"),
+    [
+        (RELEASE / STEPS, [f"step {RELEASE} of {STEPS}: released; now training the student's own"]),
+        (0.0, []),
+    ],
+)
+def test_what_is_said_of_a_release(
+    folder: Path, tmp_path: Path, lrc: Command, release_at: float, said: list[str]
+) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(settings_of(folder, release_at)))
+    printed = lrc.printed("train", recipe, "--out", tmp_path / "run")
+    found = [line for line in printed.splitlines() if "released" in line]
+    assert [line[: len(words)] for line, words in zip(found, said, strict=True)] == said
 
 
 def test_a_released_student_is_pruned(whole: Run, tmp_path: Path, lrc: Command) -> None:

@@ -20,6 +20,7 @@ from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison import runner as runner_module
 from lrc.comparison.folders import held_out_of
+from lrc.comparison.page import write_comparison_page
 from lrc.comparison.results import Point, curve_of, tokens_to_reach
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
@@ -187,7 +188,8 @@ def test_runs_share_their_start(
     ("change", "words"),
     [
         ({"entries": []}, "at least 1"),
-        ({"tokns": 1}, "tokns"),
+        ({"tokns": 1}, r"unknown key 'tokns' \(nearest: 'tokens'\)"),
+        ({"grid": None}, "without a grid, entry 'lrc' needs a single rate in learning_rates"),
         ({"reference": "none"}, "the reference 'none' is not an entry"),
         ({"seeds": [1, 1]}, "a seed appears twice"),
         ({"entries": [{"name": "a"}, {"name": "a"}]}, "two entries are named 'a'"),
@@ -239,6 +241,19 @@ def test_bad_comparisons_are_refused(
 ) -> None:
     with pytest.raises(UserError, match=words):
         load_comparison(write({**plan, **change}, tmp_path))
+
+
+def test_single_rates_need_no_grid(plan: Settings, tmp_path: Path) -> None:
+    scratch, ablation = plan["entries"][1:]
+    plan |= {"entries": [{**scratch, "learning_rates": [1e-2]}, ablation], "seeds": [0]}
+    del plan["grid"]
+    out = tmp_path / "out"
+    results = compare(load_comparison(write(plan, tmp_path)), out)
+    assert [(e.learning_rate, e.tries, len(e.runs)) for e in results.entries] == [(1e-2, {}, 1)] * 2
+    assert not (out / "grid").exists()
+    assert "grid" not in (out / "comparison.md").read_text()
+    write_comparison_page(out, tmp_path / "page.html")
+    assert "0.01" in (tmp_path / "page.html").read_text()
 
 
 def test_rates_after_the_release_are_tried_too(plan: Settings, tmp_path: Path) -> None:
@@ -524,6 +539,9 @@ def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
     assert [changed.seeds_of(entry) for entry in changed.entries] == [[0, 3], [7], [0, 3]]
     path.write_text(yaml.safe_dump({**changes, "keep": ["scrtch"]}))
     with pytest.raises(UserError, match=r"keeps the entry 'scrtch', which comparison.yaml"):
+        load_comparison(path)
+    path.write_text(yaml.safe_dump({**changes, "entries": [{"seeds": [7]}]}))
+    with pytest.raises(UserError, match=r"'entries' must be a list of entries with a name"):
         load_comparison(path)
 
 

@@ -190,7 +190,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     assert "at most 40" in message
     only = tmp_path / "only"
     write_shards(only, [("train", side("a", 0))], IDENTITY)
-    assert "no held-out text" in refused(recipe(only))
+    assert "no held-out text: rebuild them with a larger held_out_fraction" in refused(recipe(only))
     write_shards(only, [("held_out", side("a", 0))], IDENTITY)
     assert "no training text" in refused(recipe(only))
 

@@ -12,6 +12,7 @@ from benchmarks_data import ROWS, save_byte_model
 from command_line import Command
 from data_helpers import write_rows
 from lrc.evaluation.harness import harness_model
+from lrc.system.errors import UserError
 
 TEMPLATE = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -109,3 +110,25 @@ def test_ifeval_runs(folder: Path, tmp_path: Path, lrc: Command) -> None:
     }
     assert found["models"][0]["tasks"]["ifeval"]["rows"] == 2
     assert "ifeval" in out
+
+
+def test_answers_longer_than_the_context_are_refused(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from lm_eval.api.instance import Instance
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.config.max_position_embeddings = 64
+    lm = harness_model(model, AutoTokenizer.from_pretrained(folder), 1)
+
+    def asks(length: int) -> list[Instance]:
+        arguments = ("Say it.", {"until": ["\n"], "max_gen_toks": length})
+        return [Instance("generate_until", {}, arguments, 0, metadata=("ifeval", 0, 1))]
+
+    with pytest.raises(UserError, match=r"'ifeval' lets a model write 64 tokens.*of 64 tokens"):
+        lm.generate_until(asks(64))
+    answered = []
+    lm.progress = lambda done, total: answered.append((done, total))
+    assert len(lm.generate_until(asks(8))) == 1
+    assert answered == [(1, 1)]
+    assert "generate_until" not in capfd.readouterr().err, "the harness's own bar is shown"

@@ -19,10 +19,12 @@ import lrc
 from gguf_helpers import (
     BIASES,
     CHAT_TEMPLATE,
+    DYNAMIC_ROPE,
     EXPORTED,
     GGUF_QUIRKS,
     LINEAR_ROPE,
     LLAMA3_ROPE,
+    LONG_ROPE,
     PADDING_ROWS,
     PARTIAL_ROPE,
     TEXTS,
@@ -249,6 +251,23 @@ def test_linear_rotary_scaling(tokenizer: Any, tmp_path: Path) -> None:
     assert fields["llama.rope.scaling.factor"] == 3.0
 
 
+def test_dynamic_rotary_scaling_begins_after_the_context(tokenizer: Any, tmp_path: Path) -> None:
+    """Within the context there is none, so the file has none. The export says what differs."""
+    changes = {"rope_parameters": DYNAMIC_ROPE, "max_position_embeddings": 32}
+    student = tiny_student("llama", tokenizer, tied=True, **changes)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
+    assert any("beyond 32 tokens" in note for note in notes)
+    fields = read_fields(tmp_path / "t.gguf")
+    assert fields["llama.context_length"] == 32
+    assert not any("rope.scaling" in name for name in fields)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="t.gguf")
+    ids = torch.arange(64)[None] % student.config.vocab_size
+    with torch.no_grad():
+        for length, same in ((32, True), (64, False)):
+            theirs, ours = (model(ids[:, :length]).logits for model in (read, student))
+            assert torch.allclose(theirs.double(), ours, rtol=0, atol=1e-4) == same
+
+
 def test_a_sliding_window_is_reported(tokenizer: Any, tmp_path: Path) -> None:
     student = tiny_student("mistral", tokenizer)
     notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
@@ -336,10 +355,7 @@ def test_the_ramp_of_yarn_is_told(tokenizer: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "dynamic",
-        ),
+        ({"rope_parameters": LONG_ROPE}, "longrope"),
         ({"hidden_act": "gelu"}, "gelu"),
     ],
 )

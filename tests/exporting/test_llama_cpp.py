@@ -21,6 +21,7 @@ from transformers.models.qwen3_5.tokenization_qwen3_5 import Qwen3_5Tokenizer
 
 from gguf_helpers import (
     BIASES,
+    DYNAMIC_ROPE,
     EXPORTED,
     GGUF_QUIRKS,
     LINEAR_ROPE,
@@ -55,6 +56,7 @@ CASES = [
         ),
         ("llama", False, BIASES, "-biases"),
         ("internlm3", False, {"qkv_bias": True, "bias": True}, "-biases"),
+        ("internlm3", False, {"rope_parameters": DYNAMIC_ROPE}, "-dynamic-rope"),
         ("llama", False, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("exaone", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),
         ("qwen2", True, {"rope_parameters": LLAMA3_ROPE}, "-llama3-rope"),

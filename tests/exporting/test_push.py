@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from command_line import Command
 from lrc.evaluation.results import Evaluation, ModelResult, Score, TaskResult
-from lrc.exporting.card_changes import changed
+from lrc.exporting.card import PLACE
+from lrc.exporting.card_changes import changed, published_card, tuned_card
 from lrc.exporting.modelfile import modelfile, ollama_template
 from prepared import CLI, Prepared
 from tiny import tiny_teacher, tiny_tokenizer
@@ -214,6 +215,37 @@ def test_a_run_is_published_with_what_was_measured(
     ours = AutoModelForCausalLM.from_pretrained(student).state_dict()
     theirs = AutoModelForCausalLM.from_pretrained(received).state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_a_published_model_is_tuned_and_published_again(
+    folder: Path, hub: Hub, tmp_path: Path, push: Push
+) -> None:
+    """Its card then shows how to use the new model, not the one that was published first."""
+    assert push(folder, "me/first")[0] == 0
+    received = tmp_path / "received"
+    received.mkdir()
+    for name, content in hub.files.items():
+        (received / name).write_bytes(content)
+    shown = (received / "README.md").read_text().count("me/first")
+    assert shown >= 4
+    assert push(received, "me/second")[0] == 0
+    again = hub.files["README.md"].decode()
+    assert (again.count("me/second"), again.count("me/first")) == (shown, 0)
+
+    text = published_card((received / "README.md").read_text(), "me/first", None, True, "a.gguf")
+    (received / "README.md").write_text(text)
+    summary = {
+        **dict.fromkeys(("training_conversations", "training_answer_tokens", "steps"), 1),
+        **dict.fromkeys(("held_out_conversations", "held_out_lm_before", "held_out_lm"), 1),
+        "data": ["chat.jsonl"],
+        "teacher": None,
+    }
+    tuned = tuned_card(str(received), {"model": str(received)}, summary)
+    assert "me/first" not in tuned
+    assert (tuned.count(PLACE), tuned.count("## Chat tuning")) == (shown + 2, 1)
+    assert not any(f"## {title}" in tuned for title in ("Accuracy", "Curves", "GGUF"))
+    assert "model-index" not in front_of(tuned)
+    assert "gguf" not in front_of(tuned)["tags"]
 
 
 def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, push: Push) -> None:

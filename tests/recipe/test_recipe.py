@@ -1,12 +1,15 @@
 """Reading recipes, and messages about mistakes in them."""
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from lrc.recipe import Recipe, load_recipe, make_recipe, parse_override
+from lrc.recipe.sections import Keep, Section
 from lrc.recipe.shipped import find_yaml, shipped
 from lrc.system.errors import UserError
 
@@ -130,6 +133,53 @@ def test_settings_of_several_types_are_named_once(settings: dict[str, Any], said
     message = refusal(smallest(), settings)
     assert f"The recipe has mistakes: {said}" in message
     assert message.count("' is ") <= 1
+
+
+def numeric_settings(section: type[Section], prefix: str = "") -> Iterator[tuple[str, type]]:
+    """The settings of a section and those below it that are one number, or a list of numbers."""
+    for name, field in section.model_fields.items():
+        kinds = (field.annotation, *get_args(field.annotation))
+        for kind in kinds:
+            if isinstance(kind, type) and issubclass(kind, Section):
+                yield from numeric_settings(kind, f"{prefix}{name}.")
+        shown = str(field.annotation)
+        if bool not in kinds and re.search(r"\b(int|float)\b", shown):
+            yield f"{prefix}{name}", list if "list" in shown or "tuple" in shown else int
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_switch_is_not_a_number(switch: bool) -> None:
+    """YAML's true is no 1, in any numeric setting of a recipe."""
+    given = {**smallest(), "train": {"evaluate": {"tasks": ["a"], "every_tokens": 1}}}
+    found = [
+        (key, kind)
+        for key, kind in numeric_settings(Recipe)
+        if not key.startswith(("method.", "data.stream."))  # which need more settings
+    ]
+    assert {"train.tokens", "train.betas", "student.kv_heads.keep", "objective.alpha"} <= {
+        key for key, _ in found
+    }
+    for key, kind in found:
+        value = [switch, 0.5] if kind is list else switch
+        name, shown = f"{key}.0" if kind is list else key, str(switch).lower()
+        assert f"'{name}' is '{shown}'" in refusal(given, {key: value}), key
+    method = {"name": "llm-pruner", "ratio": switch}
+    assert "'method.ratio'" in refusal(smallest(method=method))
+
+
+def test_a_single_value_is_a_list_of_one() -> None:
+    texts = ["train.report_to=tensorboard", "data.stream.dataset=json"]
+    texts += ["data.stream.data_files=a.jsonl", "student.layers.keep=3"]
+    texts += ["train.evaluate={tasks: arc_easy, every_tokens: 10}"]
+    recipe = make_recipe(smallest(), dict(parse_override(text) for text in texts))
+    assert recipe.train.report_to == ["tensorboard"]
+    assert recipe.data.stream is not None
+    assert recipe.data.stream.data_files == ["a.jsonl"]
+    assert recipe.student.layers == Keep(keep=[3])
+    assert recipe.train.evaluate is not None
+    assert recipe.train.evaluate.tasks == ["arc_easy"]
+    assert make_recipe(smallest(), {"data.text": "a.txt"}).data.text == ["a.txt"]
+    assert "'data.text.0' is 3" in refusal(smallest(), {"data.text": 3})
 
 
 def test_every_loss_off_is_refused() -> None:

@@ -102,6 +102,7 @@ def test_accuracy_is_measured_along_the_run_and_changes_nothing_else(
     rows = ("--data", tmp_path / "rows", "--limit", 3, "--tasks", "arc_easy,piqa")
     code, out, err = lrc("eval", tmp_path / "run", "--checkpoints", *rows)
     assert code == 0, err
+    assert "Limited to the first 3 rows of each task" in out
     found = json.loads((tmp_path / "run/accuracy.json").read_text())
     assert [row["step"] for row in found["checkpoints"]] == [0, 5, 10]
     by_step = {row["step"]: row["accuracy"] for row in found["checkpoints"]}

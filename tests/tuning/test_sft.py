@@ -511,7 +511,7 @@ def test_mistakes_are_told_before_anything_is_loaded(
         ((model, "--data", data, "--set", "kl_weight=2"), "goes with a teacher"),
         ((model, "--data", data, "--set", "max_lenght=9"), "nearest: 'max_length'"),
         ((model, "--data", other), "holds no conversation"),
-        ((plain, "--data", data), "no chat template"),
+        ((plain, "--data", data), "no chat template: use a chat model's"),
         ((model, "--data", data, "--out", tmp_path), "already exists"),
     ):
         code, _, err = lrc(

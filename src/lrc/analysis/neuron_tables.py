@@ -68,9 +68,10 @@ def notes(result: NeuronResult) -> list[str]:
         f"{result.shared:,} in common with them; chance would give {masked * masked / whole:.1f}.",
     ]
     if draws := len(result.teacher.random):
+        several = f"mean of {draws} draws, with the lowest and the highest in brackets"
         found.append(
-            f"Random: other neurons, the same number in each layer; mean of {draws} draws, with "
-            "the lowest and the highest in brackets."
+            "Random: other neurons, the same number in each layer; "
+            f"{several if draws > 1 else 'one draw'}."
         )
     found.append(
         f"Published ({SOURCE}): other models and questions, 50 neurons; compare only the pattern."

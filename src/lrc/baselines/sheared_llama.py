@@ -71,6 +71,7 @@ class ShearedLlama(PlainStudent, Staged):
 
     title = "targeted structured pruning with learned masks (Sheared LLaMA, arXiv 2310.06694)"
     cuts_teacher = True
+    then_trained = "the pruned student"
 
     def __init__(self, teacher: Teacher, recipe: Recipe) -> None:
         self.step = 0

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from typing import Any, Literal
 
 from rich.cells import cell_len
@@ -34,8 +34,9 @@ class Output:
     def __init__(self) -> None:
         self.problem: OSError | None = None
         """Why output was lost; None if none was, or only because nobody reads it."""
-        self.to_errors = False
-        """Whether to write to standard error instead."""
+        self.results: Any = None
+        """Where results go, while everything else goes to standard error; None: all goes to
+        standard output."""
 
     def write(self, text: str) -> int:
         """Write to the current standard output."""
@@ -59,7 +60,7 @@ class Output:
     def _stream(self) -> Any:
         # While a bar is shown, rich replaces standard output with its own stream. In a process
         # started without standard output, Python has none either.
-        stream = sys.stderr if self.to_errors else sys.stdout
+        stream = sys.stdout if self.results is None else sys.stderr
         return getattr(stream, "rich_proxied_file", stream) or NOWHERE
 
     def _to_nowhere(self) -> None:
@@ -92,12 +93,12 @@ class TextConsole(Console):
     @property
     def as_json(self) -> bool:
         """Whether results are JSON on standard output, and all else goes to standard error."""
-        return isinstance(self.file, Output) and self.file.to_errors
+        return isinstance(self.file, Output) and self.file.results is not None
 
     @as_json.setter
     def as_json(self, wanted: bool) -> None:
         if isinstance(self.file, Output):
-            self.file.to_errors = wanted
+            self.file.results = (sys.stdout or NOWHERE) if wanted else None
 
     def result(self, data: Any, *shown: Any) -> None:
         """Print the result of a command.
@@ -107,8 +108,10 @@ class TextConsole(Console):
             shown: the same for people.
         """
         if self.as_json:
-            self.as_json = False
-            self.print(json.dumps(data, indent=2))
+            assert isinstance(self.file, Output)
+            with redirect_stdout(self.file.results):
+                self.as_json = False
+                self.print(json.dumps(data, indent=2))
         else:
             for item in shown:
                 self.print(item)

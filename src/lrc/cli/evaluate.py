@@ -146,6 +146,7 @@ def _print_checkpoints(
     """Accuracy of every kept checkpoint of a run."""
     import json
 
+    from lrc.evaluation.tables import limited
     from lrc.recipe import validated
     from lrc.recipe.sections import EvaluateSection
     from lrc.run import Run
@@ -162,4 +163,5 @@ def _print_checkpoints(
     section = validated(EvaluateSection, settings, "The evaluation")
     table, file = evaluate_checkpoints(run, section), run.folder / CHECKPOINTS
     found = {"folder": str(run.folder), **json.loads(file.read_text(encoding="utf-8"))}
-    console.result(found, table, f"{CHECKPOINTS} is in {run.folder}.")
+    note = [] if limit is None else [limited(limit)]
+    console.result(found, table, *note, f"{CHECKPOINTS} is in {run.folder}.")

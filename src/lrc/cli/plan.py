@@ -187,7 +187,10 @@ def _words(made: "Plan", choose: int, out: Path | None) -> list[str]:
         for number, row in enumerate(made.rows, 1)
         if isinstance(row.measured, str)
     ]
-    words += [f"Left out ({kind.replace('-', ', ')}): {why}" for kind, why in made.left_out.items()]
+    words += [
+        f"Left out ({kind.replace('-', ', ')}): {why.rstrip('.')}."
+        for kind, why in made.left_out.items()
+    ]
     words += made.notes
     if out is not None:
         words.append(f"The recipe of {choose} is in {out}: run `lrc train {out}`.")

@@ -1,7 +1,9 @@
 """`--quiet` and `--json` of commands that print results."""
 
 import inspect
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext, redirect_stdout
 from functools import wraps
 from typing import Annotated, Any
 
@@ -28,7 +30,9 @@ def prints_results(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*, quiet: bool, as_json: bool, **options: Any) -> None:
         console.as_json = as_json
         show_library(console, quiet)
-        command(**options)
+        # With --json, what other libraries print does not go between the results either.
+        with redirect_stdout(sys.stderr) if as_json else nullcontext():
+            command(**options)
 
     added = [
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=kind)

@@ -60,6 +60,7 @@ class LowRankClone(Method, Staged):
 
     title = "Low-Rank Clone (arXiv 2505.12781)"
     one_schedule = True
+    then_trained = "the student's own weights"
     solves_alone = True
 
     def __init__(

@@ -197,6 +197,9 @@ class Staged:
     """Whether the learning rate's schedule spans all stages, and a later stage starts with a
     warm-up of its own. If not, each stage has a schedule of its own."""
 
+    then_trained: ClassVar[str] = "the student"
+    """What a later stage trains, for people."""
+
     def stage_ends(self) -> tuple[int, ...]:
         """Steps after which another stage starts, ascending. The loop then calls `next_stage`, and
         starts a new optimizer with the parameters of that stage."""

@@ -64,7 +64,8 @@ class Folders:
 
     def tokens(self, job: Job) -> int:
         """Training tokens of a job."""
-        return self.comparison.tokens if job.rate is None else self.comparison.grid.tokens
+        grid = self.comparison.grid
+        return self.comparison.tokens if job.rate is None or grid is None else grid.tokens
 
     def recipe(self, job: Job) -> Recipe | None:
         """The recipe of a job; None if no rate is chosen yet, or none can be."""

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, ValidationError, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from lrc.methods import unused_settings
-from lrc.recipe import Recipe, apply_overrides, make_recipe
+from lrc.recipe import Recipe, apply_overrides, make_recipe, validated
 from lrc.recipe.sections import Section
 from lrc.recipe.shipped import find_yaml
 from lrc.system.errors import UserError
@@ -83,8 +83,8 @@ class Comparison(Section):
     seeds: list[int] = Field([0], min_length=1)
     """Each seeds the order of the data and the random part of the initialization."""
 
-    grid: Grid
-    """The choice of learning rates."""
+    grid: Grid | None = None
+    """The choice of learning rates. Not needed if every entry names a single one."""
 
     thresholds: list[float] = Field(default_factory=list)
     """Held-out losses. The table reports how many tokens each entry needs to reach them."""
@@ -115,6 +115,13 @@ class Comparison(Section):
                 raise ValueError(
                     f"entry '{entry.name}' has both rate_of and learning_rates; remove one of them"
                 )
+        for entry in self.entries:
+            own = entry.learning_rates or []
+            if self.grid is None and entry.rate_of is None and len(set(own)) != 1:
+                raise ValueError(
+                    f"without a grid, entry '{entry.name}' needs a single rate in learning_rates; "
+                    "add it, or a grid with learning_rates and tokens"
+                )
         if self.reference is not None and self.reference not in names:
             raise ValueError(f"the reference '{self.reference}' is not an entry")
         for seeds in (self.seeds, *(entry.seeds or [] for entry in self.entries)):
@@ -124,7 +131,8 @@ class Comparison(Section):
 
     def rates(self, entry: Entry) -> list[float]:
         """Learning rates that an entry tries."""
-        return sorted(set(entry.learning_rates or self.grid.learning_rates))
+        shared = self.grid.learning_rates if self.grid else []
+        return sorted(set(entry.learning_rates or shared))
 
     def reference_name(self) -> str:
         """Name of the entry whose parameter count the others are compared with."""
@@ -158,7 +166,8 @@ class Comparison(Section):
 
     def grid_recipe(self, entry: Entry, rate: float) -> Recipe:
         """The recipe of a try: without benchmarks."""
-        return self._recipe(entry, rate, self.grid.tokens, self.grid.seed, {"train.evaluate": None})
+        grid = self.grid or Grid(learning_rates=[rate], tokens=self.tokens)
+        return self._recipe(entry, rate, grid.tokens, grid.seed, {"train.evaluate": None})
 
     def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
         """The recipe of a run on the full budget."""
@@ -200,15 +209,7 @@ def load_comparison(
             all of them.
     """
     path = find_yaml(source, "comparison")
-    try:
-        comparison = Comparison.model_validate(_read(path))
-    except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: "
-            f"{problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
-        ]
-        raise UserError(f"{path} has mistakes: {'; '.join(problems)}.") from error
+    comparison = validated(Comparison, _read(path), str(path))
     base = comparison.recipe
     if isinstance(base, str):
         beside = path.parent / base
@@ -229,7 +230,8 @@ def _read(path: Path) -> dict[str, Any]:
     base's entries that stay, in their new order; without it all stay.
 
     Raises:
-        UserError: if a file is missing or is no mapping, or `keep` names an unknown entry.
+        UserError: if a file is missing or is no mapping, an entry has no name, or `keep` names an
+            unknown entry.
     """
     changes = read_yaml(path)
     if "base" not in changes:
@@ -240,14 +242,23 @@ def _read(path: Path) -> dict[str, Any]:
     for section in ("recipe", "grid"):
         if isinstance(settings.get(section), dict) and isinstance(changes.get(section), dict):
             changes[section] = _merged(settings[section], changes[section])
-    entries = {entry["name"]: entry for entry in settings["entries"]}
+    entries = _by_name(settings, name)
     kept = changes.pop("keep", list(entries))
     if unknown := [entry for entry in kept if entry not in entries]:
         raise UserError(f"{path} keeps the entry '{unknown[0]}', which {name} does not have.")
     entries = {entry: entries[entry] for entry in kept}
-    for entry in changes.get("entries", []):
-        entries[entry["name"]] = _merged(entries.get(entry["name"], {}), entry)
+    for entry, changed in _by_name(changes, str(path)).items():
+        entries[entry] = _merged(entries.get(entry, {}), changed)
     return {**settings, **changes, "entries": list(entries.values())}
+
+
+def _by_name(settings: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
+    entries = settings.get("entries") or []
+    if not (
+        isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
+    ):
+        raise UserError(f"{path} has mistakes: 'entries' must be a list of entries with a name.")
+    return {entry["name"]: entry for entry in entries}
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

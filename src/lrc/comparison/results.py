@@ -143,7 +143,8 @@ class Results:
 
     thresholds: list[float]
     seeds: list[int]
-    grid_tokens: int
+    grid_tokens: int | None
+    """Training tokens of a try; None without a grid."""
     reference: str
     teacher_held_out_lm: float | None
     teacher_parameters: int | None
@@ -214,7 +215,7 @@ def collect(folders: Folders) -> Results:
     return Results(
         comparison.thresholds,
         comparison.seeds,
-        comparison.grid.tokens,
+        comparison.grid.tokens if comparison.grid else None,
         comparison.reference_name(),
         teacher.get("teacher_held_out_lm"),
         teacher.get("teacher_parameters"),

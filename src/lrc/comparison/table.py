@@ -89,8 +89,7 @@ def _row(results: Results, entry: EntryResult) -> list[str]:
 def notes(results: Results) -> list[str]:
     """Notes that a reader of the table needs."""
     found = [
-        f"Learning rates: the best of a grid after {results.grid_tokens:,} tokens, if there is a "
-        "grid; * marks the grid's smallest or largest rate.",
+        *_about_rates(results),
         "Loss: mean and standard deviation over seeds "
         f"{', '.join(map(str, results.seeds))}, on the same held-out tokens for all."
         if len(results.seeds) > 1
@@ -116,6 +115,15 @@ def notes(results: Results) -> list[str]:
         if failed:
             found.append(f"{entry.name}: not finite at the rate {', '.join(failed)}.")
     return found
+
+
+def _about_rates(results: Results) -> list[str]:
+    if not any(entry.tries for entry in results.entries):
+        return []
+    return [
+        f"Learning rates: the best of a grid after {results.grid_tokens:,} tokens, if there is a "
+        "grid; * marks the grid's smallest or largest rate."
+    ]
 
 
 def comparison_table(results: Results) -> Table:

@@ -85,7 +85,9 @@ def warnings_of(summary: dict[str, Any]) -> list[str]:
         for row in source["malformed_rows"]:
             found.append(f"'{name}': {row}; skipped.")
     if not summary["tokens"]["held_out"]:
-        found.append("No document was held out: raise held_out_fraction to measure held-out loss.")
+        found.append(
+            "No document was held out, and `lrc train` needs some: raise held_out_fraction."
+        )
     mistakes, kept = summary["duplicates_by_accident"], sum(summary["documents"].values())
     if mistakes > 0.01 * kept:
         found.append(

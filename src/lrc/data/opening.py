@@ -96,9 +96,8 @@ def _check_length(text: Sequences, split: Split, origin: str) -> None:
         return
     what, tokens = {"train": "training", "held_out": "held-out"}[split], len(text.tokens)
     if not tokens:
-        raise UserError(
-            f"The shards in {origin} contain no {what} text: rebuild them with a {what} part."
-        )
+        how = f"a {what} part" if split == "train" else "a larger held_out_fraction"
+        raise UserError(f"The shards in {origin} contain no {what} text: rebuild them with {how}.")
     lower = f" or lower data.sequence_length to at most {tokens}"
     raise UserError(
         f"The shards in {origin} have {tokens} tokens of {what} text, fewer than one sequence of "

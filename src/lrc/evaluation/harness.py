@@ -112,6 +112,7 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
         batch_size: sequences per forward pass.
     """
     from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
 
     class EndLogits(HFLM):  # type: ignore[misc]
         """The harness's model, with logits only at the last positions."""
@@ -130,6 +131,17 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
 
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
+
+        def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
+            for request in requests:
+                length = normalize_gen_kwargs(request.args[1], self.max_gen_toks)["max_gen_toks"]
+                if length >= self.max_length:
+                    raise UserError(
+                        f"'{request.task_name}' lets a model write {length:,} tokens, which the "
+                        f"context of {self.max_length:,} tokens does not hold: leave it out."
+                    )
+            self.cache_hook = _Counter(self.progress, len(requests))
+            return super().generate_until(requests, disable_tqdm=True)
 
         def _loglikelihood_tokens(
             self, requests: list[Any], disable_tqdm: bool = False, override_bs: int | None = None

@@ -46,16 +46,20 @@ def published_table() -> Table:
     return table
 
 
+def limited(rows: int) -> str:
+    """The note below accuracies on a part of each task."""
+    return (
+        f"Limited to the first {rows:,} rows of each task (of each member of a group): not "
+        "comparable with results on all rows, nor with the published ones."
+    )
+
+
 def notes(evaluation: Evaluation) -> list[str]:
     """Notes that a reader needs before comparing the numbers."""
     found = []
     first = evaluation.models[0]
     if any(result.rows < result.rows_in_all for result in first.tasks.values()):
-        limit = evaluation.settings["limit"]
-        found.append(
-            f"Limited to the first {limit:,} rows of each task (of each member of a group): not "
-            "comparable with results on all rows, nor with the published ones."
-        )
+        found.append(limited(evaluation.settings["limit"]))
     else:
         for name, whole in _incomplete(first):
             rows = first.tasks[name].rows

@@ -91,10 +91,13 @@ output = model.generate(**inputs, max_new_tokens=256)
 print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
 ```"""
 
+EXPORT = f"lrc export {PLACE} student.gguf"
+SERVE = f"vllm serve {PLACE}"
+
 GGUF = f"""With llama.cpp or Ollama, after `pip install low-rank-clone`:
 
 ```bash
-lrc export {PLACE} student.gguf --dtype q8_0 --modelfile
+{EXPORT} --dtype q8_0 --modelfile
 llama-cli -m student.gguf
 ollama create student -f Modelfile
 ```"""
@@ -102,7 +105,7 @@ ollama create student -f Modelfile
 VLLM = f"""With vLLM (not tested):
 
 ```bash
-vllm serve {PLACE}{{option}}
+{SERVE}{{option}}
 ```"""
 
 THROUGH_TRANSFORMERS = " --model-impl transformers"

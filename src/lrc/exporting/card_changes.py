@@ -12,7 +12,10 @@ from huggingface_hub.repocard_data import eval_results_to_model_index
 from lrc.evaluation.results import HELD_OUT, Evaluation, ModelResult
 from lrc.exporting.card import (
     CHAT,
+    EXPORT,
+    LOADING,
     PLACE,
+    SERVE,
     TRANSFORMERS,
     as_markdown,
     folded,
@@ -32,6 +35,9 @@ TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answer
 {settings}"""
 
 CARD = "README.md"
+
+PUBLISHED = ("Accuracy", "Curves", "GGUF")
+"""Sections that publishing adds. They are about that very model, not about one made from it."""
 
 
 def card_of(name: str) -> str | None:
@@ -83,6 +89,7 @@ def tuned_card(name: str, settings: Mapping[str, Any], summary: Mapping[str, Any
         known = new_card(f"{public_name(name)}, tuned on conversations")
         if HUB_ID.fullmatch(name) and is_public(name):
             more |= {"base_model": name, "base_model_relation": "finetune"}
+    known = _unpublished(known)
     earlier = len(re.findall(r"(?m)^## Chat tuning\b", known))
     title = f"Chat tuning {earlier + 1}" if earlier else "Chat tuning"
     return changed(known, more, {title: section, "Chat": CHAT})
@@ -113,7 +120,26 @@ def published_card(
     if gguf is not None:
         front["tags"] = ["gguf"]
         sections["GGUF"] = f"`{gguf}` is the same model for llama.cpp: `llama-cli -m {gguf}`."
-    return changed(text.replace(PLACE, repo), front, sections)
+    return changed(_in_a_folder(text).replace(PLACE, repo), front, sections)
+
+
+def _unpublished(text: str) -> str:
+    """A card without what publishing the model added."""
+    front, body = _parts(_in_a_folder(text))
+    front.pop("model-index", None)
+    if front.get("tags"):
+        front["tags"] = [tag for tag in front["tags"] if tag != "gguf"]
+    for title in PUBLISHED:
+        body = _without(body, title)
+    return _card(front, body)
+
+
+def _in_a_folder(text: str) -> str:
+    """A card whose examples name the model's folder, also if it was published before."""
+    for example in (LOADING, EXPORT, SERVE):
+        before, after = re.escape(PLACE), r"[^\s\"]+"
+        text = re.sub(re.escape(example).replace(before, after), example, text)
+    return text
 
 
 def changed(text: str, front: Mapping[str, Any], sections: Mapping[str, str]) -> str:
@@ -124,19 +150,31 @@ def changed(text: str, front: Mapping[str, Any], sections: Mapping[str, str]) ->
         front: front matter; lists are added to, other entries replace.
         sections: text by title; it replaces a section of that title, or comes before `Use`.
     """
-    card = ModelCard(text, ignore_metadata_errors=True)
-    known: dict[str, Any] = card.data.to_dict()  # type: ignore[no-untyped-call]
+    known, body = _parts(text)
     for name, value in front.items():
         if name in ("tags", "datasets"):
             value = list(dict.fromkeys([*(known.get(name) or []), *value]))
         if value:
             known[name] = value
-    body = card.text.strip() + "\n"
     for title, section in sections.items():
-        body = re.sub(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", "", body)
-        head, use, rest = body.partition("\n## Use\n")
+        head, use, rest = _without(body, title).partition("\n## Use\n")
         body = f"{head.rstrip()}\n\n## {title}\n\n{section}\n{use}{rest}"
-    return f"---\n{yaml.safe_dump(known, sort_keys=False).strip()}\n---\n\n{body.lstrip()}"
+    return _card(known, body)
+
+
+def _parts(text: str) -> tuple[dict[str, Any], str]:
+    """Front matter and body of a card."""
+    card = ModelCard(text, ignore_metadata_errors=True)
+    return card.data.to_dict(), card.text.strip() + "\n"  # type: ignore[no-untyped-call]
+
+
+def _card(front: Mapping[str, Any], body: str) -> str:
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---\n\n{body.lstrip()}"
+
+
+def _without(body: str, title: str) -> str:
+    """A card's body without a section."""
+    return re.sub(rf"(?ms)^## {re.escape(title)}\n.*?(?=^## |\Z)", "", body)
 
 
 def _results(model: ModelResult) -> list[EvalResult]:

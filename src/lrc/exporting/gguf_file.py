@@ -245,6 +245,12 @@ def _notes(config: Any, kind: Kind, places: list[StoredPlace]) -> list[str]:
                 "tokens: longer texts give other results than in transformers."
             )
     rope = rope_of(config)
+    if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
+        notes.append(
+            f"llama.cpp does not stretch the rotary embedding of texts beyond "
+            f"{config.max_position_embeddings:,} tokens: they give other results than in "
+            "transformers."
+        )
     if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
         notes.append(
             "llama.cpp rounds the limits of YaRN's ramp, which transformers does not for this "

@@ -29,6 +29,8 @@ def add_rope(writer: GGUFWriter, config: Any, architecture: Architecture) -> Ten
     kind, base = rope.get("rope_type", "default"), rope["rope_theta"]
     if kind == "dynamic" and rope.get("alpha"):  # Hunyuan: a larger base
         kind, base = "default", base * rope["alpha"] ** (width / (width - 2))
+    if kind == "dynamic":  # within the model's context, transformers scales nothing
+        kind = "default"
     rotated = rotary_width(config)
     writer.add_rope_freq_base(base)
     writer.add_rope_dimension_count(rotated if architecture.partial_rope else width)

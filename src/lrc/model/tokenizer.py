@@ -128,7 +128,10 @@ def need_template(tokenizer: Tokenizer) -> None:
             "one of them to 'default'."
         )
     if not templates:
-        raise UserError("The tokenizer has no chat template.")
+        raise UserError(
+            "The tokenizer has no chat template: use a chat model's, or put a chat_template.jinja "
+            "beside it."
+        )
 
 
 def answer_mark(tokenizer: Tokenizer) -> list[int]:

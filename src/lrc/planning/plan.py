@@ -129,8 +129,9 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
     teacher, under = _skeleton(settings.teacher), settings.conditions
     found, left_out = candidates(teacher, _budget(teacher, settings))
     if not found:
-        reasons = "; ".join(f"{kind}: {reason}" for kind, reason in left_out.items())
-        raise UserError(f"No shape of this teacher fits ({reasons.rstrip('.')}).")
+        reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in left_out.values()))
+        less = "larger budget" if settings.memory is None else "larger --memory or less --context"
+        raise UserError(f"No shape of this teacher fits ({reasons}): choose a {less}.")
     expected = Expected(measured_runs(teacher.config))
     rows = []
     with task("Computing figures", len(found)) as shown:

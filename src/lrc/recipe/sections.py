@@ -4,8 +4,9 @@
 """
 
 import math
+from collections.abc import Iterator
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -22,6 +23,37 @@ class Section(BaseModel):
     """Base of all sections: immutable, refuses unknown keys, takes field docs from docstrings."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _plain_values(cls, settings: Any) -> Any:
+        """Take a single value for a list of one. Give true and false as text to fields of numbers,
+        which refuse it; pydantic would take them as 1 and 0."""
+        if not isinstance(settings, dict):
+            return settings
+        settings = dict(settings)
+        for name in settings.keys() & cls.model_fields.keys():
+            types = set(_types(cls.model_fields[name].annotation))
+            if list in types and isinstance(settings[name], str | int | float):
+                settings[name] = [settings[name]]
+            if types & {int, float} and bool not in types:
+                settings[name] = _switches_as_text(settings[name])
+        return settings
+
+
+def _switches_as_text(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_switches_as_text(item) for item in value]
+    return str(value).lower() if isinstance(value, bool) else value
+
+
+def _types(annotation: Any) -> Iterator[Any]:
+    """The types that an annotation consists of. Those within a dict are not among them."""
+    kind = get_origin(annotation) or annotation
+    yield kind
+    if kind is not dict and kind is not Literal:
+        for part in get_args(annotation):
+            yield from _types(part)
 
 
 class TeacherSection(Section):
@@ -345,11 +377,6 @@ class DataSection(Section):
     cache: str | None = None
     """Folder of the tokenized cache. Empty: $LRC_CACHE, or `lrc` in the user's cache folder."""
 
-    @field_validator("text", "shards", "held_out", mode="before")
-    @classmethod
-    def _one_alone(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
     def origin(self) -> str:
         """Where the text comes from, in readable form."""
         return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
@@ -486,11 +513,9 @@ class TrainSection(Section):
 
     @field_validator("report_to", mode="before")
     @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        """Accept a single name and `none`, as transformers does."""
-        if isinstance(value, str):
-            return [] if value == "none" else [value]
-        return value
+    def _none(cls, value: Any) -> Any:
+        """Accept `none`, as transformers does."""
+        return [] if value == ["none"] else value
 
     @model_validator(mode="after")
     def _compiles_what_is_kept(self) -> Self:

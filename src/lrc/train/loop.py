@@ -242,9 +242,10 @@ class Loop:
         self.sums = GradientSums(self.world, setup.method.leaves())
         others = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         change = f"{entries['stage']} ({others})" if others else entries["stage"]
-        logger.info(
-            "step %d of %d: %s%s", step, self.run.recipe.steps(), change, time_left(progress)
-        )
+        if step:  # at step 0, nothing was trained before
+            trained = stages_of(setup.method).then_trained
+            steps, left = self.run.recipe.steps(), time_left(progress)
+            logger.info("step %d of %d: %s; now training %s%s", step, steps, change, trained, left)
         return entries
 
     def _calibration_sequences(self) -> int:

@@ -48,7 +48,9 @@ def prune_recipe(
         base["data"] = trained["data"]
         base["train"] = {k: v for k, v in trained.get("train", {}).items() if k in OF_THE_RUN}
     elif not text and not any(key.startswith("data.") for key in settings):
-        raise UserError("Pruning needs text to measure importance: give --text.")
+        raise UserError(
+            f"{model} is not a run, so pruning needs text to measure importance: give --text."
+        )
     base |= {
         "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
         "teacher": {"model": model},
