@@ -157,12 +157,21 @@ def test_other_methods_are_recorded(tmp_path: Path, method: str, taped: list[Tap
 
 
 @pytest.mark.parametrize("switch", ["auto", True])
+@pytest.mark.parametrize("last", [0, 1, 2])
 def test_a_run_that_cannot_be_recorded(
-    tmp_path: Path, switch: str | bool, taped: list[Taped], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    switch: str | bool,
+    last: int,
+    taped: list[Taped],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It goes on where nobody asked for a graph, with the gradients that it had."""
+    """Whether it is the passes or what comes before or after them, the run goes on where nobody
+    asked for a graph, with the gradients that it had."""
+    record = Taped.record
 
-    def refuse(_self: Taped, work: Callable[[], Any]) -> Any:
+    def refuse(self: Taped, work: Callable[[], Any]) -> Any:
+        if self.recorded.total() < last:
+            return record(self, work)
         with Tape() as tape:
             work()  # the gradients are where only a graph would write them
         tape.undo()
@@ -171,7 +180,7 @@ def test_a_run_that_cannot_be_recorded(
     monkeypatch.setattr(Taped, "record", refuse)
     if switch is True:
         with pytest.raises(UserError, match="cannot record this"):
-            finished(tmp_path, "refused", cuda_graph=True)
+            finished(tmp_path, "refused", cuda_graph=True, release_at=1.0)
         return
     eager = finished(tmp_path, "eager", release_at=1.0)
     assert_same_run(finished(tmp_path, "auto", cuda_graph=switch, release_at=1.0), eager)

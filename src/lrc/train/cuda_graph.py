@@ -2,9 +2,9 @@
 
 A small model's step is limited by the CPU, which launches some hundred kernels a layer. A CUDA
 graph records the forward passes, the losses and the backward pass once, and replays all of them
-with a single launch. What a step computes around its micro-batches (`Capturable.replay`) has graphs
-of its own. What a graph replays is fixed: the operations, the memory they read and write, and
-every number that Python had at hand. So
+with a single launch. What a step computes around its micro-batches (`LowRankClone.replay`) has
+graphs of its own. What a graph replays is fixed: the operations, the memory they read and write,
+and every number that Python had at hand. So
 
 * tokens are copied into the batch that was recorded, and the gradients always have the same memory;
 * alpha is a value in device memory, and the counts to average over must be the same;
@@ -146,11 +146,7 @@ class Passes:
             try:
                 self._recorded = self._record(self._recorder, shape, batch, counts)
             except UserError as error:
-                if self.train.cuda_graph != "auto":
-                    raise
-                logger.warning("Training goes on without train.cuda_graph. %s", error)
-                self._recorder = None
-                _restore(gradients)
+                self._give_up(error, gradients)
                 return self._run(batch, counts)
         if self._recorded is not None and self._recorded.shape == shape:
             with self.method.clock.part("student"):
@@ -175,7 +171,12 @@ class Passes:
             return
         before = self._present_gradients()
         if name not in self._parts:
-            replay, _ = self._recorder.record(work)
+            try:
+                replay, _ = self._recorder.record(work)
+            except UserError as error:
+                self._give_up(error, before)
+                work()
+                return
             self._parts[name] = _Part(before, self._present_gradients(), replay)
         part = self._parts[name]
         if any(part.before[leaf] is not gradient for leaf, gradient in before.items()):
@@ -183,6 +184,15 @@ class Passes:
             return
         part.replay()
         _restore(part.after)
+
+    def _give_up(self, error: UserError, gradients: dict[nn.Parameter, Tensor | None]) -> None:
+        """Go on without graphs from here, if nobody asked for them."""
+        if self.train.cuda_graph != "auto":
+            raise error
+        logger.warning("Training goes on without train.cuda_graph. %s", error)
+        self._recorder = self._recorded = None
+        self._parts.clear()
+        _restore(gradients)
 
     def _run(self, batch: Batch, counts: Counts) -> StepLosses:
         with autocast(self.train, self.device):
