@@ -19,6 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
+
+MODEL, TOKENS = "stories260K.bin", "tok512.bin"
+"""Files of llama2.c."""
 
 STORIES, STORY_TOKENS, SEED = 4_000, 255, 0
 """Number of stories, maximum tokens per story, and the seed: a million tokens in four minutes on
@@ -33,8 +37,8 @@ SPECIAL = 3
 
 def save_stories(source: Path, folder: Path) -> None:
     """Write the model and its tokenizer as a transformers model folder."""
-    read_model(source / "stories260K.bin").save_pretrained(folder)
-    read_tokenizer(source / "tok512.bin").save_pretrained(folder)
+    read_model(source / MODEL).save_pretrained(folder)
+    read_tokenizer(source / TOKENS).save_pretrained(folder)
 
 
 def tell(folder: Path, stories: int, tokens: int, seed: int) -> Iterator[str]:
@@ -162,9 +166,15 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="folder to write")
     parser.add_argument("--stories", type=int, default=STORIES, help="number of stories")
     arguments = parser.parse_args()
+    for name in (MODEL, TOKENS):
+        if not (arguments.source / name).is_file():
+            parser.error(f"there is no {arguments.source / name}, a file of llama2.c's stories260K")
+    logging.disable_progress_bar()
     save_stories(arguments.source, arguments.folder)
+    print(f"The model is in {arguments.folder}. Sampling {arguments.stories:,} stories ...")
     stories = tell(arguments.folder, arguments.stories, STORY_TOKENS, SEED)
     write_stories(arguments.folder / "stories.jsonl", stories)
+    print(f"The stories are in {arguments.folder / 'stories.jsonl'}.")
 
 
 if __name__ == "__main__":

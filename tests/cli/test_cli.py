@@ -241,3 +241,20 @@ def test_element_types_of_exports_and_evaluations(
         "export", run.folder, named, "--format", "safetensors"
     )
     assert not (tmp_path / "s").exists()
+
+
+def test_ctrl_c_before_the_training_says_how_to_continue(
+    recipe_file: Path, tmp_path: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr("lrc.cloning.low_rank_clone.LowRankClone.initialize", pressed)
+        code, output, _ = lrc("train", recipe_file, "--out", folder)
+    assert code == 130
+    assert output.endswith(f"Stopped; continue with `lrc resume {folder}`.\n")
+    assert "held-out perplexity" in lrc.printed("resume", folder)
+    monkeypatch.setattr("lrc.model.shapes.shape_of", pressed)
+    assert lrc("info", recipe_file) == (130, "", "Stopped.\n")

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import lrc as package
 from command_line import Command
+from lrc import stories260k
 from lrc.comparison import load_comparison
 from lrc.comparison.runner import compare
 from lrc.evaluation.harness import harness_model
@@ -464,3 +465,13 @@ def test_a_launcher_and_a_command_of_one_process(tmp_path: Path, number: int) ->
     said = [line for line in lines if line.startswith("Error: `lrc export` runs in one process")]
     assert len(said) == (number == 0)
     assert "exit 0" in outside("env", **launched)
+
+
+def test_stories260k_without_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["stories260k", str(tmp_path), str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        stories260k.main()
+    assert end.value.code == 2
+    assert f"there is no {tmp_path / 'stories260K.bin'}" in capsys.readouterr().err

@@ -175,6 +175,7 @@ def test_a_single_value_is_a_list_of_one() -> None:
     assert recipe.train.report_to == ["tensorboard"]
     assert recipe.data.stream is not None
     assert recipe.data.stream.data_files == ["a.jsonl"]
+    assert recipe.data.origin() == "json (a.jsonl)"
     assert recipe.student.layers == Keep(keep=[3])
     assert recipe.train.evaluate is not None
     assert recipe.train.evaluate.tasks == ["arc_easy"]

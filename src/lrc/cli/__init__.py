@@ -3,9 +3,10 @@
 import os
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lrc.cli import analyze, data
 from lrc.cli.chat import chat
@@ -34,7 +35,21 @@ READ_ONLY = ("info", "plan", "env")
 MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
 """Exit codes: a mistake that the user can fix, a bug in lrc, and Ctrl-C outside training."""
 
+
+class Commands(TyperGroup):
+    """The commands, which say so if Ctrl-C stops them."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer itself would end without a word
+            typer.secho("Stopped.", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Clone a decoder LLM into a much smaller one of the same class, for little compute.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -9,6 +9,7 @@ import typer
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
+from lrc.system.files import is_taken
 from lrc.system.tables import Table
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]", shapes: boo
 
     quiet_libraries()
     keep_freed_memory()
-    with stoppable():
+    with stoppable(run.folder):
         summary = action(run)
     samples = [f"{name.title():8} {text}" for name, text in summary["samples"].items()]
     shares = [f"{name} {share:.0%}" for name, share in summary["time_shares"].items()]
@@ -222,15 +223,16 @@ def carry_out_tuning(tuning: "Tuning", folder: Path) -> None:
     from lrc.tuning.sft import STUDENT, closing_table, sft
 
     quiet_libraries()
-    with stoppable():
+    with stoppable(folder):
         summary = sft(tuning, folder)
     data = {"folder": str(folder), "student": str(folder / STUDENT), **summary}
     console.result(data, closing_table(summary), f"The tuned model is in {folder / STUDENT}.")
 
 
 @contextmanager
-def stoppable() -> "Iterator[None]":
-    """Exit with 128 + the signal's number if a signal stops the block after a checkpoint."""
+def stoppable(folder: Path) -> "Iterator[None]":
+    """Exit with 128 + the signal's number if a signal stops the block after a checkpoint, or Ctrl-C
+    stops it before or after training."""
     from lrc.train.session import Interrupted
 
     try:
@@ -238,3 +240,8 @@ def stoppable() -> "Iterator[None]":
     except Interrupted as stop:
         console.print(str(stop))
         raise typer.Exit(128 + stop.signal) from None
+    except KeyboardInterrupt:
+        if not is_taken(folder):
+            raise
+        console.print(f"Stopped; continue with `lrc resume {folder}`.")
+        raise typer.Exit(130) from None

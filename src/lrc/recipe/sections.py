@@ -379,7 +379,10 @@ class DataSection(Section):
 
     def origin(self) -> str:
         """Where the text comes from, in readable form."""
-        return self.stream.dataset if self.stream else ", ".join([*self.text, *self.shards])
+        if self.stream is None:
+            return ", ".join([*self.text, *self.shards])
+        files = ", ".join(self.stream.data_files)
+        return f"{self.stream.dataset} ({files})" if files else self.stream.dataset
 
 
 class EvaluateSection(Section):
