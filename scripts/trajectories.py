@@ -5,9 +5,10 @@ Use it to check that a refactoring changes no number. Its output must be the sam
     python scripts/trajectories.py before.json                  on the commit before
     python scripts/trajectories.py after.json --compare before.json
 
-It runs every family, method, start, release and switch of the objective on random teachers of two
-layers, for six steps of two micro-batches, through the real command line, on one thread. Compare on
-one machine with the same versions, because others sum in another order. It takes two minutes.
+It runs every family, method, start, release, shape and switch of the objective on random teachers
+of two layers, for six steps of two micro-batches, through the real command line, on one thread.
+Compare on one machine with the same versions, because others sum in another order. It takes two
+minutes.
 """
 
 import argparse
@@ -63,6 +64,14 @@ STUDENTS: dict[str, dict[str, Any]] = {
     "not-folded": {"fold_gains": False},
     "projections-tied": {"tie_projections": True},
     "projections-apart": {"tie_projections": False},
+    "fewer-layers": {"layers": 1},
+    "fewer-heads": {"kv_heads": 1},
+    "fewer-neurons": {"intermediate_size": 20},
+    "smaller-shape": {
+        "layers": 1,
+        "kv_heads": 1,
+        "intermediate_size": {"keep": [*range(0, 40, 2)]},
+    },
 }
 
 

@@ -83,10 +83,16 @@ def recipe_of(row: dict[str, Any], **changes: Any) -> Recipe:
 
 
 def test_candidates_have_the_parameters_of_the_built_model(
-    config: Path, folder: Path, lrc: Command
+    config: Path, folder: Path, lrc: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """From the configuration alone; within 3% of the budget, and each shape once."""
+    """From the configuration alone; within 3% of the budget, and each shape once. The memory of
+    each, with all micro-batches, comes from one step."""
+    steps, begin = [], LowRankClone.begin_step
+    monkeypatch.setattr(
+        LowRankClone, "begin_step", lambda *step: (steps.append(step), begin(*step))
+    )
     plan = json.loads(lrc.printed("plan", config, "--ratio", 0.5, *GPU, "--json"))
+    assert len(steps) == len(plan["candidates"])
     whole = {"layers": 3, "hidden": 32, "kv_heads": 2, "neurons": 96}
     assert plan["teacher"]["parameters"] == weights_by_hand(whole)
     teacher = load_teacher(str(folder / "teacher"))

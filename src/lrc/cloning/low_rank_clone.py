@@ -174,14 +174,14 @@ class LowRankClone(Method, Staged):
         return self.start.calibration_tokens if reads_text else 0
 
     def initialize(self, calibration: Batch, progress: Progress) -> StartReport:
-        ids = calibration.input_ids
+        ids, statistics = calibration.input_ids, None
         if isinstance(self.source, PrunedTeacher):
-            pruned = prune(self.source, self.section, ids, progress)
+            pruned, statistics = prune(self.source, self.section, ids, progress)
             self._begin(pruned.kept)
             with torch.no_grad():
                 for name, writer in self.source.writers.items():
                     writer.copy_(pruned.writers[name])
-        return initialize(self, self.start, ids, progress)
+        return initialize(self, self.start, ids, progress, statistics)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         if self.released:

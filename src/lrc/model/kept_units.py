@@ -150,16 +150,23 @@ def unit_slices(
         neurons: FFN neurons.
     """
     head_dim = head_dim_of(config)
-    keys, queries = spread(groups, head_dim), spread(groups, group_size(config) * head_dim)
-    if name in ("o", "down"):
-        return None, queries if name == "o" else neurons
+    width = group_size(config) * head_dim
+    if name == "q":
+        return spread(groups, width), None
+    if name in ("k", "v"):
+        return spread(groups, head_dim), None
+    if name == "o":
+        return None, spread(groups, width)
+    if name == "down":
+        return None, neurons
     if name == "qkv":
         first = int(config.num_attention_heads) * head_dim
         second = first + shape_of_config(config).kv_heads * head_dim
-        return torch.cat((queries, keys + first, keys + second)), None
+        keys = spread(groups, head_dim)
+        return torch.cat((spread(groups, width), keys + first, keys + second)), None
     if name == "gate_up":
         return torch.cat((neurons, neurons + int(config.intermediate_size))), None
-    return {"q": queries, "k": keys, "v": keys}.get(name, neurons), None
+    return neurons, None
 
 
 def spread(parts: Tensor, width: int) -> Tensor:

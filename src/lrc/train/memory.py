@@ -1,9 +1,11 @@
 """The memory that a recipe takes on every GPU, counted without a GPU and without any weights.
 
 The real code runs one step on tensors that have shapes but no memory (torch's FakeTensorMode),
-and a dispatch mode counts what is alive. The losses over the vocabulary and the Triton kernels are
-imitated by what they allocate. What an owner keeps and what processes exchange follows
-from the real assignment of the owners. Only the start is a formula (docs/initialize.md).
+and a dispatch mode counts what is alive. One such step tells the memory of every micro-batch: it
+has `SEQUENCES` sequences, a prime number, and what is a multiple of it grows with the micro-batch.
+The losses over the vocabulary and the Triton kernels are imitated by what they allocate. What an
+owner keeps and what processes exchange follows from the real assignment of the owners. Only the
+start is a formula (docs/initialize.md).
 
 Not counted: fragmentation, workspaces of matrix products, and buffers of NCCL. Norms and rotary
 embedding are counted as torch computes them; liger-kernel's need less.
@@ -16,9 +18,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -38,6 +41,12 @@ ADAM = 2
 
 CUDA_CONTEXT = 2**29
 """Bytes that CUDA and its libraries take on a GPU, roughly."""
+
+SEQUENCES, ROWS = 1_000_003, 1_000_033
+"""Sequences of the micro-batch, and rows of logits at once, of the step that is counted: primes
+that are larger than any size of a model."""
+
+Array = np.ndarray[Any, Any]
 
 KEPT_FREE = 0.14
 """What the C library keeps of freed blocks on a CPU, as a share of all tensors: the measurement in
@@ -95,17 +104,28 @@ def largest_micro_batch(recipe: Recipe, memory: Memory, card: float) -> int:
     return max(0, recipe.train.micro_batch + int(left // memory.sequence))
 
 
+def _terms(size: int) -> Array:
+    """A number of bytes as [fixed, for each sequence, for each row of logits]."""
+    if size % SEQUENCES == 0:
+        return np.array([0, size // SEQUENCES, 0])
+    return np.array([0, 0, size // ROWS] if size % ROWS == 0 else [size, 0, 0])
+
+
 class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts the bytes of all tensors that are made in its context and still exist."""
+    """Counts the bytes of all tensors that are made in its context and still exist, in `_terms`."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
+        self.now = np.zeros(3, dtype=np.int64)
+        self.peaks: list[Array] = []
+        """What existed whenever a tensor was made."""
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # half of all calls
         grouped = func is torch.ops.aten._grouped_mm.default
         result = (_grouped_product if grouped else func)(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
@@ -117,12 +137,13 @@ class _Alive(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage in self._known:
             return
         self._known.add(storage)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._release, storage.nbytes())
+        size = _terms(storage.nbytes())
+        self.now = self.now + size
+        self.peaks.append(self.now)
+        weakref.finalize(storage, self._release, size)
 
-    def _release(self, size: int) -> None:
-        self.now -= size
+    def _release(self, size: Array) -> None:
+        self.now = self.now - size
 
 
 @dataclass(frozen=True)
@@ -134,6 +155,20 @@ class _Others(World):
     def send(self, tensor: Tensor, owner: int) -> Wait:
         self.moved.append(tensor.nbytes)
         return lambda: None
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A step: bytes, and `_terms` where the micro-batch matters."""
+
+    teacher: int
+    student: int
+    projections: int
+    gradients: int
+    moved: int
+    activations: Array
+    peaks: Array
+    """What existed at any time after the student's weights were made, [tensors made, 3]."""
 
 
 class _Stage:
@@ -156,13 +191,15 @@ class _Stage:
         self.fused = self.device.type == "cuda" and recipe.train.kernels != "torch"
         self.world = self._fullest(processes)
         self.sharded = recipe.teacher.shard and processes > 1
+        self.chunk = recipe.objective.chunk_tokens or chunk_tokens(self.device)
         self.program = CUDA_CONTEXT
         if self.device.type == "cpu":
             self.program = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def memory(self, micro_batch: int) -> Memory:
         """Its memory with a number of sequences."""
-        one, two = self._count(micro_batch), self._count(2 * micro_batch)
+        counted = self._count()
+        one, two = (self._memory(counted, number) for number in (micro_batch, 2 * micro_batch))
         more = sum(two.parts.values()) - sum(one.parts.values())
         return replace(one, sequence=max(1.0, more / micro_batch))
 
@@ -180,7 +217,8 @@ class _Stage:
         self.state = max(state)
         return world
 
-    def _count(self, micro_batch: int) -> Memory:
+    def _count(self) -> _Counted:
+        """Run a step."""
         method, alive = self.method, _Alive()
         with FakeTensorMode(allow_non_fake_inputs=True), alive:
             made: dict[int, Tensor] = {}
@@ -196,51 +234,57 @@ class _Stage:
             if not self.released and method.weight_dtype:
                 method.projections.store_as(method.model, method.weight_dtype)
                 student = sum(value.nbytes for value in method.model.parameters())
-            self.world.moved.clear()
             first = method.stage_ends()[0] if self.released and method.stage_ends() else 0
             method.begin_step(first)
-            alive.peak = alive.now
-            fixed = teacher + student + projections
-            activations = self._pass(micro_batch, alive, fixed)
+            alive.peaks = [alive.now]
+            activations = self._pass(alive) - _terms(teacher + student + projections)
             gradients = sum(value.nbytes for value in self._gradients())
             grads = (leaf.value.grad for leaf in method.leaves().values())
             self.world.moved.extend(grad.nbytes for grad in grads if grad is not None)
             method.end_step()
             if not self.released:
                 gradients = sum(value.nbytes for value in self._gradients())
+        moved = sum(self.world.moved) + self._exchanged()
+        peaks = np.stack(alive.peaks)
+        return _Counted(teacher, student, projections, gradients, moved, activations, peaks)
+
+    def _memory(self, counted: _Counted, micro_batch: int) -> Memory:
+        """The memory of a step with a number of sequences."""
+        rows = min(self.chunk, micro_batch * self.recipe.data.sequence_length)
+        terms = np.array([1, micro_batch, rows])
         elsewhere = self._elsewhere() if self.sharded else 0
-        teacher, fixed = teacher - elsewhere, fixed - elsewhere
-        others = fixed + gradients + self.state
-        peak = alive.peak + self.state - elsewhere
-        activations = min(activations, peak - others)
+        teacher = counted.teacher - elsewhere
+        fixed = teacher + counted.student + counted.projections
+        others = fixed + counted.gradients + self.state
+        peak = int((counted.peaks @ terms).max()) + self.state - elsewhere
+        activations = min(int(counted.activations @ terms), peak - others)
         parts = {
             "program": self.program,
             "teacher": teacher,
-            "student": student,
-            "projections": projections,
-            "gradients": gradients,
+            "student": counted.student,
+            "projections": counted.projections,
+            "gradients": counted.gradients,
             "optimizer": self.state,
             "activations": activations,
             "buffers": peak - others - activations,
         }
         if self.device.type == "cpu":
             parts["kept free"] = int(KEPT_FREE * peak)
-        moved = sum(self.world.moved) + self._exchanged()
-        start = parts["program"] + fixed + self._start(projections, activations / micro_batch)
-        return Memory(parts, start, moved if self.world.size > 1 else 0, 0.0)
+        moved = counted.moved if self.world.size > 1 else 0
+        working = self._start(counted.projections, activations / micro_batch)
+        return Memory(parts, parts["program"] + fixed + working, moved, 0.0)
 
-    def _pass(self, micro_batch: int, alive: _Alive, fixed: int) -> int:
-        """Run the micro-batches of a step; return the bytes of the activations between the forward
-        passes of the models and the losses over the vocabulary."""
-        method, kept = self.method, 0
-        chunk = self.recipe.objective.chunk_tokens or chunk_tokens(self.device)
+    def _pass(self, alive: _Alive) -> Array:
+        """Run the micro-batches of a step; return what exists between the forward passes of the
+        models and the losses over the vocabulary, without gradients."""
+        method, kept = self.method, alive.now
 
         def vocabulary(_teacher: Tensor, hidden: Tensor, *_: Any) -> StepLosses:
             nonlocal kept
-            kept = alive.now - fixed - sum(value.nbytes for value in self._gradients())
+            kept = alive.now - _terms(sum(value.nbytes for value in self._gradients()))
             heads = method.model, self.teacher.model
             weights = (model.get_output_embeddings().weight for model in heads)
-            loss = _VocabularyMemory.apply(hidden.flatten(0, 1), *weights, self.fused, chunk)  # type: ignore[no-untyped-call]
+            loss = _VocabularyMemory.apply(hidden.flatten(0, 1), *weights, self.fused)  # type: ignore[no-untyped-call]
             return StepLosses(loss, {})
 
         method.distill.kl_and_lm_losses = vocabulary  # type: ignore[assignment,method-assign]
@@ -251,7 +295,7 @@ class _Stage:
             if self.released:
                 value.grad = None
         for _ in range(self.passes):
-            batch = Batch(torch.zeros(micro_batch, length, dtype=torch.int64))
+            batch = Batch(torch.zeros(SEQUENCES, length, dtype=torch.int64))
             tokens = batch.input_ids.numel()
             with torch.autocast("cpu", torch.bfloat16, enabled=self.low is torch.bfloat16):
                 losses = method.losses(batch, Counts(tokens, tokens))
@@ -352,25 +396,24 @@ class _VocabularyMemory(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, teacher_head: Tensor, fused: bool, chunk: int
+        ctx: Any, hidden: Tensor, head: Tensor, teacher_head: Tensor, fused: bool
     ) -> Tensor:
         dtype = product_dtype(hidden)
         casts = [value.to(dtype) for value in (head, teacher_head)]
         ctx.save_for_backward(
             torch.empty_like(hidden), torch.empty_like(head, dtype=upcast_dtype(head))
         )
-        rows = min(chunk, len(hidden))
         # Both models' logits. Torch also needs three buffers, but on a CPU few rows of them.
         exact = dtype if fused else torch.promote_types(dtype, torch.float32)
         buffers = 2 if fused or head.device.type == "cpu" else 5
-        made = [torch.empty(rows, len(head), dtype=exact) for _ in range(buffers)]
+        made = [torch.empty(ROWS, len(head), dtype=exact) for _ in range(buffers)]
         del casts, made
         return hidden.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_head = ctx.saved_tensors
-        return grad * of_hidden, grad * of_head, None, None, None
+        return grad * of_hidden, grad * of_head, None, None
 
 
 class _CloneMemory(torch.autograd.Function):

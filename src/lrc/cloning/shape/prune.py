@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lrc.cloning.shape.layers import choose_layers
 from lrc.cloning.shape.pruned_teacher import PrunedTeacher, pruned_teacher
 from lrc.cloning.shape.units import choose_units
-from lrc.cloning.start.basis import stream_statistics
+from lrc.cloning.start.basis import StreamStatistics, stream_statistics
 from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
 from lrc.cloning.start.closed_form.least_squares import Rows, regress
 from lrc.cloning.start.closed_form.refine import Target
@@ -36,8 +36,9 @@ from lrc.system.progress import Progress
 @torch.no_grad()
 def prune(
     unsolved: PrunedTeacher, student: StudentSection, ids: Tensor, progress: Progress | None = None
-) -> PrunedTeacher:
+) -> tuple[PrunedTeacher, StreamStatistics]:
     """Choose what to keep of a teacher, as far as the recipe does not say, and solve its writers.
+    Also return the statistics of the whole teacher's stream that this needed.
 
     Args:
         unsolved: a pruned teacher of the recipe's shape.
@@ -61,7 +62,7 @@ def prune(
             solver.layer(layer)
             if progress:
                 progress(layer.index + 1, pruned.num_layers)
-    return pruned
+    return pruned, solver.statistics
 
 
 class _Pruner:
@@ -71,11 +72,11 @@ class _Pruner:
         self, calibration: Calibration, pruned: PrunedTeacher, student: StudentSection
     ) -> None:
         self.calibration, self.pruned, self.student = calibration, pruned, student
-        statistics = stream_statistics(calibration)
+        self.statistics = stream_statistics(calibration)
         self.basis = torch.eye(
             pruned.hidden_size, dtype=calibration.dtype, device=calibration.ids.device
         )
-        self.metrics = statistics.fisher_after_layers(self.basis, pruned.num_layers)
+        self.metrics = self.statistics.fisher_after_layers(self.basis, pruned.num_layers)
         self.stream = calibration.stream(pruned.hidden_size)
         self._inputs: dict[int, ActivationStore] = {}
         for part in calibration.batches():

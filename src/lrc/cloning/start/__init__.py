@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from lrc.cloning.method import StartReport
 from lrc.cloning.projection import Projections
+from lrc.cloning.start.basis import StreamStatistics
 from lrc.cloning.start.closed_form.solve import closed_form_start
 from lrc.cloning.start.pca import pca_start
 from lrc.cloning.start.random import random_start
@@ -33,10 +34,11 @@ __all__ = ["STARTS", "initialize"]
 class StartMethod:
     """A way to start."""
 
-    solve: Callable[[Projections, InitializeSection, Tensor, Progress | None], Start]
-    """Returns the start, given the projections that it is for, the recipe's section, calibration
-    tokens, int64 [sequences, length], and a function that gets the number of completed parts and
-    their total."""
+    solve: Callable[
+        [Projections, InitializeSection, Tensor, Progress | None, StreamStatistics | None], Start
+    ]
+    """Returns the start, given the projections that it is for and the other arguments of
+    `initialize`."""
 
     reads_text: bool = True
     """Whether it needs calibration tokens."""
@@ -63,6 +65,7 @@ def initialize(
     section: InitializeSection,
     ids: Tensor,
     progress: Progress | None = None,
+    statistics: StreamStatistics | None = None,
 ) -> StartReport:
     """Initialize a method's projections and its final gain as the recipe says, in place.
 
@@ -71,12 +74,13 @@ def initialize(
         section: the recipe's section.
         ids: calibration tokens, int64 [sequences, length]; not used by `random`.
         progress: gets the number of completed parts and their total.
+        statistics: those of the teacher's stream over these tokens, if `prune` has collected them.
 
     Raises:
         UserError: if the disk has no room for the calibration's streams.
     """
     projections, teacher = method.projections, method.teacher
-    start = STARTS[section.method].solve(projections, section, ids, progress)
+    start = STARTS[section.method].solve(projections, section, ids, progress, statistics)
     with torch.no_grad():
         for weight in projections.weights:
             value = start.projections[weight.projection]

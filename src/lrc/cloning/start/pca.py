@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lrc.cloning.projection import Projections, projection_key
-from lrc.cloning.start.basis import principal_basis
+from lrc.cloning.start.basis import StreamStatistics, principal_basis
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form.normed_writer import diagonal_basis, writer_without_text
 from lrc.cloning.start.start import Start
@@ -24,7 +24,11 @@ from lrc.system.progress import Progress
 
 
 def pca_start(
-    projections: Projections, section: InitializeSection, ids: Tensor, progress: Progress | None
+    projections: Projections,
+    section: InitializeSection,
+    ids: Tensor,
+    progress: Progress | None,
+    statistics: StreamStatistics | None = None,
 ) -> Start:
     """The start of a recipe (`STARTS`)."""
     shared_head = "head" not in projections.values

@@ -34,7 +34,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lrc.cloning.projection import Projections, projection_key
-from lrc.cloning.start.basis import predictive_basis, stream_statistics
+from lrc.cloning.start.basis import StreamStatistics, predictive_basis, stream_statistics
 from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
 from lrc.cloning.start.closed_form.head import (
     OwnHead,
@@ -69,7 +69,11 @@ token."""
 
 
 def closed_form_start(
-    projections: Projections, section: InitializeSection, ids: Tensor, progress: Progress | None
+    projections: Projections,
+    section: InitializeSection,
+    ids: Tensor,
+    progress: Progress | None,
+    statistics: StreamStatistics | None = None,
 ) -> Start:
     """The start of a recipe (`STARTS`)."""
     shared_head = "head" not in projections.values
@@ -80,6 +84,7 @@ def closed_form_start(
         shared_head,
         progress,
         refine_epochs=section.refine_epochs,
+        statistics=statistics,
     )
 
 
@@ -91,6 +96,7 @@ def solve_projections(
     shared_head: bool,
     progress: Callable[[int, int], None] | None = None,
     refine_epochs: int = 0,
+    statistics: StreamStatistics | None = None,
 ) -> Start:
     """Solve every projection of a student, with gains folded.
 
@@ -103,6 +109,7 @@ def solve_projections(
         progress: function that gets the number of completed layers and the total.
         refine_epochs: passes over the tokens that refine each FFN of the first half of the layers,
             and as many for the second half and the head; 0 for no refinement.
+        statistics: those of the teacher's stream over these tokens; None: collect them.
 
     Raises:
         UserError: if the disk has no room for the streams.
@@ -110,7 +117,7 @@ def solve_projections(
     sequences, restart = cut_sequences(ids, teacher)
     with Calibration(teacher, sequences, hidden_size, restart) as calibration:
         gain = calibration.gain(teacher.family.final_norm) if shared_head else None
-        statistics = stream_statistics(calibration)
+        statistics = statistics or stream_statistics(calibration)
         basis = predictive_basis(statistics, hidden_size, gain)
         if after_norms := teacher.layout.after_norms():
             basis = diagonal_basis(basis, map(calibration.gain, after_norms))
