@@ -19,6 +19,7 @@ from lrc.evaluation.results import Evaluation, ModelResult, Score, TaskResult
 from lrc.exporting.card import PLACE
 from lrc.exporting.card_changes import changed, published_card, tuned_card
 from lrc.exporting.modelfile import modelfile, ollama_template
+from lrc.system.tables import size
 from prepared import CLI, Prepared
 from tiny import tiny_teacher, tiny_tokenizer
 from tiny_runs import go, new_run
@@ -254,6 +255,11 @@ def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, push
     for name in ("model.safetensors", "README.md", "curves.png"):
         assert name in output
     assert "Nothing was sent" in output
+    assert (
+        f"model.safetensors: {size((folder / 'student/model.safetensors').stat().st_size)}"
+        in output
+    )
+    assert [size(n) for n in (12, 1_234, 45_600_000, 3e9)] == ["12 B", "1.23 KB", "45.6 MB", "3 GB"]
     assert (hub.files, hub.created, hub.tokens) == ({}, [], set())
 
 

@@ -10,7 +10,7 @@ from lrc.cli.console import console, quiet_libraries
 from lrc.cli.results import prints_results
 from lrc.cli.training import Settings, Text
 from lrc.system.errors import UserError
-from lrc.system.tables import Table
+from lrc.system.tables import Table, size
 
 if TYPE_CHECKING:
     from lrc.planning.plan import Plan, Row
@@ -195,14 +195,6 @@ def _words(made: "Plan", choose: int, out: Path | None) -> list[str]:
     if out is not None:
         words.append(f"The recipe of {choose} is in {out}: run `lrc train {out}`.")
     return words
-
-
-def size(number: float) -> str:
-    """Bytes for people, in decimal units."""
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
-        if number >= factor:
-            return f"{number / factor:.3g} {unit}"
-    return f"{number:.0f} B"
 
 
 def hours(number: float) -> str:

@@ -24,3 +24,11 @@ class Table:
         if len(cells) != len(self.header):
             raise ValueError(f"{len(cells)} cells for {len(self.header)} columns")
         self.rows.append(list(cells))
+
+
+def size(number: float) -> str:
+    """Bytes for people, in decimal units."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if number >= factor:
+            return f"{number / factor:.3g} {unit}"
+    return f"{number:.0f} B"

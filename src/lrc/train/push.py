@@ -15,6 +15,7 @@ from lrc.model.teacher import model_files
 from lrc.run import student_of
 from lrc.system.errors import UserError, reason
 from lrc.system.progress import Progress, task
+from lrc.system.tables import size
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +68,8 @@ def push(
         card = card_of(source) or new_card(repo.rpartition("/")[2])
         found[CARD] = published_card(card, repo, evaluation, CURVES in found, name).encode()
         for name, content in sorted(found.items()):
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            logger.info("%s: %s MB", name, f"{size / 1e6:,.1f}")
+            count = len(content) if isinstance(content, bytes) else content.stat().st_size
+            logger.info("%s: %s", name, size(count))
         if dry_run:
             logger.info("Nothing was sent. This would go to %s.", repo)
             return None
