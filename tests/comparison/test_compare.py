@@ -19,9 +19,10 @@ from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison
 from lrc.comparison import runner as runner_module
-from lrc.comparison.folders import held_out_of
+from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
-from lrc.comparison.results import Point, curve_of, tokens_to_reach
+from lrc.comparison.results import Point, collect, curve_of, tokens_to_reach
+from lrc.comparison.table import about_seeds
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
@@ -422,6 +423,26 @@ def test_a_loss_that_ends_as_nan_counts_as_failed(tmp_path: Path) -> None:
     assert curve_of(lines) == [Point(8, 2.0, 5.0)]
     lines[-1]["held_out_lm"] = 4.0
     assert curve_of(lines) == [Point(8, 2.0, 5.0), Point(24, 5.0, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "note"),
+    [
+        ({"a": [4], "b": [4]}, "One seed (4), the same held-out tokens for all."),
+        ({"a": [0, 3], "b": [0, 3]}, "deviation over seeds 0, 3, on the same"),
+        (
+            {"a": [0, 3], "b": [0], "c": [0]},
+            "deviation over each entry's seeds (seeds 0, 3 for a; seed 0 for the others), on",
+        ),
+    ],
+)
+def test_the_note_says_how_many_seeds(
+    plan: Settings, tmp_path: Path, seeds: dict[str, list[int]], note: str
+) -> None:
+    entries = [{"name": name, "seeds": own} for name, own in seeds.items()]
+    comparison = load_comparison(str(write({**plan, "seeds": [0], "entries": entries}, tmp_path)))
+    results = collect(Folders(comparison, tmp_path / "out"))
+    assert note in about_seeds(results)
 
 
 def test_tokens_to_reach() -> None:

@@ -143,7 +143,7 @@ def test_a_loss_that_rises_during_training_is_reported() -> None:
         entry_of("falls", [5.0, 4.0, 4.04, 3.0]),
         entry_of("rises", [5.0, 4.0, 3.9], [5.0, 4.5, 4.9, 4.6, 3.0]),
     ]
-    told = "\n".join(notes(Results([], [0, 1], 10, "falls", 1.0, 20, entries)))
+    told = "\n".join(notes(Results([], 10, "falls", 1.0, 20, entries)))
     assert "rises: the held-out loss rose up to 0.40 above its best" in told
     assert "falls:" not in told
 
@@ -151,12 +151,12 @@ def test_a_loss_that_rises_during_training_is_reported() -> None:
 def test_the_charts_show_the_loss_itself_with_the_teacher() -> None:
     """On a logarithmic scale, so that a bad start flattens nothing."""
     entries = [entry_of("good", [5.0, 3.2, 3.0]), entry_of("bad", [30.0, 99.0, 3.1])]
-    for chart in curve_charts(Results([], [0], 10, "good", 2.5, 20, entries)):
+    for chart in curve_charts(Results([], 10, "good", 2.5, 20, entries)):
         assert chart.logarithmic
         assert [line.y for line in chart.lines] == [[5.0, 3.2, 3.0], [30.0, 99.0, 3.1]]
         assert [line.teacher for line in chart.lines] == [2.5, 2.5]
         assert chart.top == 1.05 * 30.0
-    assert curve_charts(Results([], [0], 10, "good", None, None, [entry_of("none")])) == []
+    assert curve_charts(Results([], 10, "good", None, None, [entry_of("none")])) == []
 
 
 def test_the_picture(
@@ -283,7 +283,7 @@ def test_rates_that_were_not_tried_are_left_empty() -> None:
         entry("b", {0.3: 2.0}, 0.3),
         entry("c", {}, 1),
     ]
-    results = Results([], [0], 10, "a", None, None, entries)
+    results = Results([], 10, "a", None, None, entries)
     rates, found = rate_grid(results)
     assert rates == ["0.1", "0.2", "0.3"]
     none = "-"

@@ -64,14 +64,15 @@ def _values(comparison: Comparison, results: Results) -> dict[str, Any]:
     assert isinstance(comparison.recipe, dict)
     series = {entry.name: Series(entry.name, i) for i, entry in enumerate(results.entries)}
     best = min(results.entries, key=lambda entry: entry.mean("held_out_lm") or math.inf)
-    seeds, entries = len(comparison.seeds), len(series)
+    entries = len(series)
+    several = len(comparison.all_seeds()) > 1
     charts = curve_charts(results)
     rates, tries = rate_grid(results)
     return {
         "title": comparison_title(comparison, results),
         "about": f"{entries} entr{'y' if entries == 1 else 'ies'} on {comparison.tokens:,} training"
         f" tokens each, with {short_name(comparison.recipe['teacher']['model'])} as the teacher."
-        + (f" Curves are means over {seeds} seeds, with their range." if seeds > 1 else ""),
+        + (" Curves are means over seeds, with their range." if several else ""),
         "best": series[best.name],
         "headline": headline(
             (results.teacher_parameters, best.parameters),

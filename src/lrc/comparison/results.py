@@ -142,7 +142,6 @@ class Results:
     """A comparison's results."""
 
     thresholds: list[float]
-    seeds: list[int]
     grid_tokens: int | None
     """Training tokens of a try; None without a grid."""
     reference: str
@@ -214,7 +213,6 @@ def collect(folders: Folders) -> Results:
         )
     return Results(
         comparison.thresholds,
-        comparison.seeds,
         comparison.grid.tokens if comparison.grid else None,
         comparison.reference_name(),
         teacher.get("teacher_held_out_lm"),

@@ -90,10 +90,7 @@ def notes(results: Results) -> list[str]:
     """Notes that a reader of the table needs."""
     found = [
         *_about_rates(results),
-        "Loss: mean and standard deviation over seeds "
-        f"{', '.join(map(str, results.seeds))}, on the same held-out tokens for all."
-        if len(results.seeds) > 1
-        else f"One seed ({results.seeds[0]}), the same held-out tokens for all.",
+        about_seeds(results),
         "Tokens to reach a loss include the calibration tokens of entries that use any.",
     ]
     for entry in results.entries:
@@ -115,6 +112,27 @@ def notes(results: Results) -> list[str]:
         if failed:
             found.append(f"{entry.name}: not finite at the rate {', '.join(failed)}.")
     return found
+
+
+def about_seeds(results: Results) -> str:
+    """How many seeds each entry has."""
+    by_seeds: dict[tuple[int, ...], list[str]] = {}
+    for entry in results.entries:
+        by_seeds.setdefault(tuple(entry.seeds), []).append(entry.name)
+    groups = sorted(by_seeds.items(), key=lambda group: len(group[1]))
+    if len(groups) == 1:
+        (seeds, _), *_ = groups
+        if len(seeds) == 1:
+            return f"One seed ({seeds[0]}), the same held-out tokens for all."
+        which = f"seeds {', '.join(map(str, seeds))}"
+    else:
+        named = [*(", ".join(names) for _, names in groups[:-1]), "the others"]
+        which = "; ".join(
+            f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} for {name}"
+            for (seeds, _), name in zip(groups, named, strict=True)
+        )
+        which = f"each entry's seeds ({which})"
+    return f"Loss: mean and standard deviation over {which}, on the same held-out tokens for all."
 
 
 def _about_rates(results: Results) -> list[str]:
