@@ -1,7 +1,5 @@
 """The benchmark of the rules for learning rate and alpha, on a tiny teacher."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,22 +8,25 @@ from transformers import AutoModelForCausalLM
 
 from lrc.comparison import load_comparison
 from lrc.recipe.learning_rate import learning_rate
+from prepared import SHORT_CLOSING, Prepared
 from tiny_runs import file_settings, save_teacher
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "learning_rate.py"
 
 
-def test_table(tmp_path: Path) -> None:
+def test_table(tmp_path: Path, prepared: Prepared) -> None:
     save_teacher(tmp_path / "teacher")
     settings = file_settings(tmp_path, initialize={"calibration_tokens": 128})
     settings["train"] = {"micro_batch": 2, "eval_sequences": 4}
     base = {"recipe": settings, "tokens": 64, "grid": {"learning_rates": [1e-3], "tokens": 32}}
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**base, "entries": [{"name": "lrc"}]}))
-    command = [sys.executable, str(SCRIPT), str(path), str(tmp_path / "out"), "--steps", "2"]
+    command = [path, tmp_path / "out", "--steps", 2]
     size = settings["student"]["hidden_size"]
-    command += ["--hidden-size", str(size), "--factors", "4", "--alphas", "0"]
-    subprocess.run(command, check=True, cwd=tmp_path)
+    command += ["--hidden-size", size, "--factors", 4, "--alphas", 0]
+    program = f"{SHORT_CLOSING}import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    code, _, errors = prepared.run(*command, code=program, cwd=tmp_path)
+    assert code == 0, errors
     lines = (tmp_path / "out" / "README.md").read_text().splitlines()
     assert lines[0] == "| steps | rate of auto | rate-x1 | rate-x4 | alpha-0 |"
     told = [float(cell) for cell in lines[2].strip("|").split("|")]

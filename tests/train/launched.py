@@ -42,6 +42,7 @@ def main() -> None:
         Loop._step = broken  # type: ignore[method-assign]
     closing.draw_curves = lambda _run, path, _summary: path.touch()  # these take half of the time
     closing.matmul_peak = lambda *_: 1e13
+    closing.SAMPLE_TOKENS = 8
     code = 0
     for command in commands:
         mine = command[world.rank] if isinstance(command[0], list) else command

@@ -120,8 +120,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
         choose: this candidate's number, from 1.
 
     Raises:
-        UserError: if the teacher is not found or not supported, no candidate fits, a setting is not
-            usable, or the recipe has no text or cannot be written.
+        UserError: if the teacher is not found or not supported, no candidate fits or has the
+            number, a setting is not usable, or the recipe has no text or cannot be written.
     """
     if out is not None:
         _check_output(settings, out)
@@ -132,6 +132,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
         reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in left_out.values()))
         less = "larger budget" if settings.memory is None else "larger --memory or less --context"
         raise UserError(f"No shape of this teacher fits ({reasons}): choose a {less}.")
+    if out is not None and not 1 <= choose <= len(found):
+        raise UserError(f"There is no candidate {choose}: choose from 1 to {len(found)}.")
     expected = Expected(measured_runs(teacher.config))
     rows = []
     with task("Computing figures", len(found)) as shown:
@@ -176,10 +178,8 @@ def _write_recipe(plan: Plan, choice: int, path: Path) -> None:
         path: a new YAML file.
 
     Raises:
-        UserError: if there is no such candidate, the file exists, or the recipe has no text.
+        UserError: if the file exists, or the recipe has no text.
     """
-    if not 1 <= choice <= len(plan.rows):
-        raise UserError(f"There is no candidate {choice}: choose from 1 to {len(plan.rows)}.")
     _check_output(plan.settings, path)
     row = plan.rows[choice - 1]
     chosen = row.recipe.model_dump(mode="json", exclude_unset=True)
