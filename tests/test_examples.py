@@ -133,10 +133,11 @@ CELLS = """
 import json, sys
 from IPython.core.interactiveshell import InteractiveShell
 shell = InteractiveShell.instance()
+shell.enable_gui = lambda gui=None: None  # there is no window
 for cell in json.loads(sys.argv[1]):
     shell.run_cell(cell).raise_error()
 """
-"""Runs the cells of a notebook as its kernel does."""
+"""Runs the cells of a notebook."""
 
 
 def test_notebook(folder: Path, prepared: Prepared) -> None:
