@@ -101,6 +101,8 @@ def an_absent_gpu() -> Iterator[None]:
         return adamw(*groups, capturable=False, **named)
 
     make = torch.tensor
+    with torch.device("cpu"):  # torch lists its constructors once, which must be its own
+        torch.empty(0)
 
     def made_on_the_cpu(data: Any, *, device: Any = None, **named: Any) -> Tensor:
         return make(data, **named).to(device)  # as CUDA does it, which the meta device hides
