@@ -247,7 +247,8 @@ def test_run_on_a_stream(recipe: Recipe, tmp_path: Path) -> None:
         resumed = go_on(run, tmp_path / "resumed")
     calibration = 256 // streamed.data.sequence_length
     taken = calibration + 7 * streamed.train.step_sequences()
-    assert loaded.call_args.args[1]["position"] == taken
+    (part,) = loaded.call_args.args[1]["parts"]
+    assert part["position"] == taken
     assert_same_run(resumed, run)
 
 
