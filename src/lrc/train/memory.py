@@ -28,7 +28,7 @@ from torch.utils._pytree import tree_leaves
 from lrc.cloning.distill_pass import chunk_tokens
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts, StepLosses
-from lrc.cloning.start.calibration import IN_MEMORY, batch_tokens
+from lrc.cloning.start.calibration import BATCH_TOKENS, IN_MEMORY
 from lrc.data.batch import Batch
 from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
@@ -355,9 +355,7 @@ class _Stage:
         found = min(IN_MEMORY, size * tokens * (3 * wide + 2 * narrow))
         found += 2 * size * (16 * wide**2 + sum(value.numel() for value in layer.parameters()))
         if self.recipe.initialize.method == "closed-form" and self.recipe.initialize.refine_epochs:
-            found += (
-                3 * projections // 2 + int(by_sequence * batch_tokens(self.device) / length) // 2
-            )
+            found += 3 * projections // 2 + int(by_sequence * BATCH_TOKENS / length) // 2
         return found
 
 

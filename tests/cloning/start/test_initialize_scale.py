@@ -63,7 +63,7 @@ def saved(teacher: Teacher, folder: Path, shards: bool = True) -> Path:
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(calibration, "batch_tokens", lambda _: 60)  # five sequences
+    monkeypatch.setattr(calibration, "BATCH_TOKENS", 60)  # five sequences
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_the_heads_metric_does_not_depend_on_the_batches(monkeypatch: pytest.Mon
     )  # every seventh token is used: no batch size is a multiple
     found = []
     for batch in (60, 10_000):
-        monkeypatch.setattr(calibration, "batch_tokens", lambda _, size=batch: size)
+        monkeypatch.setattr(calibration, "BATCH_TOKENS", batch)
         teacher = tiny_teacher("llama")
         with (
             torch.no_grad(),

@@ -23,6 +23,9 @@ from lrc.model.student import copy_buffers, derive_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
 
+BATCH_TOKENS = 2048
+"""Tokens that run at a time, in whole sequences."""
+
 IN_MEMORY = 2**30
 """Bytes of all streams that may be in memory. Beyond this limit, files cost little: a token's
 stream is written and read about ten times per layer, some 100 kB, for hundreds of millions of
@@ -48,11 +51,6 @@ class TeacherLayer:
     def after(self) -> ActivationStore:
         """The stream after the layer."""
         return self.streams[-1]
-
-
-def batch_tokens(device: torch.device) -> int:
-    """Tokens that run at a time, in whole sequences. A GPU is busy only with more."""
-    return 2048 if device.type == "cpu" else 16384
 
 
 class Calibration:
@@ -93,7 +91,7 @@ class Calibration:
         """Number of sequences that the solves use, from the first; the others measure."""
         self.forward_seconds = 0.0
         """Seconds that the teacher's layers alone take to run once over all tokens."""
-        self._batch = max(1, batch_tokens(ids.device) // ids.shape[1])
+        self._batch = max(1, BATCH_TOKENS // ids.shape[1])
         self._streams_of_layer = 1 + max(map(len, self.branches))
         widths = self._streams_of_layer * teacher.hidden_size + 2 * hidden_size
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
