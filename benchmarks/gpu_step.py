@@ -31,7 +31,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import date
@@ -305,16 +305,24 @@ class Benchmark:
         shape: Shape,
         report: Report,
         peak: float,
+        bandwidth: float,
         repeats: int,
-        bandwidth: float = 1e10,
     ) -> None:
         self.name, self.shape, self.report = name, shape, report
         self.peak, self.repeats, self.bandwidth = peak, repeats, bandwidth
         self.teacher = make_teacher(shape)
 
-    def go(self, kernels: str) -> None:
-        """Measure everything with some kernels: `torch` first, since liger-kernel's modules stay in
-        the teacher."""
+    def go(self, kernels: Sequence[str]) -> None:
+        """Measure everything: the compiled floor and the kernels `torch` first, because
+        liger-kernel's modules stay in the teacher."""
+        if GPU:
+            largest = self.shape.micro_batches[-1]
+            self.measure("floor, compiled", partial(self.floor, "auto", largest, compiled=True))
+        for choice in kernels:
+            self.measure_with(choice)
+
+    def measure_with(self, kernels: str) -> None:
+        """Measure everything with some kernels."""
         self.parts(kernels)
         for micro_batch, kind in itertools.product(self.shape.micro_batches, STEPS):
             where = f"{kind}, micro-batch {micro_batch}, {kernels}"
@@ -607,12 +615,8 @@ def main() -> None:
     shapes = {"tiny": TINY} if arguments.tiny else {n: SHAPES[n] for n in arguments.shape}
     kernels = sorted(arguments.kernels or (["torch", "triton"] if GPU else ["torch"]))
     for name, shape in shapes.items():
-        benchmark = Benchmark(name, shape, report, peak, 1 if arguments.tiny else 5, bandwidth)
-        if GPU:  # before liger-kernel's modules are in the teacher
-            floor = partial(benchmark.floor, "auto", shape.micro_batches[-1], compiled=True)
-            benchmark.measure("floor, compiled", floor)
-        for choice in kernels:
-            benchmark.go(choice)
+        benchmark = Benchmark(name, shape, report, peak, bandwidth, 1 if arguments.tiny else 5)
+        benchmark.go(kernels)
     report.add("seconds", round(report.seconds()))
 
 

@@ -70,7 +70,7 @@ def test_a_graph_is_recorded_before_its_steps_are_timed(
     monkeypatch.setattr(script, "DEVICE", torch.device("cpu"))
     monkeypatch.setattr(cuda_graph, "CudaRecorder", Recorder)
     monkeypatch.setattr(cuda_graph, "obstacle", lambda *_: None)
-    benchmark = script.Benchmark("tiny", script.TINY, script.Report(None, 8.0), 1e12, 2)
+    benchmark = script.Benchmark("tiny", script.TINY, script.Report(None, 8.0), 1e12, 1e10, 2)
     found = benchmark.steps("torch", 1, "projected", graph=True)
     assert found["ms"] > 0
     # The passes and the projections after them, then those before them.
@@ -82,7 +82,7 @@ def test_a_graph_is_recorded_before_its_steps_are_timed(
 def test_the_kernels_are_measured(script: ModuleType) -> None:
     """Their parts alone: whole steps take too long in Triton's interpreter."""
     report = script.Report(None, 8.0)
-    script.Benchmark("tiny", script.TINY, report, 1e12, 1).parts("triton")
+    script.Benchmark("tiny", script.TINY, report, 1e12, 1e10, 1).parts("triton")
     assert len(report.found) == 3
     assert all(isinstance(value, dict) for value in report.found.values()), report.found
 

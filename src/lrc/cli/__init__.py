@@ -11,7 +11,7 @@ from typer.core import TyperGroup
 from lrc.cli import analyze, data
 from lrc.cli.chat import chat
 from lrc.cli.compare import compare
-from lrc.cli.console import console, lost_output
+from lrc.cli.console import INTERRUPTED, console, lost_output
 from lrc.cli.display import show_library
 from lrc.cli.environment import env
 from lrc.cli.evaluate import evaluate
@@ -32,8 +32,8 @@ DISTRIBUTED = ("train", "resume", "compress", "init", "prune", "sft")
 READ_ONLY = ("info", "plan", "env")
 """Commands that write nothing, so that a launcher's variables do not matter."""
 
-MISTAKE, FAULT, INTERRUPTED = 2, 1, 130
-"""Exit codes: a mistake that the user can fix, a bug in lrc, and Ctrl-C outside training."""
+MISTAKE, FAULT = 2, 1
+"""Exit codes: a mistake that the user can fix, and a bug in lrc."""
 
 
 class Commands(TyperGroup):

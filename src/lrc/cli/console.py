@@ -20,6 +20,9 @@ from rich.text import Text
 
 from lrc.system.tables import Table
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C outside training."""
+
 NOWHERE = io.StringIO()
 """Stand-in for standard output in a process that was started without one."""
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.cli.console import INTERRUPTED, console, quiet_libraries
 from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 
@@ -72,7 +72,7 @@ def build(
         shards = build_shards(loaded, tokenizer, out, workers or default_workers())
     except KeyboardInterrupt:
         console.print("Stopped; the same command continues from here.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     _print_summary(shards)
 
 

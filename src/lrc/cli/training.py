@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lrc.cli.console import console, quiet_libraries
+from lrc.cli.console import INTERRUPTED, console, quiet_libraries
 from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken
@@ -244,4 +244,4 @@ def stoppable(folder: Path) -> "Iterator[None]":
         if not is_taken(folder):
             raise
         console.print(f"Stopped; continue with `lrc resume {folder}`.")
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None

@@ -164,10 +164,10 @@ class StreamedText:
         self._tokenizer = tokenizer
         self._seed = seed % (1 << 64)
         self._builder = _open(data.stream)
-        self._held_out = self._read_held_out(held_out, progress)
-        files = self._builder.as_streaming_dataset(split=data.stream.split).num_shards
+        rows = self._builder.as_streaming_dataset(split=data.stream.split)
+        self._held_out = self._read_held_out(rows, held_out, progress)
         self._block = block
-        self._parts = self._from_the_start(parts if files >= parts else 1)
+        self._parts = self._from_the_start(parts if rows.num_shards >= parts else 1)
 
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences after the first `position` sequences of the run. Blocks of
@@ -295,9 +295,10 @@ class StreamedText:
     def _is_held_out(self, text: str) -> bool:
         return text_hash(text) < int(self._data.held_out_fraction * HASH_RANGE)
 
-    def _read_held_out(self, sequences: int, progress: Progress | None) -> list[Span]:
+    def _read_held_out(
+        self, rows: Iterable[dict[str, Any]], sequences: int, progress: Progress | None
+    ) -> list[Span]:
         """Read up to `sequences` held-out sequences from the start of the data set."""
-        rows = self._builder.as_streaming_dataset(split=self._stream.split)
         texts = (text for text in self._texts(rows) if self._is_held_out(text))
         # One at a time: reading up to each held-out document passes many training documents.
         documents = self._tokenized(((START, text) for text in texts), 1)

@@ -86,11 +86,7 @@ def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
         Weights [batch, sequence], zero for masked tokens, at least float32.
     """
     truth = upcast(target.detach())
-    return weight_of_size(torch.linalg.vecdot(truth, truth) / target.shape[-1], mask)
-
-
-def weight_of_size(mean_square: Tensor, mask: Tensor | None) -> Tensor:
-    """`relative_weight` from the mean square of each token, [batch, sequence]."""
+    mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
     counted = mean_square if mask is None else mean_square.where(mask, torch.nan)
     # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
     median = counted.flatten().nanmedian(0).values
