@@ -59,6 +59,7 @@ TRAINING: dict[str, dict[str, Any]] = {
     "checkpointed": {"gradient_checkpointing": True},
     "release-0": {"release_at": 0},
     "release-half": {"release_at": 0.5, "release_learning_rate": 3e-3},
+    "muon": {"optimizer": "muon", "release_at": 0.5, "weight_decay": 0.1},
 }
 STUDENTS: dict[str, dict[str, Any]] = {
     "not-folded": {"fold_gains": False},

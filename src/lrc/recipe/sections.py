@@ -417,8 +417,11 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0, le=1 << 20)
     """Forward passes per optimizer step."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """`muon`: Muon for matrices, AdamW for embeddings, the head and norms."""
+
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate of AdamW. `auto`: from the student's parameters and the number of steps
+    """Peak learning rate. `auto`: from the student's parameters and the number of steps
     (`lrc.recipe.learning_rate`), or 3e-4 with a random start or another method. The paper uses
     1e-4."""
 

@@ -31,6 +31,7 @@ from lrc.train.checkpoint import (
     read_checkpoint,
     using,
 )
+from lrc.train.muon import Muon, orthogonal_names
 
 logger = logging.getLogger(__name__)
 
@@ -154,8 +155,8 @@ def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
 
 
 def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALONE) -> State:
-    """AdamW and its schedule for a method's current stage. The optimizer has the parameters that
-    this process owns.
+    """The optimizer and its schedule for a method's current stage. The optimizer has the parameters
+    that this process owns.
 
     Args:
         method: the method.
@@ -167,23 +168,29 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
     method.share_work(world)
     parameters, decayed, own = method.parameters(), method.decayed(), stages.own_learning_rates()
     owned = {name: value for name, value in parameters.items() if method.owners.has(name)}
-    groups = [
+    shared = {name: value for name, value in owned.items() if name not in own}
+    orthogonal = orthogonal_names(method) if train.optimizer == "muon" else set()
+    groups: list[dict[str, Any]] = [
         {
-            "params": [p for n, p in owned.items() if n in decayed and n not in own],
+            "params": [p for n, p in shared.items() if n in decayed - orthogonal],
             "weight_decay": train.weight_decay,
         },
         {
-            "params": [p for n, p in owned.items() if n not in decayed and n not in own],
+            "params": [p for n, p in shared.items() if n not in decayed],
             "weight_decay": 0.0,
         },
     ]
+    if orthogonal:
+        matrices = [p for n, p in shared.items() if n in orthogonal]
+        groups.append({"params": matrices, "weight_decay": train.weight_decay, "orthogonal": True})
     for rate in sorted(set(own.values())):
         named = [p for name, p in owned.items() if own.get(name) == rate]
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
     peak = getattr(train, stages.rate_setting())
     if peak in (None, "auto"):
         peak = learning_rate(recipe, student_parameters(method))
-    optimizer = torch.optim.AdamW(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
+    kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
+    optimizer = kind(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
     bounds = 0, *stages.stage_ends(), recipe.steps()
     stage = bisect.bisect_right(bounds[:-1], step) - 1
     begin, end = bounds[stage], bounds[stage + 1]
