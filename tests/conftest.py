@@ -16,8 +16,10 @@ if not torch.cuda.is_available():
 from command_line import Command
 from lrc.stories260k import save_stories
 from lrc.system.progress import log_progress, show_progress_with
+from lrc.train import closing
 from pages import Look, headless_browser
 from prepared import Prepared
+from short_closing import SHORT
 from stories import shared_data
 from tiny import LLAMAS
 
@@ -42,12 +44,10 @@ def own_log() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def short_closing() -> Iterator[None]:
-    """Let runs in this process leave an empty picture and short samples, and not measure the
-    machine: all that takes two thirds of a tiny run's time. Runs in other processes do."""
+    """Shorten the end of runs in this process. Runs in other processes are whole."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lrc.train.closing.draw_curves", lambda _run, path, _summary: path.touch())
-        patch.setattr("lrc.train.closing.matmul_peak", lambda *_: 1e13)
-        patch.setattr("lrc.train.closing.SAMPLE_TOKENS", 8)
+        for name, value in SHORT.items():
+            patch.setattr(closing, name, value)
         yield
 
 

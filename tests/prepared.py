@@ -22,14 +22,6 @@ EXACT |= {"CUDA_VISIBLE_DEVICES": "0"}
 """MKL's products of small matrices depend on where they lie in memory, unless it is asked for the
 same numbers."""
 
-SHORT_CLOSING = """
-from lrc.train import closing
-closing.draw_curves = lambda _run, path, _summary: path.touch()
-closing.matmul_peak = lambda *_: 1e13
-closing.SAMPLE_TOKENS = 8
-"""
-"""Code before other code, for what `short_closing` in conftest.py does in its own process."""
-
 SERVER = """
 import json, os, sys
 import datasets, matplotlib.pyplot, transformers.generation

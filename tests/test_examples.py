@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 from data_helpers import write_jsonl
 from lrc.model.families import FAMILIES
 from lrc.run import Run
-from prepared import SHORT_CLOSING, Prepared
+from prepared import Prepared
+from short_closing import SHORT_CLOSING
 from tiny import HIDDEN, QUIRKS, tiny_method, tiny_teacher, tiny_tokens
 from tiny_runs import save_teacher, tiny_documents
 

@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 from lrc.comparison import load_comparison
 from lrc.recipe.learning_rate import learning_rate
-from prepared import SHORT_CLOSING, Prepared
+from prepared import Prepared
+from short_closing import SHORT_CLOSING
 from tiny_runs import file_settings, save_teacher
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "learning_rate.py"

@@ -10,7 +10,6 @@ import sys
 
 import lrc.cli
 from lrc.system.distributed import join, leave, restarts
-from lrc.train import closing
 from lrc.train.loop import Loop
 
 
@@ -40,9 +39,6 @@ def main() -> None:
             return step_of_loop(self, progress)
 
         Loop._step = broken  # type: ignore[method-assign]
-    closing.draw_curves = lambda _run, path, _summary: path.touch()  # these take half of the time
-    closing.matmul_peak = lambda *_: 1e13
-    closing.SAMPLE_TOKENS = 8
     code = 0
     for command in commands:
         mine = command[world.rank] if isinstance(command[0], list) else command

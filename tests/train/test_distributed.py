@@ -24,6 +24,7 @@ from lrc.system.errors import UserError
 from lrc.train.checkpoint import list_checkpoints
 from lrc.train.session import check_division
 from prepared import EXACT, Prepared, places
+from short_closing import SHORT_CLOSING
 from tiny_runs import (
     copy_until,
     file_settings,
@@ -35,7 +36,8 @@ from tiny_runs import (
 
 TRAINING = {"micro_batch": 2, "accumulate": 2, "eval_every": 2, "checkpoint_every": 2}
 TRAINING |= {"tokens": 6 * 2 * 2 * 16, "device": "cpu"}
-LAUNCHED = Path(__file__).with_name("launched.py")
+PROGRAM = SHORT_CLOSING + Path(__file__).with_name("launched.py").read_text()
+"""What each process runs."""
 
 CASES: dict[str, list[str]] = {
     "released from step 0": [],
@@ -57,6 +59,7 @@ CASES: dict[str, list[str]] = {
         "--set", "student.intermediate_size=9",
     ],
     "a divided teacher, tinybert": ["--method", "tinybert", "--set", "teacher.shard=true"],
+    "muon": ["--set", "train.release_at=0.5", "--set", "train.optimizer=muon"],
     "pca": ["--set", "train.release_at=1", "--set", "initialize.method=pca"],
     "scratch": ["--method", "scratch"],
     "slicegpt": ["--method", "slicegpt"],
@@ -99,10 +102,10 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """Run commands in several processes, as torchrun starts them."""
     arguments = json.dumps([commands, fault])
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     options = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return subprocess.run(
-        [*start, *options, str(LAUNCHED), arguments],
+        [*start, *options, sys.executable, "-c", PROGRAM, arguments],
         env=os.environ | EXACT,
         capture_output=True,
         text=True,
@@ -113,7 +116,7 @@ def launch(
 def alone(*commands: Sequence[str]) -> None:
     """Run commands in one process."""
     arguments = json.dumps([commands, None])
-    subprocess.run([sys.executable, str(LAUNCHED), arguments], env=os.environ | EXACT, check=True)
+    subprocess.run([sys.executable, "-c", PROGRAM, arguments], env=os.environ | EXACT, check=True)
 
 
 def train(folder: Path, recipe: str, case: str, out: str) -> list[str]:
@@ -152,8 +155,8 @@ def pairs(folder: Path, prepared: Prepared) -> None:
     two = [("two", place) for place in places(2)]
     for out, place in [*two, ("one", {})]:
         commands = [train(folder, "recipe.yaml", case, f"{out}/{case}") for case in PAIRS]
-        arguments, code = json.dumps([commands, None]), LAUNCHED.read_text()
-        started.append(prepared.start(arguments, code=code, environment=EXACT | place))
+        arguments = json.dumps([commands, None])
+        started.append(prepared.start(arguments, code=PROGRAM, environment=EXACT | place))
     for process in started:
         code, _, errors = process.wait()
         assert code == 0, errors[-3000:]

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import DistillPass, MakePair
 from lrc.cloning.kernels import use_triton
-from lrc.cloning.method import Counts, Method, StepLosses
+from lrc.cloning.method import Counts, Method, Replay, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.student import empty_student, plain_view, student_config
 from lrc.model.teacher import Teacher
@@ -119,7 +119,7 @@ class SamePasses:
 
     distill: DistillPass
 
-    def prepare_capture(self) -> None:
+    def prepare_capture(self, replay: Replay) -> None:
         self.distill.keep_alpha_on_device()
 
     def capture_key(self) -> Hashable:

@@ -11,7 +11,7 @@ gives, and a step needs no projection. The readers' activations are cloned as be
 writers are cloned through the projections of the release, which stay frozen.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -24,7 +24,7 @@ from lrc.cloning.alignment import align, writer_alignment
 from lrc.cloning.cost import step_flops
 from lrc.cloning.distill_pass import ClonePair, DistillPass
 from lrc.cloning.kernels import use_triton
-from lrc.cloning.method import Counts, Leaf, Method, Staged, StartReport, StepLosses
+from lrc.cloning.method import Counts, Leaf, Method, Replay, Staged, StartReport, StepLosses
 from lrc.cloning.projection import Projections, projection_key
 from lrc.cloning.shape.prune import prune
 from lrc.cloning.shape.pruned_teacher import (
@@ -104,9 +104,7 @@ class LowRankClone(Method, Staged):
         self.steps, self.release_at = steps, release_at
         self.weight_dtype, self.tf32 = weight_dtype, tf32
         self.clock = Clock()
-        self.replay: Callable[[str, Callable[[], object]], object] = lambda _name, work: work()
-        """Does what a step computes besides its micro-batches, by name. `lrc.train.cuda_graph`
-        replays it."""
+        self._replay: Replay = lambda _name, work: work()
         self._begin()
 
     @classmethod
@@ -285,7 +283,7 @@ class LowRankClone(Method, Staged):
             return
         with self.clock.part("projection"):
             self.projections.send(self._cloned() if self.distill.alpha else [])
-            self.replay("write", lambda: self.projections.write_into(self.model))
+            self._replay("write", lambda: self.projections.write_into(self.model))
             self.projections.forget_gradients(self.model)
 
     def end_step(self) -> None:
@@ -293,7 +291,7 @@ class LowRankClone(Method, Staged):
         if self.released:
             return
         with self.clock.part("projection"):
-            self.replay("backward", lambda: self.projections.backward(self.model))
+            self._replay("backward", lambda: self.projections.backward(self.model))
 
     def student(self) -> PreTrainedModel:
         if not self.released:
@@ -306,7 +304,8 @@ class LowRankClone(Method, Staged):
         losses: StepLosses = self.distill(batch, counts)
         return losses
 
-    def prepare_capture(self) -> None:
+    def prepare_capture(self, replay: Replay) -> None:
+        self._replay = replay
         self.distill.keep_alpha_on_device()
 
     def capture_key(self) -> Hashable:

@@ -5,7 +5,7 @@ A new method is a file in `lrc.baselines` with a subclass, its settings in
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -18,6 +18,9 @@ from lrc.recipe import Recipe
 from lrc.system.clock import Clock
 from lrc.system.distributed import Owners, World, assign
 from lrc.system.progress import Progress
+
+Replay = Callable[[str, Callable[[], object]], object]
+"""Does a part of a step, which has a name."""
 
 
 @dataclass(frozen=True)
@@ -270,8 +273,12 @@ class WeighsSources(Protocol):
 class Capturable(Protocol):
     """A method whose micro-batches a CUDA graph can record (`lrc.train.cuda_graph`)."""
 
-    def prepare_capture(self) -> None:
-        """Keep the numbers that change from step to step in device memory from now on."""
+    def prepare_capture(self, replay: Replay) -> None:
+        """Keep the numbers that change from step to step in device memory from now on.
+
+        Args:
+            replay: does what a step computes around its micro-batches, from a graph where it can.
+        """
 
     def capture_key(self) -> Hashable:
         """What the operations of a micro-batch depend on besides its shapes and counts."""

@@ -2,9 +2,9 @@
 
 A small model's step is limited by the CPU, which launches some hundred kernels a layer. A CUDA
 graph records the forward passes, the losses and the backward pass once, and replays all of them
-with a single launch. What a step computes around its micro-batches (`LowRankClone.replay`) has
-graphs of its own. What a graph replays is fixed: the operations, the memory they read and write,
-and every number that Python had at hand. So
+with a single launch. What a step computes around its micro-batches has graphs of its own. What a
+graph replays is fixed: the operations, the memory they read and write, and every number that Python
+had at hand. So
 
 * tokens are copied into the batch that was recorded, and the gradients always have the same memory;
 * alpha is a value in device memory, and the counts to average over must be the same;
@@ -26,7 +26,6 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Capturable, Counts, Method, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.layout import layout_of
@@ -122,8 +121,6 @@ class Passes:
         self._recorder: Recorder | None = None
         if uses_graph(method, recipe, teacher, device, world):
             self._recorder = CudaRecorder(device)
-            if isinstance(method, LowRankClone):
-                method.replay = self.replay
         self._structure: Hashable = None
         self._seen: Counter[Hashable] = Counter()
         self._gradients: dict[nn.Parameter, Tensor] = {}
@@ -206,7 +203,7 @@ class Passes:
         self, recorder: Recorder, shape: Hashable, batch: Batch, counts: Counts
     ) -> "_Recorded":
         assert isinstance(self.method, Capturable)
-        self.method.prepare_capture()
+        self.method.prepare_capture(self.replay)
         self._keep_gradients()
         inputs = batch.copy()
         replay, losses = recorder.record(lambda: self._run(inputs, counts))
