@@ -6,6 +6,8 @@ All figures come from models without weights.
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrc.cloning.cost import step_flops, token_weights
@@ -17,6 +19,7 @@ from lrc.planning.gpus import Gpu
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
 from lrc.train.memory import largest_micro_batch, memory_of
+from lrc.train.muon import orthogonal_flops, vocabulary_matrices
 
 CACHE_BYTES = 2
 """Bytes of a number in the cache of keys and values: float16 or bfloat16."""
@@ -164,4 +167,19 @@ def gpu_hours(
             teacher, student, tokens, sequence, recipe.objective, cloned, None, released
         )
         operations += sum(parts.values()) * points / POINTS
+        if recipe.train.optimizer == "muon":
+            matrices = _matrices(student) if released else _projections(teacher, student)
+            operations += orthogonal_flops(matrices) * points / POINTS
     return operations * recipe.steps() / (conditions.mfu * conditions.gpu.peak) / 3600
+
+
+def _matrices(model: PreTrainedModel) -> list[Tensor]:
+    """All matrices of a model but its embedding and head."""
+    tokens = {id(value) for value in vocabulary_matrices(model)}
+    return [v for v in model.parameters() if v.ndim > 1 and id(v) not in tokens]
+
+
+def _projections(teacher: PreTrainedModel, student: PreTrainedModel) -> list[Tensor]:
+    """The student's projections [d_T, d_S], without memory."""
+    shape = teacher.config.hidden_size, student.config.hidden_size
+    return [torch.empty(shape, device="meta") for _ in layout_of(student).projected(student)]

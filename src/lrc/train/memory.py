@@ -34,10 +34,11 @@ from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
 from lrc.system.distributed import Wait, World
+from lrc.train.muon import orthogonal_names
 from lrc.train.sizes import planned_teacher, target_device
 
-ADAM = 2
-"""Values that AdamW keeps for each trained one."""
+ADAM, MUON = 2, 1
+"""Values that the optimizers keep for each trained one."""
 
 CUDA_CONTEXT = 2**29
 """Bytes that CUDA and its libraries take on a GPU, roughly."""
@@ -210,8 +211,9 @@ class _Stage:
             method._release()
         method.share_work(_Others(0, processes))
         state = [0] * processes
+        muon = orthogonal_names(method) if self.recipe.train.optimizer == "muon" else set()
         for name, value in method.parameters().items():
-            state[method.owners[name]] += ADAM * value.nbytes
+            state[method.owners[name]] += (MUON if name in muon else ADAM) * value.nbytes
         world = _Others(state.index(max(state)), processes)
         method.share_work(world)
         self.state = max(state)

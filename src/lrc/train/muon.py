@@ -8,11 +8,12 @@ arXiv 2502.16982, section 2.2), so that both share one learning rate. Everything
 and for matrices alone.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lrc.cloning.method import Method
 
@@ -101,20 +102,26 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 def orthogonal_names(method: Method) -> set[str]:
     """Names of a method's parameters that Muon updates: matrices with weight decay but for the
     student's embedding and head, whose rows are tokens."""
-    model = method.model
-    tokens = {id(m.weight) for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    tokens = {id(value) for value in vocabulary_matrices(method.model)}
     named = method.parameters()
     return {name for name in method.decayed() if id(named[name]) not in tokens}
 
 
-def orthogonal_flops(method: Method) -> float:
-    """Floating-point operations of Muon's matrix products in a step."""
+def vocabulary_matrices(model: PreTrainedModel) -> list[nn.Parameter]:
+    """The embedding and the head, which may be the same."""
+    return [m.weight for m in (model.get_input_embeddings(), model.get_output_embeddings())]
+
+
+def orthogonal_flops(matrices: Iterable[Tensor]) -> float:
+    """Floating-point operations of Muon's matrix products in a step.
+
+    Args:
+        matrices: what it updates, [..., rows, columns] each.
+    """
     total = 0.0
-    for name in orthogonal_names(method):
-        value = method.parameters()[name]
+    for value in matrices:
         short, long = sorted(value.shape[-2:])
-        matrices = value.numel() / (short * long)
-        total += STEPS * matrices * (4 * short**2 * long + 2 * short**3)
+        total += STEPS * value.numel() * (4 * short + 2 * short**2 / long)
     return total
 
 
