@@ -174,6 +174,7 @@ def go(family: str, tied: bool, settings: dict[str, Any], folder: Path) -> dict[
             "accumulate": 2,
             "learning_rate": 1e-2,
             "warmup_ratio": 0.2,
+            "optimizer": "adamw",
             "release_at": 1,
             "eval_every": 3,
             "device": "cpu",

@@ -406,7 +406,7 @@ def test_an_impossible_flop_utilization_is_left_out(monkeypatch: pytest.MonkeyPa
 
     class Recipe:
         data = type("Data", (), {"sequence_length": 8})()
-        train = type("Train", (), {"precision": "float32"})()
+        train = type("Train", (), {"precision": "float32", "optimizer": "adamw"})()
 
         def step_tokens(self) -> int:
             return 8

@@ -450,8 +450,8 @@ def test_steps_after_the_release_train_all_weights(whole: Run) -> None:
 def test_the_first_step_is_that_of_adam(folder: Path, tmp_path: Path) -> None:
     """Against torch's Adam on gradients of the released model that are computed by hand."""
     settings = settings_of(folder, 0.0, alpha_schedule="constant")
-    settings["train"] |= {"warmup_ratio": 0, "weight_decay": 0, "grad_clip": 0}
-    settings["train"] |= {"token_grad_clip": 0, "tokens": 2 * 2 * 16}
+    settings["train"] |= {"optimizer": "adamw", "warmup_ratio": 0, "weight_decay": 0}
+    settings["train"] |= {"grad_clip": 0, "token_grad_clip": 0, "tokens": 2 * 2 * 16}
     run = Run.create(tmp_path / "run", make_recipe(settings))
     train(run)
     first, last = (

@@ -10,17 +10,18 @@ def test_defaults_and_the_recipes_own() -> None:
     assert choices(tiny_recipe(), 10**9, 35) == (
         "Defaults, from our comparisons (benchmarks/comparisons/README.md): closed-form start, "
         "16,384 calibration tokens, own weights from the start, alpha 0.2 falling to zero over 33% "
-        "of the steps, learning rate 3.95e-05."
+        "of the steps, Muon, learning rate 3.95e-05."
     )
     paper = {
         "initialize.method": "random",
         "objective.alpha_schedule": "constant",
         "train.release_at": 1,
+        "train.optimizer": "adamw",
         "train.learning_rate": 1e-4,
     }
     assert choices(tiny_recipe(paper), 10**9, 35) == (
-        "From the recipe: random start, projections to the end, constant alpha 0.2, learning rate "
-        "0.0001."
+        "From the recipe: random start, projections to the end, constant alpha 0.2, AdamW, "
+        "learning rate 0.0001."
     )
     assert choices(tiny_recipe({"method": "scratch"}), 10**9, 35) is None
 

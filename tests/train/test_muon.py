@@ -140,6 +140,8 @@ def test_groups_of_other_methods(name: str) -> None:
 def test_a_run_goes_on_bit_by_bit(tmp_path: Path, release: float) -> None:
     run = new_run(tmp_path, **MUON, release_at=release, keep_checkpoints=9)
     go(run)
-    other = copy_until(run, tmp_path / "again", 3)
+    other = copy_until(run, tmp_path / "again", 6)
+    before = (other.checkpoints / "step-00000006").stat().st_mtime_ns
     go(other)
+    assert (other.checkpoints / "step-00000006").stat().st_mtime_ns == before  # not made again
     assert_same_run(other, run)

@@ -7,6 +7,8 @@ from lrc.recipe.sections import ALPHA_ZERO_AT, ObjectiveSection
 
 EVIDENCE = "benchmarks/comparisons/README.md"
 
+OPTIMIZERS = {"adamw": "AdamW", "muon": "Muon"}
+
 
 def choices(recipe: Recipe, parameters: int, terms: int) -> str | None:
     """One line that names start, calibration tokens, release, clone loss and learning rate of a
@@ -27,6 +29,7 @@ def choices(recipe: Recipe, parameters: int, terms: int) -> str | None:
         (f"{start.calibration_tokens:,} calibration tokens", "initialize", ("calibration_tokens",)),
         (_release(train.release_at), "train", ("release_at",)),
         (_clone(loss, terms), "objective", alpha),
+        (OPTIMIZERS[train.optimizer], "train", ("optimizer",)),
         (f"learning rate {learning_rate(recipe, parameters):.3g}", "train", ("learning_rate",)),
     ]
     ours: dict[bool, list[str]] = {True: [], False: []}

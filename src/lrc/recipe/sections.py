@@ -417,8 +417,9 @@ class TrainSection(Section):
     accumulate: int = Field(1, gt=0, le=1 << 20)
     """Forward passes per optimizer step."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: Muon for matrices, AdamW for embeddings, the head and norms."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon for matrices, and AdamW for the embedding, the head and norms. The paper uses
+    AdamW for all (`adamw`)."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
     """Peak learning rate. `auto`: from the student's parameters and the number of steps
@@ -432,14 +433,14 @@ class TrainSection(Section):
     """Share of the steps that warm up."""
 
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's betas."""
+    """AdamW's betas. Muon's momentum is 0.95."""
 
     eps: float = Field(1e-8, gt=0)
     """AdamW's epsilon."""
 
     weight_decay: float = Field(0.0, ge=0)
-    """AdamW's weight decay, on matrices only: the projections, and the student's own matrices after
-    the release."""
+    """Decoupled weight decay, on matrices only: the projections, and the student's own matrices
+    after the release."""
 
     release_at: float = Field(0.0, ge=0, le=1)
     """Share of the steps after which method `lrc` releases the projections and trains the student's

@@ -58,7 +58,10 @@ class Muon(torch.optim.AdamW):
         if not values:
             return
         for value in values:
-            self.state[value].setdefault("momentum", torch.zeros_like(value))
+            if not self.state[value]:  # AdamW loads no state without the number of steps
+                count = torch.zeros((), dtype=torch.float32, device=value.device)
+                self.state[value] = {"step": count, "momentum": torch.zeros_like(value)}
+        torch._foreach_add_([self.state[value]["step"] for value in values], 1)
         gradients = [value.grad for value in values]
         momentum = [self.state[value]["momentum"] for value in values]
         torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
