@@ -16,11 +16,19 @@ from tiny_runs import file_settings, save_teacher, tiny_recipe
 
 def test_more_steps_and_fewer_parameters_take_a_higher_rate() -> None:
     """By hand: 1.26 * N^-0.6 * steps^(1/3)."""
-    tokens = {"train.tokens": 8 * 256 * 1000}
+    tokens = {"train.tokens": 8 * 256 * 1000, "train.optimizer": "adamw"}
     assert learning_rate(tiny_recipe(tokens), 10**5) == pytest.approx(1.26 * 1e-3 * 10)
     assert learning_rate(tiny_recipe(tokens), 10**10) == pytest.approx(1.26 * 1e-6 * 10)
     larger = tokens | {"train.micro_batch": 64}
     assert learning_rate(tiny_recipe(larger), 10**5) == pytest.approx(1.26 * 1e-3 * 5)
+
+
+@pytest.mark.parametrize("steps", [10, 1000])
+def test_muons_rate_does_not_depend_on_the_steps(steps: int) -> None:
+    """By hand: 4.3 * N^-0.5."""
+    recipe = tiny_recipe({"train.tokens": 8 * 256 * steps})
+    assert learning_rate(recipe, 10**6) == pytest.approx(4.3e-3)
+    assert learning_rate(recipe, 10**8) == pytest.approx(4.3e-4)
 
 
 @pytest.mark.parametrize("changes", [{"method": "scratch"}, {"initialize": "random"}])
@@ -34,6 +42,7 @@ def test_no_rule_without_a_start_from_text(changes: dict[str, Any]) -> None:
     ("tied", "changes"),
     [
         (False, {"train.release_at": 0}),
+        (False, {"train.optimizer": "adamw"}),
         (True, {"train.release_at": 1}),
         (True, {"train.release_at": 0.5}),
         (False, {"student.kv_heads": 1, "student.intermediate_size": 8}),

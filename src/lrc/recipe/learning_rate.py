@@ -3,9 +3,13 @@
 from lrc.recipe.method_sections import LrcSection
 from lrc.recipe.recipe import Recipe
 
-SCALE = 1.26
+ADAMW_SCALE = 1.26
 """Fitted, with both exponents, to the best of a grid at 130 thousand parameters (20, 50, 200 and
 800 steps) and at 67 million (10 and 30 steps); see `learning_rate`."""
+
+MUON_SCALE = 4.3
+"""Fitted to the best of a grid at 130 thousand parameters (20, 50, 200 and 800 steps) and at 67
+million (30 steps), with its exponent."""
 
 OTHERS = 3e-4
 """The rate where `learning_rate` is not fitted: a random start, or another method."""
@@ -14,9 +18,10 @@ OTHERS = 3e-4
 def learning_rate(recipe: Recipe, parameters: int) -> float:
     """The peak learning rate of a run.
 
-    `auto` is 1.26 * parameters^-0.6 * steps^(1/3) for a student of the method `lrc` that starts
-    from text, whatever its batch: more steps average out what a large rate does to the start. It is
-    a fit to our own runs (benchmarks/learning_rate.md), not a result of the paper.
+    `auto` is for a student of the method `lrc` that starts from text, whatever its batch: 4.3 *
+    parameters^-0.5 with Muon, and 1.26 * parameters^-0.6 * steps^(1/3) with AdamW. Both are fits to
+    our own runs (benchmarks/learning_rate.md), not results of the paper. Muon's updates have one
+    size; AdamW's are largest in a run's first steps.
 
     Args:
         recipe: the run's recipe.
@@ -27,4 +32,6 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
         return asked
     if not isinstance(recipe.method, LrcSection) or recipe.initialize.method == "random":
         return OTHERS
-    return SCALE * parameters**-0.6 * recipe.steps() ** (1 / 3)
+    if recipe.train.optimizer == "muon":
+        return MUON_SCALE * parameters**-0.5
+    return ADAMW_SCALE * parameters**-0.6 * recipe.steps() ** (1 / 3)
