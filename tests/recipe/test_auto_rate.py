@@ -25,10 +25,10 @@ def test_more_steps_and_fewer_parameters_take_a_higher_rate() -> None:
 
 @pytest.mark.parametrize("steps", [10, 1000])
 def test_muons_rate_does_not_depend_on_the_steps(steps: int) -> None:
-    """By hand: 4.3 * N^-0.5."""
+    """By hand: 7.5 * N^-0.55."""
     recipe = tiny_recipe({"train.tokens": 8 * 256 * steps})
-    assert learning_rate(recipe, 10**6) == pytest.approx(4.3e-3)
-    assert learning_rate(recipe, 10**8) == pytest.approx(4.3e-4)
+    assert learning_rate(recipe, 10**20) == pytest.approx(7.5e-11)
+    assert learning_rate(recipe, 10**5) == pytest.approx(7.5 * 10**-2.75)
 
 
 @pytest.mark.parametrize("changes", [{"method": "scratch"}, {"initialize": "random"}])

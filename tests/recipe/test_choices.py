@@ -10,7 +10,7 @@ def test_defaults_and_the_recipes_own() -> None:
     assert choices(tiny_recipe(), 10**9, 35) == (
         "Defaults, from our comparisons (benchmarks/comparisons/README.md): closed-form start, "
         "16,384 calibration tokens, own weights from the start, alpha 0.2 falling to zero over 33% "
-        "of the steps, Muon, learning rate 0.000136."
+        "of the steps, Muon, learning rate 8.42e-05."
     )
     paper = {
         "initialize.method": "random",
@@ -45,4 +45,4 @@ def test_one_change(key: str, value: float, told: str) -> None:
     )
     assert given == f"{told}."
     assert told not in default
-    assert "learning rate 0.000136" in default
+    assert "learning rate 8.42e-05" in default

@@ -1,20 +1,24 @@
 """What each process of a launch runs: the command line, once for each list of arguments.
 
-`faults` break one process: rank, step and kind.
+`faults` break one process: rank, step and kind. With `late`, what processes send arrives when they
+wait for it, and is not a number before.
 """
 
 import json
 import os
 import resource
 import sys
+from collections.abc import Callable
+
+import torch
 
 import lrc.cli
-from lrc.system.distributed import join, leave, restarts
+from lrc.system.distributed import World, join, leave, restarts
 from lrc.train.loop import Loop
 
 
 def main() -> None:
-    commands, faults = json.loads(sys.argv[1])
+    commands, faults, late = json.loads(sys.argv[1])
     lrc.cli.leave = lambda: None  # the next command goes on with the same processes
     world = join()
     step_of_loop = Loop._step
@@ -39,6 +43,15 @@ def main() -> None:
             return step_of_loop(self, progress)
 
         Loop._step = broken  # type: ignore[method-assign]
+    if late:
+        send = World.send
+
+        def send_late(self: World, tensor: torch.Tensor, owner: int) -> Callable[[], None]:
+            if self.rank != owner:
+                tensor.fill_(float("nan"))
+            return lambda: send(self, tensor, owner)()
+
+        World.send = send_late  # type: ignore[method-assign]
     code = 0
     for command in commands:
         mine = command[world.rank] if isinstance(command[0], list) else command

@@ -101,7 +101,7 @@ def launch(
     limit: int = 300,
 ) -> subprocess.CompletedProcess[str]:
     """Run commands in several processes, as torchrun starts them."""
-    arguments = json.dumps([commands, fault])
+    arguments = json.dumps([commands, fault, False])
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--no-python"]
     options = ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     return subprocess.run(
@@ -115,7 +115,7 @@ def launch(
 
 def alone(*commands: Sequence[str]) -> None:
     """Run commands in one process."""
-    arguments = json.dumps([commands, None])
+    arguments = json.dumps([commands, None, False])
     subprocess.run([sys.executable, "-c", PROGRAM, arguments], env=os.environ | EXACT, check=True)
 
 
@@ -150,12 +150,12 @@ def assert_near(ours: Run, theirs: Run, tolerance: float) -> None:
 @pytest.fixture(scope="module")
 def pairs(folder: Path, prepared: Prepared) -> None:
     """Every case on two processes and on one, two micro-batches a step each. The two get what
-    torchrun sets; the slow tests start torchrun itself."""
+    torchrun sets, and use nothing before they wait for it; the slow tests start torchrun itself."""
     started = []
     two = [("two", place) for place in places(2)]
     for out, place in [*two, ("one", {})]:
         commands = [train(folder, "recipe.yaml", case, f"{out}/{case}") for case in PAIRS]
-        arguments = json.dumps([commands, None])
+        arguments = json.dumps([commands, None, True])
         started.append(prepared.start(arguments, code=PROGRAM, environment=EXACT | place))
     for process in started:
         code, _, errors = process.wait()

@@ -7,7 +7,7 @@ ADAMW_SCALE = 1.26
 """Fitted, with both exponents, to the best of a grid at 130 thousand parameters (20, 50, 200 and
 800 steps) and at 67 million (10 and 30 steps); see `learning_rate`."""
 
-MUON_SCALE = 4.3
+MUON_SCALE = 7.5
 """Fitted to the best of a grid at 130 thousand parameters (20, 50, 200 and 800 steps) and at 67
 million (30 steps), with its exponent."""
 
@@ -18,8 +18,8 @@ OTHERS = 3e-4
 def learning_rate(recipe: Recipe, parameters: int) -> float:
     """The peak learning rate of a run.
 
-    `auto` is for a student of the method `lrc` that starts from text, whatever its batch: 4.3 *
-    parameters^-0.5 with Muon, and 1.26 * parameters^-0.6 * steps^(1/3) with AdamW. Both are fits to
+    `auto` is for a student of the method `lrc` that starts from text, whatever its batch: 7.5 *
+    parameters^-0.55 with Muon, 1.26 * parameters^-0.6 * steps^(1/3) with AdamW. Both are fits to
     our own runs (benchmarks/learning_rate.md), not results of the paper. Muon's updates have one
     size; AdamW's are largest in a run's first steps.
 
@@ -33,5 +33,5 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     if not isinstance(recipe.method, LrcSection) or recipe.initialize.method == "random":
         return OTHERS
     if recipe.train.optimizer == "muon":
-        return MUON_SCALE * parameters**-0.5
+        return MUON_SCALE * parameters**-0.55
     return ADAMW_SCALE * parameters**-0.6 * recipe.steps() ** (1 / 3)

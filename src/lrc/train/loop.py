@@ -32,6 +32,7 @@ from lrc.train.batches import BatchReader
 from lrc.train.checkpoint import checkpoint_folder, list_checkpoints, save_checkpoint
 from lrc.train.cuda_graph import Passes
 from lrc.train.gradient_sums import GradientSums
+from lrc.train.parameter_sends import ParameterSends
 from lrc.train.setup import (
     Setup,
     calibration_sequences,
@@ -86,6 +87,7 @@ class Loop:
     has nothing to spare."""
     batches: BatchReader = field(init=False)
     sums: GradientSums = field(init=False)
+    sends: ParameterSends = field(init=False)
     _saved: float = field(default_factory=time.perf_counter)
     """When the last checkpoint was written."""
 
@@ -93,6 +95,7 @@ class Loop:
         setup = self.setup
         self.passes = Passes(setup.method, self.run.recipe, setup.teacher, setup.device, self.world)
         self.sums = GradientSums(self.world, self.setup.method.leaves())
+        self.sends = ParameterSends(self.world, self.setup.method)
 
     def go(self, steps: int) -> StopRequest:
         """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
@@ -123,6 +126,8 @@ class Loop:
                 self._save()  # the start may have taken long
             while setup.state.step < steps and not agree(stop, self.world):
                 line = self._step(progress)
+                if not self._goes_on():
+                    self.sends.wait()
                 changed = self._change_stage(progress)
                 if self._due(recipe.train.eval_every):
                     line |= self._measure(progress)
@@ -142,6 +147,7 @@ class Loop:
                     self.on_step(line | changed)
                 if self._due(recipe.train.checkpoint_every) or self._minutes_are_over():
                     self._save()
+            self.sends.wait()
             newest = checkpoint_folder(self.run.checkpoints, setup.state.step)
             if self.world.from_first(not newest.exists()):
                 self._save()
@@ -170,6 +176,13 @@ class Loop:
         """Whether something is due that happens every `every` steps and at the end."""
         step = self.setup.state.step
         return step % every == 0 or step == self.run.recipe.steps()
+
+    def _goes_on(self) -> bool:
+        """Whether another step follows at once. Until then, nothing looks at the student."""
+        step, method = self.setup.state.step, self.setup.method
+        looks = self.on_step is not None or self.benchmarks is not None
+        ends = step in stages_of(method).stage_ends()
+        return not (looks or ends or self._due(self.run.recipe.train.eval_every))
 
     def _step(self, progress: Task) -> dict[str, Any]:
         """Make one optimizer step and return its line of metrics.
@@ -210,7 +223,7 @@ class Loop:
             state.scheduler.step()
             for parameter in state.parameters.values():
                 parameter.grad = None
-            self._send_parameters()
+            self.sends.send(state.parameters)
         state.step += 1
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds
@@ -240,6 +253,8 @@ class Loop:
         setup.state = new_state(setup.method, self.run.recipe, step, self.world)
         self.sums.remove()
         self.sums = GradientSums(self.world, setup.method.leaves())
+        self.sends.remove()
+        self.sends = ParameterSends(self.world, setup.method)
         others = ", ".join(f"{name} {value}" for name, value in entries.items() if name != "stage")
         change = f"{entries['stage']} ({others})" if others else entries["stage"]
         if step:  # at step 0, nothing was trained before
@@ -267,18 +282,6 @@ class Loop:
             if not method.owners.has(name):
                 value.grad = None
         return missing - method.projected()
-
-    def _send_parameters(self) -> None:
-        """Send the updated parameters that the passes use from their owners to all processes."""
-        method = self.setup.method
-        projected = method.projected()
-        waits = [
-            self.world.send(value.data, method.owners[name])
-            for name, value in self.setup.state.parameters.items()
-            if name not in projected
-        ]
-        for wait in waits:
-            wait()
 
     def _clip(self, missing: Collection[str]) -> torch.Tensor:
         """Clip the gradients as the recipe says; return their norm before clipping.
