@@ -196,6 +196,7 @@ class Loop:
         with method.clock.part("data"):
             read = self.batches.take(state.step, state.step + 1 == self.run.recipe.steps())
         counts = add_counts(self.world.gather(read.counts))
+        self.sends.begin()
         method.begin_step(state.step)
         sums: dict[str, torch.Tensor] = {}
         clone_layers: dict[str, torch.Tensor] = {}
@@ -223,7 +224,7 @@ class Loop:
             state.scheduler.step()
             for parameter in state.parameters.values():
                 parameter.grad = None
-            self.sends.send(state.parameters)
+            self.sends.updated()
         state.step += 1
         seconds = time.perf_counter() - start
         tokens_per_second = counts.tokens / seconds

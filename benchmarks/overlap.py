@@ -1,0 +1,182 @@
+"""How much of what processes send each other is hidden behind the passes of a step.
+
+    torchrun --nproc-per-node 2 benchmarks/overlap.py --shape small --out overlap.json
+    torchrun --nproc-per-node 8 benchmarks/overlap.py --shape llama-3.2-3b      # a GPU for each
+
+torch's profiler records some steps of the real loop on random tokens. A collective is hidden while
+the same process computes: on GPUs, while any other kernel runs; on CPUs, while the teacher, the
+student or the losses run, forward or backward. Those of the first process are printed for each
+stage of `lrc`: projections, released weights, and released weights without clone terms.
+"""
+
+import argparse
+import json
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
+
+import gpu_step
+from lrc.cloning.low_rank_clone import LowRankClone
+from lrc.recipe import make_recipe
+from lrc.run import Run
+from lrc.system.clock import Clock
+from lrc.system.distributed import World, join, leave
+from lrc.system.progress import Task
+from lrc.train.loop import Loop
+from lrc.train.setup import Setup, new_state
+
+STEPS = 4
+"""Steps that are recorded."""
+
+COMPUTES = ("teacher", "student", "loss")
+"""Parts of the clock in which a process computes what collectives may hide behind."""
+
+SMALL = gpu_step.Shape(
+    {
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 64,
+        "vocab_size": 2048,
+    },
+    128,
+    128,
+    (4,),
+)
+"""A teacher whose steps take part of a second on a CPU core."""
+
+SHAPES = gpu_step.SHAPES | {"tiny": gpu_step.TINY, "small": SMALL}
+
+Span = tuple[float, float]
+
+
+@contextmanager
+def recorded_parts() -> Iterator[None]:
+    """Let the profiler see the parts of the clock."""
+    part = Clock.part
+
+    @contextmanager
+    def recorded(self: Clock, name: str) -> Iterator[None]:
+        with part(self, name), record_function(f"part:{name}"):
+            yield
+
+    Clock.part = recorded  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        Clock.part = part  # type: ignore[method-assign]
+
+
+def steps_of(shape: gpu_step.Shape, kind: str, world: World) -> Loop:
+    """The training loop of this process."""
+    teacher = gpu_step.make_teacher(shape)
+    recipe = make_recipe(
+        {"initialize": "random", "data": {"text": "random"}, "teacher": {"model": "random"}},
+        {
+            "student.hidden_size": shape.hidden_size,
+            "data.sequence_length": shape.sequence,
+            "train.micro_batch": shape.micro_batches[-1],
+            "train.accumulate": world.size,
+            "train.tokens": 10**10,  # so that alpha is not zero yet
+            "train.eval_every": 10**9,
+            **gpu_step.STEPS[kind],
+        },
+    )
+    method = LowRankClone.build(teacher, recipe)
+    generator = torch.Generator().manual_seed(0)
+    for value in method.projections.values.values():
+        noise = torch.randn(value.shape, generator=generator) * recipe.initialize.std
+        value.data.copy_(noise)
+    text: Any = gpu_step.RandomText(teacher.vocab_size, shape.sequence)
+    run = Run.create(Path(tempfile.gettempdir()) / "lrc-overlap-is-never-written", recipe)
+    setup = Setup(teacher, method, new_state(method, recipe, 0, world), gpu_step.DEVICE, False)
+    loop = Loop(run, setup, text, world=world)
+    loop.batches = loop.open_batches()
+    loop._change_stage(Task("steps"))
+    return loop
+
+
+def merged(spans: Iterable[Span]) -> list[Span]:
+    """Spans of time without overlaps."""
+    found: list[Span] = []
+    for begin, end in sorted(spans):
+        if found and begin <= found[-1][1]:
+            found[-1] = found[-1][0], max(end, found[-1][1])
+        else:
+            found.append((begin, end))
+    return found
+
+
+def shared(span: Span, others: list[Span]) -> float:
+    """How much of a span lies in spans that do not overlap."""
+    begin, end = span
+    return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in others)
+
+
+def measure(loop: Loop) -> dict[str, dict[str, float]]:
+    """Record some steps; number, milliseconds and hidden share of each collective."""
+    progress = Task("steps")
+    for _ in range(2):  # the second step knows what may be sent early
+        loop._step(progress)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu_step.GPU
+    with recorded_parts(), profile(activities=activities) as prof:
+        for _ in range(STEPS):
+            loop._step(progress)
+    loop.sends.wait()
+    collectives: dict[str, list[Span]] = defaultdict(list)
+    computes: list[Span] = []
+    for event in prof.events() or []:
+        span = event.time_range.start, event.time_range.end
+        name = event.name
+        on_gpu = event.device_type == DeviceType.CUDA
+        if on_gpu and "nccl" in name.lower():
+            collectives[name.split("(")[0]].append(span)
+        elif on_gpu or name.removeprefix("part:") in COMPUTES:
+            computes.append(span)
+        elif name.startswith("gloo:"):
+            collectives[name].append(span)
+    computes = merged(computes)
+    found = {}
+    for name, spans in sorted(collectives.items()):
+        total = sum(end - begin for begin, end in spans)
+        hidden = sum(shared(span, computes) for span in spans)
+        found[name] = {
+            "number": len(spans) / STEPS,
+            "ms": round(total / STEPS / 1000, 3),
+            "hidden": round(hidden / total, 3) if total else 1.0,
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    world = join()
+    results = {}
+    for kind in gpu_step.STEPS:
+        results[kind] = measure(steps_of(SHAPES[options.shape], kind, world))
+        if world.leads:
+            print(f"{kind}, {world.size} processes:")
+            for name, row in results[kind].items():
+                print(
+                    f"  {name}: {row['number']:.1f} a step, {row['ms']:.2f} ms in all, "
+                    f"{row['hidden']:.0%} of it while this process computes"
+                )
+    if world.leads and options.out:
+        options.out.write_text(json.dumps(results, indent=1))
+    leave()
+
+
+if __name__ == "__main__":
+    main()
