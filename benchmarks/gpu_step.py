@@ -247,6 +247,7 @@ class Steps:
         kind: str,
         graph: bool = False,
         accumulate: int = 1,
+        optimizer: str = "muon",
     ) -> None:
         self.tokens, self.sequence = accumulate * micro_batch * shape.sequence, shape.sequence
         recipe = make_recipe(
@@ -260,6 +261,7 @@ class Steps:
                 "train.precision": "bfloat16" if GPU else "float32",
                 "train.kernels": kernels,
                 "train.cuda_graph": graph,
+                "train.optimizer": optimizer,
                 **STEPS[kind],
             },
         )
@@ -318,8 +320,26 @@ class Benchmark:
         if GPU:
             largest = self.shape.micro_batches[-1]
             self.measure("floor, compiled", partial(self.floor, "auto", largest, compiled=True))
+        self.measure("optimizers", self.optimizers)
         for choice in kernels:
             self.measure_with(choice)
+
+    def optimizers(self) -> dict[str, dict[str, float]]:
+        """Milliseconds of an update of what is trained."""
+        found: dict[str, dict[str, float]] = {}
+        for kind, name in itertools.product(("projected", "released"), ("adamw", "muon")):
+            steps = Steps(self.teacher, self.shape, "torch", 1, kind, optimizer=name)
+            state = steps.loop.setup.state
+            gradients = {value: torch.randn_like(value) for value in state.parameters.values()}
+
+            def update(state: Any = state, gradients: Any = gradients) -> None:
+                for value, gradient in gradients.items():
+                    value.grad = gradient
+                state.optimizer.step()
+
+            seconds = median_seconds(update, self.repeats)
+            found.setdefault(kind, {})[name] = round(1e3 * seconds, 2)
+        return found
 
     def measure_with(self, kernels: str) -> None:
         """Measure everything with some kernels."""
