@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 import lrc
 from lrc.model import teacher
+from lrc.train import setup
+from lrc.train.muon import Muon
 
 ABSENT = torch.device("meta")
 
@@ -100,6 +102,10 @@ def an_absent_gpu() -> Iterator[None]:
         assert fused  # torch's own, which does not wait
         return adamw(*groups, capturable=False, **named)
 
+    def muon(*groups: Any, fused: bool, **named: Any) -> torch.optim.Optimizer:
+        assert fused
+        return Muon(*groups, capturable=False, **named)
+
     make = torch.tensor
     with torch.device("cpu"):  # torch lists its constructors once, which must be its own
         torch.empty(0)
@@ -112,6 +118,7 @@ def an_absent_gpu() -> Iterator[None]:
         patch.setattr(torch, "autocast", lambda kind, *a, **k: autocast("cpu", *a, **k))
         patch.setattr(torch, "is_autocast_enabled", lambda kind: kind != "meta" and enabled(kind))
         patch.setattr(torch.optim, "AdamW", fused_nowhere)
+        patch.setattr(setup, "Muon", muon)
         patch.setattr(
             teacher, "load_offloaded_parameter", lambda model, name: model.get_parameter(name)
         )

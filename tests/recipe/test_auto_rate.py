@@ -29,6 +29,7 @@ def test_muons_rate_does_not_depend_on_the_steps(steps: int) -> None:
     recipe = tiny_recipe({"train.tokens": 8 * 256 * steps})
     assert learning_rate(recipe, 10**20) == pytest.approx(7.5e-11)
     assert learning_rate(recipe, 10**5) == pytest.approx(7.5 * 10**-2.75)
+    assert learning_rate(recipe, 10**3) == 0.02
 
 
 @pytest.mark.parametrize("changes", [{"method": "scratch"}, {"initialize": "random"}])

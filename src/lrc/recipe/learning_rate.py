@@ -11,6 +11,9 @@ MUON_SCALE = 7.5
 """Fitted to the best of a grid at 130 thousand parameters (20, 50, 200 and 800 steps) and at 67
 million (30 steps), with its exponent."""
 
+MUON_LARGEST = 0.02
+"""Muon's largest rate. The fit knows no students below 130 thousand parameters."""
+
 OTHERS = 3e-4
 """The rate where `learning_rate` is not fitted: a random start, or another method."""
 
@@ -18,10 +21,10 @@ OTHERS = 3e-4
 def learning_rate(recipe: Recipe, parameters: int) -> float:
     """The peak learning rate of a run.
 
-    `auto` is for a student of the method `lrc` that starts from text, whatever its batch: 7.5 *
-    parameters^-0.55 with Muon, 1.26 * parameters^-0.6 * steps^(1/3) with AdamW. Both are fits to
-    our own runs (benchmarks/learning_rate.md), not results of the paper. Muon's updates have one
-    size; AdamW's are largest in a run's first steps.
+    `auto` is for a student of the method `lrc` that starts from text, whatever its batch. With
+    Muon, 7.5 * parameters^-0.55, at most 0.02; with AdamW, 1.26 * parameters^-0.6 * steps^(1/3).
+    Both are fits to our own runs (benchmarks/learning_rate.md), not results of the paper. Muon's
+    updates have one size; AdamW's are largest in a run's first steps.
 
     Args:
         recipe: the run's recipe.
@@ -33,5 +36,5 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     if not isinstance(recipe.method, LrcSection) or recipe.initialize.method == "random":
         return OTHERS
     if recipe.train.optimizer == "muon":
-        return MUON_SCALE * parameters**-0.55
+        return min(MUON_LARGEST, MUON_SCALE * parameters**-0.55)
     return ADAMW_SCALE * parameters**-0.6 * recipe.steps() ** (1 / 3)
