@@ -1,5 +1,6 @@
 """Fixtures that several test files share."""
 
+import gc
 import importlib
 import logging
 import os
@@ -22,6 +23,23 @@ from prepared import Prepared
 from short_closing import SHORT
 from stories import shared_data
 from tiny import LLAMAS
+
+
+@pytest.fixture(autouse=True, scope="session")
+def libraries_are_no_garbage() -> Iterator[None]:
+    """Let the collector of garbage pass over the million objects of imported libraries."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_disk() -> Iterator[None]:
+    """Do not wait for the disk: no machine loses its power here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
 
 
 @pytest.fixture(autouse=True, scope="session")
