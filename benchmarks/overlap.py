@@ -160,11 +160,12 @@ def measure(loop: Loop) -> dict[str, dict[str, float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--shape", choices=SHAPES, default="small")
+    parser.add_argument("--stages", nargs="+", choices=gpu_step.STEPS, default=[*gpu_step.STEPS])
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     world = join()
     results = {}
-    for kind in gpu_step.STEPS:
+    for kind in options.stages:
         results[kind] = measure(steps_of(SHAPES[options.shape], kind, world))
         if world.leads:
             print(f"{kind}, {world.size} processes:")

@@ -23,12 +23,15 @@ EXACT |= {"CUDA_VISIBLE_DEVICES": "0"}
 same numbers."""
 
 SERVER = """
-import json, os, sys
+import atexit, gc, json, os, sys
 import datasets, matplotlib.pyplot, transformers.generation
 import lrc.api, lrc.cli.training
 from transformers.models.llama import modeling_llama
 from transformers.models.qwen3 import modeling_qwen3
 
+gc.collect()
+gc.freeze()  # as `libraries_are_no_garbage` in conftest.py
+atexit.register(gc.unfreeze)
 ended = {}
 for line in sys.stdin:
     request = json.loads(line)

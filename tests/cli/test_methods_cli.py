@@ -56,8 +56,9 @@ def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name:
     assert len(set(measured)) == len(measured) == 4, "the loss does not change"
     assert run.summary()["method"] == run.recipe.method.name == name
     assert METHODS[name].title in (whole / "student" / "README.md").read_text()
-    draw_curves(run, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    if name in ("lrc", "scratch"):  # with and without clone terms
+        draw_curves(run, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 10_000
 
     # In plain transformers, the export computes what the student in training computes.
     student = AutoModelForCausalLM.from_pretrained(whole / "student")
