@@ -106,6 +106,7 @@ def test_recover_and_resume(folder: Path, tmp_path: Path, lrc: Command, way: str
     assert (method["recovery"], method["importance"], method["grouping"]) == (
         way, "param_mix", "max",
     )  # fmt: skip
+    assert run.recipe.train.optimizer == ("adamw" if way == "lora" else "muon")
     measured = [line["held_out_lm"] for line in run.metrics() if "held_out_lm" in line]
     assert len(set(measured)) == 4
     assert measured[-1] < measured[0]

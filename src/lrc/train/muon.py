@@ -66,7 +66,8 @@ class Muon(torch.optim.AdamW):
         momentum = [self.state[value]["momentum"] for value in values]
         torch._foreach_lerp_(momentum, gradients, 1 - MOMENTUM)
         torch._foreach_lerp_(gradients, momentum, MOMENTUM)  # Nesterov's momentum
-        torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
+        if group["weight_decay"]:
+            torch._foreach_mul_(values, 1 - group["lr"] * group["weight_decay"])
         for places in _alike(values):
             rows, columns = values[places[0]].shape[-2:]
             stacks = [gradients[place].reshape(-1, rows, columns) for place in places]

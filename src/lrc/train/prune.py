@@ -51,6 +51,8 @@ def prune_recipe(
         raise UserError(
             f"{model} is not a run, so pruning needs text to measure importance: give --text."
         )
+    if recover == "lora":
+        base["train"]["optimizer"] = "adamw"  # as published; Muon was not tried on adapters
     base |= {
         "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
         "teacher": {"model": model},
