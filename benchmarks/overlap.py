@@ -4,9 +4,10 @@
     torchrun --nproc-per-node 8 benchmarks/overlap.py --shape llama-3.2-3b      # a GPU for each
 
 torch's profiler records some steps of the real loop on random tokens. A collective is hidden while
-the same process computes: on GPUs, while any other kernel runs; on CPUs, while the teacher, the
-student or the losses run, forward or backward. Those of the first process are printed for each
-stage of `lrc`: projections, released weights, and released weights without clone terms.
+the same process computes: on GPUs, while any other kernel runs; on CPUs, while it projects, and
+while the teacher, the student or the losses run, forward or backward. Those of the first process
+are printed for each stage of `lrc`: projections, released weights, and released weights without
+clone terms.
 """
 
 import argparse
@@ -35,7 +36,7 @@ from lrc.train.setup import Setup, new_state
 STEPS = 4
 """Steps that are recorded."""
 
-COMPUTES = ("teacher", "student", "loss")
+COMPUTES = ("teacher", "student", "loss", "projection")
 """Parts of the clock in which a process computes what collectives may hide behind."""
 
 SMALL = gpu_step.Shape(
