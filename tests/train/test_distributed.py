@@ -59,7 +59,7 @@ CASES: dict[str, list[str]] = {
         "--set", "student.intermediate_size=9",
     ],
     "a divided teacher, tinybert": ["--method", "tinybert", "--set", "teacher.shard=true"],
-    "muon": ["--set", "train.release_at=0.5", "--set", "train.optimizer=muon"],
+    "adamw": ["--set", "train.release_at=0.5", "--set", "train.optimizer=adamw"],
     "pca": ["--set", "train.release_at=1", "--set", "initialize.method=pca"],
     "scratch": ["--method", "scratch"],
     "slicegpt": ["--method", "slicegpt"],
