@@ -57,6 +57,7 @@ from lrc.data.batch import Batch
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import make_recipe
 from lrc.run import Run
+from lrc.system.distributed import ALONE, World
 from lrc.system.progress import Task
 from lrc.train.batches import count
 from lrc.train.cuda_graph import SMALL, WARM_UP
@@ -248,6 +249,7 @@ class Steps:
         graph: bool = False,
         accumulate: int = 1,
         optimizer: str = "muon",
+        world: World = ALONE,
     ) -> None:
         self.tokens, self.sequence = accumulate * micro_batch * shape.sequence, shape.sequence
         recipe = make_recipe(
@@ -273,8 +275,9 @@ class Steps:
             apply_liger(teacher.model, self.method.model)
         text: Any = RandomText(teacher.vocab_size, shape.sequence)
         run = Run.create(Path(tempfile.gettempdir()) / "lrc-gpu-step-is-never-written", recipe)
-        setup = Setup(teacher, self.method, new_state(self.method, recipe), DEVICE, False)
-        self.loop = Loop(run, setup, text)
+        state = new_state(self.method, recipe, world=world)
+        setup = Setup(teacher, self.method, state, DEVICE, False)
+        self.loop = Loop(run, setup, text, world=world)
         self.loop.batches = self.loop.open_batches()
         self.progress = Task("steps")
         self.loop._change_stage(self.progress)

@@ -12,26 +12,17 @@ clone terms.
 
 import argparse
 import json
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 import gpu_step
-from lrc.cloning.low_rank_clone import LowRankClone
-from lrc.recipe import make_recipe
-from lrc.run import Run
 from lrc.system.clock import Clock
-from lrc.system.distributed import World, join, leave
-from lrc.system.progress import Task
-from lrc.train.loop import Loop
-from lrc.train.setup import Setup, new_state
+from lrc.system.distributed import join, leave
 
 STEPS = 4
 """Steps that are recorded."""
@@ -77,35 +68,6 @@ def recorded_parts() -> Iterator[None]:
         Clock.part = part  # type: ignore[method-assign]
 
 
-def steps_of(shape: gpu_step.Shape, kind: str, world: World) -> Loop:
-    """The training loop of this process."""
-    teacher = gpu_step.make_teacher(shape)
-    recipe = make_recipe(
-        {"initialize": "random", "data": {"text": "random"}, "teacher": {"model": "random"}},
-        {
-            "student.hidden_size": shape.hidden_size,
-            "data.sequence_length": shape.sequence,
-            "train.micro_batch": shape.micro_batches[-1],
-            "train.accumulate": world.size,
-            "train.tokens": 10**10,  # so that alpha is not zero yet
-            "train.eval_every": 10**9,
-            **gpu_step.STEPS[kind],
-        },
-    )
-    method = LowRankClone.build(teacher, recipe)
-    generator = torch.Generator().manual_seed(0)
-    for value in method.projections.values.values():
-        noise = torch.randn(value.shape, generator=generator) * recipe.initialize.std
-        value.data.copy_(noise)
-    text: Any = gpu_step.RandomText(teacher.vocab_size, shape.sequence)
-    run = Run.create(Path(tempfile.gettempdir()) / "lrc-overlap-is-never-written", recipe)
-    setup = Setup(teacher, method, new_state(method, recipe, 0, world), gpu_step.DEVICE, False)
-    loop = Loop(run, setup, text, world=world)
-    loop.batches = loop.open_batches()
-    loop._change_stage(Task("steps"))
-    return loop
-
-
 def merged(spans: Iterable[Span]) -> list[Span]:
     """Spans of time without overlaps."""
     found: list[Span] = []
@@ -123,16 +85,15 @@ def shared(span: Span, others: list[Span]) -> float:
     return sum(max(0.0, min(end, last) - max(begin, first)) for first, last in others)
 
 
-def measure(loop: Loop) -> dict[str, dict[str, float]]:
+def measure(steps: gpu_step.Steps) -> dict[str, dict[str, float]]:
     """Record some steps; number, milliseconds and hidden share of each collective."""
-    progress = Task("steps")
     for _ in range(2):  # the second step knows what may be sent early
-        loop._step(progress)
+        steps.step()
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu_step.GPU
     with recorded_parts(), profile(activities=activities) as prof:
         for _ in range(STEPS):
-            loop._step(progress)
-    loop.sends.wait()
+            steps.step()
+    steps.loop.sends.wait()
     collectives: dict[str, list[Span]] = defaultdict(list)
     computes: list[Span] = []
     for event in prof.events() or []:
@@ -165,9 +126,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     world = join()
-    results = {}
+    results, shape = {}, SHAPES[options.shape]
     for kind in options.stages:
-        results[kind] = measure(steps_of(SHAPES[options.shape], kind, world))
+        teacher, largest = gpu_step.make_teacher(shape), shape.micro_batches[-1]
+        steps = gpu_step.Steps(
+            teacher, shape, "auto", largest, kind, accumulate=world.size, world=world
+        )
+        results[kind] = measure(steps)
         if world.leads:
             print(f"{kind}, {world.size} processes:")
             for name, row in results[kind].items():

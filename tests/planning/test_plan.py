@@ -29,7 +29,7 @@ from lrc.planning.gpus import find_gpu
 from lrc.planning.shapes import section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
 from lrc.train.memory import memory_of
-from lrc.train.muon import orthogonal_flops, orthogonal_names
+from lrc.train.muon import orthogonal_flops, orthogonal_parameters
 from tiny import LLAMAS, ROWS, tiny_teacher, tiny_tokens
 from tiny_runs import file_settings, save_teacher
 
@@ -231,7 +231,7 @@ def test_gpu_hours_are_those_of_the_methods_operations(
         if step == method.stage_ends()[0]:
             method.released = True
         counted += method.step_flops(step, recipe.step_tokens(), 256) or 0.0
-        counted += orthogonal_flops(method.parameters()[n] for n in orthogonal_names(method))
+        counted += orthogonal_flops(orthogonal_parameters(method).values())
     small = student_without_weights(teacher, PrunedShape(*shape))
     under = Conditions(find_gpu("rtx-3090"), mfu=0.5)
     found = gpu_hours(teacher.model, small, recipe, under)

@@ -24,7 +24,7 @@ from lrc.system.files import write_text
 from lrc.system.progress import task
 from lrc.system.tables import Table
 from lrc.train.loop import Loop
-from lrc.train.muon import orthogonal_flops, orthogonal_names
+from lrc.train.muon import orthogonal_flops, orthogonal_parameters
 from lrc.train.setup import describe_compute
 
 logger = logging.getLogger(__name__)
@@ -202,8 +202,7 @@ def flop_utilization(loop: Loop) -> float | None:
         return None
     flops = sum(value or 0.0 for value in by_step)
     if recipe.train.optimizer == "muon":  # the last stage's matrices
-        matrices = [method.parameters()[name] for name in orthogonal_names(method)]
-        flops += len(steps) * orthogonal_flops(matrices)
+        flops += len(steps) * orthogonal_flops(orthogonal_parameters(method).values())
     spent = setup.method.clock.seconds
     seconds = sum(spent.get(part, 0.0) for part in STEP_PARTS)
     dtype = forward_dtype(recipe.train.precision, setup.device)

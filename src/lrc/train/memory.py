@@ -34,7 +34,7 @@ from lrc.model.precision import forward_dtype, product_dtype, upcast_dtype
 from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
 from lrc.system.distributed import Wait, World
-from lrc.train.muon import orthogonal_names
+from lrc.train.muon import orthogonal_parameters
 from lrc.train.sizes import planned_teacher, target_device
 
 ADAM, MUON = 2, 1
@@ -211,7 +211,7 @@ class _Stage:
             method._release()
         method.share_work(_Others(0, processes))
         state = [0] * processes
-        muon = orthogonal_names(method) if self.recipe.train.optimizer == "muon" else set()
+        muon = orthogonal_parameters(method) if self.recipe.train.optimizer == "muon" else {}
         for name, value in method.parameters().items():
             state[method.owners[name]] += (MUON if name in muon else ADAM) * value.nbytes
         world = _Others(state.index(max(state)), processes)

@@ -103,12 +103,12 @@ def orthogonalize(matrices: Tensor) -> Tensor:
     return (x if wide else x.mT).to(matrices.dtype)
 
 
-def orthogonal_names(method: Method) -> set[str]:
-    """Names of a method's parameters that Muon updates: matrices with weight decay but for the
+def orthogonal_parameters(method: Method) -> dict[str, nn.Parameter]:
+    """A method's parameters that Muon updates, by name: matrices with weight decay but for the
     student's embedding and head, whose rows are tokens."""
     tokens = {id(value) for value in vocabulary_matrices(method.model)}
-    named = method.parameters()
-    return {name for name in method.decayed() if id(named[name]) not in tokens}
+    named, decayed = method.parameters(), method.decayed()
+    return {n: value for n, value in named.items() if n in decayed and id(value) not in tokens}
 
 
 def vocabulary_matrices(model: PreTrainedModel) -> list[nn.Parameter]:

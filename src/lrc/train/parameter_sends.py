@@ -28,7 +28,7 @@ class ParameterSends:
 
     def updated(self) -> None:
         """Parameters have new values. Until `wait`, only owners may read them."""
-        self._updated = True
+        self._updated = self.world.size > 1
 
     def begin(self) -> None:
         """Begin to send updated parameters."""

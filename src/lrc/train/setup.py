@@ -31,7 +31,7 @@ from lrc.train.checkpoint import (
     read_checkpoint,
     using,
 )
-from lrc.train.muon import Muon, orthogonal_names
+from lrc.train.muon import Muon, orthogonal_parameters
 
 logger = logging.getLogger(__name__)
 
@@ -169,10 +169,10 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
     parameters, decayed, own = method.parameters(), method.decayed(), stages.own_learning_rates()
     owned = {name: value for name, value in parameters.items() if method.owners.has(name)}
     shared = {name: value for name, value in owned.items() if name not in own}
-    orthogonal = orthogonal_names(method) if train.optimizer == "muon" else set()
+    orthogonal = orthogonal_parameters(method) if train.optimizer == "muon" else {}
     groups: list[dict[str, Any]] = [
         {
-            "params": [p for n, p in shared.items() if n in decayed - orthogonal],
+            "params": [p for n, p in shared.items() if n in decayed - orthogonal.keys()],
             "weight_decay": train.weight_decay,
         },
         {
