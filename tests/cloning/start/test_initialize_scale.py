@@ -328,6 +328,7 @@ def test_init_by_layers_then_train_with_the_whole_teacher(tmp_path: Path, lrc: C
 
 
 PEAK = """
+import ctypes
 import torch
 from lrc.cloning.start import calibration, initialize
 from lrc.cloning.low_rank_clone import LowRankClone
@@ -335,6 +336,10 @@ from lrc.recipe.sections import (
     InitializeSection, ObjectiveSection, StudentSection, TeacherSection
 )
 from lrc.model.teacher import load_teacher
+
+# Every block of 1 MiB or more has a map of its own, which goes back to the system when it is freed:
+# otherwise, holes between blocks count too. -3 is glibc's M_MMAP_THRESHOLD.
+ctypes.CDLL(None).mallopt(-3, 2**20)
 
 def peak():  # not ru_maxrss, which a process inherits from the one that starts it
     with open("/proc/self/status") as file:
@@ -379,8 +384,8 @@ def test_memory_does_not_grow_with_the_calibration_tokens(
         """,
     )
     streams = 16384 * (3 * 256 + 2 * 32) * 4 / 2**20
-    assert many - few < 0.3 * streams
-    assert held - many > 0.5 * streams  # some of it reuses freed memory
+    assert many - few < 0.2 * streams
+    assert held - many > 0.7 * streams  # some of it reuses freed memory
 
 
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path, prepared: Prepared) -> None:
