@@ -383,7 +383,8 @@ def compare(
         comparison: a comparison's YAML file, or a shipped one by its name.
         out: the comparison's folder, new or from an earlier start; default: one in `runs/`.
         only: names of the entries to run now; none: all.
-        settings: settings of the base recipe by dotted key.
+        settings: by dotted key, settings of the base recipe, and `tokens`, `seeds`, `grid` and
+            `thresholds` of the comparison.
         minutes: stop after this time, with checkpoints to continue from; None: at the end.
         parallel: number of processes that run entries side by side; None: this one alone, unless
             there is a time limit.

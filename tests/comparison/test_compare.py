@@ -329,6 +329,24 @@ def test_command_line_overrides(
     assert "comes from the comparison's `tokens`" in capsys.readouterr().err
 
 
+def test_overrides_of_the_comparison(plan: Settings, tmp_path: Path) -> None:
+    """Its own settings change like those of its recipe; a mistake in all entries is told once."""
+    path = write(plan, tmp_path)
+    changes = {"seeds": [5], "tokens": 32, "grid.learning_rates": [1e-4], "train.eval_every": 3}
+    comparison = load_comparison(path, changes)
+    assert (comparison.seeds, comparison.tokens) == ([5], 32)
+    assert comparison.grid is not None
+    assert comparison.grid.learning_rates == [1e-4]
+    assert comparison.grid.tokens == plan["grid"]["tokens"]
+    assert comparison.grid_recipe(comparison.entries[0], 1e-4).train.eval_every == 3
+    with pytest.raises(UserError, match=r"^The comparison has mistakes: 'tokens' is -1: "):
+        load_comparison(path, {"tokens": -1})
+    assert len(comparison.entries) > 1
+    with pytest.raises(UserError, match=r"all entries: .*'seed'") as refused:
+        load_comparison(path, {"seed": 1})
+    assert str(refused.value).count("'seed'") == 1
+
+
 def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:
     """Entries can be run apart, by processes side by side; the ablation brings its rate's entry."""
     plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}

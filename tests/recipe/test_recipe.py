@@ -1,5 +1,6 @@
 """Reading recipes, and messages about mistakes in them."""
 
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -147,9 +148,9 @@ def numeric_settings(section: type[Section], prefix: str = "") -> Iterator[tuple
             yield f"{prefix}{name}", list if "list" in shown or "tuple" in shown else int
 
 
-@pytest.mark.parametrize("switch", [True, False])
-def test_a_switch_is_not_a_number(switch: bool) -> None:
-    """YAML's true is no 1, in any numeric setting of a recipe."""
+@pytest.mark.parametrize("value", [True, False, math.nan, math.inf, -math.inf])
+def test_only_finite_numbers_are_numbers(value: float) -> None:
+    """YAML's true is no 1, and .inf and .nan are refused, in any numeric setting of a recipe."""
     given = {**smallest(), "train": {"evaluate": {"tasks": ["a"], "every_tokens": 1}}}
     found = [
         (key, kind)
@@ -159,11 +160,12 @@ def test_a_switch_is_not_a_number(switch: bool) -> None:
     assert {"train.tokens", "train.betas", "student.kv_heads.keep", "objective.alpha"} <= {
         key for key, _ in found
     }
+    shown = f"'{value}'".lower() if isinstance(value, bool) else str(value)
     for key, kind in found:
-        value = [switch, 0.5] if kind is list else switch
-        name, shown = f"{key}.0" if kind is list else key, str(switch).lower()
-        assert f"'{name}' is '{shown}'" in refusal(given, {key: value}), key
-    method = {"name": "llm-pruner", "ratio": switch}
+        several = kind is list
+        name = f"{key}.0" if several else key
+        assert f"'{name}' is {shown}" in refusal(given, {key: [value, 0.5] if several else value})
+    method = {"name": "llm-pruner", "ratio": value}
     assert "'method.ratio'" in refusal(smallest(method=method))
 
 

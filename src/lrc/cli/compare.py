@@ -7,7 +7,7 @@ import typer
 
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.results import prints_results
-from lrc.cli.training import Settings, TeacherOption, Text
+from lrc.cli.training import TeacherOption, Text
 from lrc.system.distributed import launched
 from lrc.system.errors import UserError
 
@@ -17,7 +17,14 @@ def compare(
     comparison: Annotated[
         str, typer.Argument(help="A comparison's YAML file, or the name of a shipped one.")
     ],
-    settings: Settings = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="A setting that overrides the recipe's, or tokens, seeds, grid or thresholds.",
+        ),
+    ] = None,
     teacher: TeacherOption = None,
     text: Text = None,
     out: Annotated[
@@ -49,7 +56,7 @@ def compare(
 
     * `lrc compare fast`
     * `lrc compare initialization --text corpus/ --out runs/starts`
-    * `lrc compare mine.yaml --set train.micro_batch=4`
+    * `lrc compare mine.yaml --set train.micro_batch=4 --set seeds=[0]`
     * `lrc compare proof-cpu --minutes 60 --parallel 2 --results-only --out results/proof-cpu`
 
     The most important runs come first: seed by seed, and for each seed the entries in their order.

@@ -80,7 +80,8 @@ def info(
     ] = False,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs for --memory.")] = "1",
     card_memory: Annotated[
-        float, typer.Option(min=1, help="GiB of a GPU, for the largest micro-batch of --memory.")
+        float,
+        typer.Option(min=1, max=1e6, help="GiB of a GPU, for the largest micro-batch of --memory."),
     ] = 80,
 ) -> None:
     """Show the shape and the parameters of a model, of a run's teacher and student, or of a recipe.

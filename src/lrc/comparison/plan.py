@@ -19,6 +19,9 @@ from lrc.recipe.shipped import find_yaml
 from lrc.system.errors import UserError
 from lrc.system.yaml_files import read_yaml
 
+SETTABLE = ("tokens", "seeds", "grid", "thresholds")
+"""Settings of a comparison that overrides may change, as they may those of its recipe."""
+
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
 Rate = Annotated[float, Field(gt=0)]
 
@@ -199,7 +202,8 @@ def load_comparison(
 
     Args:
         source: path of a YAML file, or the name of a shipped comparison.
-        overrides: settings of the base recipe by dotted key: `{"data.text": ["corpus/"]}`.
+        overrides: by dotted key, settings of the base recipe or of the comparison itself:
+            `{"data.text": ["corpus/"], "seeds": [0]}`.
 
     Returns:
         The comparison, with its base recipe loaded and every entry's recipe checked.
@@ -209,7 +213,10 @@ def load_comparison(
             all of them.
     """
     path = find_yaml(source, "comparison")
-    comparison = validated(Comparison, _read(path), str(path))
+    own = {key: value for key, value in overrides.items() if key.split(".")[0] in SETTABLE}
+    overrides = {key: value for key, value in overrides.items() if key not in own}
+    what = "The comparison" if own else str(path)
+    comparison = validated(Comparison, apply_overrides(_read(path), own), what)
     base = comparison.recipe
     if isinstance(base, str):
         beside = path.parent / base
@@ -217,7 +224,7 @@ def load_comparison(
     reserved = {key: by for entry in comparison.entries for key, by in entry.reserved().items()}
     for key in overrides:
         if key in reserved:
-            raise UserError(f"'{key}' comes from {reserved[key]}; change it in {path}.")
+            raise UserError(f"'{key}' comes from {reserved[key]}: change that instead.")
     base = apply_overrides(base, overrides)
     comparison = comparison.model_copy(update={"recipe": base})
     _check_entries(comparison)
@@ -280,6 +287,7 @@ def _check_entries(comparison: Comparison) -> None:
             its recipe has mistakes.
     """
     problems = []
+    refused: dict[str, list[str]] = {}
     for entry in comparison.entries:
         reserved = entry.reserved()
         problems += [
@@ -290,7 +298,7 @@ def _check_entries(comparison: Comparison) -> None:
         try:
             recipe = comparison.grid_recipe(entry, 1e-4)
         except UserError as error:
-            problems.append(f"entry '{entry.name}': {error}".rstrip("."))
+            refused.setdefault(str(error).rstrip("."), []).append(entry.name)
             continue
         method = recipe.method.name
         releases = method == "lrc" and recipe.train.release_at < 1
@@ -303,5 +311,9 @@ def _check_entries(comparison: Comparison) -> None:
             for key in unused_settings(recipe)
             if any(f"{key}.".startswith(f"{own}.") for own in entry.settings)
         ]
+    for error, names in refused.items():
+        shared = len(names) == len(comparison.entries) > 1
+        entries = ", ".join(f"'{name}'" for name in names)
+        problems.append(f"{'all entries' if shared else f'entry {entries}'}: {error}")
     if problems:
         raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")

@@ -22,7 +22,9 @@ Kernels = Literal["auto", "triton", "torch"]
 class Section(BaseModel):
     """Base of all sections: immutable, refuses unknown keys, takes field docs from docstrings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
