@@ -397,8 +397,14 @@ def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
 
 
 def test_lora_is_merged(parts: dict[str, Any], tmp_path: Path) -> None:
-    tuning = Tuning(**parts, lora_rank=2, lora_alpha=8, report_to=["tensorboard"])
+    """Adapters have a higher rate by default, and change the maps by a matrix of their rank."""
+    assert Tuning(model="m", data=["d"]).learning_rate == 1e-5
+    given = {key: value for key, value in parts.items() if key != "learning_rate"}
+    more = {"lora_rank": 2, "lora_alpha": 8, "report_to": ["tensorboard"]}
+    tuning = Tuning(**given, **more, schedule="constant")
     sft(tuning, tmp_path / "out")
+    lines = map(json.loads, (tmp_path / "out/metrics.jsonl").read_text().splitlines())
+    assert max(line.get("learning_rate", 0) for line in lines) == 1e-4
     assert list((tmp_path / "out/tensorboard").glob("events*"))
     before, after = weights(Path(parts["model"])), weights(tmp_path / "out/student")
     assert before.keys() == after.keys()

@@ -311,9 +311,9 @@ def _check_entries(comparison: Comparison) -> None:
             for key in unused_settings(recipe)
             if any(f"{key}.".startswith(f"{own}.") for own in entry.settings)
         ]
-    for error, names in refused.items():
+    for reason, names in refused.items():
         shared = len(names) == len(comparison.entries) > 1
         entries = ", ".join(f"'{name}'" for name in names)
-        problems.append(f"{'all entries' if shared else f'entry {entries}'}: {error}")
+        problems.append(f"{'all entries' if shared else f'entry {entries}'}: {reason}")
     if problems:
         raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")
