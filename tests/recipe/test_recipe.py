@@ -123,7 +123,7 @@ def test_value_of_the_wrong_kind() -> None:
             "string as an integer",
         ),
         ({"train.evaluate": 3}, "'train.evaluate' is 3: input should be a mapping of settings"),
-        ({"data.also_held_out": {"code": 3}}, "'data.also_held_out.code' is 3: input should be"),
+        ({"data.also_held_out": {"code": 3}}, "'data.also_held_out.code.0' is 3: input should be"),
         (
             {"method": {"name": "llm-pruner", "rati": 0.5}},
             "unknown key 'method.rati' (nearest: 'method.ratio')",
@@ -173,11 +173,13 @@ def test_a_single_value_is_a_list_of_one() -> None:
     texts = ["train.report_to=tensorboard", "data.stream.dataset=json"]
     texts += ["data.stream.data_files=a.jsonl", "student.layers.keep=3"]
     texts += ["train.evaluate={tasks: arc_easy, every_tokens: 10}"]
+    texts += ["data.also_held_out={code: a.jsonl, chat: [b.jsonl, c.jsonl]}"]
     recipe = make_recipe(smallest(), dict(parse_override(text) for text in texts))
     assert recipe.train.report_to == ["tensorboard"]
     assert recipe.data.stream is not None
     assert recipe.data.stream.data_files == ["a.jsonl"]
     assert recipe.data.origin() == "json (a.jsonl)"
+    assert recipe.data.also_held_out == {"code": ["a.jsonl"], "chat": ["b.jsonl", "c.jsonl"]}
     assert recipe.student.layers == Keep(keep=[3])
     assert recipe.train.evaluate is not None
     assert recipe.train.evaluate.tasks == ["arc_easy"]

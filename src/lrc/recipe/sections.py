@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 Divergence = Literal["kl", "reverse_kl", "jsd"]
 """Divergences between the student's and the teacher's predictions, named after their files in
@@ -36,11 +36,15 @@ class Section(BaseModel):
         settings = dict(settings)
         for name in settings.keys() & cls.model_fields.keys():
             types = set(_types(cls.model_fields[name].annotation))
-            if list in types and isinstance(settings[name], str | int | float):
-                settings[name] = [settings[name]]
+            if list in types:
+                settings[name] = _list_of_one(settings[name])
             if types & {int, float} and bool not in types:
                 settings[name] = _switches_as_text(settings[name])
         return settings
+
+
+def _list_of_one(value: Any) -> Any:
+    return [value] if isinstance(value, str | int | float) else value
 
 
 def _switches_as_text(value: Any) -> Any:
@@ -358,7 +362,7 @@ class DataSection(Section):
     held_out_fraction: float = Field(0.02, gt=0, lt=1)
     """Share of the documents of `text` (if `held_out` is empty) or of `stream` to hold out."""
 
-    also_held_out: dict[str, list[str]] = {}
+    also_held_out: dict[str, Annotated[list[str], BeforeValidator(_list_of_one)]] = {}
     """More held-out texts by name, each with its sources: `{code: [code.jsonl]}`. Teacher and
     student are measured on them at the end of a run, on `train.eval_sequences` each."""
 

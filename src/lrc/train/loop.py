@@ -109,12 +109,13 @@ class Loop:
         self._resume_metrics()
         if self._weigher() and not self.text.sources:
             logger.warning("The text has no sources to weigh, so it is read in its own order.")
-        logger.info("Training on %s.", describe_compute(recipe.train, setup.device))
+        work = "Training" if steps else "Measuring the start"
+        logger.info("%s on %s.", work, describe_compute(recipe.train, setup.device))
         with (
             closing(self.open_batches()) as self.batches,
             stop_on_signals() as stop,
             open_trackers(self.run, self.first_step, self.world) as self.trackers,
-            task("Training", steps, self.first_step) as progress,
+            task(work, steps, self.first_step) as progress,
         ):
             changed = {} if setup.restored else self._change_stage(progress)
             if self.world.from_first(not self.run.metrics()):
@@ -329,8 +330,11 @@ class Loop:
                 self.world,
             )
         step, tokens = self.setup.state.step, self.tokens()
-        of = f"step {step} of {self.run.recipe.steps()}, {tokens:,} tokens"
-        logger.info("%s: held-out LM loss %.4f%s", of, loss, time_left(progress))
+        if progress.total:
+            of = f"step {step} of {progress.total}, {tokens:,} tokens"
+            logger.info("%s: held-out LM loss %.4f%s", of, loss, time_left(progress))
+        else:
+            logger.info("Held-out LM loss %.4f.", loss)
         return {
             "step": step,
             "tokens": tokens,
