@@ -72,7 +72,7 @@ def commands() -> Iterator[tuple[str, str]]:
             yield "--help", line
 
 
-@pytest.mark.parametrize(("page", "line"), commands())
+@pytest.mark.parametrize(("page", "line"), list(commands()))
 def test_commands_are_the_command_lines(page: str, line: str) -> None:
     """Commands, arguments and options exist, and values have the right type."""
     given = [part for part in shlex.split(line, comments=True)[1:] if part != "..."]

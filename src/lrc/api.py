@@ -410,10 +410,11 @@ def write_report(
     out: StrPath | None = None,
     prompts: Sequence[str] = (),
 ) -> Path:
-    """Write one HTML page about one or several runs, or about a comparison.
+    """Write one HTML page about one or several runs, about a comparison, or about a tuning.
 
     Args:
-        runs: runs or their folders, finished or not, or the folder of one comparison.
+        runs: runs or their folders, finished or not, or the folder of one comparison or of one
+            tuning on conversations.
         out: the page; default: `report.html` in the run's folder, or in the current folder for
             several runs.
         prompts: texts for the students to continue.
@@ -422,27 +423,30 @@ def write_report(
         The page's path.
 
     Raises:
-        UserError: if a folder is not a run's, or a comparison is not alone.
+        UserError: if a folder is not a run's, or a comparison or tuning is not alone.
     """
     from lrc.comparison.page import is_comparison, write_comparison_page
     from lrc.report.page import write_report as write_page
     from lrc.system.progress import task
+    from lrc.tuning.report import write_tuning_page
+    from lrc.tuning.settings import is_tuning
 
     every = [runs] if isinstance(runs, Run | str | os.PathLike) else list(runs)
     folders = [Path(_name(run)) for run in every]
     path = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     path = Path(out) if out else path
-    comparisons = [folder for folder in folders if is_comparison(folder)]
-    if comparisons and (len(folders) > 1 or prompts):
+    own_pages = ((is_comparison, write_comparison_page), (is_tuning, write_tuning_page))
+    alone = [(one, write) for one in folders for has, write in own_pages if has(one)]
+    if alone and (len(folders) > 1 or prompts):
         raise UserError(
-            f"{comparisons[0]} is a comparison, which has its own page: give it alone and without "
-            "--prompt, or give its runs."
+            f"{alone[0][0]} is a comparison or a tuning, which has its own page: give it alone and "
+            "without --prompt."
         )
-    opened = [] if comparisons else [Run.open(folder) for folder in folders]
+    opened = [] if alone else [Run.open(folder) for folder in folders]
     with task(f"Writing {path}") as shown:
-        if comparisons:
-            write_comparison_page(folders[0], path, shown.describe)
-        else:
+        for folder, write in alone:
+            write(folder, path, shown.describe)
+        if opened:
             write_page(opened, path, prompts, shown.describe)
     return path
 

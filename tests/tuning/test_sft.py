@@ -32,6 +32,7 @@ from lrc.tuning.conversations import Encoder, encode_all, read_conversations
 from lrc.tuning.settings import Tuning, load_tuning
 from lrc.tuning.sft import sft
 from lrc.tuning.trainers import HeldOutLoss, Reporter, make_trainer
+from pages import Tables
 from prepared import CLI, EXACT, Prepared, places
 from tiny import tiny_teacher, tiny_tokenizer
 
@@ -92,6 +93,12 @@ def parts(tmp_path: Path) -> dict[str, Any]:
         "log_every": 1,
         "device": "cpu",
     }
+
+
+def page_of(folder: Path) -> Tables:
+    """The page of a tuning."""
+    path = api.write_report(folder, out=folder.parent / f"{folder.name}.html")
+    return Tables(path.read_text())
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -374,6 +381,20 @@ def test_tuning_lowers_the_held_out_loss_and_keeps_everything_else(
     assert same(weights(tmp_path / "one/student"), weights(tmp_path / "two/student"))
     summary = json.loads((tmp_path / "one/summary.json").read_text())
     assert summary["held_out_lm"] < summary["held_out_lm_before"] - 0.3
+    for name in ("environment.json", "curves.png"):
+        assert (tmp_path / "one" / name).stat().st_size > 100, name
+    code, out, err = lrc("report", tmp_path / "one", "--out", tmp_path / "page.html")
+    assert code == 0, err
+    page = Tables((tmp_path / "page.html").read_text())
+    losses = [f"{summary[key]:.4f}" for key in ("held_out_lm_before", "held_out_lm")]
+    assert page.section("results")["held-out loss on answers"] == losses
+    assert page.section("recipe")["micro_batch"] == [str(settings["micro_batch"])]
+    assert page.pictures == 4  # held-out loss, loss, gradient norm, learning rate
+    code, out, err = lrc(
+        "report", tmp_path / "one", tmp_path / "two", "--out", tmp_path / "no.html"
+    )
+    assert code == 2
+    assert "one is a comparison or a tuning" in err
     student = tmp_path / "one/student"
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         before, after = (json.loads((f / name).read_text()) for f in (source, student))
@@ -436,6 +457,9 @@ def test_a_stopped_tuning_continues_as_if_nothing_had_happened(
     assert not (tmp_path / "parts/student").exists()
     with pytest.raises(UserError, match="other settings"):
         sft(tuning.model_copy(update={"steps": 9}), tmp_path / "parts")
+    so_far = page_of(tmp_path / "parts")
+    assert so_far.section("results")[""] == ["before", "so far", *["teacher"] * teacher]
+    assert not (tmp_path / "parts/curves.png").exists()
     sft(tuning, tmp_path / "parts")
     assert same(weights(tmp_path / "whole/student"), weights(tmp_path / "parts/student"))
     lines = [

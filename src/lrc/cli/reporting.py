@@ -11,7 +11,9 @@ from lrc.cli.console import console, quiet_libraries
 def report(
     runs: Annotated[
         list[Path],
-        typer.Argument(help="Folders of runs, finished or not, or the folder of one comparison."),
+        typer.Argument(
+            help="Folders of runs, finished or not, or the folder of one comparison or tuning."
+        ),
     ],
     out: Annotated[
         Path | None,
@@ -30,13 +32,14 @@ def report(
     It shows results, losses over tokens and over time, the clone loss by layer and term,
     throughput, evaluations beside the published ones, samples, shapes and the recipe. Several runs
     are overlaid. The page of a comparison shows its table, the curves of all entries over tokens
-    and over time, and the grid of learning rates.
+    and over time, and the grid of learning rates, that of a tuning its losses on the answers.
 
     Examples:
 
     * `lrc report runs/mine`
     * `lrc report runs/first runs/second --out comparison.html --prompt "Once upon a time"`
     * `lrc report runs/compare-fast` (made by `lrc compare`)
+    * `lrc report runs/assistant` (made by `lrc sft`)
     """
     quiet_libraries()
     from lrc.api import write_report

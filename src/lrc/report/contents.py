@@ -62,7 +62,7 @@ def headline(
         Figure("parameters", arrow.join(_or_dash(short, x, NO_BREAK, 3) for x in sizes), ratio),
         Figure(
             "held-out perplexity",
-            arrow.join(_or_dash(_perplexity, loss) for loss in losses),
+            arrow.join(_or_dash(perplexity, loss) for loss in losses),
             f"LM loss {arrow.join(_or_dash(format, loss, '.3f') for loss in losses)}",
         ),
         Figure("same top-1 prediction", _or_dash(format, top1, ".1%"), "of held-out tokens"),
@@ -112,7 +112,7 @@ def results(views: Sequence[RunView]) -> PageTable:
         "training time": lambda v: duration(v.seconds),
         "held-out LM loss at the start": lambda v: f"{v.losses[0]:.4f}",
         "held-out LM loss": lambda v: f"{v.losses[-1]:.4f}",
-        "held-out perplexity": lambda v: _perplexity(v.losses[-1]),
+        "held-out perplexity": lambda v: perplexity(v.losses[-1]),
         "KL(teacher, student)": lambda v: f"{v.summary['kl']:.4f}",
         "same top-1 prediction": lambda v: f"{v.summary['top1_agreement']:.1%}",
         "tokens per second": lambda v: f"{v.summary['tokens_per_second']:,.0f}",
@@ -122,7 +122,7 @@ def results(views: Sequence[RunView]) -> PageTable:
     teachers: dict[str, Callable[[RunView], str]] = {
         "parameters": lambda v: f"{v.summary['teacher_parameters']:,}",
         "held-out LM loss": lambda v: f"{v.teacher_loss:.4f}",
-        "held-out perplexity": lambda v: _or_dash(_perplexity, v.teacher_loss),
+        "held-out perplexity": lambda v: _or_dash(perplexity, v.teacher_loss),
     }
     columns = _columns(views)
     rows = []
@@ -223,7 +223,8 @@ def _or_dash(form: Callable[..., str], value: Any, *arguments: Any) -> str:
     return NONE if value is None else form(value, *arguments)
 
 
-def _perplexity(loss: float) -> str:
+def perplexity(loss: float) -> str:
+    """The perplexity of a loss in nats."""
     value = math.exp(min(loss, 700))
     return f"{value:,.2f}" if value < 1000 else short(value, NO_BREAK, 3)
 

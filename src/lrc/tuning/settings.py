@@ -17,6 +17,9 @@ from lrc.system.yaml_files import read_yaml
 SETTINGS = "sft.yaml"
 """File of the settings in the folder of a tuning."""
 
+METRICS, BEFORE, SUMMARY = "metrics.jsonl", "before.json", "summary.json"
+"""Files of the logged steps, of the losses before the first step, and of the final table."""
+
 
 def _learning_rate(tuning: dict[str, Any]) -> float:
     return 1e-4 if tuning.get("lora_rank") else 1e-5

@@ -1,11 +1,14 @@
 """Tune a model on conversations and export it. The folder of a tuning holds:
 
-sft.yaml        its settings
-inputs.json     a checksum of the conversations
-metrics.jsonl   one line per logged step
-checkpoints/    TRL's checkpoints, to resume from
-summary.json    the final table
-student/        the tuned model, a plain transformers model
+sft.yaml            its settings
+environment.json    versions, commit, machine
+inputs.json         a checksum of the conversations
+before.json         the held-out losses before the first step
+metrics.jsonl       one line per logged step
+checkpoints/        TRL's checkpoints, to resume from
+summary.json        the final table
+curves.png          the losses over the steps
+student/            the tuned model, a plain transformers model
 """
 
 import copy
@@ -28,8 +31,9 @@ from lrc.model.families import check_supported
 from lrc.model.locate import locate_locally
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
 from lrc.preflight import check_installed
-from lrc.run import student_of
+from lrc.run import ENVIRONMENT, student_of
 from lrc.system.distributed import World, join, lost_peers, may_restart
+from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import hold, is_taken, read_json, write_text
 from lrc.system.progress import Task, task
@@ -38,14 +42,23 @@ from lrc.train.closing import best_effort
 from lrc.train.session import Interrupted, refuse_differences, refuse_remainder
 from lrc.train.setup import find_device
 from lrc.train.signals import stop_on_signals
-from lrc.tuning.settings import SETTINGS, Tuning, is_tuning, open_tuning
+from lrc.tuning.report import draw_tuning
+from lrc.tuning.settings import (
+    BEFORE,
+    METRICS,
+    SETTINGS,
+    SUMMARY,
+    Tuning,
+    is_tuning,
+    open_tuning,
+)
 
 if TYPE_CHECKING:
     from lrc.tuning.trainers import HeldOutLoss
 
 logger = logging.getLogger(__name__)
 
-STUDENT, SUMMARY, INPUTS = "student", "summary.json", "inputs.json"
+STUDENT, INPUTS = "student", "inputs.json"
 
 
 def default_folder(model: str) -> Path:
@@ -155,7 +168,7 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
     model.float()
     started, checkpoints = time.perf_counter(), folder / "checkpoints"
     with stop_on_signals() as stop, task("Tuning") as shown:
-        reporter = Reporter(folder / "metrics.jsonl", stop, lambda line: _show(line, shown), world)
+        reporter = Reporter(folder / METRICS, stop, lambda line: _show(line, shown), world)
         trainer = make_trainer(
             tuning, model, tokenizer, teacher, conversations, checkpoints, reporter, world
         )
@@ -199,6 +212,7 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
         if world.leads:
             _export(tuned, tuning, summary, folder / STUDENT, dtype)
             write_text(folder / SUMMARY, json.dumps(summary, indent=2))
+            best_effort("the plot", lambda: draw_tuning(folder))
     return world.from_first(summary)
 
 
@@ -240,6 +254,7 @@ def _begin(tuning: Tuning, folder: Path, fingerprint: str) -> None:
     """Write the settings of a new tuning, or refuse other conversations than it began with."""
     if not is_tuning(folder):
         write_text(folder / INPUTS, json.dumps({"conversations": fingerprint}))
+        write_text(folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
         write_text(folder / SETTINGS, tuning.to_yaml())
         return
     if read_json(folder / INPUTS, "start a new tuning").get("conversations") != fingerprint:
@@ -253,7 +268,7 @@ def _before(
     folder: Path, held_out: "HeldOutLoss", model: PreTrainedModel, teacher: Teacher | None
 ) -> dict[str, Any]:
     """The held-out losses before the first step, measured once."""
-    path, world = folder / "before.json", held_out.world
+    path, world = folder / BEFORE, held_out.world
     if not world.from_first(path.is_file()):
         theirs = None if teacher is None else held_out.measure(teacher.model)
         found = {"held_out_lm": held_out.measure(model), "teacher_held_out_lm": theirs}
