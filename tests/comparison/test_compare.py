@@ -534,7 +534,7 @@ def test_a_time_limit_leaves_checkpoints(plan: Settings, tmp_path: Path, lrc: Co
 
 
 def test_a_run_that_cannot_be_finished_does_not_stop_the_others(
-    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     plan |= {"seeds": [0], "grid": {"learning_rates": [1e-3, 1e-2], "tokens": 96}}
     real = runner_module.train
@@ -547,6 +547,8 @@ def test_a_run_that_cannot_be_finished_does_not_stop_the_others(
     monkeypatch.setattr(runner_module, "train", failing)
     with pytest.raises(UserError, match=r"scratch, rate 0.001: the disk is full"):
         compare(load_comparison(write(plan, tmp_path)), tmp_path / "out")
+    assert caplog.text.count("scratch, rate 0.001: the disk") == 1
+    assert caplog.text.count("scratch, rate 0.001: ") == 1
     # `no-kl` takes the rate of `scratch`, so neither can be run.
     assert [folder.name for folder in (tmp_path / "out" / "runs").iterdir()] == ["lrc-seed0"]
 

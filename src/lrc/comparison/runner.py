@@ -205,10 +205,13 @@ class Runner:
             return False
         except Interrupted:
             raise
+        except UserError as error:
+            named = UserError(f"{job.title}: {error}")
+            logger.error("%s", named)
+            self._give_up(job, named)
+            return False
         except Exception as error:
-            logger.error(
-                "%s: %s", job.title, reason(error), exc_info=not isinstance(error, UserError)
-            )
+            logger.exception("%s: %s", job.title, reason(error))
             self._give_up(job, error)
             return False
 
@@ -228,10 +231,6 @@ class Runner:
             raise Interrupted(
                 stop.signal, f"Stopped in {run.folder}; the same command continues from there."
             ) from None
-        except HeldError:
-            raise
-        except UserError as error:
-            raise UserError(f"{job.title}: {error}") from error
         finally:
             gc.collect()  # hooks and what they belong to refer to each other
         self._tokens += recipe.train.tokens
