@@ -8,6 +8,8 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,8 @@ from lrc.comparison import compare, load_comparison
 from lrc.comparison import runner as runner_module
 from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
-from lrc.comparison.results import Point, collect, curve_of, tokens_to_reach
-from lrc.comparison.table import about_seeds
+from lrc.comparison.results import Point, RunResult, collect, curve_of, tokens_to_reach
+from lrc.comparison.table import about_seeds, loss_by_tokens
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
@@ -127,9 +129,8 @@ def test_whole_comparison_and_its_second_start(
     assert "192 + 64" in written
     curve = results.entries[1].curve()
     assert curve is not None
-    ends = f"{curve.loss[0]:.3f}", f"{curve.loss[-1]:.3f}"
     losses = [line for line in written.splitlines() if line.startswith("| scratch |")][1]
-    assert losses.split(" | ")[1:] == [ends[0], "-", "-", "-", "-", "-", f"{ends[1]} |"]
+    assert losses.strip("| ").split(" | ")[1:] == [f"{loss:.3f}" for loss in curve.loss]
     data = json.loads((out / "comparison.json").read_text())
     assert data["entries"][1]["tries"]["1e+30"] is None
     assert (out / "curves.png").stat().st_size > 10_000
@@ -472,6 +473,34 @@ def test_tokens_to_reach() -> None:
     assert tokens_to_reach(falling, 4.25) == 350
     assert tokens_to_reach(falling, 2.9) is None
     assert tokens_to_reach([], 2.9) is None
+
+
+@pytest.mark.parametrize(
+    ("measured", "columns"),
+    [
+        (range(0, 101), ["0", "5", "15", "25", "50", "75", "100"]),
+        ([0, 33, 66, 100], ["0", "33", "66", "100"]),
+    ],
+)
+def test_losses_are_shown_where_they_were_measured(
+    plan: Settings, tmp_path: Path, measured: Sequence[int], columns: list[str]
+) -> None:
+    """Calibration tokens do not count. An entry without a measurement nearby has a gap."""
+    comparison = load_comparison(write({**plan, "tokens": 100}, tmp_path))
+    empty = collect(Folders(comparison, tmp_path / "out"))
+    whole = [(7 + tokens, 9 - tokens / 100) for tokens in measured]
+    runs = [
+        RunResult(0, "", [Point(t, 0.0, loss) for t, loss in points], 4.0, None, None, [])
+        for points in (whole, [(0, 5.0), (100, 4.0)])
+    ]
+    entries = [
+        replace(entry, runs=[run], tokens=100, calibration_tokens=calibration)
+        for entry, run, calibration in zip(empty.entries, runs, [7, None], strict=False)
+    ]
+    names, rows = loss_by_tokens(replace(empty, entries=entries))
+    assert names == columns
+    assert rows[0][1:] == [f"{9 - float(name) / 100:.3f}" for name in columns]
+    assert rows[1][1:] == ["5.000", *["-"] * (len(columns) - 2), "4.000"]
 
 
 @pytest.mark.parametrize("name", shipped("comparison"))

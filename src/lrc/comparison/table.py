@@ -1,5 +1,7 @@
 """The table of a comparison, for Markdown and for the terminal."""
 
+from collections.abc import Iterable
+
 from lrc.comparison.results import CLOSE, RISE, EntryResult, Results
 from lrc.system.tables import Table
 
@@ -54,20 +56,37 @@ def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[s
 
 def loss_by_tokens(results: Results) -> tuple[list[str], list[list[str]]]:
     """Numbers of training tokens, and a row for every entry: its name, and its mean held-out loss
-    at the measurement that is closest to each number, if it is close."""
+    at the measurement that is closest to each number, if it is close.
+
+    The numbers are measured ones, those closest to `SHARES` of the budget.
+    """
     total = max((entry.tokens for entry in results.entries), default=0)
+    curves = {}
+    for entry in results.entries:
+        if (curve := entry.curve()) is not None:
+            calibration = entry.calibration_tokens or 0
+            curves[entry.name] = {
+                tokens - calibration: loss
+                for tokens, loss in zip(curve.tokens, curve.loss, strict=True)
+            }
+    measured = sorted({tokens for losses in curves.values() for tokens in losses})
     wanted = [share * total for share in SHARES]
+    if measured:
+        wanted = list(dict.fromkeys(_nearest(measured, tokens) for tokens in wanted))
     found = []
     for entry in results.entries:
-        curve, cells = entry.curve(), [MISSING] * len(wanted)
-        if curve is not None:
-            trained = [tokens - (entry.calibration_tokens or 0) for tokens in curve.tokens]
+        losses, cells = curves.get(entry.name), [MISSING] * len(wanted)
+        if losses is not None:
             for number, tokens in enumerate(wanted):
-                nearest = min(range(len(trained)), key=lambda at: abs(trained[at] - tokens))
-                if abs(trained[nearest] - tokens) <= total / 40:
-                    cells[number] = f"{curve.loss[nearest]:.3f}"
+                nearest = _nearest(losses, tokens)
+                if abs(nearest - tokens) <= total / 40:
+                    cells[number] = f"{losses[nearest]:.3f}"
         found.append([entry.name, *cells])
     return [f"{tokens:,.0f}" for tokens in wanted], found
+
+
+def _nearest(numbers: Iterable[float], wanted: float) -> float:
+    return min(numbers, key=lambda number: abs(number - wanted))
 
 
 def _row(results: Results, entry: EntryResult) -> list[str]:
