@@ -82,7 +82,8 @@ def test_typos_are_reported_before_torch_is_imported(arguments: tuple[str, ...])
 
 def test_wrong_sizes_are_reported_before_torch_is_imported(tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model")
-    lines = outside("train", "quickstart", "--teacher", folder, "--hidden-size", 7)
+    alone = ("--set", "student={hidden_size: 7}")
+    lines = outside("train", "quickstart", "--teacher", folder, *alone)
     assert "heavy []" in lines
     assert any("student.hidden_size is 7" in line for line in lines)
 

@@ -118,9 +118,11 @@ def tiny_recipe(tmp_path: Path) -> Any:
     def recipe(**changes: Any) -> Recipe:
         settings = {
             "teacher.model": str(tmp_path),
-            "student.hidden_size": 8,
+            "student": {"hidden_size": 8},
             "objective.alpha": 0.2,
             "initialize.method": "random",
+            "train.release_at": 1,
+            "train.optimizer": "adamw",
         }
         settings |= {"train.device": "cpu", "data.sequence_length": 32, "train.micro_batch": 3}
         settings["train.accumulate"] = 2
@@ -244,7 +246,8 @@ def test_a_gpu_holds_the_weights_in_bfloat16(tiny_recipe: Any) -> None:
 
 def test_what_the_command_says(tiny_recipe: Any, lrc: Command) -> None:
     teacher = tiny_recipe().teacher.model
-    settings = ["quickstart", "--set", f"teacher.model={teacher}", "--set", "student.hidden_size=8"]
+    settings = ["quickstart", "--set", f"teacher.model={teacher}"]
+    settings += ["--set", "student={hidden_size: 8}"]
     shown = lrc.printed("info", "--memory", *settings, "--gpus", "1,2", "--card-memory", "24")
     assert "train.accumulate is 1, which 2 processes cannot divide: set it to 2." in shown
     assert table(shown)["largest micro-batch in 24 GiB"][0] > 100
