@@ -18,6 +18,7 @@ from lrc.comparison.plan import Comparison
 from lrc.corpus.mix import Mix
 from lrc.recipe import Recipe, flatten, make_recipe
 from lrc.recipe.method_sections import METHOD_SECTIONS
+from lrc.recipe.shipped import shipped
 from lrc.tuning.settings import Tuning
 
 ROOT = Path(__file__).parents[1]
@@ -56,6 +57,14 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.exists(), target
         assert not anchor or anchor in anchors(there), target
+
+
+def test_every_shipped_comparison_is_described() -> None:
+    rows = [line for line in (ROOT / "docs/compare.md").read_text().splitlines() if line[:1] == "|"]
+    missing = [
+        name for name in shipped("comparison") if not any(f"`{name}`" in row for row in rows)
+    ]
+    assert not missing
 
 
 def commands() -> Iterator[tuple[str, str]]:
