@@ -128,7 +128,7 @@ def settings_of(
         key = f"{prefix}{field.alias or name}"
         nested = section_in(section, name)
         yield from ("", f"#### `{key}` {{ #{anchor}{key} }}", "")
-        default = field.get_default(call_default_factory=True)
+        default = field.get_default(call_default_factory=True, validated_data={})
         facts = [type_text(field.annotation)]
         if field.is_required() or default is PydanticUndefined:
             facts.append("required")
