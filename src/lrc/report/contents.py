@@ -148,12 +148,13 @@ def shapes(views: Sequence[RunView]) -> PageTable:
 
 def settings(views: Sequence[RunView]) -> PageTable:
     """The recipes, setting by setting."""
-    return _side_by_side(views, [view.run.recipe.model_dump(mode="json") for view in views])
+    tables = [view.run.recipe.model_dump(mode="json") for view in views]
+    return side_by_side([view.series for view in views], tables)
 
 
 def environments(views: Sequence[RunView]) -> PageTable:
     """Versions, commit and machine of every run."""
-    return _side_by_side(views, [view.environment() for view in views])
+    return side_by_side([view.series for view in views], [view.environment() for view in views])
 
 
 def machines(environments: Iterable[dict[str, Any]]) -> str:
@@ -186,13 +187,14 @@ def written(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _side_by_side(views: Sequence[RunView], tables: Sequence[dict[str, Any]]) -> PageTable:
+def side_by_side(head: Sequence[Label], tables: Sequence[dict[str, Any]]) -> PageTable:
+    """Nested tables setting by setting, a column for each."""
     flat = [flatten(table) for table in tables]
     names = dict.fromkeys(name for table in flat for name in table)
     rows = [
         (name.removeprefix("packages."), [written(one.get(name)) for one in flat]) for name in names
     ]
-    return PageTable([view.series for view in views], rows)
+    return PageTable(head, rows)
 
 
 def _columns(views: Sequence[RunView]) -> list[tuple[Label, RunView]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lrc.model.locate import short_name
-from lrc.recipe import flatten
 from lrc.report import contents
 from lrc.report.charts import LARGE, Chart, Line, Series, save_charts, svg_chart
 from lrc.report.curves import LOGARITHMIC
@@ -31,7 +30,7 @@ def draw_tuning(folder: Path) -> None:
     Raises:
         UserError: if the disk is full.
     """
-    save_charts(_title(open_tuning(folder)), _charts(folder), folder / "curves.png")
+    save_charts(_title(open_tuning(folder)), _charts(folder, _lines(folder)), folder / "curves.png")
 
 
 def write_tuning_page(folder: Path, path: Path, progress: Progress = lambda text: None) -> None:
@@ -65,9 +64,9 @@ def _lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _charts(folder: Path) -> list[Chart]:
+def _charts(folder: Path, lines: list[dict[str, Any]]) -> list[Chart]:
     """The held-out loss, and what the metrics hold of `CHARTS`, over the steps."""
-    lines, before = _lines(folder), read_json(folder / BEFORE, "tune again")
+    before = read_json(folder / BEFORE, "tune again")
     series = Series(folder.resolve().name, 0)
     measured = [(0, before["held_out_lm"])]
     measured += [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
@@ -88,7 +87,8 @@ def _values(tuning: Tuning, folder: Path) -> dict[str, Any]:
     """The values for the page's template."""
     summary = _table(folder / SUMMARY)
     environment = _table(folder / ENVIRONMENT)
-    charts, lines = _charts(folder), _lines(folder)
+    lines = _lines(folder)
+    charts = _charts(folder, lines)
     measured = charts[0].lines[0]
     losses = {"before": measured.y[0]}
     losses |= {"after": summary["held_out_lm"]} if summary else {"so far": measured.y[-1]}
@@ -110,8 +110,8 @@ def _values(tuning: Tuning, folder: Path) -> dict[str, Any]:
             ],
         ),
         "losses": {"tokens": [(chart.title, svg_chart(chart)) for chart in charts[1:]]},
-        "settings": _listed(tuning.model_dump(mode="json")),
-        "environments": _listed(environment),
+        "settings": contents.side_by_side([], [tuning.model_dump(mode="json")]),
+        "environments": contents.side_by_side([], [environment]),
     }
 
 
@@ -146,8 +146,3 @@ def _headline(
 def _table(path: Path) -> dict[str, Any]:
     """The content of a JSON file; empty if it is not written yet."""
     return read_json(path, "tune again") if path.is_file() else {}
-
-
-def _listed(values: dict[str, Any]) -> contents.PageTable:
-    flat = {name.removeprefix("packages."): value for name, value in flatten(values).items()}
-    return contents.PageTable([], [(name, [contents.written(flat[name])]) for name in flat])
