@@ -245,6 +245,26 @@ def test_bad_comparisons_are_refused(
         load_comparison(write({**plan, **change}, tmp_path))
 
 
+def test_students_that_do_not_fit_are_refused_before_the_first_run(
+    plan: Settings, tmp_path: Path
+) -> None:
+    plan["entries"] += [
+        {"name": "heads", "set": {"student.kv_heads": 8}},
+        {"name": "heads-kl", "set": {"student.kv_heads": 8, "objective.lm_weight": 0}},
+        {"name": "deep", "set": {"method": {"name": "minitron", "layers": 9}}},
+    ]
+    path, out = write(plan, tmp_path), tmp_path / "out"
+    with pytest.raises(UserError) as refused:
+        compare(load_comparison(path), out)
+    text = str(refused.value)
+    assert "entry 'heads', 'heads-kl': student.kv_heads is 8" in text
+    assert "entry 'deep': method.layers" in text
+    assert "scratch" not in text
+    assert not out.exists()
+    with pytest.raises(UserError, match=r"entry 'heads': student\.kv_heads"):
+        compare(load_comparison(path), out, ["scratch", "heads"])
+
+
 def test_single_rates_need_no_grid(plan: Settings, tmp_path: Path) -> None:
     scratch, ablation = plan["entries"][1:]
     plan |= {"entries": [{**scratch, "learning_rates": [1e-2]}, ablation], "seeds": [0]}

@@ -5,7 +5,7 @@ with the lowest held-out loss after a short budget. Then it trains on the full b
 """
 
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -311,9 +311,16 @@ def _check_entries(comparison: Comparison) -> None:
             for key in unused_settings(recipe)
             if any(f"{key}.".startswith(f"{own}.") for own in entry.settings)
         ]
+    problems += by_entry(refused, comparison)
+    if problems:
+        raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")
+
+
+def by_entry(refused: Mapping[str, Sequence[str]], comparison: Comparison) -> list[str]:
+    """Problems for people, given the names of the entries that have each."""
+    problems = []
     for reason, names in refused.items():
         shared = len(names) == len(comparison.entries) > 1
         entries = ", ".join(f"'{name}'" for name in names)
         problems.append(f"{'all entries' if shared else f'entry {entries}'}: {reason}")
-    if problems:
-        raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")
+    return problems

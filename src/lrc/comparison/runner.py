@@ -29,13 +29,12 @@ from lrc.cloning.method import CLONE_LAYERS
 from lrc.comparison.curves import draw_comparison
 from lrc.comparison.folders import Folders, Job, is_over
 from lrc.comparison.plan import Comparison
+from lrc.comparison.preflight import check_students, need_inputs
 from lrc.comparison.results import Results, collect
 from lrc.comparison.side_by_side import SideBySide, run_side_by_side
 from lrc.comparison.table import markdown
-from lrc.data.sources import STDLIB_DOCS
-from lrc.model.locate import PACKAGE_PREFIX
 from lrc.model.teacher import Teacher, load_teacher
-from lrc.preflight import check_recipe, need_whole_teacher
+from lrc.preflight import need_whole_teacher
 from lrc.recipe import Recipe, flatten
 from lrc.report.curves import ACCURACY
 from lrc.run import Run, is_run
@@ -88,6 +87,7 @@ def compare(
     folders = Folders(comparison, out)
     need_inputs(comparison)
     refuse_other_runs(folders)
+    check_students(folders, only or names)
     plan = comparison.model_dump(mode="json", by_alias=True)
     write_text(marker, yaml.safe_dump(plan, sort_keys=False))
     if results_only:
@@ -96,25 +96,6 @@ def compare(
         run_side_by_side(folders, only or names, results_only, side_by_side)
         return write_results(folders)
     return Runner(folders, only or names, results_only).go()
-
-
-def need_inputs(comparison: Comparison) -> None:
-    """Refuse a comparison whose teacher or text is missing, and say how to make it.
-
-    Raises:
-        UserError: if the teacher or the text is missing.
-    """
-    for entry in comparison.entries:
-        recipe = comparison.grid_recipe(entry, 1e-4)
-        if comparison.preparation:
-            for name in (recipe.teacher.model, *recipe.data.text):
-                local = not name.startswith(PACKAGE_PREFIX) and name != STDLIB_DOCS
-                if local and not Path(name).exists():
-                    raise UserError(
-                        f"'{name}' does not exist: make it with `{comparison.preparation}`, or "
-                        "name another one with --teacher and --text (docs/compare.md)."
-                    )
-        check_recipe(recipe)
 
 
 def refuse_other_runs(folders: Folders) -> None:

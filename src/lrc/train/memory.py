@@ -35,7 +35,7 @@ from lrc.model.teacher import element_type
 from lrc.recipe import Recipe
 from lrc.system.distributed import Wait, World
 from lrc.train.muon import orthogonal_parameters
-from lrc.train.sizes import planned_teacher, target_device
+from lrc.train.sizes import need_clone, planned_teacher, target_device
 
 ADAM, MUON = 2, 1
 """Values that the optimizers keep for each trained one."""
@@ -83,6 +83,7 @@ def memory_of(recipe: Recipe, processes: int) -> Memory:
     Raises:
         UserError: as `lrc.train.sizes.planned_models`.
     """
+    need_clone(recipe)
     release, found = recipe.train.release_at, []
     for released in (False, True):
         if (release < 1) if released else (release > 0):
@@ -180,7 +181,7 @@ class _Stage:
         self.device = target_device(recipe)
         self.passes = min(2, max(1, recipe.train.accumulate // processes))
         """Number of passes to count: gradients exist from the second on."""
-        self.teacher = planned_teacher(recipe)
+        self.teacher = planned_teacher(recipe.teacher)
         self.teacher.model.to(element_type(recipe.teacher.dtype, self.device))
         torch_kernels = recipe.train.model_copy(update={"kernels": "torch"})
         with torch.device("meta"):

@@ -14,6 +14,7 @@ from lrc.model.locate import locate
 from lrc.model.student import student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
+from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
 
 
@@ -38,7 +39,8 @@ def planned_models(recipe: Recipe) -> PlannedModels:
         UserError: if it is a recipe of another method, the teacher's configuration is not found or
             its family is not supported, or the student's shape does not fit.
     """
-    teacher = planned_teacher(recipe)
+    need_clone(recipe)
+    teacher = planned_teacher(recipe.teacher)
     asked_shape(teacher, recipe.student)
     config = student_config(teacher, recipe.student)
     source: Teacher = teacher
@@ -73,19 +75,25 @@ class Planned(Teacher):
         return self.model.get_parameter(name)
 
 
-def planned_teacher(recipe: Recipe) -> Planned:
-    """The teacher of a recipe of the method `lrc` on the meta device, from its configuration.
+def need_clone(recipe: Recipe) -> None:
+    """Refuse a recipe of another method than `lrc`.
 
     Raises:
-        UserError: if it is a recipe of another method, or the configuration is not found or its
-            family is not supported.
+        UserError: if it is one.
     """
     if recipe.method.name != "lrc":
         raise UserError(
             f"The recipe's method is {recipe.method.name}, but only those of the method lrc are "
             "shown: give a model instead."
         )
-    section = recipe.teacher
+
+
+def planned_teacher(section: TeacherSection) -> Planned:
+    """The teacher of a recipe on the meta device, from its configuration.
+
+    Raises:
+        UserError: if the configuration is not found or its family is not supported.
+    """
     files = locate(section.model, section.revision, "configuration")
     model = load_skeleton_of(files, check=False)
     family = check_supported(model.config)
