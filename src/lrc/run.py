@@ -27,16 +27,14 @@ from lrc.system.distributed import ALONE, World, restarts
 from lrc.system.errors import UserError
 from lrc.system.files import (
     LOCK,
-    disk_errors,
     hold,
     is_left_over,
     is_taken,
-    new_file,
     read_json,
-    reading,
     remove_left_overs,
     write_text,
 )
+from lrc.system.metrics import read_metrics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -163,45 +161,7 @@ class Run:
         Raises:
             UserError: if the file cannot be read.
         """
-        return [line for line in self._lines() if line is not None]
-
-    def keep_metrics_until(self, step: int) -> Path | None:
-        """Drop the lines after a step, which a resumed run writes again.
-
-        Returns:
-            Where the original file is kept, if a line before its last one is damaged; else None. A
-            crash may cut the last line short.
-
-        Raises:
-            UserError: if the file cannot be read, or the disk is full.
-        """
-        lines = list(self._lines())
-        aside = None
-        if None in lines[:-1]:
-            numbers = (n for n in range(1, len(lines) + 2))
-            places = (self.metrics_file.with_suffix(f".damaged-{n}.jsonl") for n in numbers)
-            aside = next(place for place in places if not place.exists())
-            with disk_errors(aside):
-                os.rename(self.metrics_file, aside)
-        kept = [line for line in lines if line is not None and line["step"] <= step]
-        with new_file(self.metrics_file) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        return aside
-
-    def _lines(self) -> Iterator[dict[str, Any] | None]:
-        """The lines of the metrics; None for a damaged one."""
-        if not self.metrics_file.is_file():
-            return
-        with reading(self.metrics_file, "check the file"):
-            lines = self.metrics_file.read_bytes().splitlines()
-        for text in lines:
-            try:
-                line = json.loads(text)
-            except (ValueError, RecursionError):
-                yield None
-                continue
-            step = line.get("step") if isinstance(line, dict) else None
-            yield line if isinstance(step, int) else None
+        return read_metrics(self.metrics_file)
 
     def summary(self) -> dict[str, Any]:
         """Read the final table.

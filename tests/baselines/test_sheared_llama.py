@@ -18,6 +18,7 @@ from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.method_sections import METHOD_SECTIONS
 from lrc.run import Run
+from lrc.system.metrics import keep_metrics_until
 from lrc.train import train
 from lrc.train.batches import count
 from lrc.train.setup import new_state, set_up
@@ -288,7 +289,7 @@ def test_killed_in_both_stages_and_at_the_boundary(
 def test_a_run_without_a_checkpoint_starts_over(whole: Run, tmp_path: Path) -> None:
     """Killed after the first measurement, it does not measure again, but uses its shares."""
     run = copy_until(whole, tmp_path / "run", -1)
-    run.keep_metrics_until(0)
+    keep_metrics_until(run.metrics_file, 0)
     train(run)
     assert_same_run(run, whole)
 

@@ -22,6 +22,7 @@ from lrc.report.curves import draw_curves
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.system.files import hold
+from lrc.system.metrics import keep_metrics_until
 from lrc.train import closing, train
 from lrc.train import session as session_module
 from lrc.train.checkpoint import list_checkpoints, read_checkpoint
@@ -317,17 +318,17 @@ def test_a_damaged_line_of_the_metrics_loses_only_that_line(
     run.metrics_file.write_bytes(whole)
     kept = [line["step"] for line in run.metrics()]
     assert kept == [step for step in range(11) if step != number]
-    aside = run.keep_metrics_until(9)
-    assert aside is not None
-    assert aside.read_bytes() == whole
+    keep_metrics_until(run.metrics_file, 9)
     assert [line["step"] for line in run.metrics()] == kept[:-1]
-    assert run.keep_metrics_until(9) is None
+    keep_metrics_until(run.metrics_file, 9)
+    assert [file.read_bytes() for file in folder.glob("metrics.damaged-*")] == [whole]
 
 
 def test_the_last_line_may_be_incomplete(cut_off: Run) -> None:
     data = cut_off.metrics_file.read_bytes()
     cut_off.metrics_file.write_bytes(data[:-20])
-    assert cut_off.keep_metrics_until(10) is None
+    keep_metrics_until(cut_off.metrics_file, 10)
+    assert not list(cut_off.folder.glob("metrics.damaged-*"))
     assert [line["step"] for line in cut_off.metrics()] == list(range(10))
 
 

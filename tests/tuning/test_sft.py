@@ -470,16 +470,19 @@ def test_a_stopped_tuning_continues_as_if_nothing_had_happened(
     assert losses[0] == losses[1]
 
 
-def test_a_checkpoint_that_a_kill_cut_off_is_passed_over(
-    parts: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_a_kill_cut_off_is_passed_over(parts: dict[str, Any], tmp_path: Path) -> None:
     tuning = Tuning(**parts)
     sft(tuning, tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     shutil.rmtree(tmp_path / "cut/student")
     (tmp_path / "cut/checkpoints/checkpoint-6/trainer_state.json").unlink()
+    metrics = tmp_path / "cut/metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + b'{"step": 6, "lo')
+    assert page_of(tmp_path / "cut").section("results")
     sft(tuning, tmp_path / "cut")
     assert same(weights(tmp_path / "whole/student"), weights(tmp_path / "cut/student"))
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert sorted(set(steps)) == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("teacher", [False, True])

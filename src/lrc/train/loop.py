@@ -26,6 +26,7 @@ from lrc.run import Run
 from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
 from lrc.system.files import disk_errors
+from lrc.system.metrics import keep_metrics_until
 from lrc.system.progress import Task, task
 from lrc.train.accuracy import accuracy
 from lrc.train.batches import BatchReader
@@ -420,13 +421,7 @@ class Loop:
         """Truncate the metrics to the step that the run continues from, and restore the clock."""
         if not self.world.leads or not self.run.metrics_file.exists():
             return
-        aside = self.run.keep_metrics_until(self.setup.state.step)
-        if aside is not None:
-            logger.warning(
-                "%s had damaged lines, which were removed. The original is kept as %s.",
-                self.run.metrics_file,
-                aside,
-            )
+        keep_metrics_until(self.run.metrics_file, self.setup.state.step)
         lines = self.run.metrics()
         self.seconds_before = max((line.get("seconds", 0.0) for line in lines), default=0.0)
         self.step_seconds = max((line.get("step_seconds", 0.0) for line in lines), default=0.0)

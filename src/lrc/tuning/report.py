@@ -1,6 +1,5 @@
 """The picture and the page of a tuning, read only from its folder."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from lrc.report.page import Progress, check_path, write_page
 from lrc.run import ENVIRONMENT
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
+from lrc.system.metrics import read_metrics
 from lrc.tuning.settings import BEFORE, METRICS, SUMMARY, Tuning, open_tuning
 
 CHARTS = {
@@ -30,7 +30,8 @@ def draw_tuning(folder: Path) -> None:
     Raises:
         UserError: if the disk is full.
     """
-    save_charts(_title(open_tuning(folder)), _charts(folder, _lines(folder)), folder / "curves.png")
+    charts = _charts(folder, read_metrics(folder / METRICS))
+    save_charts(_title(open_tuning(folder)), charts, folder / "curves.png")
 
 
 def write_tuning_page(folder: Path, path: Path, progress: Progress = lambda text: None) -> None:
@@ -58,12 +59,6 @@ def _title(tuning: Tuning) -> str:
     return f"{short_name(tuning.model)}, tuned on conversations"
 
 
-def _lines(folder: Path) -> list[dict[str, Any]]:
-    path = folder / METRICS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [json.loads(line) for line in lines]
-
-
 def _charts(folder: Path, lines: list[dict[str, Any]]) -> list[Chart]:
     """The held-out loss, and what the metrics hold of `CHARTS`, over the steps."""
     before = read_json(folder / BEFORE, "tune again")
@@ -87,7 +82,7 @@ def _values(tuning: Tuning, folder: Path) -> dict[str, Any]:
     """The values for the page's template."""
     summary = _table(folder / SUMMARY)
     environment = _table(folder / ENVIRONMENT)
-    lines = _lines(folder)
+    lines = read_metrics(folder / METRICS)
     charts = _charts(folder, lines)
     measured = charts[0].lines[0]
     losses = {"before": measured.y[0]}

@@ -34,6 +34,7 @@ from lrc.model.families import family_of
 from lrc.model.teacher import Teacher
 from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
+from lrc.system.metrics import keep_metrics_until
 from lrc.train.signals import StopRequest, agree
 from lrc.tuning.conversations import ASSISTANT, Conversations, Encoded, Messages
 from lrc.tuning.settings import Tuning
@@ -364,11 +365,8 @@ class Reporter(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, _args: Any, state: TrainerState, *_: Any, **__: Any) -> None:
         """Drop the lines after the step that the trainer continues from."""
-        if not (self._world.leads and self._file.is_file()):
-            return
-        lines = [json.loads(line) for line in self._file.read_text().splitlines()]
-        kept = [line for line in lines if line["step"] <= state.global_step]
-        self._file.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        if self._world.leads:
+            keep_metrics_until(self._file, state.global_step)
 
     def on_log(
         self, _args: Any, state: TrainerState, _control: Any, logs: Any = None, **_: Any
