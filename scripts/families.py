@@ -42,7 +42,7 @@ the family are checked from its configuration before its weights are downloaded.
 * **Start**: `norms` means that a norm follows each block. The closed-form start then fits the
   writer together with the gain of that norm.
 * **Smaller** lists what a clone may have fewer of, besides a smaller hidden size: layers, FFN
-  neurons (`student.intermediate_size`), heads (`student.kv_heads`).
+  neurons (`student.intermediate_size`), heads (`student.kv_heads`), experts (`student.experts`).
 * **Pruning** means `minitron`, `sheared-llama`, `llm-pruner` and `lrc prune`; **attention** means
   `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
 * **Documents**: `masked` if attention masks keep packed documents apart; `split` if the model
@@ -88,6 +88,7 @@ def smaller(teacher: Teacher) -> str:
         "layers": {"layers": whole.layers - 1},
         "neurons": {"intermediate_size": max(1, whole.neurons // 2)},
         "heads": {"kv_heads": whole.kv_heads // 2},
+        "experts": {"experts": whole.experts // 2 or 1},
     }.items():
         student = StudentSection.model_validate(sizes)
         try:

@@ -94,7 +94,7 @@ def test_candidates_have_the_parameters_of_the_built_model(
     )
     plan = json.loads(lrc.printed("plan", config, "--ratio", 0.5, *GPU, "--json"))
     assert len(steps) == len(plan["candidates"])
-    whole = {"layers": 3, "hidden": 32, "kv_heads": 2, "neurons": 96}
+    whole = {"layers": 3, "hidden": 32, "kv_heads": 2, "neurons": 96, "experts": 0}
     assert plan["teacher"]["parameters"] == weights_by_hand(whole)
     teacher = load_teacher(str(folder / "teacher"))
     seen = set()
@@ -236,6 +236,26 @@ def test_gpu_hours_are_those_of_the_methods_operations(
     under = Conditions(find_gpu("rtx-3090"), mfu=0.5)
     found = gpu_hours(teacher.model, small, recipe, under)
     assert found == pytest.approx(counted / (0.5 * 71e12) / 3600, rel=0.01)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+def test_a_teacher_with_experts_may_keep_fewer(family: str, tmp_path: Path, lrc: Command) -> None:
+    """As many of each group of the router. What no layer has is not among the kinds."""
+    number = "num_local_experts" if family == "mixtral" else "n_routed_experts"
+    more = {number: 64, "hidden_size": 64, "num_hidden_layers": 4}
+    teacher = tiny_teacher(family, True, **more)
+    teacher.model.config.to_json_file(tmp_path / "config.json")
+    plan = json.loads(lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU, "--json"))
+    found = {row["kind"]: row for row in plan["candidates"]}
+    assert {"experts", "hidden-experts", "layers-experts"} <= found.keys()
+    kinds = found.keys() | plan["left_out"].keys()
+    assert any("neurons" in kind for kind in kinds) == (family == "deepseek_v3")
+    for row in found.values():
+        built = LowRankClone.build(teacher, recipe_of(row)).model
+        assert row["parameters"] == sum(value.numel() for value in built.parameters())
+        assert row["shape"]["experts"] % (2 if family == "deepseek_v3" else 1) == 0
+    assert found["experts"]["shape"]["experts"] < 64
+    assert "experts" in lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU).split("parameters")[0]
 
 
 @pytest.mark.parametrize(

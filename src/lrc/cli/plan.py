@@ -130,7 +130,9 @@ def plan(
 def _table(made: "Plan") -> Table:
     kinds = list(made.rows[0].figures.file_bytes)
     quantized = [kind for kind in ("bf16", "q4_k_m") if kind in kinds]
-    header = ["", "smaller", "hidden", "FFN", "kv heads", "layers", "parameters"]
+    experts = any(row.candidate.shape.experts for row in made.rows)
+    header = ["", "smaller", "hidden", "FFN", "kv heads", "layers"]
+    header += [*["experts"] * experts, "parameters"]
     header += [f"{kind} file" for kind in kinds]
     header += ["K-quants", "cache/token", *(f"{kind} tokens/s" for kind in quantized)]
     header += ["training", "micro-batch", "GPU hours", "held-out loss"]
@@ -141,6 +143,7 @@ def _table(made: "Plan") -> Table:
             str(number),
             row.candidate.kind.replace("-", ", "),
             *map(str, (shape.hidden, shape.neurons, shape.kv_heads, shape.layers)),
+            *[str(shape.experts)] * experts,
             f"{figures.parameters:,}",
             *(size(figures.file_bytes[kind]) for kind in kinds),
             "yes" if figures.k_quants else "no",

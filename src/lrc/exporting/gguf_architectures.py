@@ -11,6 +11,7 @@ from typing import Any
 from gguf import ExpertGatingFuncType, GGUFWriter
 from transformers import PreTrainedModel
 
+from lrc.model.pruned_shape import shape_of_config
 from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.system.errors import UserError
 
@@ -143,9 +144,8 @@ def _add_window(writer: GGUFWriter, config: Any, architecture: Architecture) -> 
 
 
 def _add_experts(writer: GGUFWriter, config: Any) -> None:
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    count = next((getattr(config, name) for name in names if getattr(config, name, None)), None)
-    if count is None:
+    count = shape_of_config(config).experts
+    if not count:
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)

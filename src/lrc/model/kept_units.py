@@ -33,31 +33,42 @@ class KeptUnits:
     neurons: list[Tensor]
     """Kept FFN neurons of each kept layer."""
 
+    experts: list[Tensor] | None = None
+    """Kept routed experts of each kept layer; None: all, or there are none."""
+
     def __post_init__(self) -> None:
-        for parts in (self.groups, self.neurons):
+        for parts in (self.groups, self.neurons, self.experts or self.neurons):
             if len(parts) != len(self.layers) or len({len(part) for part in parts}) != 1:
                 raise ValueError("all kept layers must have the same number of heads and neurons")
 
     @classmethod
     def from_lists(cls, lists: dict[str, Any], hidden: int) -> "KeptUnits":
         """The inverse of `lists`, with all channels of the residual stream."""
-        groups, neurons = (
-            [torch.tensor(part) for part in lists[key]] for key in ("groups", "neurons")
-        )
-        return cls(lists["layers"], torch.arange(hidden), groups, neurons)
+        units = {
+            key: [torch.tensor(part) for part in lists[key]]
+            for key in ("groups", "neurons", "experts")
+            if key in lists
+        }
+        return cls(lists["layers"], torch.arange(hidden), **units)
 
     def lists(self) -> dict[str, Any]:
-        """Layers, heads and neurons as JSON values."""
-        groups, neurons = (
-            [part.tolist() for part in parts] for parts in (self.groups, self.neurons)
-        )
-        return {"layers": list(self.layers), "groups": groups, "neurons": neurons}
+        """Layers, heads, neurons and, if some are removed, experts as JSON values."""
+        units = {"groups": self.groups, "neurons": self.neurons}
+        if self.experts is not None:
+            units["experts"] = self.experts
+        lists = {key: [part.tolist() for part in parts] for key, parts in units.items()}
+        return {"layers": list(self.layers), **lists}
 
     @property
     def shape(self) -> PrunedShape:
         """The shape of the kept parts."""
-        layers, hidden = len(self.layers), len(self.hidden)
-        return PrunedShape(layers, hidden, len(self.groups[0]), len(self.neurons[0]))
+        return PrunedShape(
+            len(self.layers),
+            len(self.hidden),
+            len(self.groups[0]),
+            len(self.neurons[0]),
+            len(self.experts[0]) if self.experts else 0,
+        )
 
 
 def keep_all(model: PreTrainedModel) -> KeptUnits:

@@ -18,6 +18,8 @@ class PrunedShape:
     kv_heads: int
     neurons: int
     """Width of the dense FFNs; 0 if the family has none."""
+    experts: int = 0
+    """Routed experts of a layer; 0 if the family has none."""
 
 
 class Configured(Protocol):
@@ -36,7 +38,19 @@ def shape_of_config(config: Any) -> PrunedShape:
         int(config.hidden_size),
         max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
         max(int(getattr(one, "intermediate_size", None) or 0) for one in layers),
+        int(getattr(config, expert_setting(config) or "", 0)),
     )
+
+
+def expert_setting(config: Any) -> str | None:
+    """The setting that holds the number of routed experts; None: there are none."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((name for name in names if getattr(config, name, None)), None)
+
+
+def expert_groups(config: Any) -> int:
+    """The number of groups, of equal size, that a router first chooses among."""
+    return int(getattr(config, "n_group", None) or 1)
 
 
 def by_layer(config: Any) -> dict[str, list[Any]]:
@@ -86,6 +100,8 @@ def pruned_config(
     config.hidden_size = shape.hidden
     if shape.neurons != whole.neurons:
         config.intermediate_size = shape.neurons
+    if shape.experts and (setting := expert_setting(source)):
+        setattr(config, setting, shape.experts)
     config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
     forget_origin(config)
     return config

@@ -98,6 +98,7 @@ def student_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
         student.hidden_size or whole.hidden,
         size_of(student.kv_heads) or whole.kv_heads,
         size_of(student.intermediate_size) or whole.neurons,
+        size_of(student.experts) or whole.experts,
     )
 
 

@@ -8,8 +8,14 @@ from functools import cache
 import torch
 from transformers import PreTrainedModel
 
-from lrc.cloning.shape.pruned_teacher import asked_shape, first_units, pruned_teacher, prunes
-from lrc.model.pruned_shape import PrunedShape, group_size, shape_of_config
+from lrc.cloning.shape.pruned_teacher import (
+    asked_shape,
+    first_units,
+    has_neurons,
+    pruned_teacher,
+    prunes,
+)
+from lrc.model.pruned_shape import PrunedShape, expert_groups, group_size, shape_of_config
 from lrc.model.student import EXPERTS_MULTIPLE, derive_config, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
@@ -61,6 +67,9 @@ KINDS = (
     "hidden-neurons",
     "layers-neurons",
     "neurons",
+    "hidden-experts",
+    "experts",
+    "layers-experts",
     "layers-hidden",
     "layers",
     "hidden",
@@ -78,6 +87,7 @@ def section_of(teacher: Teacher, shape: PrunedShape) -> StudentSection:
         intermediate_size=None if shape.neurons == whole.neurons else shape.neurons,
         kv_heads=None if shape.kv_heads == whole.kv_heads else shape.kv_heads,
         layers=None if shape.layers == whole.layers else shape.layers,
+        experts=None if shape.experts == whole.experts else shape.experts,
     )
 
 
@@ -108,7 +118,8 @@ def rank(teacher: Teacher, candidate: Candidate) -> tuple[bool, int]:
         own.layers / whole.layers,
         own.hidden / whole.hidden,
         own.kv_heads / whole.kv_heads,
-        own.neurons / whole.neurons,
+        own.neurons / whole.neurons if whole.neurons else 1.0,
+        own.experts / whole.experts if whole.experts else 1.0,
     )
     return min(shares) < SMALLEST_SHARE, KINDS.index(candidate.kind)
 
@@ -132,6 +143,8 @@ def candidates(teacher: Teacher, budget: CostLimit) -> tuple[list[Candidate], di
     found: dict[PrunedShape, Candidate] = {}
     missing: dict[str, str] = {}
     for kind in KINDS:
+        if search.lacks & set(kind.split("-")):
+            continue
         reason: str | None = "no size of it fits the budget"
         for shape in search.shapes(kind):
             reason = refusal(teacher, shape)
@@ -151,6 +164,10 @@ class _Search:
         self.whole = shape_of_config(teacher.config)
         self.cost = cache(lambda shape: budget.measure(student_without_weights(teacher, shape)))
         self.share = budget.limit / self.cost(self.whole)
+        branches = [branch for every in teacher.layout.branches for branch in every]
+        units = {"neurons": has_neurons, "experts": lambda branch: branch.has_experts}
+        self.lacks = {name for name, found in units.items() if not any(map(found, branches))}
+        """Axes that no layer has."""
 
     def shapes(self, kind: str) -> Iterator[PrunedShape]:
         """The shapes of a kind, the best first; none if no size fits.
@@ -161,8 +178,8 @@ class _Search:
         """
         *fixed, free = kind.split("-")
         for base in self._bases(fixed):
-            if free == "neurons":
-                yield from self._fit(base, "neurons", 1)
+            if free in ("neurons", "experts"):
+                yield from self._units(base, free)
             elif free == "hidden":
                 yield from self._fit(base, "hidden", self._multiple(base.kv_heads))
             else:
@@ -182,7 +199,7 @@ class _Search:
             hidden = whole.hidden
             if "hidden" in fixed:
                 hidden = rounded(hidden * half, self._multiple(number), hidden)
-            yield PrunedShape(layers, hidden, number, whole.neurons)
+            yield PrunedShape(layers, hidden, number, whole.neurons, whole.experts)
 
     def _multiple(self, kv_heads: int) -> int:
         """What the hidden size must be a multiple of."""
@@ -194,11 +211,18 @@ class _Search:
         return base
 
     def _layers(self, base: PrunedShape) -> Iterator[PrunedShape]:
-        """Fewer layers. If no whole number of them fits, the next larger one, and fewer neurons."""
+        """Fewer layers. If no whole number of them fits, the next larger one, and fewer neurons or
+        experts."""
         yield from self._fit(base, "layers", 1, [1])
         above = self._largest(base, "layers", 1) + 1
         if above <= base.layers:
-            yield from self._fit(replace(base, layers=above), "neurons", 1)
+            rest = "experts" if "neurons" in self.lacks else "neurons"
+            yield from self._units(replace(base, layers=above), rest)
+
+    def _units(self, base: PrunedShape, axis: str) -> Iterator[PrunedShape]:
+        """Fewer neurons, or fewer experts, as many in each of the router's groups."""
+        groups = expert_groups(self.teacher.config) if axis == "experts" else 1
+        yield from self._fit(base, axis, groups)
 
     def _fit(
         self, base: PrunedShape, axis: str, multiple: int, among: list[int] | None = None

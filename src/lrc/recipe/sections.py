@@ -134,6 +134,10 @@ class StudentSection(Section):
     """Decoder layers. Empty: the teacher's. The start keeps those whose loss would change the
     teacher's predictions most."""
 
+    experts: Units = None
+    """Routed experts of every layer that has some; a token still uses as many as before. Empty: the
+    teacher's. The start keeps those whose outputs weigh most in the teacher's predictions."""
+
     tie_projections: bool | None = None
     """Whether embedding and LM head share one projection. Empty: yes if the teacher ties its
     weights. The student's own weights are tied if both the teacher's weights and the projections
@@ -146,7 +150,8 @@ class StudentSection(Section):
 
     def hidden_size_alone(self) -> Self:
         """The section without the other sizes, for methods that do not use them."""
-        return self.model_copy(update=dict.fromkeys(("intermediate_size", "kv_heads", "layers")))
+        others = ("intermediate_size", "kv_heads", "layers", "experts")
+        return self.model_copy(update=dict.fromkeys(others))
 
 
 class InitializeSection(Section):

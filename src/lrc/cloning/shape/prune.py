@@ -11,15 +11,18 @@ so that what is kept also writes what the removed units wrote, and corrects the 
 removed layers, x_T(after) is the teacher's stream after them. If a norm follows the writer, its
 target is what the whole teacher's writer gives on the same stream. Weights of tokens and the
 strength of each fit are those of the closed-form start (`lrc.cloning.start.closed_form.solve`).
+Experts are chosen likewise (`experts`); nothing is solved for those that stay.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from lrc.cloning.shape.experts import Read, choose_experts, expert_costs
 from lrc.cloning.shape.layers import choose_layers
-from lrc.cloning.shape.pruned_teacher import PrunedTeacher, pruned_teacher
+from lrc.cloning.shape.pruned_teacher import PrunedTeacher, pruned_teacher, set_buffers
 from lrc.cloning.shape.units import choose_units
 from lrc.cloning.start.basis import StreamStatistics, stream_statistics
 from lrc.cloning.start.calibration import Block, Calibration, TeacherLayer
@@ -27,8 +30,9 @@ from lrc.cloning.start.closed_form.least_squares import Rows, regress
 from lrc.cloning.start.closed_form.refine import Target
 from lrc.cloning.start.closed_form.solve import cut_sequences
 from lrc.cloning.start.streams import ActivationStore
-from lrc.model.families import Branch
-from lrc.model.kept_units import KeptUnits, spread
+from lrc.model.families.base import Branch, Experts
+from lrc.model.kept_units import spread
+from lrc.model.pruned_shape import expert_groups
 from lrc.recipe.sections import Keep, StudentSection
 from lrc.system.progress import Progress
 
@@ -54,7 +58,7 @@ def prune(
     kept = unsolved.kept
     if isinstance(student.layers, int) and student.layers < unsolved.whole.num_layers:
         chosen = choose_layers(unsolved.whole, sequences, student.layers, restart)
-        kept = KeptUnits(chosen, kept.hidden, kept.groups, kept.neurons)
+        kept = replace(kept, layers=chosen)
     pruned = pruned_teacher(unsolved.whole, kept)
     with Calibration(pruned, sequences, pruned.hidden_size, restart) as calibration:
         solver = _Pruner(calibration, pruned, student)
@@ -97,6 +101,9 @@ class _Pruner:
                 calibration.layer_scale(whole) if after is layer.after else 1.0,
             )
             block = calibration.block(whole, index, branch)
+            if branch.has_experts and pruned.kept.experts is not None:
+                self._choose_experts(index, branch, block, target)
+                block = calibration.block(calibration.layer(index, pruned), index, branch)
             gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
             path = str(next(iter(branch.writers.values())))
             solved = pruned.solved.get(f"{prefix}.{path}.weight")
@@ -111,6 +118,28 @@ class _Pruner:
                     inputs[part], written[part] = _with_input(block, writer, read)
                 solved.copy_(self._solve(index, branch, writer, inputs, written, target))
             self._add(prefix, branch, written, target)
+
+    def _choose_experts(self, index: int, branch: Branch, block: Block, target: Target) -> None:
+        """Choose the experts of a layer, unless the recipe names them, given the whole block."""
+        calibration, pruned = self.calibration, self.pruned
+        if isinstance(self.student.experts, Keep):
+            return
+        down = next(linear for linear in branch.writers.values() if isinstance(linear, Experts))
+        path = down.module.removeprefix(f"{branch.block}.")
+        prefix = pruned.layout.layer(index)
+        gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
+
+        def reads() -> Iterator[Read]:
+            for part in calibration.batches():
+                _, weights = target.lacking(calibration, part, self.stream[part])
+                yield gain * calibration.block_input(self.stream[part], branch), weights
+
+        experts, metric = block.module.get_submodule(path), self.metrics[index].double()
+        costs = expert_costs(block, experts, reads(), metric)
+        kept, groups = pruned.kept.experts, expert_groups(pruned.whole.config)
+        assert kept is not None
+        kept[index] = choose_experts(costs, len(kept[index]), groups).cpu()
+        set_buffers(pruned, index)
 
     def _solve(
         self,

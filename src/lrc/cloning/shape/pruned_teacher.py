@@ -1,20 +1,28 @@
-"""The teacher with fewer layers, heads and neurons, of which a student has the low-rank weights.
+"""The teacher with fewer layers, heads, neurons and experts, of which a student has the low-rank
+weights.
 
 Its readers are rows of the teacher's, taken when they are asked for. Only the writers of pruned
 branches have values of their own, W_T C [d_T, kept]. C [all, kept] is not stored: it has
 all / d_T times as many numbers, and reaches no other students.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lrc.model.families import Branch
+from lrc.model.families.base import ROUTER, Branch, Experts
 from lrc.model.kept_units import KeptUnits, unit_slices
 from lrc.model.layout import LinearSite
-from lrc.model.pruned_shape import PrunedShape, group_size, pruned_config, shape_of_config
+from lrc.model.pruned_shape import (
+    PrunedShape,
+    expert_groups,
+    group_size,
+    pruned_config,
+    shape_of_config,
+)
 from lrc.model.shapes import head_dim_of, layers_differ
 from lrc.model.student import kept_layers, student_shape
 from lrc.model.teacher import Teacher
@@ -52,7 +60,7 @@ class PrunedTeacher(Teacher):
         return LinearSite(self.kept.layers[site.layer], site.name)
 
     def kept_outputs(self, site: LinearSite) -> Tensor | None:
-        return self.slices(site)[0]
+        return None if self.layout.writes(site) else self.slices(site)[0]
 
     @property
     def sharded(self) -> bool:
@@ -97,9 +105,13 @@ class PrunedTeacher(Teacher):
         return None
 
     def slices(self, site: LinearSite) -> tuple[Tensor | None, Tensor | None]:
-        """The kept rows and columns of the teacher's linear map at a site, int64; None: all."""
-        layer = site.layer
-        if self.units(layer, self.layout.branch(site)) is None:
+        """The kept rows and columns of the teacher's linear map at a site, int64; None: all. Those
+        of experts have an expert in every row."""
+        layer, branch = site.layer, self.layout.branch(site)
+        if self.kept.experts is not None and branch.has_experts:
+            routed = site.name == ROUTER or isinstance(branch.linears[site.name], Experts)
+            return self.kept.experts[layer] if routed else None, None
+        if self.units(layer, branch) is None:
             return None, None
         groups, neurons = self.kept.groups[layer], self.kept.neurons[layer]
         return unit_slices(self.original.config, site.name, groups, neurons)
@@ -107,7 +119,7 @@ class PrunedTeacher(Teacher):
     def _slices_of(self, layer: int, path: str) -> tuple[Tensor | None, Tensor | None]:
         for branch in self.layout.branches[layer]:
             for name, linear in branch.linears.items():
-                if linear == path:
+                if path == (linear.module if isinstance(linear, Experts) else linear):
                     return self.slices(LinearSite(layer, name))
         return None, None
 
@@ -118,19 +130,21 @@ def has_neurons(branch: Branch) -> bool:
 
 
 def prunes(teacher: Teacher, student: StudentSection) -> bool:
-    """Whether a student has fewer layers, heads or neurons than a teacher."""
+    """Whether a student has fewer layers, heads, neurons or experts than a teacher."""
     whole, own = shape_of_config(teacher.config), student_shape(teacher, student)
-    return (own.layers, own.kv_heads, own.neurons) != (whole.layers, whole.kv_heads, whole.neurons)
+    return replace(own, hidden=whole.hidden) != whole
 
 
 def first_units(teacher: Teacher, student: StudentSection) -> KeptUnits:
     """The units that a recipe names. Where it gives only their number, evenly spaced layers and the
-    first heads and neurons, until `prune` chooses."""
+    first heads, neurons and experts, until `prune` chooses."""
     whole, layers = shape_of_config(teacher.config), kept_layers(teacher, student)
     groups = _first(student.kv_heads, whole.kv_heads)
     neurons = _first(student.intermediate_size, whole.neurons)
-    every = torch.arange(whole.hidden)
-    return KeptUnits(layers, every, [groups for _ in layers], [neurons for _ in layers])
+    every, experts = torch.arange(whole.hidden), None
+    if student.experts is not None:
+        experts = [_first(student.experts, whole.experts) for _ in layers]
+    return KeptUnits(layers, every, [groups for _ in layers], [neurons for _ in layers], experts)
 
 
 def _first(asked: Units, total: int) -> Tensor:
@@ -150,8 +164,8 @@ def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
     if layers_differ(original.config):
         raise UserError(
             f"The layers of this {original.family.model_type} model have different widths, so none "
-            "can be pruned: leave student.layers, student.kv_heads and student.intermediate_size "
-            "empty."
+            "can be pruned: leave student.layers, student.kv_heads, student.intermediate_size and "
+            "student.experts empty."
         )
     config = pruned_config(original, kept.shape, kept.layers)
     with torch.device("meta"):
@@ -174,11 +188,8 @@ def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
         solved={},
     )
     check_pruned(found)
-    for layer, index in enumerate(kept.layers):
-        own = model.get_submodule(found.layout.layer(layer))
-        for name, buffer in source.get_submodule(original.layout.layer(index)).named_buffers():
-            path, _, attribute = name.rpartition(".")
-            setattr(own.get_submodule(path), attribute, buffer)
+    for layer in range(len(kept.layers)):
+        set_buffers(found, layer)
     dtype = torch.promote_types(source.dtype, torch.float32)
     solved = {
         name: nn.Parameter(
@@ -188,6 +199,20 @@ def pruned_teacher(teacher: Teacher, kept: KeptUnits) -> PrunedTeacher:
     }
     object.__setattr__(found, "solved", solved)
     return found
+
+
+def set_buffers(pruned: PrunedTeacher, layer: int) -> None:
+    """Give a layer the buffers of the whole teacher's, of the kept units."""
+    original, own = pruned.original, pruned.model.get_submodule(pruned.layout.layer(layer))
+    theirs = original.model.get_submodule(original.layout.layer(pruned.kept.layers[layer]))
+    for name, buffer in theirs.named_buffers():
+        path, _, attribute = name.rpartition(".")
+        rows, _ = pruned._slices_of(layer, path)
+        setattr(
+            own.get_submodule(path),
+            attribute,
+            buffer if rows is None else buffer[rows.to(buffer.device)],
+        )
 
 
 def solved_writers(pruned: PrunedTeacher) -> list[str]:
@@ -278,10 +303,12 @@ def asked_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
         ("intermediate_size", student.intermediate_size, own.neurons, whole.neurons),
         ("kv_heads", student.kv_heads, own.kv_heads, whole.kv_heads),
         ("layers", student.layers, own.layers, whole.layers),
+        ("experts", student.experts, own.experts, whole.experts),
     ):
         if asked is not None and not theirs:
+            lacking = "experts" if name == "experts" else "dense FFN"
             raise UserError(
-                f"{teacher.family.model_type} models have no dense FFN: leave student.{name} empty."
+                f"{teacher.family.model_type} models have no {lacking}: leave student.{name} empty."
             )
         if ours > theirs:
             raise UserError(
@@ -293,4 +320,34 @@ def asked_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
             )
     if isinstance(student.layers, Keep) and student.layers.keep[0] != 0:
         raise UserError("student.layers must keep layer 0, which reads the embedding.")
+    if student.experts is not None:
+        _check_experts(teacher, student.experts, own.experts)
     return own
+
+
+def _check_experts(teacher: Teacher, asked: Units, number: int) -> None:
+    """Refuse a number of experts that the router cannot choose from.
+
+    Raises:
+        UserError: as it says.
+    """
+    used, groups = int(teacher.config.num_experts_per_tok), expert_groups(teacher.config)
+    if number < used:
+        raise UserError(
+            f"student.experts is {number}, but each token uses {used}: keep at least {used}."
+        )
+    if groups == 1:
+        return
+    if number % groups or number < 2 * groups:  # routers add up the two best scores of a group
+        raise UserError(
+            f"student.experts is {number}, but this router chooses among {groups} groups of equal "
+            f"size first: give a multiple of {groups}, at least {2 * groups}."
+        )
+    if isinstance(asked, Keep):
+        size = shape_of_config(teacher.config).experts // groups
+        counts = Counter(index // size for index in asked.keep)
+        if len(counts) < groups or len(set(counts.values())) > 1:
+            raise UserError(
+                f"student.experts must keep as many of each of the router's {groups} groups of "
+                f"{size}."
+            )

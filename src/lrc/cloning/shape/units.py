@@ -39,9 +39,7 @@ def choose_units(gram: Tensor, writer: Tensor, metric: Tensor, size: int, count:
     energy = gram.diagonal()
     eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     gram = gram + RIDGE * energy.mean().clamp_min(1e-30) * eye
-    values, vectors = torch.linalg.eigh(metric)
-    root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    crossed = root @ writer @ gram
+    crossed = root_of(metric) @ writer @ gram
     kept = torch.arange(len(gram) // size, device=gram.device)
     surplus = len(kept) - count
     for left in range(ROUNDS, 0, -1):
@@ -59,6 +57,12 @@ def choose_units(gram: Tensor, writer: Tensor, metric: Tensor, size: int, count:
         stays[nearest[gone]] = False
         kept = kept[stays]
     return kept
+
+
+def root_of(metric: Tensor) -> Tensor:
+    """F^1/2 of a symmetric F [d, d]."""
+    values, vectors = torch.linalg.eigh(metric)
+    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
 
 
 def _remove(inverse: Tensor, weighted: Tensor, size: int, count: int) -> Tensor:

@@ -89,9 +89,12 @@ def latent_attention(config: Any) -> Branch:
     return replace(ATTENTION, readers={**query, "kv_a": "self_attn.kv_a_proj_with_mqa"})
 
 
+ROUTER = "router"
+"""The name of the linear map whose outputs choose the experts, one for each."""
+
 EXPERTS = Branch(
     "mlp",
-    {"router": "mlp.gate", "gate_up": Experts("mlp.experts.gate_up_proj", axis=-1)},
+    {ROUTER: "mlp.gate", "gate_up": Experts("mlp.experts.gate_up_proj", axis=-1)},
     {"down": Experts("mlp.experts.down_proj", axis=-2)},
     FFN.norm,
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from lrc.model.families.base import ATTENTION, EXPERTS, Experts, Family, always
+from lrc.model.families.base import ATTENTION, EXPERTS, ROUTER, Experts, Family, always
 
 GPT_OSS = Family(
     "gpt_oss",
@@ -12,7 +12,7 @@ GPT_OSS = Family(
         replace(
             EXPERTS,
             readers={
-                "router": "mlp.router",
+                ROUTER: "mlp.router",
                 "gate_up": Experts("mlp.experts.gate_up_proj", axis=-2),
             },
             writers={
