@@ -257,6 +257,7 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
     parameters = [sum(p.numel() for p in m.parameters()) for m in (method.teacher.model, student)]
     assert f"| parameters | {parameters[0]:,} | {parameters[1]:,} |" in text
     assert "hidden_size: 8" in text
+    assert "with a smaller hidden size, made by" in text
 
 
 def test_card_takes_the_teachers_license(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ TEMPLATE = """---
 
 # A smaller {teacher}
 
-A model of the teacher's own class with a hidden size of {hidden_size}, made by {method}.
+A model of the teacher's own class with {smaller}, made by {method}.
 
 | | teacher | student |
 |---|---|---|
@@ -54,6 +54,15 @@ for your purpose before you rely on it.
 
 {recipe}
 """
+
+SMALLER = {
+    "hidden size": "a smaller hidden size",
+    "layers": "fewer layers",
+    "key/value heads": "fewer heads",
+    "FFN width": "fewer FFN neurons",
+    "experts": "fewer experts",
+}
+"""What a student may have less of, by the name of the size."""
 
 FOLDED = """<details>
 <summary>All settings of the {what}</summary>
@@ -130,7 +139,7 @@ def model_card(
     return TEMPLATE.format(
         front=yaml.safe_dump(front_matter(run, described), sort_keys=False).strip(),
         teacher=as_markdown(public_name(section.model)),
-        hidden_size=student.config.hidden_size,
+        smaller=_smaller(before, after),
         method=METHODS[run.recipe.method.name].title,
         shapes="\n".join(f"| {name} | {before[name]} | {after[name]} |" for name in before),
         results="\n".join(f"| {name} | {value} |" for name, value in results.items()),
@@ -138,6 +147,13 @@ def model_card(
         license=_license(described),
         recipe=folded("run", public_recipe(run.recipe)),
     )
+
+
+def _smaller(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """In what a student is smaller than its teacher, given the sizes of both."""
+    found = [words for name, words in SMALLER.items() if before.get(name) != after.get(name)]
+    *first, last = found or ["the teacher's shape"]
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def public_name(name: str) -> str:

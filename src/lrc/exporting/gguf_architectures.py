@@ -11,8 +11,7 @@ from typing import Any
 from gguf import ExpertGatingFuncType, GGUFWriter
 from transformers import PreTrainedModel
 
-from lrc.model.pruned_shape import shape_of_config
-from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.shapes import expert_count, head_dim_of, layers_differ
 from lrc.system.errors import UserError
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -144,8 +143,7 @@ def _add_window(writer: GGUFWriter, config: Any, architecture: Architecture) -> 
 
 
 def _add_experts(writer: GGUFWriter, config: Any) -> None:
-    count = shape_of_config(config).experts
-    if not count:
+    if not (count := expert_count(config)):
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)

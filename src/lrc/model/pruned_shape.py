@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.shapes import expert_count, expert_setting, head_dim_of, layers_differ
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,8 @@ def shape_of_config(config: Any) -> PrunedShape:
         int(config.hidden_size),
         max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
         max(int(getattr(one, "intermediate_size", None) or 0) for one in layers),
-        int(getattr(config, expert_setting(config) or "", 0)),
+        expert_count(config),
     )
-
-
-def expert_setting(config: Any) -> str | None:
-    """The setting that holds the number of routed experts; None: there are none."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    return next((name for name in names if getattr(config, name, None)), None)
 
 
 def expert_groups(config: Any) -> int:

@@ -37,11 +37,36 @@ def shape_of(model: PreTrainedModel) -> Shape:
             "key/value heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
             "head dim": head_dim_of(config),
             "FFN width": getattr(config, "intermediate_size", "unknown"),
+            **_experts(config),
             "vocabulary": config.vocab_size,
             "tied embedding": "yes" if config.tie_word_embeddings else "no",
         },
         parameters,
     )
+
+
+def _experts(config: Any) -> dict[str, str | int]:
+    """The sizes of mixtures of experts; empty if there are none."""
+    if not (count := expert_count(config)):
+        return {}
+    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
+    return {
+        "experts": count,
+        "experts of a token": config.num_experts_per_tok,
+        "expert width": width,
+    }
+
+
+def expert_setting(config: Any) -> str | None:
+    """The setting that holds the number of routed experts; None: there are none."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((name for name in names if getattr(config, name, None)), None)
+
+
+def expert_count(config: Any) -> int:
+    """The number of routed experts of a layer; 0 if there are none."""
+    setting = expert_setting(config)
+    return int(getattr(config, setting)) if setting else 0
 
 
 def layers_differ(config: Any) -> bool:

@@ -265,6 +265,9 @@ def test_a_run_resumes_across_the_release_and_exports(tmp_path: Path) -> None:
     expected = weights.read_bytes()
     model = AutoModelForCausalLM.from_pretrained(run.student_folder)
     assert model.config.num_local_experts == 5
+    card = (run.student_folder / "README.md").read_text()
+    assert "with a smaller hidden size and fewer experts, made by" in card
+    assert f"| experts | {NUMBER} | 5 |" in card
     assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 5
     for step in (5, 2):
         weights.unlink()
