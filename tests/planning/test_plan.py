@@ -255,7 +255,9 @@ def test_a_teacher_with_experts_may_keep_fewer(family: str, tmp_path: Path, lrc:
         assert row["parameters"] == sum(value.numel() for value in built.parameters())
         assert row["shape"]["experts"] % (2 if family == "deepseek_v3" else 1) == 0
     assert found["experts"]["shape"]["experts"] < 64
-    assert "experts" in lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU).split("parameters")[0]
+    if family == "mixtral":
+        table = lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU)
+        assert "| layers | experts | parameters |" in table
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,9 @@ def _experts(config: Any) -> dict[str, str | int]:
     """The sizes of mixtures of experts; empty if there are none."""
     if not (count := expert_count(config)):
         return {}
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    return {
-        "experts": count,
-        "experts of a token": config.num_experts_per_tok,
-        "expert width": width,
-    }
+    found = {"experts": count, "experts of a token": config.num_experts_per_tok}
+    width = getattr(config, "moe_intermediate_size", None)  # else that of the FFN
+    return found | ({"expert width": width} if width else {})
 
 
 def expert_setting(config: Any) -> str | None:
