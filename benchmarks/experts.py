@@ -133,7 +133,7 @@ def rankings() -> dict[str, object]:
 
     return {
         "squared outputs in the metric of the predictions (ours)": expert_costs,
-        "mean norm of outputs (Reap)": summed(lambda added: added.norm(dim=1), mean=True),
+        "mean norm of outputs (REAP)": summed(lambda added: added.norm(dim=1), mean=True),
         "sum of norms of outputs": summed(lambda added: added.norm(dim=1)),
         "number of tokens": summed(lambda added: torch.ones(len(added))),
         "nothing (random)": random,

@@ -227,16 +227,19 @@ def test_router_of_routerare_cloned_for_the_kept_experts() -> None:
         ("mixtral", 1, "each token uses 2: keep at least 2"),
         ("mixtral", NUMBER + 1, f"choose at most {NUMBER}"),
         ("mixtral", {"keep": [0, NUMBER]}, f"the teacher's last is {NUMBER - 1}"),
-        ("deepseek_v3", 5, "2 groups of equal size first: give a multiple of 2, at least 4"),
+        ("deepseek_v3", 5, "2 experts from 1 of 2 groups of equal size: give a multiple of 2, at"),
         ("deepseek_v3", 2, "at least 4"),
+        ("of threes", 4, "3 experts from 1 of 2 groups of equal size: .* at least 6"),
         ("deepseek_v3", {"keep": [0, 1, 2, 5]}, "as many of each of the router's 2 groups of 4"),
         ("deepseek_v3", {"keep": [0, 1, 2, 3]}, "as many of each"),
     ],
 )
 def test_experts_that_do_not_fit(family: str, experts: Any, message: str) -> None:
     recipe = tiny_recipe({"student.experts": experts})
+    more = {"num_experts_per_tok": 3} if family == "of threes" else {}
+    teacher = expert_teacher("mixtral" if family == "mixtral" else "deepseek_v3", **more)
     with pytest.raises(UserError, match=message):
-        LowRankClone.build(expert_teacher(family), recipe)
+        LowRankClone.build(teacher, recipe)
 
 
 def test_a_dense_teacher_has_none() -> None:

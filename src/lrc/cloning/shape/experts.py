@@ -5,7 +5,7 @@ j, to first order, the loss rises by the square of what it adds in the metric F 
 
     sum over its tokens of |F^1/2 g_j f_j(x)|^2.
 
-So an expert costs much if it is used often, or if what it says matters. Reap (Lasby et al. 2025)
+So an expert costs much if it is used often, or if what it says matters. REAP (Lasby et al. 2025)
 ranks by the mean of g_j |f_j(x)| over the tokens of an expert.
 """
 

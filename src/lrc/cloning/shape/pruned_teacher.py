@@ -9,6 +9,7 @@ all / d_T times as many numbers, and reaches no other students.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from math import ceil
 
 import torch
 from torch import Tensor, nn
@@ -338,10 +339,12 @@ def _check_experts(teacher: Teacher, asked: Units, number: int) -> None:
         )
     if groups == 1:
         return
-    if number % groups or number < 2 * groups:  # routers add up the two best scores of a group
+    chosen = int(teacher.config.topk_group)
+    least = groups * max(2, ceil(used / chosen))  # the scores of groups are those of their best two
+    if number % groups or number < least:
         raise UserError(
-            f"student.experts is {number}, but this router chooses among {groups} groups of equal "
-            f"size first: give a multiple of {groups}, at least {2 * groups}."
+            f"student.experts is {number}, but this router chooses {used} experts from {chosen} of "
+            f"{groups} groups of equal size: give a multiple of {groups}, at least {least}."
         )
     if isinstance(asked, Keep):
         size = shape_of_config(teacher.config).experts // groups
