@@ -1,6 +1,7 @@
 """`train.learning_rate: auto`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,10 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from lrc.recipe import make_recipe
-from lrc.recipe.learning_rate import OTHERS, learning_rate
+from lrc.recipe.learning_rate import OTHERS, SMALLEST_SHARE, learning_rate, share_of_rate
 from lrc.run import Run
 from lrc.train import train
+from tiny import FFN
 from tiny_runs import file_settings, save_teacher, tiny_recipe
 
 
@@ -40,6 +42,52 @@ def test_no_rule_without_a_start_from_text(changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
+    ("gap", "share"),
+    [(2.0, 1.0), (1.0, 1.0), (0.0625, 0.125), (0.0, SMALLEST_SHARE), (-1.0, SMALLEST_SHARE)],
+)
+def test_a_student_near_its_teacher_takes_less(gap: float, share: float) -> None:
+    start = {"held_out_lm": 3.0 + gap, "teacher_held_out_lm": 3.0}
+    assert share_of_rate(tiny_recipe({}), start) == pytest.approx(share)
+    assert share_of_rate(tiny_recipe({}), {"step": 1}) == 1.0
+    for changes in ({"method": "scratch"}, {"initialize": "random"}, {"train.learning_rate": 1e-3}):
+        assert share_of_rate(tiny_recipe(changes), start) == 1.0
+
+
+@pytest.mark.parametrize("release", [0, 0.5, 1])
+def test_the_share_lasts_to_the_end_and_through_a_kill(tmp_path: Path, release: float) -> None:
+    """A student with all but one of the neurons starts near its teacher."""
+    save_teacher(tmp_path / "teacher")
+    settings = file_settings(tmp_path, initialize={"calibration_tokens": 128})
+    changes = {
+        "student.hidden_size": None,
+        "student.intermediate_size": FFN - 1,
+        "train.tokens": 8 * 2 * 16,
+        "train.micro_batch": 2,
+        "train.schedule": "constant",
+        "train.release_at": release,
+        "train.checkpoint_every": 1,
+        "train.keep_checkpoints": 20,
+    }
+    run = Run.create(tmp_path / "run", make_recipe(settings, changes))
+    train(run)
+    student = AutoModelForCausalLM.from_pretrained(run.student_folder)
+    whole = learning_rate(run.recipe, sum(value.numel() for value in student.parameters()))
+    share = share_of_rate(run.recipe, run.metrics()[0])
+    assert SMALLEST_SHARE <= share < 0.9
+    rates = [line["learning_rate"] for line in run.metrics() if "learning_rate" in line]
+    assert max(rates) == pytest.approx(share * whole)
+    assert rates[-1] == pytest.approx(share * whole)
+    expected = (run.student_folder / "model.safetensors").read_bytes()
+    run.summary_file.unlink()
+    shutil.rmtree(run.student_folder)
+    for path in run.checkpoints.glob("step-*"):
+        if int(path.name[5:]) > 3:
+            shutil.rmtree(path)
+    train(run)
+    assert (run.student_folder / "model.safetensors").read_bytes() == expected
+
+
+@pytest.mark.parametrize(
     ("tied", "changes"),
     [
         (False, {"train.release_at": 0}),
@@ -62,5 +110,6 @@ def test_a_run_takes_it_from_its_own_student(
     expected = learning_rate(run.recipe, sum(value.numel() for value in student.parameters()))
     lines = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
     rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    expected *= share_of_rate(run.recipe, lines[0])
     assert max(rates) == pytest.approx(expected, rel=1e-9)
     assert rates[-1] == pytest.approx(expected, rel=1e-9)

@@ -1,5 +1,8 @@
 """The learning rate of `train.learning_rate: auto`."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from lrc.recipe.method_sections import LrcSection
 from lrc.recipe.recipe import Recipe
 
@@ -14,12 +17,15 @@ million (30 steps), with its exponent."""
 MUON_LARGEST = 0.02
 """Muon's largest rate. The fit knows no students below 130 thousand parameters."""
 
+SMALLEST_SHARE = 1 / 32
+"""What a student takes of the rate that starts as its teacher (`share_of_rate`)."""
+
 OTHERS = 3e-4
 """The rate where `learning_rate` is not fitted: a random start, or another method."""
 
 
 def learning_rate(recipe: Recipe, parameters: int) -> float:
-    """The peak learning rate of a run.
+    """The peak learning rate of a run whose student starts far from its teacher.
 
     `auto` is for a student of the method `lrc` that starts from text, whatever its batch. With
     Muon, 7.5 * parameters^-0.55, at most 0.02; with AdamW, 1.26 * parameters^-0.6 * steps^(1/3).
@@ -33,8 +39,32 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     asked = recipe.train.learning_rate
     if asked != "auto":
         return asked
-    if not isinstance(recipe.method, LrcSection) or recipe.initialize.method == "random":
+    if not _fitted(recipe):
         return OTHERS
     if recipe.train.optimizer == "muon":
         return min(MUON_LARGEST, MUON_SCALE * parameters**-0.55)
     return ADAMW_SCALE * parameters**-0.6 * recipe.steps() ** (1 / 3)
+
+
+def share_of_rate(recipe: Recipe, start: Mapping[str, Any]) -> float:
+    """The share that a run takes of the rate of `auto`: gap^(3/4), between `SMALLEST_SHARE` and 1,
+    where the gap is that between the held-out LM losses of student and teacher before training, in
+    nats. With the whole rate, a student near its teacher would first lose what it has, and end
+    worse (benchmarks/learning_rate.md).
+
+    Args:
+        recipe: the run's recipe.
+        start: the first line of the run's metrics, which has both losses unless it was damaged.
+    """
+    student, teacher = start.get("held_out_lm"), start.get("teacher_held_out_lm")
+    if recipe.train.learning_rate != "auto" or not _fitted(recipe):
+        return 1.0
+    if student is None or teacher is None:
+        return 1.0
+    gap = float(student - teacher)
+    return min(1.0, max(SMALLEST_SHARE, max(0.0, gap) ** 0.75))
+
+
+def _fitted(recipe: Recipe) -> bool:
+    """Whether our fits are for such runs."""
+    return isinstance(recipe.method, LrcSection) and recipe.initialize.method != "random"

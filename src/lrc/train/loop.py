@@ -22,6 +22,7 @@ from lrc.data.held_out import also_held_out
 from lrc.data.stream import merged_state
 from lrc.evaluation.along import Benchmarks
 from lrc.evaluation.held_out import held_out_loss
+from lrc.recipe.learning_rate import share_of_rate
 from lrc.run import Run
 from lrc.system.distributed import ALONE, World
 from lrc.system.errors import DivergedError, UserError
@@ -79,6 +80,8 @@ class Loop:
     first_step: int = 0
     """The step that this process continued from."""
     trackers: list[Tracker] = field(default_factory=list)
+    share: float = 1.0
+    """The share that the run takes of the rate of `train.learning_rate: auto`."""
     benchmarks: Benchmarks | None = None
     """What `train.evaluate` names; None: nothing."""
     on_step: OnStep | None = None
@@ -123,8 +126,11 @@ class Loop:
                 start = {**self._measure(progress), **self._measure_teacher()}
                 start |= accuracy(self)
                 self._log({**start, **self.calibration(), **changed})
+            first = self.world.from_first(self.run.metrics()[:1])[0]
+            self.share = share_of_rate(recipe, first)
             if not setup.restored:
-                self._weigh_sources(self.world.from_first(self.run.metrics()[:1])[0])
+                self._slow_down(steps)
+                self._weigh_sources(first)
                 self._save()  # the start may have taken long
             while setup.state.step < steps and not agree(stop, self.world):
                 line = self._step(progress)
@@ -253,7 +259,7 @@ class Loop:
         if step not in stages_of(setup.method).stage_ends():
             return {}
         entries = stages_of(setup.method).next_stage()
-        setup.state = new_state(setup.method, self.run.recipe, step, self.world)
+        setup.state = new_state(setup.method, self.run.recipe, step, self.world, self.share)
         self.sums.remove()
         self.sums = GradientSums(self.world, setup.method.leaves())
         self.sends.remove()
@@ -265,6 +271,16 @@ class Loop:
             steps, left = self.run.recipe.steps(), time_left(progress)
             logger.info("step %d of %d: %s; now training %s%s", step, steps, change, trained, left)
         return entries
+
+    def _slow_down(self, steps: int) -> None:
+        """Take a lower rate for a student that starts near its teacher."""
+        if self.share < 1 and steps:
+            setup, recipe = self.setup, self.run.recipe
+            setup.state = new_state(setup.method, recipe, 0, self.world, self.share)
+            logger.info(
+                "The student starts near its teacher, so it trains at %.2g of the rate of auto.",
+                self.share,
+            )
 
     def _calibration_sequences(self) -> int:
         """Number of sequences at the beginning of the text that initialized the method. Training

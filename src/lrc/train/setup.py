@@ -154,7 +154,9 @@ def calibration_sequences(method: Method, recipe: Recipe, text: Reader) -> int:
     return max(2, min(wanted, text.training_sequences or wanted))
 
 
-def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALONE) -> State:
+def new_state(
+    method: Method, recipe: Recipe, step: int = 0, world: World = ALONE, share: float = 1.0
+) -> State:
     """The optimizer and its schedule for a method's current stage. The optimizer has the parameters
     that this process owns.
 
@@ -163,6 +165,7 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
         recipe: its recipe.
         step: number of finished steps; the schedule begins at the beginning of their stage.
         world: the processes that train the method together.
+        share: the share that the run takes of the rate of `auto` (`share_of_rate`).
     """
     train, stages = recipe.train, stages_of(method)
     method.share_work(world)
@@ -188,7 +191,7 @@ def new_state(method: Method, recipe: Recipe, step: int = 0, world: World = ALON
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
     peak = getattr(train, stages.rate_setting())
     if peak in (None, "auto"):
-        peak = learning_rate(recipe, student_parameters(method))
+        peak = share * learning_rate(recipe, student_parameters(method))
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
     bounds = 0, *stages.stage_ends(), recipe.steps()
