@@ -30,8 +30,8 @@ from lrc.system.files import write_text
 from lrc.system.progress import task
 
 RULE = (
-    "a rule: heads and neurons first, the hidden size alone last, as in our measurements on "
-    "stories260K (docs/shapes.md)"
+    "a rule: hidden size and neurons together first, the hidden size alone last, as in our "
+    "measurements (docs/shapes.md)"
 )
 
 

@@ -433,9 +433,9 @@ class TrainSection(Section):
     AdamW for all (`adamw`)."""
 
     learning_rate: Annotated[float, Field(gt=0)] | Literal["auto"] = "auto"
-    """Peak learning rate. `auto`: from the student's parameters and the number of steps
-    (`lrc.recipe.learning_rate`), or 3e-4 with a random start or another method. The paper uses
-    1e-4."""
+    """Peak learning rate. `auto`: from the student's parameters, the number of steps and how near
+    the start is to the teacher (`lrc.recipe.learning_rate`), or 3e-4 with a random start or another
+    method. The paper uses 1e-4."""
 
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     """Learning rate after the warm-up."""
