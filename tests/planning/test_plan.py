@@ -110,7 +110,7 @@ def test_candidates_have_the_parameters_of_the_built_model(
         )
         seen.add(tuple(row["shape"].values()))
     assert len(seen) == len(plan["candidates"]) >= 7
-    assert plan["candidates"][0]["kind"] == "heads-neurons"
+    assert plan["candidates"][0]["kind"] == "hidden-neurons"
     assert "a rule" in plan["ranked_by"]
     row = plan["candidates"][1]  # its memory is what `lrc info --memory` counts
     changes = {"train.accumulate": 2, "train.precision": "bfloat16"}
@@ -125,7 +125,7 @@ def test_the_chosen_recipe_runs(folder: Path, tmp_path: Path, lrc: Command) -> N
     options = ("--params", "20K", *data_of(folder), "--out", recipe, "--choose", 2)
     output = lrc.printed("plan", folder / "teacher", *options, *GPU)
     assert f"lrc train {recipe}" in output
-    assert recipe.read_text().startswith("# layers-heads-neurons: ")
+    assert recipe.read_text().startswith("# hidden-heads-neurons: ")
     assert yaml.safe_load(recipe.read_text())["train"] == {"tokens": 1_000_000, "accumulate": 2}
     lrc.printed("compress", recipe, "--out", run)
     student = AutoModelForCausalLM.from_pretrained(run / "student")

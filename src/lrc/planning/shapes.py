@@ -65,7 +65,6 @@ KINDS = (
     "hidden-experts",
     "layers-experts",
     "hidden-neurons",
-    "hidden-layers-neurons",
     "hidden-heads-neurons",
     "layers-heads-neurons",
     "heads-neurons",
