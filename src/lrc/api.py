@@ -115,7 +115,7 @@ def clone(
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, a loaded `lrc.Teacher`, or a
             loaded transformers model, which needs its `tokenizer`. None: the recipe's.
         hidden_size: d_S; even, and smaller than the teacher's. None: the recipe's, or the teacher's
-            if `settings` have fewer layers, heads or neurons (`{"student.kv_heads": 4}`).
+            if `settings` have fewer layers, heads, neurons or experts (`{"student.kv_heads": 4}`).
         text: the training text (`Text`). None: the recipe's, or `settings` name shards or a stream.
         tokenizer: the tokenizer of a teacher that is a transformers model.
         recipe: a recipe's YAML file, or the name of a shipped one; the other arguments and
