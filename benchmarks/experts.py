@@ -20,7 +20,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedModel
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.shape import prune
-from lrc.cloning.shape.experts import Read, expert_costs
+from lrc.cloning.shape.experts import Read, contributions, expert_costs, number_of
 from lrc.cloning.start.calibration import Block
 from lrc.data import Reader, open_text
 from lrc.evaluation.held_out import held_out_loss
@@ -129,7 +129,7 @@ def rankings() -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
 
     def random(_block: Block, experts: nn.Module, *_: object) -> Tensor:
-        return torch.rand(len(next(experts.parameters())), generator=generator)
+        return torch.rand(number_of(experts), generator=generator)
 
     return {
         "squared outputs in the metric of the predictions (ours)": expert_costs,
@@ -144,19 +144,10 @@ def summed(cost: Cost, mean: bool = False) -> object:
     """A ranking by a sum, or a mean, over the tokens of an expert."""
 
     def costs(block: Block, experts: nn.Module, reads: Iterator[Read], _metric: Tensor) -> Tensor:
-        number = len(next(experts.parameters()))
-        total, tokens = torch.zeros(number), torch.zeros(number)
-        calls: list[tuple[Tensor, Tensor, Tensor]] = []
-        hook = experts.register_forward_pre_hook(lambda _, given: calls.append(given))
-        for states, _ in reads:
-            block(states)
-            flat, chosen, scores = calls.pop()
-            for one in range(chosen.shape[1]):
-                added = experts(flat, chosen[:, one, None], scores[:, one, None])
-                calls.clear()
-                total.index_add_(0, chosen[:, one], cost(added))
-                tokens.index_add_(0, chosen[:, one], torch.ones(len(added)))
-        hook.remove()
+        total, tokens = torch.zeros(number_of(experts)), torch.zeros(number_of(experts))
+        for chosen, added, _ in contributions(block, experts, reads):
+            total.index_add_(0, chosen, cost(added))
+            tokens.index_add_(0, chosen, torch.ones(len(added)))
         return total / tokens.clamp_min(1) if mean else total
 
     return costs

@@ -1,7 +1,6 @@
 """`train.learning_rate: auto`."""
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from lrc.recipe.learning_rate import OTHERS, SMALLEST_SHARE, learning_rate, shar
 from lrc.run import Run
 from lrc.train import train
 from tiny import FFN
-from tiny_runs import file_settings, save_teacher, tiny_recipe
+from tiny_runs import copy_until, file_settings, save_teacher, tiny_recipe
 
 
 def test_more_steps_and_fewer_parameters_take_a_higher_rate() -> None:
@@ -78,13 +77,9 @@ def test_the_share_lasts_to_the_end_and_through_a_kill(tmp_path: Path, release: 
     assert max(rates) == pytest.approx(share * whole)
     assert rates[-1] == pytest.approx(share * whole)
     expected = (run.student_folder / "model.safetensors").read_bytes()
-    run.summary_file.unlink()
-    shutil.rmtree(run.student_folder)
-    for path in run.checkpoints.glob("step-*"):
-        if int(path.name[5:]) > 3:
-            shutil.rmtree(path)
-    train(run)
-    assert (run.student_folder / "model.safetensors").read_bytes() == expected
+    again = copy_until(run, tmp_path / "again", 3)
+    train(again)
+    assert (again.student_folder / "model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from lrc.model.families import Family, family_of
-from lrc.model.families.base import ATTENTION, FFN, Branch, Experts
+from lrc.model.families.base import ATTENTION, FFN, Branch, Experts, module_of
 
 
 class LinearSite(NamedTuple):
@@ -93,8 +93,7 @@ class Layout:
         Raises:
             KeyError: if the layer has no linear map of this name.
         """
-        linear = self.branch(site).linears[site.name]
-        path = linear.module if isinstance(linear, Experts) else linear
+        path = module_of(self.branch(site).linears[site.name])
         return f"{self.layer(site.layer)}.{path}"
 
     def writes(self, site: LinearSite) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 
 import torch
@@ -113,14 +113,8 @@ def refusal(teacher: Teacher, shape: PrunedShape) -> str | None:
 def rank(teacher: Teacher, candidate: Candidate) -> tuple[bool, int]:
     """A key that sorts candidates by the rule: first those that keep at least a quarter of every
     axis, then as `KINDS`."""
-    whole, own = shape_of_config(teacher.config), candidate.shape
-    shares = (
-        own.layers / whole.layers,
-        own.hidden / whole.hidden,
-        own.kv_heads / whole.kv_heads,
-        own.neurons / whole.neurons if whole.neurons else 1.0,
-        own.experts / whole.experts if whole.experts else 1.0,
-    )
+    sizes = zip(astuple(candidate.shape), astuple(shape_of_config(teacher.config)), strict=True)
+    shares = [own / whole for own, whole in sizes if whole]
     return min(shares) < SMALLEST_SHARE, KINDS.index(candidate.kind)
 
 

@@ -57,12 +57,11 @@ def share_of_rate(recipe: Recipe, start: Mapping[str, Any]) -> float:
         start: the first line of the run's metrics, which has both losses unless it was damaged.
     """
     student, teacher = start.get("held_out_lm"), start.get("teacher_held_out_lm")
-    if recipe.train.learning_rate != "auto" or not _fitted(recipe):
+    asked = recipe.train.learning_rate
+    if asked != "auto" or not _fitted(recipe) or student is None or teacher is None:
         return 1.0
-    if student is None or teacher is None:
-        return 1.0
-    gap = float(student - teacher)
-    return min(1.0, max(SMALLEST_SHARE, max(0.0, gap) ** 0.75))
+    gap = max(0.0, float(student - teacher))
+    return min(1.0, max(SMALLEST_SHARE, gap**0.75))
 
 
 def _fitted(recipe: Recipe) -> bool:

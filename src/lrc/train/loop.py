@@ -122,15 +122,16 @@ class Loop:
             task(work, steps, self.first_step) as progress,
         ):
             changed = {} if setup.restored else self._change_stage(progress)
-            if self.world.from_first(not self.run.metrics()):
+            first = self.world.from_first(self.run.metrics()[:1])
+            if not first:
                 start = {**self._measure(progress), **self._measure_teacher()}
                 start |= accuracy(self)
                 self._log({**start, **self.calibration(), **changed})
-            first = self.world.from_first(self.run.metrics()[:1])[0]
-            self.share = share_of_rate(recipe, first)
+                first = self.world.from_first([start])
+            self.share = share_of_rate(recipe, first[0])
             if not setup.restored:
                 self._slow_down(steps)
-                self._weigh_sources(first)
+                self._weigh_sources(first[0])
                 self._save()  # the start may have taken long
             while setup.state.step < steps and not agree(stop, self.world):
                 line = self._step(progress)
@@ -435,7 +436,7 @@ class Loop:
 
     def _resume_metrics(self) -> None:
         """Truncate the metrics to the step that the run continues from, and restore the clock."""
-        if not self.world.leads or not self.run.metrics_file.exists():
+        if not self.world.leads:
             return
         keep_metrics_until(self.run.metrics_file, self.setup.state.step)
         lines = self.run.metrics()

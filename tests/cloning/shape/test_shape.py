@@ -1,6 +1,5 @@
 """Students with fewer layers, heads and neurons, of every family."""
 
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from tiny import (
     tiny_teacher,
     tiny_tokens,
 )
-from tiny_runs import tiny_documents, tiny_recipe
+from tiny_runs import copy_until, tiny_documents, tiny_recipe
 
 AXES: dict[str, dict[str, Any]] = {
     "layers": {"layers": 1},
@@ -310,14 +309,7 @@ def test_a_run_resumes_and_exports(tmp_path: Path) -> None:
         6,
     )
     for step in (0, 2, 4):
-        again = tmp_path / f"from-{step}"
-        shutil.copytree(run.folder, again)
-        shutil.rmtree(again / "student")
-        (again / "summary.json").unlink()
-        for path in (again / "checkpoints").glob("step-*"):
-            if int(path.name[5:]) > step:
-                shutil.rmtree(path)
-        resumed = Run.open(again)
+        resumed = copy_until(run, tmp_path / f"from-{step}", step)
         train(resumed, teacher)
         assert (resumed.student_folder / "model.safetensors").read_bytes() == expected
 

@@ -45,8 +45,26 @@ def expert_costs(block: Block, experts: nn.Module, reads: Iterator[Read], metric
         metric: F [d, d], float64.
     """
     root = root_of(metric)
-    number = next(experts.parameters()).shape[0]
-    costs = root.new_zeros(number)
+    costs = root.new_zeros(number_of(experts))
+    for chosen, added, weights in contributions(block, experts, reads):
+        error = (weights * added) @ root.to(added.dtype)
+        costs.index_add_(0, chosen, error.square().sum(1).to(costs.dtype))
+    return costs
+
+
+def number_of(experts: nn.Module) -> int:
+    """The number of experts in a module that adds up their outputs."""
+    return len(next(experts.parameters()))
+
+
+def contributions(
+    block: Block, experts: nn.Module, reads: Iterator[Read]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """For each batch, and each of the experts that a token uses: their indices [tokens], what they
+    add [tokens, d], and the weights of the tokens' errors [tokens, 1].
+
+    Arguments are those of `expert_costs`.
+    """
     calls: list[tuple[Tensor, Tensor, Tensor]] = []
     for states, weights in reads:
         hook = experts.register_forward_pre_hook(lambda _, args: calls.append(args))
@@ -55,8 +73,6 @@ def expert_costs(block: Block, experts: nn.Module, reads: Iterator[Read], metric
         finally:
             hook.remove()
         flat, chosen, scores = calls.pop()
-        for one in range(chosen.shape[1]):  # each token's experts, one at a time
+        for one in range(chosen.shape[1]):
             added = experts(flat, chosen[:, one, None], scores[:, one, None])
-            error = (weights.view(-1, 1) * added) @ root.to(added.dtype)
-            costs.index_add_(0, chosen[:, one], error.square().sum(1).to(costs.dtype))
-    return costs
+            yield chosen[:, one], added, weights.view(-1, 1)

@@ -101,10 +101,10 @@ class _Pruner:
                 calibration.layer_scale(whole) if after is layer.after else 1.0,
             )
             block = calibration.block(whole, index, branch)
-            if branch.has_experts and pruned.kept.experts is not None:
-                self._choose_experts(index, branch, block, target)
-                block = calibration.block(calibration.layer(index, pruned), index, branch)
             gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
+            if branch.has_experts and pruned.kept.experts is not None:
+                self._choose_experts(index, branch, block, gain, target)
+                block = calibration.block(calibration.layer(index, pruned), index, branch)
             path = str(next(iter(branch.writers.values())))
             solved = pruned.solved.get(f"{prefix}.{path}.weight")
             if solved is None:
@@ -119,15 +119,15 @@ class _Pruner:
                 solved.copy_(self._solve(index, branch, writer, inputs, written, target))
             self._add(prefix, branch, written, target)
 
-    def _choose_experts(self, index: int, branch: Branch, block: Block, target: Target) -> None:
+    def _choose_experts(
+        self, index: int, branch: Branch, block: Block, gain: Tensor | float, target: Target
+    ) -> None:
         """Choose the experts of a layer, unless the recipe names them, given the whole block."""
         calibration, pruned = self.calibration, self.pruned
         if isinstance(self.student.experts, Keep):
             return
         down = next(linear for linear in branch.writers.values() if isinstance(linear, Experts))
         path = down.module.removeprefix(f"{branch.block}.")
-        prefix = pruned.layout.layer(index)
-        gain = calibration.gain(f"{prefix}.{branch.norm}") if branch.norm else 1.0
 
         def reads() -> Iterator[Read]:
             for part in calibration.batches():

@@ -14,7 +14,7 @@ from math import ceil
 import torch
 from torch import Tensor, nn
 
-from lrc.model.families.base import ROUTER, Branch, Experts
+from lrc.model.families.base import ROUTER, Branch, Experts, module_of
 from lrc.model.kept_units import KeptUnits, unit_slices
 from lrc.model.layout import LinearSite
 from lrc.model.pruned_shape import (
@@ -120,7 +120,7 @@ class PrunedTeacher(Teacher):
     def _slices_of(self, layer: int, path: str) -> tuple[Tensor | None, Tensor | None]:
         for branch in self.layout.branches[layer]:
             for name, linear in branch.linears.items():
-                if path == (linear.module if isinstance(linear, Experts) else linear):
+                if module_of(linear) == path:
                     return self.slices(LinearSite(layer, name))
         return None, None
 

@@ -37,6 +37,11 @@ LinearMap = str | Experts
 """A linear map's module path, relative to the layer, or its experts."""
 
 
+def module_of(linear: LinearMap) -> str:
+    """Path of the module of a linear map, relative to the layer."""
+    return linear.module if isinstance(linear, Experts) else linear
+
+
 @dataclass(frozen=True)
 class Branch:
     """A branch of a decoder layer. All paths are relative to the layer."""
