@@ -627,6 +627,11 @@ def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
         "student.fold_gains": False,
     }
     assert [changed.seeds_of(entry) for entry in changed.entries] == [[0, 3], [7], [0, 3]]
+    for keep, order in ((["new", "lrc"], ["new", "lrc"]), (["scratch"], ["scratch", "lrc", "new"])):
+        path.write_text(yaml.safe_dump({**changes, "keep": keep}))
+        reordered = load_comparison(path).entries
+        assert [entry.name for entry in reordered] == order
+        assert next(e for e in reordered if e.name == "lrc") == changed.entries[1]
     path.write_text(yaml.safe_dump({**changes, "keep": ["scrtch"]}))
     with pytest.raises(UserError, match=r"keeps the entry 'scrtch', which comparison.yaml"):
         load_comparison(path)

@@ -234,7 +234,8 @@ def load_comparison(
 def _read(path: Path) -> dict[str, Any]:
     """Read a comparison's YAML file. With `base`, it changes another comparison: `recipe` and
     `grid` setting by setting, an entry by its name, everything else as a whole. `keep` lists the
-    base's entries that stay, in their new order; without it all stay.
+    base's entries that stay, in their new order, and may place the file's own among them; without
+    it all stay. Own entries that it does not name come last.
 
     Raises:
         UserError: if a file is missing or is no mapping, an entry has no name, or `keep` names an
@@ -249,13 +250,14 @@ def _read(path: Path) -> dict[str, Any]:
     for section in ("recipe", "grid"):
         if isinstance(settings.get(section), dict) and isinstance(changes.get(section), dict):
             changes[section] = _merged(settings[section], changes[section])
-    entries = _by_name(settings, name)
+    entries, own = _by_name(settings, name), _by_name(changes, str(path))
     kept = changes.pop("keep", list(entries))
-    if unknown := [entry for entry in kept if entry not in entries]:
+    if unknown := [entry for entry in kept if entry not in entries and entry not in own]:
         raise UserError(f"{path} keeps the entry '{unknown[0]}', which {name} does not have.")
-    entries = {entry: entries[entry] for entry in kept}
-    for entry, changed in _by_name(changes, str(path)).items():
-        entries[entry] = _merged(entries.get(entry, {}), changed)
+    entries = {
+        entry: _merged(entries.get(entry, {}), own.get(entry, {}))
+        for entry in dict.fromkeys([*kept, *own])
+    }
     return {**settings, **changes, "entries": list(entries.values())}
 
 
