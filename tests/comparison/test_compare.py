@@ -602,6 +602,31 @@ def test_a_run_that_cannot_be_finished_does_not_stop_the_others(
     assert [folder.name for folder in (tmp_path / "out" / "runs").iterdir()] == ["lrc-seed0"]
 
 
+def test_auto_is_a_rate_like_others(plan: Settings, tmp_path: Path) -> None:
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-7, "auto"], "tokens": 96}}
+    plan["entries"] = plan["entries"][:1]
+    out = tmp_path / "out"
+    entry = compare(load_comparison(write(plan, tmp_path)), out).entries[0]
+    assert list(entry.tries) == [1e-7, "auto"]
+    assert entry.learning_rate == "auto"
+    assert not entry.at_the_edge
+    run = Run.open(out / "runs" / "lrc-seed0")
+    assert run.recipe.train.learning_rate == "auto"
+    settings = run.recipe.model_dump()
+    del settings["train"]["learning_rate"]
+    default = Run.create(tmp_path / "default", make_recipe(settings))
+    train(default)
+    assert default.summary()["student_held_out_lm"] == entry.runs[0].held_out_lm
+    assert "| lrc | auto |" in (out / "comparison.md").read_text()
+    assert "| 1e-07 | auto |" in (out / "comparison.md").read_text()
+    plan["entries"][0] |= {
+        "tries": "release_learning_rate",
+        "set": {"train.release_at": 0.5, "train.learning_rate": 1e-3},
+    }
+    with pytest.raises(UserError, match=r"entry 'lrc' tries the rate 'auto' for the time after a"):
+        load_comparison(write(plan, tmp_path))
+
+
 def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
     write(plan, tmp_path)
     changes = {

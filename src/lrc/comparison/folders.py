@@ -3,10 +3,11 @@
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from lrc.comparison.plan import Comparison, Entry
+from lrc.comparison.plan import Comparison, Entry, Rate, written_rate
 from lrc.recipe import Recipe
 from lrc.system.files import read_json, reading
 
@@ -16,7 +17,7 @@ class Job(NamedTuple):
 
     folder: Path
     entry: Entry
-    rate: float | None
+    rate: Rate | None
     """The rate that it tries; None for a run on the full budget."""
     seed: int | None
     """The seed of a run on the full budget; None for a try."""
@@ -24,7 +25,7 @@ class Job(NamedTuple):
     @property
     def title(self) -> str:
         """Its name for people."""
-        what = f"rate {self.rate:g}" if self.seed is None else f"seed {self.seed}"
+        what = f"seed {self.seed}" if self.rate is None else f"rate {written_rate(self.rate)}"
         return f"{self.entry.name}, {what}"
 
 
@@ -35,9 +36,9 @@ class Folders:
     comparison: Comparison
     out: Path
 
-    def of_try(self, entry: Entry, rate: float) -> Path:
+    def of_try(self, entry: Entry, rate: Rate) -> Path:
         """Folder of the run that tries a learning rate."""
-        return self.out / "grid" / f"{entry.name}-lr{rate:g}"
+        return self.out / "grid" / f"{entry.name}-lr{written_rate(rate)}"
 
     def of_run(self, entry: Entry, seed: int) -> Path:
         """Folder of a run on the full budget."""
@@ -94,7 +95,7 @@ class Folders:
                 ]
         return found
 
-    def tries(self, entry: Entry) -> dict[float, float | None]:
+    def tries(self, entry: Entry) -> dict[Rate, float | None]:
         """Held-out loss by rate, for the tries that have ended; None if the loss was not finite."""
         return {
             rate: held_out_of(self.of_try(entry, rate))
@@ -108,14 +109,14 @@ class Folders:
         rates = self.comparison.tried_rates(searching)
         return all(is_over(self.of_try(searching, rate)) for rate in rates)
 
-    def chosen(self, entry: Entry) -> float | None:
+    def chosen(self, entry: Entry) -> Rate | None:
         """The rate that an entry is trained with; None if all failed."""
         entry = self.comparison.searching(entry)
         rates = self.comparison.rates(entry)
         if len(rates) == 1:
             return rates[0]
         losses = {rate: loss for rate, loss in self.tries(entry).items() if loss is not None}
-        return min(losses, key=lambda rate: losses[rate]) if losses else None
+        return min(losses.items(), key=itemgetter(1))[0] if losses else None
 
 
 def is_over(folder: Path) -> bool:

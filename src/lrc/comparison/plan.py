@@ -4,8 +4,9 @@ Every entry is the base recipe with some settings changed. Its learning rate is 
 with the lowest held-out loss after a short budget. Then it trains on the full budget once per seed.
 """
 
+import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
@@ -23,7 +24,8 @@ SETTABLE = ("tokens", "seeds", "grid", "thresholds")
 """Settings of a comparison that overrides may change, as they may those of its recipe."""
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$")]
-Rate = Annotated[float, Field(gt=0)]
+Rate = Annotated[float, Field(gt=0)] | Literal["auto"]
+"""A learning rate to try; `auto` is that of `train.learning_rate: auto`."""
 
 RESERVED = MappingProxyType(
     {
@@ -33,6 +35,16 @@ RESERVED = MappingProxyType(
     }
 )
 """Settings of a run that the comparison sets, except the tried rate, and what sets each one."""
+
+
+def sorted_rates(rates: Iterable[Rate]) -> list[Rate]:
+    """Each of the rates once, `auto` last."""
+    return sorted(set(rates), key=lambda rate: math.inf if rate == "auto" else rate)
+
+
+def written_rate(rate: Rate) -> str:
+    """A rate for people and in names of folders."""
+    return rate if rate == "auto" else f"{rate:g}"
 
 
 class Grid(Section):
@@ -132,10 +144,10 @@ class Comparison(Section):
                 raise ValueError("a seed appears twice")
         return self
 
-    def rates(self, entry: Entry) -> list[float]:
+    def rates(self, entry: Entry) -> list[Rate]:
         """Learning rates that an entry tries."""
         shared = self.grid.learning_rates if self.grid else []
-        return sorted(set(entry.learning_rates or shared))
+        return sorted_rates(entry.learning_rates or shared)
 
     def reference_name(self) -> str:
         """Name of the entry whose parameter count the others are compared with."""
@@ -149,12 +161,12 @@ class Comparison(Section):
         """The entry whose tries choose the rate of an entry: itself, or that of its `rate_of`."""
         return next(other for other in self.entries if other.name == (entry.rate_of or entry.name))
 
-    def tried_rates(self, entry: Entry) -> list[float]:
+    def tried_rates(self, entry: Entry) -> list[Rate]:
         """The rates that an entry tries; none if it uses another entry's, or a single one."""
         rates = self.rates(entry)
         return rates if entry.rate_of is None and len(rates) > 1 else []
 
-    def searches(self) -> Iterator[tuple[Entry, float]]:
+    def searches(self) -> Iterator[tuple[Entry, Rate]]:
         """Every entry and rate to try."""
         return ((entry, rate) for entry in self.entries for rate in self.tried_rates(entry))
 
@@ -167,19 +179,19 @@ class Comparison(Section):
         own = (seed for entry in self.entries for seed in self.seeds_of(entry))
         return list(dict.fromkeys([*self.seeds, *own]))
 
-    def grid_recipe(self, entry: Entry, rate: float) -> Recipe:
+    def grid_recipe(self, entry: Entry, rate: Rate) -> Recipe:
         """The recipe of a try: without benchmarks."""
         grid = self.grid or Grid(learning_rates=[rate], tokens=self.tokens)
         return self._recipe(entry, rate, grid.tokens, grid.seed, {"train.evaluate": None})
 
-    def run_recipe(self, entry: Entry, rate: float, seed: int) -> Recipe:
+    def run_recipe(self, entry: Entry, rate: Rate, seed: int) -> Recipe:
         """The recipe of a run on the full budget."""
         return self._recipe(entry, rate, self.tokens, seed)
 
     def _recipe(
         self,
         entry: Entry,
-        rate: float,
+        rate: Rate,
         tokens: int,
         seed: int,
         more: Mapping[str, Any] = MappingProxyType({}),
@@ -307,6 +319,11 @@ def _check_entries(comparison: Comparison) -> None:
         if entry.tries == "release_learning_rate" and not releases:
             problems.append(
                 f"entry '{entry.name}' tries rates for the time after a release, but has no release"
+            )
+        if entry.tries == "release_learning_rate" and "auto" in comparison.rates(entry):
+            problems.append(
+                f"entry '{entry.name}' tries the rate 'auto' for the time after a release, which "
+                "takes numbers only: give it learning_rates of its own"
             )
         problems += [
             f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lrc.comparison.folders import Folders, held_out_of, is_over
+from lrc.comparison.plan import Rate
 from lrc.report.curves import ACCURACY, TEACHER_ACCURACY
 from lrc.run import Run
 
@@ -68,11 +69,11 @@ class EntryResult:
     method: str
     settings: dict[str, Any]
     """The settings that it changes in the base recipe."""
-    learning_rate: float | None
-    tries: dict[float, float | None]
+    learning_rate: Rate | None
+    tries: dict[Rate, float | None]
     """Held-out loss by rate on the grid's budget; None if the loss did not stay finite."""
     at_the_edge: bool
-    """Whether the chosen rate is the smallest or the largest of the grid."""
+    """Whether the chosen rate is the smallest or the largest of the grid's numbers."""
     parameters: int | None
     tokens: int
     calibration_tokens: int | None
@@ -182,6 +183,7 @@ def collect(folders: Folders) -> Results:
     others: dict[str, float] = {}
     for entry in comparison.entries:
         rate, tries = folders.chosen(entry), folders.tries(entry)
+        numbers = [tried for tried in tries if tried != "auto"]
         seeds = comparison.seeds_of(entry)
         places = {seed: folders.of_run(entry, seed) for seed in seeds}
         ended = {seed: folder for seed, folder in places.items() if is_over(folder)}
@@ -203,7 +205,7 @@ def collect(folders: Folders) -> Results:
                 entry.settings,
                 rate,
                 tries,
-                rate is not None and rate in (min(tries, default=None), max(tries, default=None)),
+                bool(numbers) and rate in (min(numbers), max(numbers)),
                 summary.get("student_parameters"),
                 comparison.tokens,
                 summary.get("calibration_tokens"),

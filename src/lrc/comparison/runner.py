@@ -28,7 +28,7 @@ import yaml
 from lrc.cloning.method import CLONE_LAYERS
 from lrc.comparison.curves import draw_comparison
 from lrc.comparison.folders import Folders, Job, is_over
-from lrc.comparison.plan import Comparison
+from lrc.comparison.plan import Comparison, written_rate
 from lrc.comparison.preflight import check_students, need_inputs
 from lrc.comparison.results import Results, collect
 from lrc.comparison.side_by_side import SideBySide, run_side_by_side
@@ -200,8 +200,8 @@ class Runner:
         """Run a job that this process holds."""
         need_whole_teacher(recipe)
         run = open_run(job.folder, recipe)
-        rate = getattr(recipe.train, job.entry.tries)
-        logger.info("%s, rate %g: %s", job.title, rate, self._position())
+        rate = written_rate(getattr(recipe.train, job.entry.tries))
+        logger.info("%s, rate %s: %s", job.title, rate, self._position())
         started = time.perf_counter()
         try:
             train(run, self._teacher(recipe), starts=Starts(self.folders.out / "starts"))

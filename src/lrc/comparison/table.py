@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from lrc.comparison.plan import Rate, sorted_rates, written_rate
 from lrc.comparison.results import CLOSE, RISE, EntryResult, Results
 from lrc.system.tables import Table
 
@@ -46,12 +47,12 @@ def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[s
     A row holds the held-out loss at each rate, and whether that rate was chosen.
     """
     searched = [entry for entry in results.entries if entry.tries]
-    rates = sorted({rate for entry in searched for rate in entry.tries})
+    rates = sorted_rates(rate for entry in searched for rate in entry.tries)
     found = [
         (entry.name, [(_try(entry, rate), rate == entry.learning_rate) for rate in rates])
         for entry in searched
     ]
-    return [f"{rate:g}" for rate in rates], found
+    return [written_rate(rate) for rate in rates], found
 
 
 def loss_by_tokens(results: Results) -> tuple[list[str], list[list[str]]]:
@@ -127,7 +128,7 @@ def notes(results: Results) -> list[str]:
         diverged = sum(run.held_out_lm is None for run in entry.runs)
         if diverged:
             found.append(f"{entry.name}: {diverged} of {len(entry.runs)} runs did not stay finite.")
-        failed = [f"{rate:g}" for rate, loss in entry.tries.items() if loss is None]
+        failed = [written_rate(rate) for rate, loss in entry.tries.items() if loss is None]
         if failed:
             found.append(f"{entry.name}: not finite at the rate {', '.join(failed)}.")
     return found
@@ -206,7 +207,7 @@ def _number(value: float | None, form: str, missing: str = MISSING) -> str:
 def _rate(entry: EntryResult) -> str:
     if entry.learning_rate is None:
         return MISSING
-    return f"{entry.learning_rate:g}{'*' if entry.at_the_edge else ''}"
+    return f"{written_rate(entry.learning_rate)}{'*' if entry.at_the_edge else ''}"
 
 
 def _loss(results: Results, entry: EntryResult) -> str:
@@ -242,7 +243,7 @@ def _reach(entry: EntryResult, number: int) -> str:
     return f"{tokens:,.0f}{some}"
 
 
-def _try(entry: EntryResult, rate: float) -> str:
+def _try(entry: EntryResult, rate: Rate) -> str:
     if rate not in entry.tries:
         return MISSING
     return _number(entry.tries[rate], ".4f", "not finite")
