@@ -3,9 +3,9 @@
 One comparison for each number of steps: the rate of `auto` times 1/4, 1/2, 1, 2 and 4, and other
 values of alpha at the rate of `auto`. All start from the same closed-form start.
 
-    python benchmarks/learning_rate.py shapes OUT --steps 20 50 200 800 --hidden-size 32
-    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 30 --hidden-size 288 \\
-        --factors 0.5 2 --alphas 0
+    python benchmarks/learning_rate.py shapes OUT --steps 20 50 200 800
+    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 10 30 --factors 0.5 2 --alphas 0 \\
+        --set student.hidden_size=432 --set student.intermediate_size=672
 
 The first name is a shipped comparison, whose recipe, teacher and text are used (it says how to
 prepare them). What OUT holds already is not run again. The table goes to OUT/README.md
@@ -31,7 +31,6 @@ RULE = "rate-x1"
 
 def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace) -> dict[str, Any]:
     """The comparison for a number of steps."""
-    settings = {**settings, "student": {"hidden_size": options.hidden_size}}
     tokens = steps * make_recipe(settings).step_tokens()
     recipe = make_recipe(settings, {"train.tokens": tokens})
     student = planned_models(recipe).student
@@ -65,7 +64,6 @@ def main() -> None:
     parser.add_argument("comparison")
     parser.add_argument("out", type=Path)
     parser.add_argument("--steps", type=int, nargs="+", required=True)
-    parser.add_argument("--hidden-size", type=int, required=True)
     parser.add_argument("--factors", type=float, nargs="*", default=[0.25, 0.5, 2, 4])
     parser.add_argument("--alphas", type=float, nargs="*", default=[0, 1])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])

@@ -23,8 +23,7 @@ def test_table(tmp_path: Path, prepared: Prepared) -> None:
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump({**base, "entries": [{"name": "lrc"}]}))
     command = [path, tmp_path / "out", "--steps", 2]
-    size = settings["student"]["hidden_size"]
-    command += ["--hidden-size", size, "--factors", 4, "--alphas", 0]
+    command += ["--factors", 4, "--alphas", 0]
     program = f"{SHORT_CLOSING}import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     code, _, errors = prepared.run(*command, code=program, cwd=tmp_path)
     assert code == 0, errors
