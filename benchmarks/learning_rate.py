@@ -4,8 +4,8 @@ One comparison for each number of steps: the rate of `auto` times 1/4, 1/2, 1, 2
 values of alpha at the rate of `auto`. All start from the same closed-form start.
 
     python benchmarks/learning_rate.py shapes OUT --steps 20 50 200 800
-    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 10 30 --factors 0.5 2 --alphas 0 \\
-        --set student.hidden_size=432 --set student.intermediate_size=672
+    python benchmarks/learning_rate.py shapes-smollm2 OUT --steps 10 30 --factors 0.5 2 \\
+        --alphas 0 --set student.hidden_size=432 --set student.intermediate_size=672
 
 The first name is a shipped comparison, whose recipe, teacher and text are used (it says how to
 prepare them). What OUT holds already is not run again. The table goes to OUT/README.md

@@ -602,6 +602,31 @@ def test_a_run_that_cannot_be_finished_does_not_stop_the_others(
     assert [folder.name for folder in (tmp_path / "out" / "runs").iterdir()] == ["lrc-seed0"]
 
 
+def test_a_grid_can_get_more_rates(plan: Settings, tmp_path: Path) -> None:
+    """A run with a rate that is no longer the best is not told as one with the best."""
+    plan |= {"seeds": [0], "grid": {"learning_rates": [1e-7, 1e-6], "tokens": 96}}
+    plan["entries"][0]["learning_rates"] = [1e-3]
+    out, run = tmp_path / "out", tmp_path / "out" / "runs"
+    first = compare(load_comparison(write(plan, tmp_path)), out)
+    plan["grid"]["learning_rates"] += [1e-2]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"other learning rates .*scratch-seed0, .*no-kl-seed0"):
+            compare(load_comparison(write(plan, tmp_path)), out)
+        results = collect(Folders(load_comparison(tmp_path / "comparison.yaml"), out))
+        assert [entry.learning_rate for entry in results.entries] == [1e-3, 1e-2, 1e-2]
+        assert results.entries[0] == first.entries[0]
+        assert not results.entries[1].runs
+        assert "| scratch | 0.01* | - |" in (out / "comparison.md").read_text()
+    shutil.rmtree(run / "no-kl-seed0")
+    with pytest.raises(UserError, match=r"leaves them out: \S*scratch-seed0\. Remove"):
+        compare(load_comparison(write(plan, tmp_path)), out)
+    shutil.rmtree(run / "scratch-seed0")
+    again = compare(load_comparison(write(plan, tmp_path)), out)
+    for entry in again.entries[1:]:
+        [done] = entry.runs
+        assert Run.open(out / done.folder).recipe.train.learning_rate == 1e-2
+
+
 def test_auto_is_a_rate_like_others(plan: Settings, tmp_path: Path) -> None:
     plan |= {"seeds": [0], "grid": {"learning_rates": [1e-7, "auto"], "tokens": 96}}
     plan["entries"] = plan["entries"][:1]

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from lrc.comparison.plan import Comparison, Entry, Rate, written_rate
 from lrc.recipe import Recipe
+from lrc.run import Run
 from lrc.system.files import read_json, reading
 
 
@@ -94,6 +95,17 @@ class Folders:
                     comparison.run_recipe(entry, rate, seed) for rate in rates
                 ]
         return found
+
+    def outdated(self, names: Collection[str]) -> list[Path]:
+        """Runs of the named entries that have ended, with another rate than their tries choose now:
+        the grid has got more rates since."""
+        ended = [job for job in self.jobs(names) if job.rate is None and is_over(job.folder)]
+        return [job.folder for job in ended if self.is_outdated(job.entry, job.folder)]
+
+    def is_outdated(self, entry: Entry, folder: Path) -> bool:
+        """Whether a run on the full budget has another rate than its entry's tries choose now."""
+        rate = getattr(Run.open(folder).recipe.train, entry.tries)
+        return self.chosen(entry) not in (None, rate)
 
     def tries(self, entry: Entry) -> dict[Rate, float | None]:
         """Held-out loss by rate, for the tries that have ended; None if the loss was not finite."""

@@ -186,7 +186,11 @@ def collect(folders: Folders) -> Results:
         numbers = [tried for tried in tries if tried != "auto"]
         seeds = comparison.seeds_of(entry)
         places = {seed: folders.of_run(entry, seed) for seed in seeds}
-        ended = {seed: folder for seed, folder in places.items() if is_over(folder)}
+        ended = {
+            seed: folder
+            for seed, folder in places.items()
+            if is_over(folder) and not folders.is_outdated(entry, folder)
+        }
         summary: dict[str, Any] = {}
         for folder in ended.values():
             if held_out_of(folder) is not None:

@@ -157,6 +157,7 @@ class Runner:
 
         Raises:
             Exception: the first error of a run that cannot be finished, after all other runs.
+            UserError: if runs have another rate than their entry's tries choose now.
             Interrupted: if a signal arrived.
         """
         while jobs := [job for job in self._unfinished() if job.folder not in self._given_up]:
@@ -165,6 +166,11 @@ class Runner:
         results = write_results(self.folders)
         if self._errors:
             raise self._errors[0]
+        if outdated := self.folders.outdated(self.only):
+            raise UserError(
+                "The grid now chooses other learning rates than these runs have, so the table "
+                f"leaves them out: {', '.join(map(str, outdated))}. Remove them to run them again."
+            )
         return results
 
     def _unfinished(self) -> list[Job]:
