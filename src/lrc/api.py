@@ -102,6 +102,8 @@ def clone(
     teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
     hidden_size: int | None = None,
+    parameters: float | None = None,
+    ratio: float | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     recipe: StrPath | None = None,
@@ -116,6 +118,9 @@ def clone(
             loaded transformers model, which needs its `tokenizer`. None: the recipe's.
         hidden_size: d_S; even, and smaller than the teacher's. None: the recipe's, or the teacher's
             if `settings` have fewer layers, heads, neurons or experts (`{"student.kv_heads": 4}`).
+        parameters: instead of a shape, parameters of the student: its shape is the one that `plan`
+            ranks first.
+        ratio: the same as a share of the teacher's parameters.
         text: the training text (`Text`). None: the recipe's, or `settings` name shards or a stream.
         tokenizer: the tokenizer of a teacher that is a transformers model.
         recipe: a recipe's YAML file, or the name of a shipped one; the other arguments and
@@ -130,7 +135,8 @@ def clone(
     Raises:
         UserError: if a setting, the teacher or the text is not usable.
     """
-    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, recipe, out, settings)
+    size = hidden_size, parameters, ratio
+    run, loaded = _new_run(teacher, size, text, tokenizer, recipe, out, settings)
     need_whole_teacher(run.recipe)
     train(run, loaded, on_step=on_step)
     return run
@@ -140,6 +146,8 @@ def compress(
     teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
     hidden_size: int | None = None,
+    parameters: float | None = None,
+    ratio: float | None = None,
     text: Text | None = None,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     recipe: StrPath | None = None,
@@ -150,7 +158,8 @@ def compress(
 
     Arguments, return value and errors are those of `clone`. `resume` trains the run further.
     """
-    run, loaded = _new_run(teacher, hidden_size, text, tokenizer, recipe, out, settings)
+    size = hidden_size, parameters, ratio
+    run, loaded = _new_run(teacher, size, text, tokenizer, recipe, out, settings)
     initialize_only(run, loaded)
     return run
 
@@ -497,14 +506,16 @@ def build_shards(
 
 def _new_run(
     teacher: "StrPath | Teacher | PreTrainedModel | None",
-    hidden_size: int | None,
+    size: tuple[int | None, float | None, float | None],
     text: Text | None,
     tokenizer: "PreTrainedTokenizerBase | None",
     recipe: StrPath | None,
     out: StrPath | None,
     settings: Mapping[str, Any] | None,
 ) -> tuple[Run, Teacher | None]:
-    """A new run, and its teacher if that is loaded already."""
+    """A new run, and its teacher if that is loaded already. `size` is the hidden size, the
+    parameters and the ratio, as far as they are given."""
+    hidden_size, parameters, ratio = size
     is_name = teacher is None or isinstance(teacher, str | os.PathLike)
     loaded = None if is_name else loaded_teacher(teacher, tokenizer)
     name = loaded.name if loaded else teacher and os.fspath(teacher)  # type: ignore[arg-type]
@@ -513,6 +524,10 @@ def _new_run(
     given = {"teacher.model": name, "student.hidden_size": hidden_size, "data.text": sources}
     overrides = {key: value for key, value in given.items() if value} | dict(settings or {})
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
+    if parameters is not None or ratio is not None:
+        from lrc.planning.recommend import with_shape
+
+        overrides = with_shape(base, overrides, parameters, ratio, loaded)
     resolved = make_recipe(base, overrides)
     if is_object:
         overrides["data.text"] = [str(written_text(text, resolved))]  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli.console import INTERRUPTED, console, quiet_libraries
+from lrc.cli.quantities import COUNTS, quantity
 from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken
@@ -30,6 +31,13 @@ TeacherOption = Annotated[
     str | None, typer.Option(help="Hub id, folder, .gguf file or package:NAME.")
 ]
 HiddenSize = Annotated[int | None, typer.Option(help="The student's hidden size.")]
+Params = Annotated[
+    str | None,
+    typer.Option(help="The student's parameters, 800M, in the shape that `lrc plan` ranks first."),
+]
+Ratio = Annotated[
+    float | None, typer.Option(help="The same as a share of the teacher's parameters: 0.5.")
+]
 Text = Annotated[
     list[str] | None, typer.Option(help="Text to learn from: file, folder or stdlib-docs.")
 ]
@@ -45,6 +53,8 @@ def train(
     settings: Settings = None,
     teacher: TeacherOption = None,
     hidden_size: HiddenSize = None,
+    params: Params = None,
+    ratio: Ratio = None,
     text: Text = None,
     method: MethodOption = None,
     out: Out = None,
@@ -55,6 +65,7 @@ def train(
 
     * `lrc train quickstart`
     * `lrc train my.yaml --set train.tokens=2000000 --set objective.alpha=0.1`
+    * `lrc train --teacher ./Qwen3-1.7B --params 800M --text corpus.jsonl.gz`
     * `lrc train --teacher ./Qwen3-1.7B --hidden-size 1024 --text corpus.jsonl.gz`
     * `lrc train my.yaml --method scratch`
     * `lrc train my.yaml --set data.shards=tokens/mixed` (made by `lrc data build`)
@@ -64,7 +75,7 @@ def train(
     """
     from lrc.preflight import need_whole_teacher
 
-    run = _new_run(recipe, settings, teacher, hidden_size, text, method, out)
+    run = _new_run(recipe, settings, teacher, hidden_size, params, ratio, text, method, out)
     need_whole_teacher(run.recipe)
     from lrc.train.session import train
 
@@ -77,6 +88,8 @@ def compress(
     settings: Settings = None,
     teacher: TeacherOption = None,
     hidden_size: HiddenSize = None,
+    params: Params = None,
+    ratio: Ratio = None,
     text: Text = None,
     method: MethodOption = None,
     out: Out = None,
@@ -91,7 +104,7 @@ def compress(
 
     `lrc resume` then trains the student.
     """
-    _compress(recipe, settings, teacher, hidden_size, text, method, out)
+    _compress(recipe, settings, teacher, hidden_size, params, ratio, text, method, out)
 
 
 def _compress(*given: Any) -> None:
@@ -113,7 +126,7 @@ def init(
 ) -> None:
     """The former name of `lrc compress`."""
     console.print("`lrc init` is now called `lrc compress`.", style="yellow")
-    _compress(recipe, settings, teacher, hidden_size, text, method, out)
+    _compress(recipe, settings, teacher, hidden_size, None, None, text, method, out)
 
 
 @prints_results
@@ -142,6 +155,8 @@ def _new_run(
     settings: list[str] | None,
     teacher: str | None,
     hidden_size: int | None,
+    params: str | None,
+    ratio: float | None,
     text: list[str] | None,
     method: str | None,
     out: Path | None,
@@ -166,13 +181,19 @@ def _new_run(
     }
     overrides = parse_overrides(settings or [], flags)
     origin = text or any(key.startswith(("data.shards", "data.stream")) for key in overrides)
-    shape = hidden_size or any(key.startswith("student.") for key in overrides)
+    size = params is not None or ratio is not None
+    shape = size or any(key.startswith("student.") for key in overrides)
     if recipe is None and not (teacher and shape and origin):
         raise UserError(
-            "Give a recipe, or all three of --teacher, --hidden-size and --text "
+            "Give a recipe, or --teacher, --text and one of --params, --ratio and --hidden-size "
             "(`lrc train quickstart` runs a shipped recipe)."
         )
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
+    if size:
+        parameters = None if params is None else quantity(params, COUNTS, "--params")
+        from lrc.planning.recommend import with_shape
+
+        overrides = with_shape(base, overrides, parameters, ratio)
     resolved = make_recipe(base, overrides)
     name = Path(recipe).stem if recipe else None
     world = join()

@@ -23,10 +23,15 @@ class Shape:
         return {**row, "parameters": self.parameters}
 
 
+def parameters_of(model: PreTrainedModel) -> int:
+    """Number of parameters, counting tied weights once."""
+    return sum(value.numel() for value in model.parameters())
+
+
 def shape_of(model: PreTrainedModel) -> Shape:
     """Read the shape of a causal language model."""
     config = model.config
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters = parameters_of(model)
     return Shape(
         {
             "class": type(model).__name__,

@@ -9,30 +9,18 @@ import yaml
 
 from lrc.exporting.gguf_architectures import check_runs
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes
-from lrc.model.families import check_supported
-from lrc.model.loading import load_skeleton_of
-from lrc.model.locate import locate
 from lrc.model.teacher import Teacher
-from lrc.planning.expected import Expectation, Expected, measured_runs
+from lrc.planning.expected import Expectation
 from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
 from lrc.planning.probe import probe
-from lrc.planning.shapes import (
-    Candidate,
-    CostLimit,
-    candidates,
-    section_of,
-    student_without_weights,
-)
+from lrc.planning.recommend import recommended, size_limit, skeleton
+from lrc.planning.shapes import Candidate, CostLimit, section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.recipe import ORIGINS
+from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
 from lrc.system.progress import task
-
-RULE = (
-    "a rule: hidden size and neurons together first, the hidden size alone last, as in our "
-    "measurements (docs/shapes.md)"
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,31 +114,23 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
     if out is not None:
         _check_output(settings, out)
     _check(settings)
-    teacher, under = _skeleton(settings.teacher), settings.conditions
-    found, left_out = candidates(teacher, _budget(teacher, settings))
-    if not found:
-        reasons = "; ".join(dict.fromkeys(reason.rstrip(".") for reason in left_out.values()))
-        less = "larger budget" if settings.memory is None else "larger --memory or less --context"
-        raise UserError(f"No shape of this teacher fits ({reasons}): choose a {less}.")
+    teacher, under = skeleton(settings.teacher), settings.conditions
+    tokens = _recipe(StudentSection(), settings).train.tokens
+    found, ranked_by, left_out = recommended(teacher, _budget(teacher, settings), tokens)
     if out is not None and not 1 <= choose <= len(found):
         raise UserError(f"There is no candidate {choose}: choose from 1 to {len(found)}.")
-    expected = Expected(measured_runs(teacher.config))
     rows = []
     with task("Computing figures", len(found)) as shown:
-        for candidate in found:
-            recipe = _recipe(teacher, candidate, settings)
+        for candidate, expected in found:
+            recipe = _recipe(section_of(teacher, candidate.shape), settings)
             student = student_without_weights(teacher, candidate.shape)
             figures = figures_of(student, under)
             training = training_of(teacher.model, student, recipe, under)
-            known = expected.of(candidate.shape, figures.parameters, recipe.train.tokens)
-            rows.append(Row(candidate, figures, training, known, recipe))
+            rows.append(Row(candidate, figures, training, expected, recipe))
             shown.update(len(rows))
-    ranked_by, teacher_loss = RULE, None
+    teacher_loss = None
     if settings.probe:
         rows, ranked_by, teacher_loss = _probed(rows, settings)
-    elif all(row.expected.loss is not None for row in rows):
-        rows.sort(key=lambda row: row.expected.loss or 0.0)
-        ranked_by = "the expected held-out loss"
     whole = figures_of(teacher.model, under)
     made = Plan(whole, rows, ranked_by, left_out, _notes(teacher), settings, teacher_loss)
     if out is not None:
@@ -214,22 +194,12 @@ def _check(settings: PlanSettings) -> None:
         _need_text(settings)
 
 
-def _skeleton(name: str) -> Teacher:
-    """A teacher without weights."""
-    model = load_skeleton_of(locate(name, part="configuration"), check=False)
-    return Teacher(model, None, check_supported(model.config), name)
-
-
 def _budget(teacher: Teacher, settings: PlanSettings) -> CostLimit:
-    whole = sum(value.numel() for value in teacher.model.parameters())
     given = [settings.parameters, settings.ratio, settings.memory]
     if sum(value is not None for value in given) != 1:
         raise UserError("Give one of --params, --ratio and --memory.")
-    if settings.ratio is not None and not 0 < settings.ratio < 1:
-        raise UserError(f"--ratio is {settings.ratio}: give the share to keep, between 0 and 1.")
     if settings.memory is None:
-        limit = settings.parameters or whole * (settings.ratio or 0)
-        return CostLimit(lambda model: sum(value.numel() for value in model.parameters()), limit)
+        return size_limit(teacher, settings.parameters, settings.ratio)
     if settings.dtype not in QUANTIZATIONS:
         raise UserError(f"--dtype is {settings.dtype}: choose one of {', '.join(QUANTIZATIONS)}.")
     context = settings.conditions.context
@@ -240,14 +210,13 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> CostLimit:
     return CostLimit(measure, settings.memory, hard=True)
 
 
-def _recipe(teacher: Teacher, candidate: Candidate, settings: PlanSettings) -> Recipe:
-    student = section_of(teacher, candidate.shape).model_dump(exclude_none=True, exclude_unset=True)
+def _recipe(student: StudentSection, settings: PlanSettings) -> Recipe:
     for section in ("student", "method", "teacher.model"):
         if any(f"{key}.".startswith(f"{section}.") for key in settings.recipe):
             raise UserError(f"The plan decides this: leave {section} out of --set.")
     base = {
         "teacher": {"model": settings.teacher},
-        "student": student,
+        "student": student.model_dump(exclude_none=True, exclude_unset=True),
         "data": {"text": ["-"]},
     }
     recipe = make_recipe(base, settings.recipe)

@@ -116,6 +116,10 @@ Units = Annotated[int, Field(gt=0)] | Keep | None
 """How many units to keep, or which ones; None: all."""
 
 
+AXES = ("hidden_size", "intermediate_size", "kv_heads", "layers", "experts")
+"""The settings of a student's shape."""
+
+
 class StudentSection(Section):
     """The student's shape and parametrization."""
 
@@ -150,8 +154,7 @@ class StudentSection(Section):
 
     def hidden_size_alone(self) -> Self:
         """The section without the other sizes, for methods that do not use them."""
-        others = ("intermediate_size", "kv_heads", "layers", "experts")
-        return self.model_copy(update=dict.fromkeys(others))
+        return self.model_copy(update=dict.fromkeys(AXES[1:]))
 
 
 class InitializeSection(Section):
