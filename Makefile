@@ -25,8 +25,9 @@ test-gguf: .venv/ready-dev
 # Goes on filling the folder of results of one comparison for some minutes on a CUDA card. The folder is
 # small enough for git; with OUT=FOLDER, a copy of it goes there as one archive. On a machine that has torch
 # and the rest already: make gpu-proof LRC="python -m lrc". COMPARE holds more options, such as
-# "--set train.evaluate=null" without lm-eval.
-COMPARISON ?= proof
+# "--set train.evaluate=null" without lm-eval. proof-2m needs one or two calls; COMPARISON=proof, with 25 million
+# tokens, needs many.
+COMPARISON ?= proof-2m
 MINUTES ?= 9
 PARALLEL ?= 4
 LRC ?= $(BIN)/lrc
