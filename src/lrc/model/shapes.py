@@ -41,8 +41,7 @@ def shape_of(model: PreTrainedModel) -> Shape:
             "heads": config.num_attention_heads,
             "key/value heads": getattr(config, "num_key_value_heads", config.num_attention_heads),
             "head dim": head_dim_of(config),
-            "FFN width": getattr(config, "intermediate_size", "unknown"),
-            **_experts(config),
+            **_widths(config),
             "vocabulary": config.vocab_size,
             "tied embedding": "yes" if config.tie_word_embeddings else "no",
         },
@@ -50,13 +49,16 @@ def shape_of(model: PreTrainedModel) -> Shape:
     )
 
 
-def _experts(config: Any) -> dict[str, str | int]:
-    """The sizes of mixtures of experts; empty if there are none."""
+def _widths(config: Any) -> dict[str, str | int]:
+    """The widths of dense FFNs and of experts, and the number of experts."""
+    width = getattr(config, "intermediate_size", "unknown")
     if not (count := expert_count(config)):
-        return {}
+        return {"FFN width": width}
     found = {"experts": count, "experts of a token": config.num_experts_per_tok}
-    width = getattr(config, "moe_intermediate_size", None)  # else that of the FFN
-    return found | ({"expert width": width} if width else {})
+    own = getattr(config, "moe_intermediate_size", None)
+    if own is None:  # every FFN is a mixture
+        return {**found, "expert width": width}
+    return {"FFN width": width, **found, "expert width": own}
 
 
 def expert_setting(config: Any) -> str | None:
