@@ -40,6 +40,15 @@ SHAPE = {
     "max_position_embeddings": 64,
 }
 
+WIDE: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 96,
+}
+"""Sizes of a Llama that leave room for students of many shapes."""
+
 DROPOUTS = {
     "phi3": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
     "seed_oss": ("attention_dropout", "residual_dropout"),

@@ -30,26 +30,9 @@ from lrc.planning.shapes import section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
 from lrc.train.memory import memory_of
 from lrc.train.muon import orthogonal_flops, orthogonal_parameters
-from tiny import LLAMAS, ROWS, tiny_teacher, tiny_tokens
-from tiny_runs import file_settings, save_teacher
+from tiny import LLAMAS, ROWS, WIDE, tiny_teacher, tiny_tokens
 
-WIDE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-}
 GPU = ("--tokens", "1M", "--gpu", "rtx-3090", "--gpus", 2)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with its weights, and a text."""
-    folder = tmp_path_factory.mktemp("plan")
-    save_teacher(folder / "teacher", "llama", **WIDE)
-    file_settings(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,9 @@ from command_line import Command
 from lrc.model.shapes import parameters_of
 from lrc.run import Run
 from lrc.system.errors import UserError
-from tiny import tiny_teacher
-from tiny_runs import file_settings, save_teacher
+from tiny import WIDE, tiny_teacher
+from tiny_runs import file_settings
 
-WIDE: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 96,
-}
 QUICK = {
     "data.sequence_length": 16,
     "data.held_out_fraction": 0.2,
@@ -33,15 +26,6 @@ QUICK = {
     "train.eval_sequences": 2,
 }
 AXES = ("hidden_size", "intermediate_size", "kv_heads", "layers", "experts")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher with its weights, and a text."""
-    folder = tmp_path_factory.mktemp("recommend")
-    save_teacher(folder / "teacher", "llama", **WIDE)
-    file_settings(folder)
-    return folder
 
 
 def first_of(plan: dict[str, Any]) -> dict[str, Any]:
