@@ -1,18 +1,19 @@
 """The picture and the tables of held-out losses in README.md and benchmarks/comparisons/README.md.
 
-python scripts/readme.py                          draw docs/loss.png, and write the tables
-python scripts/readme.py --check                  exit with 1 if a table differs from the data
-python scripts/readme.py --take comparison.json   first take the entries of a folder of
-                                                  `lrc compare`
+python scripts/readme.py                    draw docs/loss.png, and write the tables
+python scripts/readme.py --check            exit with 1 if a table differs from the data
+python scripts/readme.py --take proof-cpu comparison.json
+                                            first take the entries of `lrc compare proof-cpu`
 
 The data is benchmarks/comparisons/readme.json, small enough to be kept here. It was taken from the
-comparison `shapes` (benchmarks/comparisons/README.md).
+comparisons `shapes` and `proof-cpu` (benchmarks/comparisons/README.md).
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ RIVALS = {
     "slicegpt": "SliceGPT",
     "minitron": "Minitron",
     "sheared-llama": "Sheared LLaMA",
+    "scratch": "from scratch, with KL",
 }
 PAPER = {"paper": "the paper's start and losses"}
 NAMES = {name: f"lrc, {smaller}" for name, smaller in SHAPES.items()} | RIVALS | PAPER
@@ -50,15 +52,22 @@ SHOWN = ("heads-neurons", "hidden", "llm-pruner", "slicegpt", "paper")
 BUDGETS = (0, 40_960, 122_880, 204_800, 409_600, 614_400, 819_200)
 """Training tokens of the other tables."""
 
+LONG = (0, 122_880, 409_600, 819_200, 1_228_800, 1_843_200, 2_457_600)
+"""Training tokens of the table of `proof-cpu`."""
+
+SAME = {"lrc": "hidden"}
+"""Entries that comparisons name differently."""
+
 
 def taken(comparison: dict[str, Any], known: dict[str, Any]) -> dict[str, Any]:
     """Entries by name: known ones, and those of a comparison.json, with the losses of their runs at
     every measurement."""
     found: dict[str, Any] = {"teacher": comparison["teacher_held_out_lm"], "entries": dict(known)}
     for entry in comparison["entries"]:
-        if entry["name"] in NAMES and entry["runs"]:
+        name = SAME.get(entry["name"], entry["name"])
+        if name in NAMES and entry["runs"]:
             steps = list(zip(*(run["curve"] for run in entry["runs"]), strict=True))
-            found["entries"][entry["name"]] = {
+            found["entries"][name] = {
                 "parameters": entry["parameters"],
                 "calibration": entry["calibration_tokens"] or 0,
                 "tokens": [points[0]["tokens"] for points in steps],
@@ -80,8 +89,8 @@ def spread(losses: list[float]) -> str:
 
 
 def draw(data: dict[str, Any]) -> None:
-    """Draw the means over the seeds, with their range."""
-    lines = []
+    """Draw the means over the seeds of `shapes`, with their range."""
+    data, lines = data["shapes"], []
     for number, key in enumerate(SHOWN):
         entry = data["entries"][key]
         lines.append(
@@ -100,6 +109,7 @@ def draw(data: dict[str, Any]) -> None:
 
 def final(data: dict[str, Any]) -> list[str]:
     """The final losses, and the tokens to what the last entry reaches in the end."""
+    data = data["shapes"]
     entries = {key: data["entries"][key] for key in SHOWN}
     means = {key: list(map(statistics.fmean, entry["losses"])) for key, entry in entries.items()}
     goal = means[SHOWN[-1]][-1]
@@ -118,6 +128,7 @@ def final(data: dict[str, Any]) -> list[str]:
 
 def recommended(data: dict[str, Any]) -> list[str]:
     """The best shape and the best rival for every budget, and the paper's shape."""
+    data = data["shapes"]
     lines = [
         "| training tokens | best shape | loss | best rival | loss | the paper's shape |",
         "|---|---|---|---|---|---|",
@@ -133,18 +144,28 @@ def recommended(data: dict[str, Any]) -> list[str]:
 
 
 def by_budget(data: dict[str, Any]) -> list[str]:
-    """All shapes and rivals at every budget, in the order of their last losses."""
-    entries = {key: entry for key, entry in data["entries"].items() if key not in PAPER}
-    ordered = sorted(entries, key=lambda key: statistics.fmean(at(entries[key], BUDGETS[-1])))
-    lines = ["| training tokens | " + " | ".join(f"{budget:,}" for budget in BUDGETS) + " |"]
-    lines.append("|---" * (len(BUDGETS) + 1) + "|")
-    best = [min(statistics.fmean(at(entry, b)) for entry in entries.values()) for b in BUDGETS]
+    """All shapes and rivals of `shapes` at every budget, in the order of their last losses."""
+    entries = {key: one for key, one in data["shapes"]["entries"].items() if key not in PAPER}
+    return all_at(entries, BUDGETS)
+
+
+def to_convergence(data: dict[str, Any]) -> list[str]:
+    """The same for `proof-cpu`, with the paper's start and losses."""
+    return all_at(data["proof-cpu"]["entries"], LONG)
+
+
+def all_at(entries: dict[str, Any], budgets: Sequence[int]) -> list[str]:
+    """Entries at every budget, in the order of their last losses."""
+    ordered = sorted(entries, key=lambda key: statistics.fmean(at(entries[key], budgets[-1])))
+    lines = ["| training tokens | " + " | ".join(f"{budget:,}" for budget in budgets) + " |"]
+    lines.append("|---" * (len(budgets) + 1) + "|")
+    best = [min(statistics.fmean(at(entry, b)) for entry in entries.values()) for b in budgets]
     for key in ordered:
         cells = []
-        for budget, least in zip(BUDGETS, best, strict=True):
+        for budget, least in zip(budgets, best, strict=True):
             losses = at(entries[key], budget)
             mean = f"{statistics.fmean(losses):.3f}"
-            text = spread(losses) if budget == BUDGETS[-1] else mean
+            text = spread(losses) if budget == budgets[-1] else mean
             cells.append(f"**{text}**" if mean == f"{least:.3f}" else text)
         lines.append(f"| {NAMES[key]} | {' | '.join(cells)} |")
     return lines
@@ -152,7 +173,7 @@ def by_budget(data: dict[str, Any]) -> list[str]:
 
 PAGES = {
     ROOT / "README.md": {"final": final, "recommended": recommended},
-    COMPARISONS / "README.md": {"by-budget": by_budget},
+    COMPARISONS / "README.md": {"by-budget": by_budget, "to-convergence": to_convergence},
 }
 """Where the tables stand: between `<!-- scripts/readme.py NAME -->` and `<!-- end -->`."""
 
@@ -170,14 +191,16 @@ def written(text: str, tables: dict[str, Any], data: dict[str, Any]) -> str:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--take", type=Path)
+    options.add_argument("--take", nargs=2, metavar=("NAME", "FILE"))
     options.add_argument("--check", action="store_true")
     given = options.parse_args()
-    if given.take:
-        known = json.loads(DATA.read_text())["entries"] if DATA.exists() else {}
-        found = json.dumps(taken(json.loads(given.take.read_text()), known))
-        DATA.write_text(found.replace('], "', '],\n"').replace('{"', '{\n"') + "\n")
     data = json.loads(DATA.read_text())
+    if given.take:
+        name, path = given.take
+        known = data.get(name, {}).get("entries", {})
+        data[name] = taken(json.loads(Path(path).read_text()), known)
+        text = json.dumps(data).replace('], "', '],\n"').replace('{"', '{\n"')
+        DATA.write_text(text + "\n")
     pages = {page: written(page.read_text(), tables, data) for page, tables in PAGES.items()}
     if given.check:
         sys.exit(any(page.read_text() != text for page, text in pages.items()))
