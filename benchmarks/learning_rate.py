@@ -20,6 +20,7 @@ import yaml
 
 import lrc
 from lrc.comparison import load_comparison
+from lrc.model.shapes import parameters_of
 from lrc.recipe import make_recipe, parse_override
 from lrc.recipe.learning_rate import learning_rate
 from lrc.recipe.recipe import apply_overrides
@@ -34,7 +35,7 @@ def comparison(settings: dict[str, Any], steps: int, options: argparse.Namespace
     tokens = steps * make_recipe(settings).step_tokens()
     recipe = make_recipe(settings, {"train.tokens": tokens})
     student = planned_models(recipe).student
-    rate = learning_rate(recipe, sum(value.numel() for value in student.parameters()))
+    rate = learning_rate(recipe, parameters_of(student))
     rates = {factor: float(f"{factor * rate:.3g}") for factor in [1, *options.factors]}
     entries = [
         {"name": f"rate-x{factor:g}", "learning_rates": [value]} for factor, value in rates.items()

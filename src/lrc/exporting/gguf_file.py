@@ -28,6 +28,7 @@ from lrc.exporting.gguf_tensors import Change, same, tensors_of
 from lrc.exporting.gguf_vocabulary import add_vocabulary
 from lrc.exporting.plain import check_range
 from lrc.model.families import family_of
+from lrc.model.shapes import parameters_of
 from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
@@ -190,7 +191,7 @@ def stored_kind(name: str, shape: torch.Size, kind: Kind) -> Kind:
 
 
 def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: Kind) -> None:
-    size = sum(p.numel() for p in model.parameters())
+    size = parameters_of(model)
     metadata = gguf.Metadata(
         name=about.name,
         license=about.license,

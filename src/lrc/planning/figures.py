@@ -14,7 +14,7 @@ from lrc.cloning.cost import step_flops, token_weights
 from lrc.exporting.gguf_file import K_BLOCK
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes, file_types
 from lrc.model.layout import layout_of
-from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.shapes import head_dim_of, layers_differ, parameters_of
 from lrc.planning.gpus import Gpu
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
@@ -75,7 +75,7 @@ def figures_of(model: PreTrainedModel, conditions: Conditions) -> Figures:
     files, cache, active = file_sizes(model), cache_bytes(model), active_share(model)
     moved = {kind: size * active + cache * conditions.context for kind, size in files.items()}
     return Figures(
-        sum(value.numel() for value in model.parameters()),
+        parameters_of(model),
         files,
         fits_k_quants(model),
         cache,
@@ -110,7 +110,7 @@ def file_sizes(model: PreTrainedModel) -> dict[str, int]:
     try:
         return {kind: file_bytes(model, kind) for kind in QUANTIZATIONS}
     except UserError:
-        return {"bf16": 2 * sum(value.numel() for value in model.parameters())}
+        return {"bf16": 2 * parameters_of(model)}
 
 
 def fits_k_quants(model: PreTrainedModel) -> bool:
@@ -140,7 +140,7 @@ def cache_bytes(model: PreTrainedModel) -> int:
 def active_share(model: PreTrainedModel) -> float:
     """The share of the parameters that decoding a token reads: all but an embedding that is not the
     head, and experts that do not see the token."""
-    total = sum(value.numel() for value in model.parameters())
+    total = parameters_of(model)
     unread = 0.0
     if not model.config.tie_word_embeddings:
         unread += model.get_input_embeddings().weight.numel()

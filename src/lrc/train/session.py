@@ -17,6 +17,7 @@ from lrc.cloning.method import stages_of
 from lrc.data import Batch, Reader, open_text
 from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
 from lrc.evaluation.along import Benchmarks
+from lrc.model.shapes import parameters_of
 from lrc.model.teacher import Teacher
 from lrc.model.tokenizer import answer_mark
 from lrc.preflight import check_installed, need_whole_teacher
@@ -38,7 +39,6 @@ from lrc.train.setup import (
     find_device,
     new_state,
     set_up,
-    student_parameters,
 )
 from lrc.train.starts import Starts
 
@@ -334,7 +334,7 @@ def open_loop(
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
     if new:
         terms = len(setup.method.distill.sites) if isinstance(setup.method, LowRankClone) else 0
-        if chosen := choices(run.recipe, student_parameters(setup.method), terms):
+        if chosen := choices(run.recipe, parameters_of(setup.method.model), terms):
             logger.info(chosen)
         if missing := chat_note(setup.teacher, text):
             logger.warning(missing)

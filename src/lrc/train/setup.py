@@ -16,6 +16,7 @@ from lrc.cloning.method import Method, stages_of
 from lrc.data import Reader
 from lrc.methods import METHODS, unused_settings
 from lrc.model.precision import forward_dtype
+from lrc.model.shapes import parameters_of
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
 from lrc.recipe.learning_rate import learning_rate
@@ -191,7 +192,7 @@ def new_state(
         groups.append({"params": named, "lr": rate, "weight_decay": 0.0})
     peak = getattr(train, stages.rate_setting())
     if peak in (None, "auto"):
-        peak = share * learning_rate(recipe, student_parameters(method))
+        peak = share * learning_rate(recipe, parameters_of(method.model))
     kind = Muon if train.optimizer == "muon" else torch.optim.AdamW
     optimizer = kind(groups, lr=peak, betas=train.betas, eps=train.eps, fused=True)
     bounds = 0, *stages.stage_ends(), recipe.steps()
@@ -203,11 +204,6 @@ def new_state(
         factor = schedule(train, end - begin)
     scheduler = LambdaLR(optimizer, factor)
     return State(step, parameters, optimizer, scheduler, buffers=stages.buffers())
-
-
-def student_parameters(method: Method) -> int:
-    """Elements of the student's weights; tied ones count once."""
-    return sum(value.numel() for value in method.model.parameters())
 
 
 def warmup(train: TrainSection, steps: int) -> int:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from lrc.model.shapes import parameters_of
 from lrc.model.student import derive_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import StudentSection
@@ -48,4 +49,4 @@ def compare_sizes(teacher: Teacher, student: StudentSection, config: Any) -> Siz
 def parameter_count(teacher: Teacher, config: Any) -> int:
     """Parameters of a model of the teacher's class, counting tied weights once; takes no memory."""
     with torch.device("meta"):
-        return sum(p.numel() for p in type(teacher.model)(config).parameters())
+        return parameters_of(type(teacher.model)(config))
