@@ -74,7 +74,7 @@ class Starts:
 def start_key(setup: Setup, recipe: Recipe) -> str:
     """A checksum of everything that a run's start depends on."""
     names = {"teacher", "student", "method", "initialize", "data"}
-    sections = recipe.model_dump(mode="json", include=names)
+    sections = recipe.model_dump(mode="json", include=names, exclude_none=True)
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
     parts = [sections, recipe.train.seed, str(setup.device), shapes]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
