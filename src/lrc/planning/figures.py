@@ -3,6 +3,7 @@
 All figures come from models without weights.
 """
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 
@@ -160,17 +161,26 @@ def gpu_hours(
         (recipe.objective.clones_at(share), share >= recipe.train.release_at)
         for share in ((point + 0.5) / POINTS for point in range(POINTS))
     )
-    operations = 0.0
+    operations, source = 0.0, _source(teacher, student)
     for (clones, released), points in stages.items():
         cloned = sites if clones else []
         parts = step_flops(
-            teacher, student, tokens, sequence, recipe.objective, cloned, None, released
+            teacher, student, tokens, sequence, recipe.objective, cloned, None, released, source
         )
         operations += sum(parts.values()) * points / POINTS
         if recipe.train.optimizer == "muon":
             matrices = _matrices(student) if released else _projections(teacher, student)
             operations += orthogonal_flops(matrices) * points / POINTS
     return operations * recipe.steps() / (conditions.mfu * conditions.gpu.peak) / 3600
+
+
+def _source(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedModel:
+    """What the student's weights are projected from, without weights: the teacher with the
+    student's layers, heads, neurons and experts."""
+    config = copy.deepcopy(student.config)
+    config.hidden_size = teacher.config.hidden_size
+    with torch.device("meta"):
+        return type(student)(config)
 
 
 def _matrices(model: PreTrainedModel) -> list[Tensor]:
