@@ -296,7 +296,7 @@ class _Solver:
             span = (solved_on, None) if unseen else (0, solved_on)
             for part in calibration.batches(*span):
                 lacking, weights = target.lacking(calibration, part, self.stream[part])
-                values = written[part], lacking, weights
+                values = written[part], lacking / target.residual_scale, weights
                 yield tuple(value.flatten(0, 1) for value in values)  # type: ignore[misc]
 
         path = f"{calibration.source.layout.layer(index)}.{branch.after}"
