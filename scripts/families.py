@@ -50,7 +50,8 @@ the family are checked from its configuration before its weights are downloaded.
 * **BOS**: whether every training sequence starts with BOS, because the models fail without.
 * **GGUF**: llama.cpp's architecture, if `lrc export` can write it. `make test-gguf` runs each in
   llama.cpp; none is unverified with llama-cpp-python 0.3.36. `no`: llama.cpp takes hidden_size /
-  heads for the width of a head; run the folder in transformers or vLLM.
+  heads for the width of a head (OLMo, EXAONE 4), or nobody has written it yet; run the folder in
+  transformers or vLLM.
 * **vLLM**: whether vLLM's own class takes a student's explicit head_dim (read in its source, not
   run). Where not, vLLM runs transformers' class with `--model-impl transformers`.
 

@@ -49,6 +49,10 @@ WIDE: dict[str, Any] = {
 }
 """Sizes of a Llama that leave room for students of many shapes."""
 
+UNTIED = ("nemotron_h",)
+"""Families whose embedding is never the head. Their teachers are untied even where a test asks for
+tied ones."""
+
 DROPOUTS = {
     "phi3": ("attention_dropout", "resid_pdrop", "embd_pdrop"),
     "seed_oss": ("attention_dropout", "residual_dropout"),
@@ -119,8 +123,29 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {**LATENT, **DENSE_FIRST, "n_group": 2, "topk_group": 1},
     "youtu": LATENT,
     "glm4_moe": {**DENSE_FIRST, "n_group": 1, "topk_group": 1},
+    "glm4_moe_lite": {
+        **LATENT,
+        **EXPERTS,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "hyperclovax": {**GRANITE, "logits_scaling": 0.5},
     "exaone4": KINDS,
     "cwm": KINDS,
+    "nemotron_h": {
+        **EXPERTS,
+        "layer_types": ["linear_attention", "mlp", "full_attention", "moe"],
+        "num_hidden_layers": None,
+        "n_routed_experts": 4,
+        "moe_shared_expert_intermediate_size": 7,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 3,
+        "n_groups": 2,
+        "ssm_state_size": 5,
+        "conv_kernel": 3,
+        "chunk_size": 4,
+    },
 }
 """Settings of a family's configuration in addition to `SHAPE`."""
 
@@ -163,6 +188,7 @@ def tiny_teacher(
     **changes: Any,
 ) -> Teacher:
     """A random teacher; `changes` go to its configuration (None removes a setting)."""
+    tied = tied and model_type not in UNTIED
     settings = {**SHAPE, **QUIRKS.get(model_type, {}), "tie_word_embeddings": tied, **changes}
     settings = {name: value for name, value in settings.items() if value is not None}
     config = CONFIG_MAPPING[model_type](

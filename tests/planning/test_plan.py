@@ -243,6 +243,16 @@ def test_a_teacher_with_experts_may_keep_fewer(family: str, tmp_path: Path, lrc:
         assert "| layers | experts | parameters |" in table
 
 
+def test_layers_of_several_kinds(tmp_path: Path, lrc: Command) -> None:
+    """A removed layer may move the others, and with them their linear maps."""
+    kinds = ["linear_attention", "mlp", "moe", "full_attention", "mlp", "moe"]
+    teacher = tiny_teacher("nemotron_h", layer_types=kinds, hidden_size=64, intermediate_size=256)
+    teacher.model.config.to_json_file(tmp_path / "config.json")
+    plan = json.loads(lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU, "--json"))
+    found = {row["kind"]: row for row in plan["candidates"]}
+    assert found["layers-neurons"]["shape"]["layers"] < len(kinds)
+
+
 @pytest.mark.parametrize(
     ("family", "reason"),
     [("olmo2", "heads or neurons that can be removed"), ("qwen3_moe", "no size of it fits")],

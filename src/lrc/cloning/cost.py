@@ -39,18 +39,24 @@ def token_weights(model: PreTrainedModel) -> dict[str, float]:
 
 def mixing(model: PreTrainedModel, sequence: int) -> tuple[float, float]:
     """Operations per token of a forward pass that mix tokens: those of attention, which computes
-    only the scores that it uses, and those of gated delta nets."""
+    only the scores that it uses, and those of gated delta nets and Mamba layers."""
     layout, config = layout_of(model), model.config
     attention = recurrence = 0.0
     for layer in range(layout.num_layers):
+        if "o" not in layout.branches[layer][0].writers:
+            continue  # nothing in it mixes tokens
         block = model.get_submodule(layout.attention(layer))
+        values = model.get_submodule(layout.linear(LinearSite(layer, "o"))).weight.shape[1]
         if hasattr(block, "head_v_dim"):
             keys, values = block.head_k_dim, block.head_v_dim
             products = 3 * CHUNK * keys + 2 * CHUNK * values + 3 * keys * values
             recurrence += 2 * block.num_v_heads * products
             continue
-        (writer,) = layout.branches[layer][0].writers
-        values = model.get_submodule(layout.linear(LinearSite(layer, writer))).weight.shape[1]
+        if hasattr(block, "ssm_state_size"):
+            state, chunk = block.ssm_state_size, block.chunk_size
+            products = chunk * (block.num_heads * state + values) + 2 * values * state
+            recurrence += 2 * products
+            continue
         keys = values
         if hasattr(block, "kv_b_proj"):  # latent attention, whose heads differ in width
             keys = config.num_attention_heads * config.qk_head_dim

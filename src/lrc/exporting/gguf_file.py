@@ -115,9 +115,8 @@ def write_gguf(
     family = family_of(model.config.model_type)
     if family.gguf is None:
         raise UserError(
-            f"llama.cpp takes hidden_size / heads for the width of a head in {family.model_type} "
-            "models, which is wrong for a student: export to a folder, for transformers or for "
-            "vLLM with --model-impl transformers."
+            f"No GGUF file can be written of {family.model_type} models (docs/families.md says "
+            "why): export to a folder, for transformers or for vLLM with --model-impl transformers."
         )
     architecture = check_runs(family.gguf, model.config)
     tensors = dict(_tensors(model, kind))

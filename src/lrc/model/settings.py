@@ -36,8 +36,11 @@ NEEDED = (
 )
 """Required sizes. If one is missing, transformers uses another model's value."""
 
-POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
+POSITIVE = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
 """Numbers that must be finite and positive if they are given."""
+
+KINDS_OF_LAYERS = "layers_block_type"
+"""Key of a list whose length is the number of layers, in configurations that do not give it."""
 
 QUANTIZED = ("quantization_config", "compression_config", "quantization")
 """Keys of a configuration that describe quantized weights."""
@@ -77,6 +80,8 @@ def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} names no model_type: give the folder of a transformers model.")
     if not any_family:
         family_of(model_type)
+    if isinstance(kinds := config.get(KINDS_OF_LAYERS), list):
+        config.setdefault("num_hidden_layers", len(kinds))
     problems = list(size_problems(config, () if any_family or multimodal else NEEDED))
     if problems:
         raise UserError(f"{path} is not valid ({'; '.join(problems)}): give another model.")

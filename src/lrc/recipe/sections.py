@@ -213,6 +213,8 @@ class CloneTerms(Section):
     """The rate of a delta net."""
     ba: bool = True
     """Rate and decay of a delta net, of one matrix."""
+    in_proj: bool = True
+    """What a Mamba layer reads from its input: gate, values, B, C and time steps of one matrix."""
     q_a: bool = True
     """The latent of the queries."""
     kv_a: bool = True
@@ -229,6 +231,10 @@ class CloneTerms(Section):
     """The weight of a shared expert before its sigmoid."""
     shared_down: bool = True
     """Outputs of a shared expert."""
+    latent_in: bool = True
+    """The narrow input of experts that do not read the stream itself."""
+    latent_out: bool = True
+    """Outputs of such experts."""
 
     def enables(self, name: str) -> bool:
         """Whether a term is on, by the name of its linear map."""

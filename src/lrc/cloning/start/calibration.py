@@ -97,7 +97,7 @@ class Calibration:
         self._on_disk = ids.numel() * widths * self.dtype.itemsize > IN_MEMORY
         self._opened = ExitStack()
         self._teacher_streams: list[ActivationStore] = []
-        self._eps = float(teacher.config.rms_norm_eps)
+        self._eps = float(getattr(teacher.config, self.family.norm_eps))
 
     def __enter__(self) -> "Calibration":
         return self
@@ -322,6 +322,14 @@ class _Passed(nn.Module):
     others: tuple[Any, ...]
     arguments: dict[str, Any]
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self._layer = (layer,)  # not its child
+
+    def __getattr__(self, name: str) -> Any:
+        """What the model asks of a layer, such as its kind."""
+        return getattr(self.__dict__["_layer"][0], name)
+
     def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
         self.others, self.arguments = others, arguments
         return hidden_states
@@ -337,7 +345,7 @@ def layer_arguments(
     parent, _, name = teacher.family.layers.rpartition(".")
     base = teacher.model.get_submodule(parent)
     layers = base.get_submodule(name)
-    stand_ins = [_Passed() for _ in range(teacher.num_layers)]
+    stand_ins = [_Passed(layer) for layer in layers]
     states = torch.zeros(1, length, teacher.hidden_size, dtype=dtype, device=device)
     pieces = [torch.arange(size, device=device) for size in (length - restart, restart)]
     positions = torch.cat(pieces)[None]  # transformers lets no token attend across a restart

@@ -20,16 +20,19 @@ from lrc.model.families.gemma3 import GEMMA3
 from lrc.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
 from lrc.model.families.glm4 import GLM4
 from lrc.model.families.glm4_moe import GLM4_MOE
+from lrc.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from lrc.model.families.gpt_oss import GPT_OSS
 from lrc.model.families.granite import GRANITE
 from lrc.model.families.granite_swa import GRANITE_SWA
 from lrc.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
+from lrc.model.families.hyperclovax import HYPERCLOVAX
 from lrc.model.families.internlm3 import INTERNLM3
 from lrc.model.families.llama import LLAMA
 from lrc.model.families.ministral import MINISTRAL
 from lrc.model.families.ministral3 import MINISTRAL3
 from lrc.model.families.mistral import MISTRAL
 from lrc.model.families.mixtral import MIXTRAL
+from lrc.model.families.nemotron_h import NEMOTRON_H
 from lrc.model.families.olmo2 import OLMO2
 from lrc.model.families.olmo3 import OLMO3
 from lrc.model.families.phi3 import PHI3
@@ -72,6 +75,7 @@ _FAMILIES = (
     YOUTU,
     GLM4,
     GLM4_MOE,
+    GLM4_MOE_LITE,
     EXAONE,
     EXAONE4,
     INTERNLM3,
@@ -81,6 +85,8 @@ _FAMILIES = (
     APERTUS,
     ARCEE,
     CWM,
+    HYPERCLOVAX,
+    NEMOTRON_H,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}

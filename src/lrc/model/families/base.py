@@ -169,6 +169,9 @@ class Family:
     """What the norm adds to its stored weight to get the gain (1 if the weight is stored around
     zero, as in Gemma)."""
 
+    norm_eps: str = "rms_norm_eps"
+    """The norms' epsilon in the configuration."""
+
     embedding_scale: Callable[[Any], float] = one
     """Factor of the embedding, from the configuration."""
 
