@@ -205,6 +205,8 @@ def test_experts_that_read_a_latent() -> None:
     teacher = tiny_teacher("nemotron_h", moe_latent_size=5)
     assert {"latent_in", "latent_out"} <= set(teacher.layout.names())
     assert not teacher.layout.has_experts
+    with pytest.raises(UserError, match="so none can be removed"):
+        tiny_method(teacher, {"hidden_size": HIDDEN, "experts": 2})
     method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
     initialize_from_text(method, "closed-form", tiny_tokens(24), refine_epochs=1)
     ids = tiny_tokens(3)

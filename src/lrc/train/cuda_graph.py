@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lrc.cloning.method import Capturable, Counts, Method, StepLosses
 from lrc.data.batch import Batch
+from lrc.model.families.base import ROUTER
 from lrc.model.layout import layout_of
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
@@ -304,6 +305,6 @@ def obstacle(
     if recipe.data.document_mask:
         return "with data.document_mask every step has another number of labels"
     branches = layout_of(teacher.model).branches
-    if any(branch.has_experts for layer in branches for branch in layer):
+    if any(ROUTER in branch.readers for layer in branches for branch in layer):
         return f"{teacher.family.model_type} models choose experts by values"
     return None

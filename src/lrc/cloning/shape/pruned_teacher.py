@@ -251,6 +251,11 @@ def check_pruned(pruned: PrunedTeacher) -> None:
             f"No layer of this {family} model has a dense FFN: leave student.intermediate_size "
             "empty."
         )
+    if after.experts < before.experts and not whole.layout.has_experts:
+        raise UserError(
+            f"The experts of this {family} model do not read the hidden states themselves, so none "
+            "can be removed: leave student.experts empty."
+        )
     for layer, index in enumerate(pruned.kept.layers):
         if pruned.layout.branches[layer] != whole.layout.branches[index]:
             raise UserError(
