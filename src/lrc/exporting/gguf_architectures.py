@@ -11,6 +11,7 @@ from typing import Any
 from gguf import ExpertGatingFuncType, GGUFWriter
 from transformers import PreTrainedModel
 
+from lrc.model.families import family_of
 from lrc.model.shapes import expert_count, head_dim_of, layers_differ
 from lrc.system.errors import UserError
 
@@ -71,12 +72,18 @@ class Architecture:
     """What it cannot compute, as the end of "models with ..."; None: nothing."""
 
 
-def check_runs(name: str, config: Any) -> Architecture:
-    """The architecture of this name.
+def check_runs(config: Any) -> tuple[str, Architecture]:
+    """The architecture that runs a model, and its name.
 
     Raises:
-        UserError: if it cannot compute this model.
+        UserError: if none does.
     """
+    family = family_of(config.model_type)
+    if (name := family.gguf) is None:
+        raise UserError(
+            f"No GGUF file can be written of {family.model_type} models (docs/families.md says "
+            "why): export to a folder, for transformers or for vLLM with --model-impl transformers."
+        )
     architecture = ARCHITECTURES[name]
     reason = architecture.refuses(config)
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
@@ -88,7 +95,7 @@ def check_runs(name: str, config: Any) -> Architecture:
         reason = "no sliding window"
     if reason is not None:
         raise UserError(f"llama.cpp's {name} does not run models with {reason}; use safetensors.")
-    return architecture
+    return name, architecture
 
 
 def add_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architecture) -> None:

@@ -31,7 +31,6 @@ from lrc.model.families import family_of
 from lrc.model.shapes import parameters_of
 from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
-from lrc.system.errors import UserError
 from lrc.system.files import new_file
 from lrc.system.progress import Progress
 
@@ -112,16 +111,10 @@ def write_gguf(
     Raises:
         UserError: if llama.cpp cannot run the model or its tokenizer, or the disk is full.
     """
-    family = family_of(model.config.model_type)
-    if family.gguf is None:
-        raise UserError(
-            f"No GGUF file can be written of {family.model_type} models (docs/families.md says "
-            "why): export to a folder, for transformers or for vLLM with --model-impl transformers."
-        )
-    architecture = check_runs(family.gguf, model.config)
+    arch, architecture = check_runs(model.config)
     tensors = dict(_tensors(model, kind))
     with new_file(path) as temporary:
-        writer = GGUFWriter(temporary, family.gguf)
+        writer = GGUFWriter(temporary, arch)
         try:
             _add_about(writer, model, about, kind)
             add_shape(writer, model, architecture)

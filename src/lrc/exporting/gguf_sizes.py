@@ -11,8 +11,6 @@ from transformers import PreTrainedModel
 from lrc.exporting.gguf_architectures import check_runs
 from lrc.exporting.gguf_file import stored_kind
 from lrc.exporting.gguf_tensors import tensors_of
-from lrc.model.families import family_of
-from lrc.system.errors import UserError
 
 QUANTIZATIONS = ("bf16", "q8_0", "q4_k_m")
 """Types of files whose size is known."""
@@ -34,10 +32,7 @@ def file_types(model: PreTrainedModel, quantization: str) -> Iterator[tuple[torc
     Raises:
         UserError: if llama.cpp cannot run the model.
     """
-    family = family_of(model.config.model_type)
-    if family.gguf is None:
-        raise UserError(f"llama.cpp cannot run {family.model_type} students.")
-    check_runs(family.gguf, model.config)
+    check_runs(model.config)
     tensors = list(tensors_of(model))
     own_head = any(found.name == "output.weight" for found in tensors)
     head = "output.weight" if own_head else "token_embd.weight"

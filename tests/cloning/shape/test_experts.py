@@ -34,6 +34,8 @@ SETTINGS = {
     "gpt_oss": "num_local_experts",
     "deepseek_v3": "n_routed_experts",
     "glm4_moe": "n_routed_experts",
+    "glm4_moe_lite": "n_routed_experts",
+    "nemotron_h": "n_routed_experts",
     "qwen3_moe": "num_experts",
     "qwen3_next": "num_experts",
     "qwen3_5_moe_text": "num_experts",
@@ -74,9 +76,8 @@ def with_experts(model: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     smaller = type(model)(config).to(model.dtype)
     state = model.state_dict()
     for name, value in state.items():
-        if any(f".mlp.{part}." in name for part in ("gate", "router", "experts")) and (
-            len(value) == NUMBER
-        ):
+        routed = any(f".{part}." in name for part in ("gate", "router", "experts"))
+        if routed and len(value) == NUMBER:
             state[name] = value[keep]
     smaller.load_state_dict(state)
     return smaller.eval()

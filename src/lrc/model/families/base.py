@@ -200,8 +200,7 @@ class Family:
     attention heads, even if head_dim is explicit."""
 
     gguf: str | None = None
-    """llama.cpp's architecture name, for GGUF files; None: llama.cpp takes hidden_size / heads for
-    the width of a head."""
+    """llama.cpp's architecture name, for GGUF files; None: none can be written."""
 
     unsupported: Callable[[Any], str | None] = lambda _config: None
     """What a configuration has that cannot be cloned, as the end of a sentence; None: nothing."""
