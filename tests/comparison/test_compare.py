@@ -19,7 +19,7 @@ import yaml
 from command_line import Command
 from data_helpers import write_jsonl
 from lrc.cli import main
-from lrc.comparison import compare, load_comparison
+from lrc.comparison import compare, load_comparison, side_by_side
 from lrc.comparison import runner as runner_module
 from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
@@ -580,6 +580,29 @@ def test_a_time_limit_leaves_checkpoints(plan: Settings, tmp_path: Path, lrc: Co
     assert max(int(p.name.removeprefix("step-")) for p in run.checkpoints.glob("step-*")) > max(
         reached
     )
+
+
+LONG_STEP = """
+import signal, sys, time, pathlib
+asked = []
+signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+while not asked:
+    time.sleep(0.05)
+time.sleep(2)
+pathlib.Path(sys.argv[1]).touch()
+"""
+
+
+def test_a_step_that_is_longer_than_the_time_that_is_left_ends(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, real = tmp_path / "checkpoint", side_by_side.start
+    command = [sys.executable, "-c", LONG_STEP, str(checkpoint)]
+    monkeypatch.setattr(side_by_side, "start", lambda _command, *rest: real(command, *rest))
+    folders = Folders(load_comparison(write(plan, tmp_path)), tmp_path)
+    limited = side_by_side.SideBySide(minutes=0.05)
+    side_by_side.run_side_by_side(folders, [], True, limited)
+    assert checkpoint.exists()
 
 
 def test_a_run_that_cannot_be_finished_does_not_stop_the_others(

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +22,12 @@ PAUSE = 0.2
 """Seconds between two looks at the processes."""
 
 CLOSING = 30.0
-"""Seconds of the time limit, at most a tenth of it, in which the processes write their checkpoints
-after they are asked to stop; then they are killed."""
+"""Seconds of the time limit, at most a tenth of it, in which the processes end their step and write
+their checkpoints after they are asked to stop."""
+
+PATIENCE = 600.0
+"""Seconds until those whose step takes longer are killed, which loses what they did since their
+last checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def run_side_by_side(
                         logger.info("%s: held-out LM loss %s", job.title, value)
                 shown.update(len(before))
         finally:
-            end(workers, closing)
+            end(workers, PATIENCE)
     if stop.signal is not None:
         raise Interrupted(
             stop.signal, f"Stopped in {folders.out}; the same command continues from there."
@@ -102,17 +107,21 @@ def start(command: Sequence[str], log: Path, parallel: int) -> subprocess.Popen[
 
 
 def end(workers: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Ask processes to stop, and kill those that still run after some seconds."""
-    for worker in workers:
-        if worker.poll() is None:
-            worker.terminate()
-    limit = time.monotonic() + seconds
-    for worker in workers:
-        try:
-            worker.wait(max(0.0, limit - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            worker.kill()
-            worker.wait()
+    """Ask processes to stop after their step, and kill those that still run after some seconds, or
+    when a signal interrupts the wait."""
+    try:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.terminate()
+        limit = time.monotonic() + seconds
+        for worker in workers:
+            with suppress(subprocess.TimeoutExpired):
+                worker.wait(max(0.0, limit - time.monotonic()))
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
 
 
 def last_line(log: Path) -> str:
