@@ -1,6 +1,7 @@
 """Processes that fill the folder of one comparison side by side, for a limited time."""
 
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -58,8 +59,8 @@ def run_side_by_side(
         Interrupted: if SIGINT or SIGTERM arrived.
     """
     began = time.monotonic()
-    limit = None if how.minutes is None else 60 * how.minutes
-    closing = CLOSING if limit is None else min(CLOSING, limit / 10)
+    seconds = math.inf if how.minutes is None else 60 * how.minutes
+    limit = seconds - min(CLOSING, seconds / 10)
     command = [sys.executable, "-m", "lrc", "compare", str(folders.out / "comparison.yaml")]
     command += ["--out", str(folders.out), *(f"--only={name}" for name in only)]
     command += ["--results-only"] if results_only else []
@@ -72,7 +73,7 @@ def run_side_by_side(
             over = False
             while not (over or stop) and any(worker.poll() is None for worker in workers):
                 time.sleep(PAUSE)
-                over = limit is not None and time.monotonic() - began > limit - closing
+                over = time.monotonic() - began > limit
                 for job in folders.jobs(only):
                     if is_over(job.folder) and job.folder not in before:
                         before.add(job.folder)
@@ -81,7 +82,7 @@ def run_side_by_side(
                         logger.info("%s: held-out LM loss %s", job.title, value)
                 shown.update(len(before))
         finally:
-            end(workers, PATIENCE)
+            end(workers)
     if stop.signal is not None:
         raise Interrupted(
             stop.signal, f"Stopped in {folders.out}; the same command continues from there."
@@ -106,14 +107,14 @@ def start(command: Sequence[str], log: Path, parallel: int) -> subprocess.Popen[
         )
 
 
-def end(workers: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """Ask processes to stop after their step, and kill those that still run after some seconds, or
+def end(workers: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ask processes to stop after their step, and kill those that still run after `PATIENCE`, or
     when a signal interrupts the wait."""
     try:
         for worker in workers:
             if worker.poll() is None:
                 worker.terminate()
-        limit = time.monotonic() + seconds
+        limit = time.monotonic() + PATIENCE
         for worker in workers:
             with suppress(subprocess.TimeoutExpired):
                 worker.wait(max(0.0, limit - time.monotonic()))

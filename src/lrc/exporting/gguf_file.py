@@ -22,12 +22,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.exporting.gguf_architectures import ARCHITECTURES, add_shape, check_runs, sliding_layers
+from lrc.exporting.gguf_architectures import Architecture, add_shape, check_runs, sliding_layers
 from lrc.exporting.gguf_rope import add_rope, rope_of
 from lrc.exporting.gguf_tensors import Change, same, tensors_of
 from lrc.exporting.gguf_vocabulary import add_vocabulary
 from lrc.exporting.plain import check_range
-from lrc.model.families import family_of
 from lrc.model.shapes import parameters_of
 from lrc.model.teacher import describe_teacher, load_model, short_name
 from lrc.recipe.sections import TeacherSection
@@ -135,7 +134,7 @@ def write_gguf(
                 progress(done + 1, len(tensors))
         finally:
             writer.close()
-    return [*notes, *_notes(model.config, kind, list(tensors.values()))]
+    return [*notes, *_notes(model.config, architecture, kind, list(tensors.values()))]
 
 
 def convert_to_gguf(
@@ -209,7 +208,9 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 
 
-def _notes(config: Any, kind: Kind, places: list[StoredPlace]) -> list[str]:
+def _notes(
+    config: Any, architecture: Architecture, kind: Kind, places: list[StoredPlace]
+) -> list[str]:
     """Notes for the user about a written file."""
     notes = []
     matrices = [place for place in places if place.kind != Kind.F32]
@@ -229,7 +230,6 @@ def _notes(config: Any, kind: Kind, places: list[StoredPlace]) -> list[str]:
             f"{K_BLOCK}; for matrices with rows of {', '.join(map(str, uneven))}, llama.cpp falls "
             "back to other types."
         )
-    architecture = ARCHITECTURES[str(family_of(config.model_type).gguf)]
     if architecture.window is None and any(sliding_layers(config)):
         window = config.sliding_window
         if window < config.max_position_embeddings:

@@ -125,7 +125,7 @@ def fits_k_quants(model: PreTrainedModel) -> bool:
 
 def cache_bytes(model: PreTrainedModel) -> int:
     """Bytes of keys and values that a token adds to the cache. Layers with a sliding window stop
-    adding when it is full. Gated delta nets add nothing."""
+    adding when it is full. Gated delta nets and Mamba layers add nothing."""
     layout, config = layout_of(model), model.config
     numbers = 0
     for layer, branches in enumerate(layout.branches):
