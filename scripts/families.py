@@ -62,13 +62,23 @@ This page is written by `python scripts/families.py`.
 """
 
 
-DENSE = {"gemma4_text": {"hidden_size_per_layer_input": 0}}
+LAYERS = 12
+"""Enough for every kind of layer."""
+DENSE = {
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {
+        "num_local_experts": 0,
+        "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+    },
+}
 """Settings without which the default configuration is one that is refused."""
 
 
 def default_model(family: Family) -> PreTrainedModel:
     """A model of the family's default configuration, without weights."""
-    config = CONFIG_MAPPING[family.model_type](**DENSE.get(family.model_type, {}))
+    config = CONFIG_MAPPING[family.model_type](
+        num_hidden_layers=LAYERS, **DENSE.get(family.model_type, {})
+    )
     if not layers_differ(config):
         config.head_dim = head_dim_of(config)
     with torch.device("meta"):

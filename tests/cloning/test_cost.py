@@ -22,7 +22,7 @@ OBJECTIVES = [
     ObjectiveSection(kl_weight=0, clone=CloneTerms(o=False)),
 ]
 
-MAMBA = ("nemotron_h",)
+MAMBA = ("granitemoehybrid", "nemotron_h")
 """Families with Mamba layers."""
 
 LENGTH = CHUNK
@@ -32,7 +32,7 @@ LENGTH = CHUNK
 def unwindowed(family: str, tied: bool = False, **changes: Any) -> Teacher:
     """A tiny teacher that computes attention as plain products of whole matrices, and a Mamba layer
     in one chunk."""
-    changes |= {"sliding_window": LENGTH, "chunk_size": LENGTH}
+    changes |= {"sliding_window": LENGTH, "chunk_size": LENGTH, "mamba_chunk_size": LENGTH}
     teacher = tiny_teacher(family, tied, dtype=torch.float32, **changes)
     teacher.model.set_attn_implementation("eager")
     return teacher

@@ -370,6 +370,7 @@ def test_every_linear_map_has_a_clone_term(family: str) -> None:
             },
             "longrope",
         ),
+        ("granitemoehybrid", {"num_local_experts": 4}, "experts"),
     ],
 )
 def test_what_cannot_be_cloned_is_refused(

@@ -1,7 +1,10 @@
 """Tests of the student of every family whose layers are Llama's."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.families import FAMILIES, family_of
@@ -29,6 +32,7 @@ from tiny import (
     tiny_batch,
     tiny_method,
     tiny_teacher,
+    tiny_tokens,
 )
 
 
@@ -183,6 +187,26 @@ def test_llama_hidden_size_not_divided_by_heads(hidden_size: int, nearest: int) 
     with pytest.raises(UserError, match=rf"is {hidden_size}, .* 3 .*heads: .* is {nearest}\."):
         student_config(teacher, StudentSection(hidden_size=hidden_size))
     assert student_config(teacher, StudentSection(hidden_size=nearest)).hidden_size == nearest
+
+
+def test_a_hidden_size_that_mamba_layers_cannot_have() -> None:
+    """They stay as wide as the teacher's, 32, and the configuration has that as a multiple."""
+    teacher = tiny_teacher("granitemoehybrid")
+    with pytest.raises(UserError, match=r"is 12, but the width .* Mamba layers .* nearest is 8\."):
+        student_config(teacher, StudentSection(hidden_size=12))
+    config = student_config(teacher, StudentSection(hidden_size=4))
+    assert (config.hidden_size, config.mamba_expand) == (4, 8)
+
+
+def test_without_mamba_layers_any_hidden_size_will_do(tmp_path: Path) -> None:
+    """The configuration checks Mamba's width even then."""
+    teacher = tiny_teacher("granitemoehybrid", layer_types=["full_attention"] * 2)
+    student = tiny_method(teacher, {"hidden_size": 10, "intermediate_size": 6}).student()
+    student.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    ids = tiny_tokens(2)
+    torch.testing.assert_close(again(ids).logits, student(ids).logits)
+    assert again.config.shared_intermediate_size == 6
 
 
 @pytest.mark.parametrize("family", [name for name in LLAMAS if name != "llama"])

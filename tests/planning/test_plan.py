@@ -190,12 +190,13 @@ def test_k_quants_fall_back_where_rows_do_not_fit() -> None:
         assert {kind.name for _, kind in file_types(model, "q4_k_m")} == {*expected, "F32"}
 
 
-@pytest.mark.parametrize("family", [*LLAMAS, "phi3", "olmo2", "gpt_oss"])
+@pytest.mark.parametrize("family", [*LLAMAS, "phi3", "olmo2", "gpt_oss", "olmo_hybrid"])
 def test_cache_is_that_of_transformers(family: str) -> None:
     model = tiny_teacher(family).model
-    cache = DynamicCache()
+    cache = DynamicCache(config=model.config)
     model(tiny_tokens(1, length=4), past_key_values=cache, use_cache=True)
-    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in cache.layers)
+    attending = [layer for layer in cache.layers if hasattr(layer, "keys")]
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in attending)
     assert 4 * cache_bytes(model) == 2 * numbers
 
 
@@ -251,6 +252,15 @@ def test_layers_of_several_kinds(tmp_path: Path, lrc: Command) -> None:
     plan = json.loads(lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU, "--json"))
     found = {row["kind"]: row for row in plan["candidates"]}
     assert found["layers-neurons"]["shape"]["layers"] < len(kinds)
+
+
+def test_hidden_sizes_that_divide_the_width_of_mamba(tmp_path: Path, lrc: Command) -> None:
+    wide = {"hidden_size": 48, "mamba_d_head": 24, "shared_intermediate_size": 512}
+    tiny_teacher("granitemoehybrid", **wide).model.config.to_json_file(tmp_path / "config.json")
+    plan = json.loads(lrc.printed("plan", tmp_path, "--ratio", 0.6, *GPU, "--json"))
+    found = {row["kind"]: row["shape"] for row in plan["candidates"]}
+    assert found["hidden-neurons"]["hidden"] == 32  # of 38.4, a divisor of 96
+    assert found["hidden-neurons"]["neurons"] < 512
 
 
 @pytest.mark.parametrize(

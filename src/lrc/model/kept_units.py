@@ -79,7 +79,7 @@ def keep_all(model: PreTrainedModel) -> KeptUnits:
         layers,
         torch.arange(config.hidden_size),
         [torch.arange(config.num_key_value_heads) for _ in layers],
-        [torch.arange(config.intermediate_size) for _ in layers],
+        [torch.arange(shape_of_config(config).neurons) for _ in layers],
     )
 
 
@@ -176,7 +176,7 @@ def unit_slices(
         keys = spread(groups, head_dim)
         return torch.cat((spread(groups, width), keys + first, keys + second)), None
     if name == "gate_up":
-        return torch.cat((neurons, neurons + int(config.intermediate_size))), None
+        return torch.cat((neurons, neurons + shape_of_config(config).neurons)), None
     return neurons, None
 
 

@@ -5,7 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from huggingface_hub.errors import StrictDataclassError
+
+from lrc.model.families import family_of
 from lrc.model.shapes import expert_count, expert_setting, head_dim_of, layers_differ
+from lrc.system.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,12 @@ class Configured(Protocol):
 def shape_of_config(config: Any) -> PrunedShape:
     """The shape of a model, from its configuration; its widest layer's, if the layers differ."""
     layers = config.per_layer_config if layers_differ(config) else [config]
+    neurons = family_of(config.model_type).neurons
     return PrunedShape(
         int(config.num_hidden_layers),
         int(config.hidden_size),
         max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
-        max(int(getattr(one, "intermediate_size", None) or 0) for one in layers),
+        max(int(getattr(one, neurons, None) or 0) for one in layers),
         expert_count(config),
     )
 
@@ -91,14 +96,30 @@ def pruned_config(
     if shape.kv_heads != whole.kv_heads:
         config.num_attention_heads = shape.kv_heads * group_size(source)
         config.num_key_value_heads = shape.kv_heads
-    config.hidden_size = shape.hidden
+    family = family_of(config.model_type)
+    family.set_hidden_size(config, shape.hidden)
     if shape.neurons != whole.neurons:
-        config.intermediate_size = shape.neurons
+        setattr(config, family.neurons, shape.neurons)
     if shape.experts and (setting := expert_setting(source)):
         setattr(config, setting, shape.experts)
     config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
     forget_origin(config)
     return config
+
+
+def check_config(config: Any) -> None:
+    """Refuse a derived configuration that its own class refuses, which no other program could load.
+
+    Raises:
+        UserError: if so, with the reason of the class.
+    """
+    try:
+        config.validate()
+    except StrictDataclassError as error:
+        reason = str(error.__cause__ or error).strip().rstrip(".")
+        raise UserError(
+            f"{config.model_type} models cannot have this shape: {reason}. Choose another one."
+        ) from None
 
 
 def forget_origin(config: Any) -> None:

@@ -73,6 +73,16 @@ def expert_count(config: Any) -> int:
     return int(getattr(config, setting)) if setting else 0
 
 
+def attention_layers(config: Any) -> list[int]:
+    """The layers with attention. Others of a hybrid have Mamba, a delta net or no mixer at all."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [
+        index
+        for index, kind in enumerate(kinds)
+        if kind.endswith("attention") and kind != "linear_attention"
+    ]
+
+
 def layers_differ(config: Any) -> bool:
     """Whether settings such as head_dim differ between the layers of a model."""
     return bool(getattr(config, "is_heterogeneous", False))

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lrc.model.pruned_shape import PrunedShape, pruned_config, shape_of_config
+from lrc.model.pruned_shape import PrunedShape, check_config, pruned_config, shape_of_config
+from lrc.model.shapes import attention_layers
 from lrc.model.sizes import check_student_size
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import Keep, StudentSection
@@ -50,7 +51,9 @@ def student_config(teacher: Teacher, student: StudentSection) -> Any:
     heads = int(teacher.config.num_attention_heads) * own.kv_heads // whole.kv_heads
     narrower = replace(own, hidden=whole.hidden) != whole
     check_hidden_size(teacher, own.hidden, heads, teacher.hidden_size if narrower else None)
-    return derive_config(teacher, student)
+    config = derive_config(teacher, student)
+    check_config(config)
+    return config
 
 
 def check_hidden_size(
@@ -69,6 +72,15 @@ def check_hidden_size(
     """
     heads = heads or int(teacher.config.num_attention_heads)
     check_student_size(hidden_size, teacher.family, teacher.hidden_size, heads, largest)
+    sizes = teacher.family.hidden_sizes(teacher.config)
+    if sizes is not None and hidden_size not in sizes:
+        below = [size for size in sizes if size <= (largest or teacher.hidden_size - 1)]
+        nearest = min(below, key=lambda size: abs(size - hidden_size))
+        raise UserError(
+            f"student.hidden_size is {hidden_size}, but the width of this "
+            f"{teacher.family.model_type} model's Mamba layers must be a multiple of it: the "
+            f"nearest is {nearest}."
+        )
     if teacher.layout.has_experts and hidden_size % EXPERTS_MULTIPLE:
         nearest = max(1, round(hidden_size / EXPERTS_MULTIPLE)) * EXPERTS_MULTIPLE
         raise UserError(
@@ -109,13 +121,17 @@ def size_of(asked: int | Keep | None) -> int | None:
 
 def kept_layers(teacher: Teacher, student: StudentSection) -> list[int]:
     """The teacher's layers that a student keeps, as far as the recipe says. If it gives only a
-    number, they are evenly spaced until a start chooses them."""
+    number, they are evenly spaced until a start chooses them; one of a hybrid has attention."""
     total, asked = teacher.num_layers, student.layers
     if asked is None or teacher.whole is not teacher:
         return list(range(total))
     if isinstance(asked, Keep):
         return asked.keep
-    return [index * total // asked for index in range(asked)]
+    spaced = [index * total // asked for index in range(asked)]
+    attention = attention_layers(teacher.config)
+    if attention and asked > 1 and not set(attention) & set(spaced):
+        spaced = sorted([*spaced[:-1], attention[-1]])
+    return spaced
 
 
 def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:

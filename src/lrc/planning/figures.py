@@ -15,7 +15,7 @@ from lrc.cloning.cost import step_flops, token_weights
 from lrc.exporting.gguf_file import K_BLOCK
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes, file_types
 from lrc.model.layout import layout_of
-from lrc.model.shapes import head_dim_of, layers_differ, parameters_of
+from lrc.model.shapes import attention_layers, head_dim_of, layers_differ, parameters_of
 from lrc.planning.gpus import Gpu
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
@@ -128,12 +128,12 @@ def cache_bytes(model: PreTrainedModel) -> int:
     adding when it is full. Gated delta nets and Mamba layers add nothing."""
     layout, config = layout_of(model), model.config
     numbers = 0
-    for layer, branches in enumerate(layout.branches):
+    for layer in attention_layers(config):
         own = config.per_layer_config[layer] if layers_differ(config) else config
-        readers = branches[0].readers
+        readers = layout.branches[layer][0].readers
         if "kv_a" in readers:
             numbers += config.kv_lora_rank + config.qk_rope_head_dim
-        elif "k" in readers or "qkv" in readers:
+        else:
             numbers += 2 * own.num_key_value_heads * head_dim_of(own)
     return CACHE_BYTES * numbers
 

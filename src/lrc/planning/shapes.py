@@ -192,8 +192,15 @@ class _Search:
         for number in heads:
             hidden = whole.hidden
             if "hidden" in fixed:
-                hidden = rounded(hidden * half, self._multiple(number), hidden)
+                hidden = self._near(hidden * half, number)
             yield PrunedShape(layers, hidden, number, whole.neurons, whole.experts)
+
+    def _near(self, size: float, kv_heads: int) -> int:
+        """The hidden size near another one."""
+        allowed = self.teacher.family.hidden_sizes(self.teacher.config)
+        if allowed is not None:
+            return min(allowed, key=lambda one: (one == self.whole.hidden, abs(one - size)))
+        return rounded(size, self._multiple(kv_heads), self.whole.hidden)
 
     def _multiple(self, kv_heads: int) -> int:
         """What the hidden size must be a multiple of."""

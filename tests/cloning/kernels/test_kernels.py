@@ -133,7 +133,7 @@ class Chunk:
         return kl.cpu(), lm.cpu(), gradient.cpu()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     n=st.integers(1, 4),
     vocab=st.integers(1, 200),
@@ -411,9 +411,9 @@ def test_clipping_uses_the_norms_of_the_clone_term(consumers: int) -> None:
     assert norms.max() <= norms.median() * 2.001
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    tokens=st.integers(1, 40),
+    tokens=st.integers(1, 20),
     width=st.integers(1, 70),
     block=st.sampled_from([16, 64, 256]),
     dtype=st.sampled_from(["float32", "bfloat16"]),

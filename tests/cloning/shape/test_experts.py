@@ -30,12 +30,14 @@ from tiny_runs import copy_until, tiny_documents, tiny_recipe
 
 NUMBER = 8
 SETTINGS = {
+    "ernie4_5_moe": "moe_num_experts",
     "mixtral": "num_local_experts",
     "gpt_oss": "num_local_experts",
     "deepseek_v3": "n_routed_experts",
     "glm4_moe": "n_routed_experts",
     "glm4_moe_lite": "n_routed_experts",
     "nemotron_h": "n_routed_experts",
+    "qwen2_moe": "num_experts",
     "qwen3_moe": "num_experts",
     "qwen3_next": "num_experts",
     "qwen3_5_moe_text": "num_experts",
@@ -77,8 +79,8 @@ def with_experts(model: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     state = model.state_dict()
     for name, value in state.items():
         routed = any(f".{part}." in name for part in ("gate", "router", "experts"))
-        if routed and len(value) == NUMBER:
-            state[name] = value[keep]
+        if routed and NUMBER in value.shape[:2]:
+            state[name] = value[keep] if len(value) == NUMBER else value[:, keep]
     smaller.load_state_dict(state)
     return smaller.eval()
 

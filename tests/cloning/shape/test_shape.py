@@ -54,6 +54,8 @@ AXES: dict[str, dict[str, Any]] = {
 }
 WIDTHS = dict.fromkeys(AXES, "have different widths")
 REFUSED: dict[str, dict[str, str]] = {
+    "qwen2_moe": {"neurons": "No layer of this qwen2_moe model"},
+    "olmo_hybrid": {"heads": "linear_attn.v_proj of olmo_hybrid"},
     "qwen3_moe": {"neurons": "No layer of this qwen3_moe model has a dense FFN"},
     "qwen3_next": {"neurons": "has a dense FFN", "heads": "linear_attn.in_proj_qkvz of qwen3_next"},
     "qwen3_5_text": {"heads": "linear_attn.out_proj of qwen3_5_text"},
@@ -68,14 +70,25 @@ REFUSED: dict[str, dict[str, str]] = {
     "deepseek_v3": {"heads": "self_attn.q_a_proj of deepseek_v3"},
     "youtu": {"heads": "self_attn.q_a_proj of youtu"},
     "glm4_moe_lite": {"heads": "self_attn.q_a_proj of glm4_moe_lite"},
+    "granitemoehybrid": {"heads": "mamba.in_proj of granitemoehybrid"},
     "nemotron_h": {"heads": "mixer.in_proj of nemotron_h"},
 }
 """What the error says for a family whose units cannot be removed one by one, by axis."""
 ALL = {"layers": 1, "intermediate_size": FFN // 2, "kv_heads": 1}
 
 
+HYBRIDS = ("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text", "olmo_hybrid", "granitemoehybrid")
+"""Families with layers of several kinds, of which at least one with attention stays."""
+
+
 def shaped_teacher(family: str, tied: bool = False) -> Teacher:
     return tiny_teacher(family, tied, num_key_value_heads=2)
+
+
+def hybrid_teacher(family: str, *kinds: str, tied: bool = False) -> Teacher:
+    """A teacher whose layers have attention of these kinds."""
+    layers = {"layer_types": [f"{kind}_attention" for kind in kinds]}
+    return tiny_teacher(family, tied, num_hidden_layers=len(kinds), **layers)
 
 
 def built(teacher: Teacher, start: str = "closed-form", **student: Any) -> LowRankClone:
@@ -136,6 +149,8 @@ def test_redundant_units_cost_nothing(family: str, axis: str, tied: bool) -> Non
     the start keeps takes over what the copies wrote. Families whose units cannot be removed one by
     one are refused, with the reason."""
     teacher = shaped_teacher(family, tied)
+    if axis == "layers" and family in HYBRIDS:
+        teacher = hybrid_teacher(family, "linear", "full", "linear", tied=tied)
     if refused := REFUSED.get(family, {}).get(axis):
         with pytest.raises(UserError, match=refused):
             built(teacher, **AXES[axis])
@@ -349,6 +364,24 @@ def test_layers_of_other_kinds_are_refused() -> None:
     section = StudentSection.model_validate({"hidden_size": 8, "layers": {"keep": [0, 2]}})
     with pytest.raises(UserError, match="deepseek_v3"):
         pruned_teacher(teacher, first_units(teacher, section))
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_a_layer_with_attention_stays(family: str) -> None:
+    """Even if it writes nothing. transformers cannot generate from a student without one."""
+    teacher = hybrid_teacher(family, "linear", "linear", "full")
+    make_redundant(teacher, "layers")
+    student = solved(teacher, layers=2, hidden_size=8).student()
+    assert student.config.layer_types == ["linear_attention", "full_attention"]
+    assert student.generate(tiny_tokens(1), max_new_tokens=2).shape[1] > tiny_tokens(1).shape[1]
+    with pytest.raises(UserError, match=r"has attention, .* keep one that has, such as 2"):
+        built(teacher, layers={"keep": [0, 1]}, hidden_size=8)
+
+
+def test_layers_that_the_configuration_refuses() -> None:
+    teacher = hybrid_teacher("olmo_hybrid", "full", "full", "linear")
+    with pytest.raises(UserError, match=r"cannot have this shape: .* 'linear_attention' layer"):
+        built(teacher, layers={"keep": [0, 1]}, hidden_size=8)
 
 
 def test_a_smaller_shape_costs_less() -> None:

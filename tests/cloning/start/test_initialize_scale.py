@@ -389,7 +389,7 @@ def test_memory_does_not_grow_with_the_calibration_tokens(
 
 
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path, prepared: Prepared) -> None:
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
+    shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)
     size = sum(p.numel() for p in teacher.model.parameters()) * 4 / 2**20
     saved(teacher, tmp_path / "teacher", shards=False)
@@ -403,10 +403,10 @@ def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path, prepared
         print(start("full", 512))
         """,
     )
-    student = 8 * 7 * 512 * 32 * 4 / 2**20 + size * 32 / 512  # projections and weights
-    moments = 2 * (16 - 3) * 512**2 * 4 / 2**20  # of all groups of norms; one layer has three
+    student = 8 * 7 * 384 * 32 * 4 / 2**20 + size * 32 / 384  # projections and weights
+    moments = 2 * (16 - 3) * 384**2 * 4 / 2**20  # of all groups of norms; one layer has three
     # The last four layers are refined (one of one): five numbers per entry of their projections,
     # and the student's weights with their gradients.
-    refined = 3 * (5 * 7 * 512 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 512)
+    refined = 3 * (5 * 7 * 384 * 32 * 4 / 2**20 + 2 * size / 8 * 32 / 384)
     assert by_layers - before < student + moments + refined + 0.5 * size
     assert whole - before > 0.8 * size  # `before` contains some of it

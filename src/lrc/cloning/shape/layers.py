@@ -14,6 +14,7 @@ from torch import Tensor
 from lrc.cloning.objective import VocabularyWeights, vocabulary_losses
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form.head import CHUNK, folded_head
+from lrc.model.shapes import attention_layers
 from lrc.model.teacher import Teacher
 
 TOKENS = 1024
@@ -22,7 +23,8 @@ TOKENS = 1024
 
 @torch.no_grad()
 def choose_layers(teacher: Teacher, ids: Tensor, count: int, restart: int = 0) -> list[int]:
-    """The layers to keep, ascending. The first layer always stays: it reads the embedding.
+    """The layers to keep, ascending. The first layer always stays: it reads the embedding. So does
+    the last one with attention: transformers' cache needs it.
 
     Args:
         teacher: the teacher.
@@ -55,8 +57,11 @@ def choose_layers(teacher: Teacher, ids: Tensor, count: int, restart: int = 0) -
 
         costs = [(cost(layer), layer, len(kept)) for layer in kept[1:]]
         heapq.heapify(costs)
+        attention = attention_layers(teacher.config)
         while len(kept) > count:
             _, layer, measured = heapq.heappop(costs)
+            if {layer} == set(kept).intersection(attention):
+                continue
             if measured == len(kept):
                 place = kept.index(layer)
                 kept.remove(layer)

@@ -19,12 +19,13 @@ from lrc.model.kept_units import KeptUnits, unit_slices
 from lrc.model.layout import LinearSite
 from lrc.model.pruned_shape import (
     PrunedShape,
+    check_config,
     expert_groups,
     group_size,
     pruned_config,
     shape_of_config,
 )
-from lrc.model.shapes import head_dim_of, layers_differ
+from lrc.model.shapes import attention_layers, head_dim_of, layers_differ
 from lrc.model.student import kept_layers, student_shape
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import Keep, StudentSection, Units
@@ -122,6 +123,9 @@ class PrunedTeacher(Teacher):
             for name, linear in branch.linears.items():
                 if module_of(linear) == path:
                     return self.slices(LinearSite(layer, name))
+                if name == ROUTER and path.startswith(f"{module_of(linear)}."):
+                    experts, _ = self.slices(LinearSite(layer, name))
+                    return None, experts  # a bias [1, experts]
         return None, None
 
 
@@ -256,6 +260,13 @@ def check_pruned(pruned: PrunedTeacher) -> None:
             f"The experts of this {family} model do not read the hidden states themselves, so none "
             "can be removed: leave student.experts empty."
         )
+    attention = attention_layers(whole.config)
+    if attention and not set(attention) & set(pruned.kept.layers):
+        raise UserError(
+            f"None of these layers of a {family} model has attention, but transformers' cache "
+            f"needs one: let student.layers keep one that has, such as {attention[0]}."
+        )
+    check_config(pruned.config)
     for layer, index in enumerate(pruned.kept.layers):
         if pruned.layout.branches[layer] != whole.layout.branches[index]:
             raise UserError(

@@ -12,6 +12,7 @@ from lrc.model.families.base import Branch, Family
 from lrc.model.families.cwm import CWM
 from lrc.model.families.deepseek_v3 import DEEPSEEK_V3
 from lrc.model.families.ernie4_5 import ERNIE4_5
+from lrc.model.families.ernie4_5_moe import ERNIE4_5_MOE
 from lrc.model.families.exaone import EXAONE
 from lrc.model.families.exaone4 import EXAONE4
 from lrc.model.families.gemma import GEMMA
@@ -24,6 +25,7 @@ from lrc.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from lrc.model.families.gpt_oss import GPT_OSS
 from lrc.model.families.granite import GRANITE
 from lrc.model.families.granite_swa import GRANITE_SWA
+from lrc.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from lrc.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
 from lrc.model.families.hyperclovax import HYPERCLOVAX
 from lrc.model.families.internlm3 import INTERNLM3
@@ -35,8 +37,10 @@ from lrc.model.families.mixtral import MIXTRAL
 from lrc.model.families.nemotron_h import NEMOTRON_H
 from lrc.model.families.olmo2 import OLMO2
 from lrc.model.families.olmo3 import OLMO3
+from lrc.model.families.olmo_hybrid import OLMO_HYBRID
 from lrc.model.families.phi3 import PHI3
 from lrc.model.families.qwen2 import QWEN2
+from lrc.model.families.qwen2_moe import QWEN2_MOE
 from lrc.model.families.qwen3 import QWEN3
 from lrc.model.families.qwen3_5 import QWEN3_5
 from lrc.model.families.qwen3_5_moe import QWEN3_5_MOE
@@ -53,6 +57,7 @@ _FAMILIES = (
     MINISTRAL,
     MINISTRAL3,
     QWEN2,
+    QWEN2_MOE,
     QWEN3,
     QWEN3_MOE,
     QWEN3_NEXT,
@@ -68,8 +73,10 @@ _FAMILIES = (
     SMOLLM3,
     OLMO2,
     OLMO3,
+    OLMO_HYBRID,
     GRANITE,
     GRANITE_SWA,
+    GRANITEMOEHYBRID,
     MIXTRAL,
     DEEPSEEK_V3,
     YOUTU,
@@ -80,6 +87,7 @@ _FAMILIES = (
     EXAONE4,
     INTERNLM3,
     ERNIE4_5,
+    ERNIE4_5_MOE,
     SEED_OSS,
     HUNYUAN_V1_DENSE,
     APERTUS,

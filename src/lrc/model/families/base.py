@@ -147,6 +147,11 @@ def softcap(config: Any) -> float | None:
     return getattr(config, "final_logit_softcapping", None)
 
 
+def only_hidden_size(config: Any, size: int) -> None:
+    """Set the hidden size where no other setting depends on it."""
+    config.hidden_size = size
+
+
 @dataclass(frozen=True)
 class Family:
     """Where the parts of a model of one `model_type` are; by default, Llama's layout.
@@ -194,6 +199,16 @@ class Family:
     keeps_documents_apart: bool = True
     """Whether the model, given position ids that restart, computes packed documents as if each
     were alone."""
+
+    neurons: str = "intermediate_size"
+    """The number of neurons of a dense FFN in the configuration."""
+
+    hidden_sizes: Callable[[Any], list[int] | None] = lambda _config: None
+    """The hidden sizes that a configuration can have, in ascending order, because its Mamba layers
+    are a whole multiple as wide; None: any."""
+
+    set_hidden_size: Callable[[Any, int], None] = only_hidden_size
+    """Give a configuration another hidden size, and change nothing else of the model."""
 
     divides_by_heads: bool = False
     """Whether the family's config refuses a hidden size that is not a multiple of the number of

@@ -129,9 +129,12 @@ def _shares(rows: WrittenRows, rms: Callable[[Tensor], Tensor], q: Tensor) -> It
         gram += features.T @ features
         total += features.sum(0)
         tokens += len(features)
+    uniform = torch.full_like(total, 1 / width)
+    if not total.any():  # the block writes nothing
+        yield uniform
+        return
     unit = tokens / total.clamp_min(NOTHING)  # makes the mean of every feature 1
     gram = gram * unit[:, None] * unit / tokens
-    uniform = torch.full_like(unit, 1 / width)
     lacking = 1 - gram @ uniform
     values, vectors = torch.linalg.eigh(gram)
     for ridge in RIDGES:

@@ -188,7 +188,7 @@ def _solved_head(
         return OwnHead(folded_head(calibration)), read
     metric = head_metric(calibration, after)
     rotation = None
-    if calibration.teacher.layout.after_norms():  # their gains fix the student's channels
+    if calibration.source.layout.after_norms():  # their gains fix the student's channels
         gains = diagonal_gains(calibration, basis, stream, read, metric)
     else:
         rotation, gains = tied_head(calibration, basis, stream, read, metric)
