@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.families import FAMILIES, family_of
+from lrc.model.shapes import shape_of
 from lrc.model.student import student_config
 from lrc.model.teacher import Teacher, element_type
 from lrc.recipe.sections import ObjectiveSection, StudentSection
@@ -207,6 +208,7 @@ def test_without_mamba_layers_any_hidden_size_will_do(tmp_path: Path) -> None:
     ids = tiny_tokens(2)
     torch.testing.assert_close(again(ids).logits, student(ids).logits)
     assert again.config.shared_intermediate_size == 6
+    assert shape_of(again).row["FFN width"] == 6
 
 
 @pytest.mark.parametrize("family", [name for name in LLAMAS if name != "llama"])

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from lrc.model.families import FAMILIES
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -51,7 +53,8 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 def _widths(config: Any) -> dict[str, str | int]:
     """The widths of dense FFNs and of experts, and the number of experts."""
-    width = getattr(config, "intermediate_size", "unknown")
+    family = FAMILIES.get(config.model_type)
+    width = getattr(config, family.neurons if family else "intermediate_size", "unknown")
     if not (count := expert_count(config)):
         return {"FFN width": width}
     found = {"experts": count, "experts of a token": config.num_experts_per_tok}
