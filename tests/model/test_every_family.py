@@ -51,10 +51,16 @@ from tiny import (
 from tiny_runs import new_run, tiny_recipe
 
 CASES = [
-    pytest.param(family, tied, id=f"{family}-{'tied' if tied else 'untied'}")
-    for family in FAMILIES
+    pytest.param(
+        family,
+        tied,
+        id=f"{family}-{'tied' if tied else 'untied'}",
+        marks=pytest.mark.slow if (number + tied) % 2 else (),
+    )
+    for number, family in enumerate(FAMILIES)
     for tied in (False, True)
 ]
+"""Every family tied and untied; by default, one of the two in turn."""
 
 
 @pytest.fixture

@@ -368,6 +368,7 @@ def peaks(prepared: Prepared, folder: Path, code: str) -> list[float]:
     return [float(word) for word in output.split()]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_calibration_tokens(
     tmp_path: Path, prepared: Prepared
 ) -> None:
