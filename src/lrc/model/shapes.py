@@ -6,6 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lrc.model.families import FAMILIES
+from lrc.model.families.base import LINEAR
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,7 @@ def attention_layers(config: Any) -> list[int]:
     """The layers with attention. Others of a hybrid have Mamba, a delta net or no mixer at all."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
     return [
-        index
-        for index, kind in enumerate(kinds)
-        if kind.endswith("attention") and kind != "linear_attention"
+        index for index, kind in enumerate(kinds) if kind.endswith("attention") and kind != LINEAR
     ]
 
 

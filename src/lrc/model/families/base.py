@@ -132,6 +132,15 @@ Branches = Callable[[Any, int], tuple[Branch, ...]]
 """The branches of a layer, in their order, from the model's configuration and the layer's index."""
 
 
+LINEAR = "linear_attention"
+"""The kind of a layer with a delta net or Mamba, in a configuration's `layer_types`."""
+
+
+def is_linear(config: Any, layer: int) -> bool:
+    """Whether a layer of a hybrid has a delta net or Mamba."""
+    return bool(config.layer_types[layer] == LINEAR)
+
+
 def always(*branches: Branch) -> Branches:
     """The same branches in every layer."""
     return lambda _config, _layer: branches

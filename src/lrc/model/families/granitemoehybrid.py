@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, Branch, Family
+from lrc.model.families.base import ATTENTION, LINEAR, Branch, Family, is_linear
 from lrc.model.families.granite import GRANITE
 
 MAMBA = Branch("mamba", {"in_proj": "mamba.in_proj"}, {"o": "mamba.out_proj"}, ATTENTION.norm)
@@ -15,20 +15,15 @@ FFN = Branch(
 )
 
 
-def is_mamba(config: Any, layer: int) -> bool:
-    """Whether a layer is of Mamba 2."""
-    return bool(config.layer_types[layer] == "linear_attention")
-
-
 def branches(config: Any, layer: int) -> tuple[Branch, Branch]:
     """The branches of a layer."""
-    return MAMBA if is_mamba(config, layer) else ATTENTION, FFN
+    return MAMBA if is_linear(config, layer) else ATTENTION, FFN
 
 
 def hidden_sizes(config: Any) -> list[int] | None:
     """The even divisors of the width of its Mamba layers, which the configuration has in whole
     units of the hidden size; None: there are no Mamba layers."""
-    if not any(is_mamba(config, layer) for layer in range(config.num_hidden_layers)):
+    if LINEAR not in config.layer_types:
         return None
     width = config.mamba_expand * config.hidden_size
     return [size for size in range(2, config.hidden_size + 1, 2) if width % size == 0]
@@ -38,7 +33,7 @@ def set_hidden_size(config: Any, size: int) -> None:
     """Keep the width of Mamba layers. The configuration checks it even if there are none."""
     width = config.mamba_expand * config.hidden_size
     config.hidden_size = size
-    if hidden_sizes(config):
+    if LINEAR in config.layer_types:
         config.mamba_expand = width // size
     else:
         config.mamba_n_heads, config.mamba_d_head = 1, config.mamba_expand * size

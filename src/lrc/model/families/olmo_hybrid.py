@@ -3,25 +3,24 @@ blocks."""
 
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, FFN, Branch, Family
+from lrc.model.families.base import ATTENTION, FFN, Branch, Family, is_linear
 from lrc.model.families.olmo2 import NORMS_AFTER
 
-LINEAR = "linear_attn"
+BLOCK = "linear_attn"
 DELTA_NET = Branch(
-    LINEAR,
+    BLOCK,
     {
-        **{name: f"{LINEAR}.{name}_proj" for name in ("q", "k", "v", "a", "b")},
-        "z": f"{LINEAR}.g_proj",
+        **{name: f"{BLOCK}.{name}_proj" for name in ("q", "k", "v", "a", "b")},
+        "z": f"{BLOCK}.g_proj",
     },
-    {"o": f"{LINEAR}.o_proj"},
+    {"o": f"{BLOCK}.o_proj"},
     ATTENTION.norm,
 )
 
 
 def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     """The branches of a layer."""
-    linear = config.layer_types[layer] == "linear_attention"
-    return (DELTA_NET, FFN) if linear else NORMS_AFTER
+    return (DELTA_NET, FFN) if is_linear(config, layer) else NORMS_AFTER
 
 
 OLMO_HYBRID = Family("olmo_hybrid", branches=branches, keeps_documents_apart=False)

@@ -3,7 +3,7 @@ attention is gated by a second half of q."""
 
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, FFN, Branch, Family
+from lrc.model.families.base import ATTENTION, FFN, Branch, Family, is_linear
 
 DELTA_NET = Branch(
     "linear_attn",
@@ -15,7 +15,7 @@ DELTA_NET = Branch(
 
 def mixer(config: Any, layer: int) -> Branch:
     """The attention or delta net of a layer."""
-    return DELTA_NET if config.layer_types[layer] == "linear_attention" else ATTENTION
+    return DELTA_NET if is_linear(config, layer) else ATTENTION
 
 
 QWEN3_5 = Family(

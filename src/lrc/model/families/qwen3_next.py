@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, FFN, Branch
+from lrc.model.families.base import ATTENTION, FFN, Branch, is_linear
 from lrc.model.families.qwen3_5 import DELTA_NET
 from lrc.model.families.qwen3_5_moe import QWEN3_5_MOE, SHARED
 from lrc.model.families.qwen3_moe import is_dense
@@ -16,8 +16,8 @@ FUSED_DELTA_NET = replace(
 
 def branches(config: Any, layer: int) -> tuple[Branch, ...]:
     """The branches of a layer."""
-    linear = config.layer_types[layer] == "linear_attention"
-    return FUSED_DELTA_NET if linear else ATTENTION, FFN if is_dense(config, layer) else SHARED
+    mixer = FUSED_DELTA_NET if is_linear(config, layer) else ATTENTION
+    return mixer, FFN if is_dense(config, layer) else SHARED
 
 
 QWEN3_NEXT = replace(QWEN3_5_MOE, model_type="qwen3_next", gguf="qwen3next", branches=branches)
