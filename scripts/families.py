@@ -8,6 +8,7 @@ import argparse
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
@@ -43,6 +44,8 @@ the family are checked from its configuration before its weights are downloaded.
   writer together with the gain of that norm.
 * **Smaller** lists what a clone may have fewer of, besides a smaller hidden size: layers, FFN
   neurons (`student.intermediate_size`), heads (`student.kv_heads`), experts (`student.experts`).
+  The row of Granite 4 is that of models with experts; without, they have the terms `gate_up` and
+  `down`, and may have fewer neurons.
 * **Pruning** means `minitron`, `sheared-llama`, `llm-pruner` and `lrc prune`; **attention** means
   `minilm` and `tinybert` with attention maps. Where a family cannot take them, they say so.
 * **Documents**: `masked` if attention masks keep packed documents apart; `split` if the model
@@ -64,20 +67,25 @@ This page is written by `python scripts/families.py`.
 
 LAYERS = 12
 """Enough for every kind of layer."""
-DENSE = {
-    "gemma4_text": {"hidden_size_per_layer_input": 0},
-    "granitemoehybrid": {
-        "num_local_experts": 0,
-        "layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2),
+SETTINGS: dict[str, dict[str, Any]] = {
+    "deepseek_v2": {"first_k_dense_replace": 1, "num_experts_per_tok": 6},
+    "dots1": {
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 128,
+        "n_shared_experts": 2,
+        "num_experts_per_tok": 6,
     },
+    "gemma4_text": {"hidden_size_per_layer_input": 0},
+    "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
+    "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8},
 }
-"""Settings without which the default configuration is one that is refused."""
+"""Settings of families whose default configuration is not that of their models."""
 
 
 def default_model(family: Family) -> PreTrainedModel:
     """A model of the family's default configuration, without weights."""
     config = CONFIG_MAPPING[family.model_type](
-        num_hidden_layers=LAYERS, **DENSE.get(family.model_type, {})
+        num_hidden_layers=LAYERS, **SETTINGS.get(family.model_type, {})
     )
     if not layers_differ(config):
         config.head_dim = head_dim_of(config)

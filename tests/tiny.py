@@ -135,7 +135,53 @@ QUIRKS: dict[str, dict[str, Any]] = {
     },
     "mixtral": {"num_experts_per_tok": 2, "num_local_experts": 4},
     "deepseek_v3": {**LATENT, **DENSE_FIRST, "n_group": 2, "topk_group": 1},
+    "deepseek_v2": {**LATENT, **DENSE_FIRST, "qk_nope_head_dim": 6, "kv_lora_rank": 6},
     "youtu": LATENT,
+    "dots1": {**DENSE_FIRST, "n_group": 1, "topk_group": 1},
+    "solar_open": {**DENSE_FIRST, "first_k_dense_replace": None, "intermediate_size": None},
+    "afmoe": {
+        **KINDS,
+        **EXPERTS,
+        "num_experts": 4,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "mup_enabled": True,
+    },
+    "exaone_moe": {**KINDS, **EXPERTS, "num_experts": 4, "first_k_dense_replace": 1},
+    "hy_v3": {**EXPERTS, "num_experts": 4},
+    "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "minimax_m2": {"num_experts_per_tok": 2, "num_local_experts": 4},
+    "mellum": {
+        **KINDS,
+        **EXPERTS,
+        "num_experts": 4,
+        "mlp_layer_types": ["dense", "sparse"],
+    },
+    "granitemoe": {**GRANITE, "num_experts_per_tok": 2, "num_local_experts": 4},
+    "granitemoeshared": {
+        **GRANITE,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 4,
+        "shared_intermediate_size": 7,
+    },
+    "falcon_h1": {
+        "mamba_d_ssm": 12,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 3,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 5,
+        "mamba_d_conv": 3,
+        "mamba_chunk_size": 4,
+        "embedding_multiplier": 3.0,
+        "lm_head_multiplier": 0.5,
+        "mlp_multipliers": [1.2, 0.8],
+        "key_multiplier": 0.7,
+        "attention_in_multiplier": 1.1,
+        "attention_out_multiplier": 0.6,
+        "ssm_multipliers": [0.75, 1.25, 0.5, 1.5, 0.875],
+        "ssm_in_multiplier": 1.3,
+        "ssm_out_multiplier": 0.9,
+    },
     "glm4_moe": {**DENSE_FIRST, "n_group": 1, "topk_group": 1},
     "glm4_moe_lite": {
         **LATENT,
@@ -214,7 +260,7 @@ def tiny_teacher(
     config = CONFIG_MAPPING[model_type](
         **settings, bos_token_id=0, eos_token_id=1, pad_token_id=None
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others do not support float64
     offset = FAMILIES[model_type].gain_offset

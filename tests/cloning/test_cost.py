@@ -22,7 +22,7 @@ OBJECTIVES = [
     ObjectiveSection(kl_weight=0, clone=CloneTerms(o=False)),
 ]
 
-MAMBA = ("granitemoehybrid", "nemotron_h")
+MAMBA = ("falcon_h1", "granitemoehybrid", "nemotron_h")
 """Families with Mamba layers."""
 
 LENGTH = CHUNK

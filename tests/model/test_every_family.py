@@ -219,6 +219,21 @@ def test_experts_that_read_a_latent() -> None:
     assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
 
 
+def test_experts_beside_an_ffn_of_their_own_module() -> None:
+    """As in Granite 4: both read the same norm, and their outputs are added."""
+    teacher = tiny_teacher("granitemoehybrid", num_local_experts=4, num_experts_per_tok=2)
+    assert {"down", "shared_gate_up", "shared_down"} <= set(teacher.layout.names())
+    ids = tiny_tokens(24)
+    method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
+    initialize_from_text(method, "closed-form", ids, refine_epochs=1)
+    assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
+    fewer = tiny_method(teacher, {"hidden_size": HIDDEN, "experts": 2})
+    initialize_from_text(fewer, "closed-form", ids)
+    agreement = measure_agreement(teacher, fewer.student(), [Batch(ids)])
+    assert fewer.student().config.num_local_experts == 2
+    assert agreement.kl < 0.5
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_last_hidden_state_gives_the_logits(family: str) -> None:
     teacher, ids = tiny_teacher(family), tiny_tokens(2)
@@ -376,7 +391,7 @@ def test_every_linear_map_has_a_clone_term(family: str) -> None:
             },
             "longrope",
         ),
-        ("granitemoehybrid", {"num_local_experts": 4}, "experts"),
+        ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "experts"),
     ],
 )
 def test_what_cannot_be_cloned_is_refused(

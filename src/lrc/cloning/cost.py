@@ -37,16 +37,20 @@ def token_weights(model: PreTrainedModel) -> dict[str, float]:
     }
 
 
+MIXER_WRITERS = ("o", "out_proj")
+"""The writers of the blocks that mix tokens."""
+
+
 def mixing(model: PreTrainedModel, sequence: int) -> tuple[float, float]:
     """Operations per token of a forward pass that mix tokens: those of attention, which computes
     only the scores that it uses, and those of gated delta nets and Mamba layers."""
     layout, config = layout_of(model), model.config
     attention = recurrence = 0.0
-    for layer in range(layout.num_layers):
-        if "o" not in layout.branches[layer][0].writers:
-            continue  # nothing in it mixes tokens
-        block = model.get_submodule(layout.attention(layer))
-        values = model.get_submodule(layout.linear(LinearSite(layer, "o"))).weight.shape[1]
+    mixers = [site for site in layout.sites() if site.name in MIXER_WRITERS]
+    for site in mixers:
+        path = layout.linear(site)
+        block = model.get_submodule(path.rpartition(".")[0])
+        values = model.get_submodule(path).weight.shape[1]
         if hasattr(block, "head_v_dim"):
             keys, values = block.head_k_dim, block.head_v_dim
             products = 3 * CHUNK * keys + 2 * CHUNK * values + 3 * keys * values
@@ -60,7 +64,7 @@ def mixing(model: PreTrainedModel, sequence: int) -> tuple[float, float]:
         keys = values
         if hasattr(block, "kv_b_proj"):  # latent attention, whose heads differ in width
             keys = config.num_attention_heads * config.qk_head_dim
-        attention += 2 * seen_keys(config, layer, sequence) * (keys + values)
+        attention += 2 * seen_keys(config, site.layer, sequence) * (keys + values)
     return attention, recurrence
 
 

@@ -59,6 +59,7 @@ def by_layer(config: Any) -> dict[str, list[Any]]:
         for name, values in vars(config).items()
         if isinstance(values, list)
         and len(values) == config.num_hidden_layers
+        and "layer" in name
         and name != "mlp_only_layers"  # indices of layers
     }
 

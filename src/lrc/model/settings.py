@@ -34,7 +34,8 @@ NEEDED = (
     "intermediate_size",
     "vocab_size",
 )
-"""Required sizes. If one is missing, transformers uses another model's value."""
+"""Required sizes. If one is missing, transformers uses another model's value. A width of experts
+stands for that of FFNs, which some models with experts do not have."""
 
 POSITIVE = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
 """Numbers that must be finite and positive if they are given."""
@@ -104,7 +105,8 @@ def size_problems(config: dict[str, Any], needed: Sequence[str] = NEEDED) -> Ite
     for name, largest in LIMITS.items():
         value = config.get(name)
         if value is None:
-            if name in needed:
+            experts = name == "intermediate_size" and "moe_intermediate_size" in config
+            if name in needed and not experts:
                 yield f"{name} is missing"
         elif isinstance(value, bool) or not isinstance(value, int):
             yield f"{name} is {_shown(value)}, not a whole number"

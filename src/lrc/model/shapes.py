@@ -54,15 +54,20 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 def _widths(config: Any) -> dict[str, str | int]:
     """The widths of dense FFNs and of experts, and the number of experts."""
-    family = FAMILIES.get(config.model_type)
-    width = getattr(config, family.neurons if family else "intermediate_size", "unknown")
+    family, name = FAMILIES.get(config.model_type), "intermediate_size"
+    dense = family.neurons if family else name
+    width = getattr(config, dense, None)
     if not (count := expert_count(config)):
-        return {"FFN width": width}
-    found = {"experts": count, "experts of a token": config.num_experts_per_tok}
-    own = getattr(config, "moe_intermediate_size", None)
-    if own is None:  # every FFN is a mixture
-        return {**found, "expert width": width}
-    return {"FFN width": width, **found, "expert width": own}
+        return {"FFN width": width or "unknown"}
+    experts = getattr(config, f"moe_{name}", None)
+    if experts is None and dense == name:  # every FFN is a mixture
+        experts, width = width, None
+    return {
+        **({"FFN width": width} if width else {}),
+        "experts": count,
+        "experts of a token": config.num_experts_per_tok,
+        "expert width": experts or getattr(config, name, "unknown"),
+    }
 
 
 def expert_setting(config: Any) -> str | None:

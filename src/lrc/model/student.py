@@ -191,8 +191,12 @@ def build_student(teacher: Teacher, student: StudentSection) -> PreTrainedModel:
 
 
 def copy_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Copy what is saved with a module but is not trained, such as the bias of a router."""
-    saved = target.state_dict(keep_vars=True)
-    for name, buffer in target.named_buffers():
-        if name in saved:
-            buffer.copy_(source.get_buffer(name))
+    """Copy what is saved with a module but is not trained, such as the bias of a router, and what a
+    model has given to its layers, such as the scales of Falcon-H1."""
+    saved, own = target.state_dict(keep_vars=True), dict(target.named_buffers())
+    for name, buffer in source.named_buffers():
+        if name not in own:
+            path, _, attribute = name.rpartition(".")
+            target.get_submodule(path).register_buffer(attribute, buffer, persistent=False)
+        elif name in saved:
+            own[name].copy_(buffer)

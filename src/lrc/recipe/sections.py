@@ -215,6 +215,8 @@ class CloneTerms(Section):
     """Rate and decay of a delta net, of one matrix."""
     in_proj: bool = True
     """What a Mamba layer reads from its input: gate, values, B, C and time steps of one matrix."""
+    out_proj: bool = True
+    """Outputs of a Mamba layer beside the attention."""
     q_a: bool = True
     """The latent of the queries."""
     kv_a: bool = True
@@ -227,6 +229,8 @@ class CloneTerms(Section):
     """Gate pre-activations of a shared expert."""
     shared_up: bool = True
     """Up pre-activations of a shared expert."""
+    shared_gate_up: bool = True
+    """Gate and up pre-activations of a shared expert, of one matrix."""
     shared_router: bool = True
     """The weight of a shared expert before its sigmoid."""
     shared_down: bool = True

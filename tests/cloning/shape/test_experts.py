@@ -30,7 +30,18 @@ from tiny_runs import copy_until, tiny_documents, tiny_recipe
 
 NUMBER = 8
 SETTINGS = {
+    "afmoe": "num_experts",
+    "deepseek_v2": "n_routed_experts",
+    "dots1": "n_routed_experts",
     "ernie4_5_moe": "moe_num_experts",
+    "exaone_moe": "num_experts",
+    "granitemoe": "num_local_experts",
+    "granitemoeshared": "num_local_experts",
+    "hunyuan_v1_moe": "num_experts",
+    "hy_v3": "num_experts",
+    "mellum": "num_experts",
+    "minimax_m2": "num_local_experts",
+    "solar_open": "n_routed_experts",
     "mixtral": "num_local_experts",
     "gpt_oss": "num_local_experts",
     "deepseek_v3": "n_routed_experts",
@@ -79,6 +90,7 @@ def with_experts(model: PreTrainedModel, keep: list[int]) -> PreTrainedModel:
     state = model.state_dict()
     for name, value in state.items():
         routed = any(f".{part}." in name for part in ("gate", "router", "experts"))
+        routed |= name.endswith(("correction_bias", "expert_bias"))
         if routed and NUMBER in value.shape[:2]:
             state[name] = value[keep] if len(value) == NUMBER else value[:, keep]
     smaller.load_state_dict(state)
@@ -110,7 +122,7 @@ def test_identity_projections_give_the_teacher_without_some_experts(family: str)
     torch.testing.assert_close(logits(student, ids), logits(expected, ids))
     own = student.state_dict()
     for name, value in expected.state_dict().items():
-        if "correction_bias" in name or "router.bias" in name:
+        if name.endswith(("correction_bias", "router.bias", "expert_bias")):
             assert torch.equal(own[name], value), name
 
 

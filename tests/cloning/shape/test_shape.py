@@ -54,6 +54,16 @@ AXES: dict[str, dict[str, Any]] = {
 }
 WIDTHS = dict.fromkeys(AXES, "have different widths")
 REFUSED: dict[str, dict[str, str]] = {
+    "afmoe": {"heads": "self_attn.gate_proj of afmoe"},
+    "falcon_h1": {"heads": "self_attn.q_proj of falcon_h1"},
+    "granitemoeshared": {"neurons": "No layer of this granitemoeshared model"},
+    "granitemoe": {"neurons": "No layer of this granitemoe model"},
+    "hunyuan_v1_moe": {"neurons": "No layer of this hunyuan_v1_moe model"},
+    "minimax_m2": {
+        "neurons": "No layer of this minimax_m2 model",
+        "heads": "self_attn.q_norm of minimax_m2",
+    },
+    "solar_open": {"neurons": "No layer of this solar_open model"},
     "qwen2_moe": {"neurons": "No layer of this qwen2_moe model"},
     "olmo_hybrid": {"heads": "linear_attn.v_proj of olmo_hybrid"},
     "qwen3_moe": {"neurons": "No layer of this qwen3_moe model has a dense FFN"},
@@ -67,6 +77,7 @@ REFUSED: dict[str, dict[str, str]] = {
     "olmo3": {"heads": "self_attn.q_norm of olmo3"},
     "granite_swa": {"heads": "self_attn of granite_swa"},
     "mixtral": {"neurons": "No layer of this mixtral model"},
+    "deepseek_v2": {"heads": "self_attn.q_a_proj of deepseek_v2"},
     "deepseek_v3": {"heads": "self_attn.q_a_proj of deepseek_v3"},
     "youtu": {"heads": "self_attn.q_a_proj of youtu"},
     "glm4_moe_lite": {"heads": "self_attn.q_a_proj of glm4_moe_lite"},

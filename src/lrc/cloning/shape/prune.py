@@ -156,6 +156,7 @@ class _Pruner:
         weight = writer.get_parameter("weight").to(calibration.dtype)
         bias = getattr(writer, "bias", None)
         offset = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(calibration.dtype)
+        scale = branch.writer_scale * branch.output_scale
 
         def rows(start: int, stop: int | None, kept: Tensor | None) -> Iterator[Rows]:
             for part in calibration.batches(start, stop):
@@ -166,7 +167,8 @@ class _Pruner:
                 else:
                     wanted, weights = target.lacking(calibration, part, self.stream[part])
                     wanted = wanted / target.residual_scale
-                yield ours.flatten(0, 1), (wanted - offset).flatten(0, 1), weights.flatten(0, 1)
+                wanted = wanted / scale - offset
+                yield ours.flatten(0, 1), wanted.flatten(0, 1), weights.flatten(0, 1)
 
         solved_on, columns = calibration.solved_on, None
         units = self.pruned.units(index, branch)
@@ -185,7 +187,7 @@ class _Pruner:
         ).to(calibration.dtype)
         for part in calibration.batches():
             ours = inputs[part] if columns is None else inputs[part][..., columns]
-            written[part] = ours @ solved + offset
+            written[part] = scale * (ours @ solved + offset)
         return solved.T
 
     def _named(self, branch: Branch) -> bool:

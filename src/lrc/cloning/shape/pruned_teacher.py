@@ -78,12 +78,7 @@ class PrunedTeacher(Teacher):
         value = self.original.parameter(theirs)
         if layer is None:
             return value
-        rows, columns = self._slices_of(layer, inside.rpartition(".")[0])
-        if rows is not None:
-            value = value[rows.to(value.device)]
-        if columns is not None and value.ndim > 1:
-            value = value[:, columns.to(value.device)]
-        return value
+        return self._kept_of(layer, inside, value)
 
     def _place(self, name: str) -> tuple[int | None, str, str]:
         """The layer of a parameter, None if it is in none, its name in the whole teacher, and the
@@ -118,15 +113,39 @@ class PrunedTeacher(Teacher):
         groups, neurons = self.kept.groups[layer], self.kept.neurons[layer]
         return unit_slices(self.original.config, site.name, groups, neurons)
 
-    def _slices_of(self, layer: int, path: str) -> tuple[Tensor | None, Tensor | None]:
+    def _kept_of(self, layer: int, name: str, value: Tensor) -> Tensor:
+        """The kept part of a parameter or buffer of a layer of the whole teacher, by the name that
+        it has inside the layer."""
+        rows, columns = self._slices_of(layer, name, value)
+        if rows is not None:
+            value = value[rows.to(value.device)]
+        if columns is not None and value.ndim > 1:
+            value = value[:, columns.to(value.device)]
+        return value
+
+    def _slices_of(
+        self, layer: int, name: str, value: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The kept rows and columns of a parameter or buffer of the whole teacher; None: all."""
+        path = name.rpartition(".")[0]
         for branch in self.layout.branches[layer]:
-            for name, linear in branch.linears.items():
-                if module_of(linear) == path:
-                    return self.slices(LinearSite(layer, name))
-                if name == ROUTER and path.startswith(f"{module_of(linear)}."):
-                    experts, _ = self.slices(LinearSite(layer, name))
-                    return None, experts  # a bias [1, experts]
+            for linear, place in branch.linears.items():
+                if module_of(place) == path:
+                    return self.slices(LinearSite(layer, linear))
+            if branch.has_experts and name.startswith(f"{branch.block}."):
+                experts = self.slices(LinearSite(layer, ROUTER))[0]
+                own = _tensor(self.model, f"{self.layout.layer(layer)}.{name}")
+                differs = [a != b for a, b in zip(own.shape, value.shape, strict=True)]
+                if any(differs):  # a bias of the router, in a shape and place of the family
+                    return (experts, None) if differs[0] else (None, experts)
         return None, None
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    """A parameter or buffer of a model."""
+    path, _, attribute = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(path), attribute)
+    return found
 
 
 def has_neurons(branch: Branch) -> bool:
@@ -212,12 +231,7 @@ def set_buffers(pruned: PrunedTeacher, layer: int) -> None:
     theirs = original.model.get_submodule(original.layout.layer(pruned.kept.layers[layer]))
     for name, buffer in theirs.named_buffers():
         path, _, attribute = name.rpartition(".")
-        rows, _ = pruned._slices_of(layer, path)
-        setattr(
-            own.get_submodule(path),
-            attribute,
-            buffer if rows is None else buffer[rows.to(buffer.device)],
-        )
+        setattr(own.get_submodule(path), attribute, pruned._kept_of(layer, name, buffer))
 
 
 def solved_writers(pruned: PrunedTeacher) -> list[str]:
@@ -250,7 +264,7 @@ def check_pruned(pruned: PrunedTeacher) -> None:
     whole, family = pruned.original, pruned.family.model_type
     before, after = shape_of_config(whole.config), shape_of_config(pruned.config)
     branches = [branch for every in pruned.layout.branches for branch in every]
-    if after.neurons < before.neurons and not any(map(has_neurons, branches)):
+    if after.neurons != before.neurons and not any(map(has_neurons, branches)):
         raise UserError(
             f"No layer of this {family} model has a dense FFN: leave student.intermediate_size "
             "empty."
@@ -283,7 +297,7 @@ def check_pruned(pruned: PrunedTeacher) -> None:
             )
         for name, parameter in own.named_parameters():
             stored = theirs.get_parameter(name)
-            rows, columns = pruned._slices_of(layer, name.rpartition(".")[0])
+            rows, columns = pruned._slices_of(layer, name, stored)
             shape = list(stored.shape)
             if rows is not None:
                 shape[0] = len(rows)

@@ -258,7 +258,8 @@ class Calibration:
         states = torch.zeros(1, self.ids.shape[1], width, dtype=self.dtype, device=self.ids.device)
         self.run_student(layer, index, states)
         hook.remove()
-        return Block(module, *calls[0])
+        other = None if branch.other is None else self.block(layer, index, branch.other)
+        return Block(module, *calls[0], branch.input_scale, branch.output_scale, other)
 
     def student_layer(self, index: int) -> nn.Module:
         """A decoder layer of the student with gains of 1. What is not projected is the teacher's.
@@ -367,6 +368,12 @@ class Block:
     """The positional arguments. If there are any, the first is the residual stream."""
     kwargs: dict[str, Any]
     """The others."""
+    input_scale: float = 1.0
+    """Factor of what it reads."""
+    output_scale: float = 1.0
+    """Factor of what it writes."""
+    other: "Block | None" = None
+    """A second one, whose output is added."""
 
     def __call__(self, states: Tensor, weights: Mapping[str, Tensor] | None = None) -> Tensor:
         """What the block writes, [b, length, d].
@@ -375,10 +382,13 @@ class Block:
             states: what it reads, [b, length, d].
             weights: values for some parameters, by their names in the block.
         """
+        read = states if self.input_scale == 1 else states * self.input_scale
         if self.args:
-            args, kwargs = (states, *self.args[1:]), self.kwargs
+            args, kwargs = (read, *self.args[1:]), self.kwargs
         else:
-            args, kwargs = (), {**self.kwargs, "hidden_states": states}
+            args, kwargs = (), {**self.kwargs, "hidden_states": read}
         output = functional_call(self.module, dict(weights or {}), args, kwargs)
         written: Tensor = output[0] if isinstance(output, tuple) else output
-        return written
+        if self.output_scale != 1:
+            written = written * self.output_scale
+        return written if self.other is None else written + self.other(states)

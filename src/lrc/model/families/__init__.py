@@ -6,30 +6,42 @@ Nothing else in the project asks which family it works on. To add a family, writ
 
 from typing import Any
 
+from lrc.model.families.afmoe import AFMOE
 from lrc.model.families.apertus import APERTUS
 from lrc.model.families.arcee import ARCEE
 from lrc.model.families.base import Branch, Family
 from lrc.model.families.cwm import CWM
+from lrc.model.families.deepseek_v2 import DEEPSEEK_V2
 from lrc.model.families.deepseek_v3 import DEEPSEEK_V3
+from lrc.model.families.dots1 import DOTS1
 from lrc.model.families.ernie4_5 import ERNIE4_5
 from lrc.model.families.ernie4_5_moe import ERNIE4_5_MOE
 from lrc.model.families.exaone import EXAONE
 from lrc.model.families.exaone4 import EXAONE4
+from lrc.model.families.exaone_moe import EXAONE_MOE
+from lrc.model.families.falcon_h1 import FALCON_H1
 from lrc.model.families.gemma import GEMMA
 from lrc.model.families.gemma2 import GEMMA2
 from lrc.model.families.gemma3 import GEMMA3
 from lrc.model.families.gemma4 import GEMMA4, GEMMA4_UNIFIED
+from lrc.model.families.glm import GLM
 from lrc.model.families.glm4 import GLM4
 from lrc.model.families.glm4_moe import GLM4_MOE
 from lrc.model.families.glm4_moe_lite import GLM4_MOE_LITE
 from lrc.model.families.gpt_oss import GPT_OSS
 from lrc.model.families.granite import GRANITE
 from lrc.model.families.granite_swa import GRANITE_SWA
+from lrc.model.families.granitemoe import GRANITEMOE
 from lrc.model.families.granitemoehybrid import GRANITEMOEHYBRID
+from lrc.model.families.granitemoeshared import GRANITEMOESHARED
 from lrc.model.families.hunyuan_v1_dense import HUNYUAN_V1_DENSE
+from lrc.model.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
+from lrc.model.families.hy_v3 import HY_V3
 from lrc.model.families.hyperclovax import HYPERCLOVAX
 from lrc.model.families.internlm3 import INTERNLM3
 from lrc.model.families.llama import LLAMA
+from lrc.model.families.mellum import MELLUM
+from lrc.model.families.minimax_m2 import MINIMAX_M2
 from lrc.model.families.ministral import MINISTRAL
 from lrc.model.families.ministral3 import MINISTRAL3
 from lrc.model.families.mistral import MISTRAL
@@ -48,6 +60,7 @@ from lrc.model.families.qwen3_moe import QWEN3_MOE
 from lrc.model.families.qwen3_next import QWEN3_NEXT
 from lrc.model.families.seed_oss import SEED_OSS
 from lrc.model.families.smollm3 import SMOLLM3
+from lrc.model.families.solar_open import SOLAR_OPEN
 from lrc.model.families.youtu import YOUTU
 from lrc.system.errors import UserError
 
@@ -76,25 +89,38 @@ _FAMILIES = (
     OLMO_HYBRID,
     GRANITE,
     GRANITE_SWA,
+    GRANITEMOE,
+    GRANITEMOESHARED,
     GRANITEMOEHYBRID,
     MIXTRAL,
+    MINIMAX_M2,
+    MELLUM,
     DEEPSEEK_V3,
+    DEEPSEEK_V2,
     YOUTU,
+    GLM,
     GLM4,
     GLM4_MOE,
     GLM4_MOE_LITE,
+    DOTS1,
+    SOLAR_OPEN,
+    AFMOE,
     EXAONE,
     EXAONE4,
+    EXAONE_MOE,
     INTERNLM3,
     ERNIE4_5,
     ERNIE4_5_MOE,
     SEED_OSS,
     HUNYUAN_V1_DENSE,
+    HUNYUAN_V1_MOE,
+    HY_V3,
     APERTUS,
     ARCEE,
     CWM,
     HYPERCLOVAX,
     NEMOTRON_H,
+    FALCON_H1,
 )
 
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _FAMILIES}

@@ -61,6 +61,19 @@ class Branch:
     after: str | None = None
     """Path of an RMSNorm after the block."""
 
+    input_scale: float = 1.0
+    """Factor of norm(x) before the block."""
+
+    output_scale: float = 1.0
+    """Factor of the block's output."""
+
+    writer_scale: float = 1.0
+    """Factor of its writer's output inside the block."""
+
+    other: "Branch | None" = None
+    """A second block that reads norm(x), and whose output is added to the first one's. The readers
+    and writers of both are this branch's."""
+
     @property
     def linears(self) -> dict[str, LinearMap]:
         """Readers and writers."""
@@ -70,6 +83,16 @@ class Branch:
     def has_experts(self) -> bool:
         """Whether some linear maps are stacked experts."""
         return any(isinstance(linear, Experts) for linear in self.linears.values())
+
+
+def side_by_side(branch: Branch, other: Branch) -> Branch:
+    """A branch of two blocks, which read the same norm(x) and whose outputs are added."""
+    return replace(
+        branch,
+        readers={**branch.readers, **other.readers},
+        writers={**branch.writers, **other.writers},
+        other=other,
+    )
 
 
 ATTENTION = Branch(

@@ -2,19 +2,14 @@
 
 from dataclasses import replace
 
-from lrc.model.families.base import ATTENTION, Branch, Family, always
+from lrc.model.families.base import ATTENTION, Family, always
+from lrc.model.families.phi3 import FFN
 
 GLM4 = Family(
     "glm4",
     gguf="glm4",
     branches=always(
         replace(ATTENTION, after="post_self_attn_layernorm"),
-        Branch(
-            "mlp",
-            {"gate_up": "mlp.gate_up_proj"},
-            {"down": "mlp.down_proj"},
-            "post_attention_layernorm",
-            after="post_mlp_layernorm",
-        ),
+        replace(FFN, after="post_mlp_layernorm"),
     ),
 )

@@ -1,10 +1,12 @@
-"""Granite 4 without experts: Mamba 2 or attention, and an FFN with names of its own."""
+"""Granite 4: Mamba 2 or attention, and an FFN with names of its own, with experts beside it in some
+models."""
 
 from dataclasses import replace
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, LINEAR, Branch, Family, is_linear
+from lrc.model.families.base import ATTENTION, LINEAR, Branch, Family, is_linear, side_by_side
 from lrc.model.families.granite import GRANITE
+from lrc.model.families.granitemoe import EXPERTS
 
 MAMBA = Branch("mamba", {"in_proj": "mamba.in_proj"}, {"o": "mamba.out_proj"}, ATTENTION.norm)
 FFN = Branch(
@@ -13,11 +15,20 @@ FFN = Branch(
     {"down": "shared_mlp.output_linear"},
     "post_attention_layernorm",
 )
+SHARED = side_by_side(
+    EXPERTS,
+    replace(
+        FFN,
+        readers={"shared_gate_up": FFN.readers["gate_up"]},
+        writers={"shared_down": FFN.writers["down"]},
+    ),
+)
 
 
 def branches(config: Any, layer: int) -> tuple[Branch, Branch]:
     """The branches of a layer."""
-    return MAMBA if is_linear(config, layer) else ATTENTION, FFN
+    mixer = MAMBA if is_linear(config, layer) else ATTENTION
+    return mixer, SHARED if config.num_local_experts else FFN
 
 
 def hidden_sizes(config: Any) -> list[int] | None:
@@ -47,8 +58,5 @@ GRANITEMOEHYBRID: Family = replace(
     neurons="shared_intermediate_size",
     hidden_sizes=hidden_sizes,
     set_hidden_size=set_hidden_size,
-    unsupported=lambda config: (
-        "experts beside an FFN of another module" if config.num_local_experts else None
-    ),
     keeps_documents_apart=False,
 )

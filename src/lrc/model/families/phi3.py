@@ -3,7 +3,10 @@
 from dataclasses import replace
 from typing import Any
 
-from lrc.model.families.base import ATTENTION, FFN, Family, always
+from lrc.model.families import base
+from lrc.model.families.base import ATTENTION, Family, always
+
+FFN = replace(base.FFN, readers={"gate_up": "mlp.gate_up_proj"})
 
 
 def unsupported(config: Any) -> str | None:
@@ -16,8 +19,5 @@ PHI3 = Family(
     "phi3",
     gguf="llama",
     unsupported=unsupported,
-    branches=always(
-        replace(ATTENTION, readers={"qkv": "self_attn.qkv_proj"}),
-        replace(FFN, readers={"gate_up": "mlp.gate_up_proj"}),
-    ),
+    branches=always(replace(ATTENTION, readers={"qkv": "self_attn.qkv_proj"}), FFN),
 )
