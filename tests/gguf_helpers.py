@@ -79,6 +79,11 @@ GGUF_QUIRKS: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 8},
     "glm4_moe": {"head_dim": 8, "use_qk_norm": True, "routed_scaling_factor": 1.5},
     "cwm": {"sliding_window": 60},
+    "glm4_moe_lite": {"rms_norm_eps": 1e-6},
+    "granitemoehybrid": {"mamba_expand": 1, "mamba_d_head": "auto"},
+    "nemotron_h": {"layer_types": ["linear_attention", "moe", "full_attention"]},
+    "dots1": {"num_key_value_heads": 2},
+    "afmoe": {"num_hidden_layers": 4, "layer_types": None},
 }
 """What llama.cpp needs besides `tiny.QUIRKS`: no window that it does not compute, and an even
 number of rotated rows."""

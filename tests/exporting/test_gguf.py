@@ -55,6 +55,7 @@ PARTS = {
 }
 """llama.cpp's names of the parts of a layer, written out."""
 
+NO_FFN = GGUF_QUIRKS["nemotron_h"]
 PARTIAL = {"rope_parameters": PARTIAL_ROPE, "head_dim": 8}
 
 ABOUT = About("tiny", "mit", "maker/teacher", ("low-rank-clone",))
@@ -287,8 +288,8 @@ def test_every_number_of_every_family_is_written_once(
     written = sum(v.size for n, v in values.items() if n != "output.weight")
     assert written == sum(v.numel() for v in stored)
     fields = read_fields(tmp_path / "t.gguf")
-    architecture = FAMILIES[family].gguf
-    assert fields["general.architecture"] == architecture
+    architecture = fields["general.architecture"]
+    assert architecture.removesuffix("_moe") == FAMILIES[family].gguf
     assert fields[f"{architecture}.attention.key_length"] != 8 // HEADS
 
 
@@ -330,6 +331,28 @@ def test_families_that_llama_cpp_cannot_take(family: str, tokenizer: Any, tmp_pa
         ("deepseek_v3", {"rope_interleave": False}, "rope_interleave"),
         ("deepseek_v3", {"num_hidden_layers": 26}, "q_lora_rank"),
         ("deepseek_v3", {"rope_parameters": YARN}, "mscale"),
+        ("deepseek_v2", {"topk_method": "group_limited_greedy"}, "groups of the best one"),
+        ("dots1", {}, "fewer heads"),
+        ("exaone_moe", {"mlp_layer_types": ["sparse", "dense"]}, "dense layers between"),
+        ("ernie4_5_moe", {"num_hidden_layers": 3, "moe_layer_interval": 2}, "dense layers between"),
+        ("afmoe", {}, "all but every fourth"),
+        ("afmoe", {**GGUF_QUIRKS["afmoe"], "mup_enabled": False}, "without a scale"),
+        ("granitemoehybrid", {}, "twice the hidden size"),
+        (
+            "granitemoehybrid",
+            {
+                "layer_types": ["full_attention"] * 2,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+                "position_embedding_type": None,
+            },
+            "no rotary embedding",
+        ),
+        ("nemotron_h", {"layer_types": ["full_attention", "mlp"]}, "no Mamba layer"),
+        ("falcon_h1", {"time_step_limit": (0.0, 0.1)}, "bounded"),
+        ("falcon_h1", {"mamba_rms_norm": True}, "before the gate"),
+        ("nemotron_h", {}, "dense layers beside"),
+        ("nemotron_h", {**NO_FFN, "moe_latent_size": 5}, "latent"),
         ("granite_swa", {"layer_rope_theta": [10000.0, 5000.0]}, "several bases"),
         ("qwen3", {"rope_parameters": {**YARN, "beta_fast": 16}}, "beta_fast"),
         ("qwen3", {"rope_parameters": LLAMA3_ROPE}, "llama3"),
@@ -343,6 +366,18 @@ def test_models_that_their_architecture_cannot_take(
     with pytest.raises(UserError, match=words):
         write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F32, ABOUT)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_bound_of_time_steps_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("nemotron_h", tokenizer, **NO_FFN)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    assert any("time steps" in note for note in notes)
+
+
+def test_the_epsilon_of_latents_is_told(tokenizer: Any, tmp_path: Path) -> None:
+    student = tiny_student("glm4_moe_lite", tokenizer, rms_norm_eps=1e-5)
+    notes = write_gguf(student, tokenizer, tmp_path / "t.gguf", Kind.F16, ABOUT)
+    assert any("epsilon 1e-05" in note for note in notes)
 
 
 def test_the_ramp_of_yarn_is_told(tokenizer: Any, tmp_path: Path) -> None:

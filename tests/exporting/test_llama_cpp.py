@@ -80,6 +80,26 @@ CASES = [
             "-alpha",
         ),
         ("granite_swa", False, {"layer_rope_theta": [10000.0, 0]}, "-some-rope"),
+        *(
+            ("granitemoehybrid", False, {**GGUF_QUIRKS["granitemoehybrid"], **changes}, name)
+            for changes, name in (
+                ({"num_local_experts": 4, "num_experts_per_tok": 2}, "-experts"),
+                ({"layer_types": ["full_attention"] * 2}, "-attention"),
+                ({"position_embedding_type": None}, "-no-rope"),
+            )
+        ),
+        (
+            "falcon_h1",
+            False,
+            {"mamba_rms_norm": True, "mamba_norm_before_gate": False},
+            "-norm",
+        ),
+        (
+            "nemotron_h",
+            False,
+            {"layer_types": ["linear_attention", "mlp", "full_attention"]},
+            "-dense",
+        ),
         # llama.cpp takes these for the 27B models, whose attention it scales otherwise.
         ("gemma2", True, {"num_hidden_layers": 46, "layer_types": None}, "-27b"),
         ("gemma3_text", True, {"num_hidden_layers": 62, "layer_types": None}, "-27b"),

@@ -12,13 +12,18 @@ from gguf import ExpertGatingFuncType, GGUFWriter
 from transformers import PreTrainedModel
 
 from lrc.model.families import family_of
-from lrc.model.shapes import expert_count, head_dim_of, layers_differ
+from lrc.model.families.base import LINEAR
+from lrc.model.pruned_shape import expert_groups
+from lrc.model.shapes import attention_layers, expert_count, head_dim_of, layers_differ
 from lrc.system.errors import UserError
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
 ATTENTION = QKV | {"attn_output"}
 ALL = ATTENTION | {"ffn_gate", "ffn_up", "ffn_down"}
 """Tensors of linear maps that may have a bias."""
+
+RECURRENT = ("granitehybrid", "nemotron_h")
+"""What runs families whose layers without heads of keys and values have Mamba or an FFN."""
 
 XIELU = ("alpha_n", "alpha_p", "beta", "eps")
 """The numbers of Apertus' activation, one of each in a layer."""
@@ -79,14 +84,19 @@ def check_runs(config: Any) -> tuple[str, Architecture]:
         UserError: if none does.
     """
     family = family_of(config.model_type)
-    if (name := family.gguf) is None:
+    if family.gguf is None:
         raise UserError(
             f"No GGUF file can be written of {family.model_type} models (docs/families.md says "
             "why): export to a folder, for transformers or for vLLM with --model-impl transformers."
         )
+    name = VARIANTS.get(family.gguf, lambda _config: str(family.gguf))(config)
     architecture = ARCHITECTURES[name]
     reason = architecture.refuses(config)
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    activation = next(
+        found
+        for setting in ("hidden_activation", "mlp_hidden_act", "hidden_act")
+        if (found := getattr(config, setting, None))
+    )
     if activation != architecture.activation:
         reason = f"the activation {activation}, only with {architecture.activation}"
     if architecture.head == "tied" and not config.tie_word_embeddings:
@@ -108,7 +118,7 @@ def add_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architec
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(ffn_width(config))
     writer.add_head_count(config.num_attention_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(getattr(config, family_of(config.model_type).norm_eps))
     if not architecture.latent:
         writer.add_head_count_kv(kv_heads(config))
         writer.add_key_length(head_dim)
@@ -118,16 +128,37 @@ def add_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architec
     architecture.settings(writer, model)
 
 
-def ffn_width(config: Any) -> int:
-    """The width of the dense FFN, or of an expert if there is none."""
-    return int(getattr(config, "intermediate_size", None) or config.moe_intermediate_size)
+def ffn_width(config: Any) -> int | list[int]:
+    """The width of the dense FFN, or of an expert if there is none; of each layer if some layers
+    have neither."""
+    family = family_of(config.model_type)
+    width = int(getattr(config, family.neurons, None) or config.moe_intermediate_size)
+    if family.neurons != "intermediate_size" and expert_count(config):
+        width = expert_width(config)
+    kinds = [family.branches(config, layer) for layer in range(config.num_hidden_layers)]
+    if all(len(branches) > 1 for branches in kinds):
+        return width
+    return [
+        (expert_width(config) if branches[0].has_experts else width)
+        if any("down" in name for name in branches[0].writers)
+        else 0
+        for branches in kinds
+    ]
+
+
+def expert_width(config: Any) -> int:
+    """The width of an expert."""
+    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
 
 
 def kv_heads(config: Any) -> int | list[int]:
     """The number of heads of keys and values; of each layer if layers differ."""
     if layers_differ(config):
         return [int(layer.num_key_value_heads) for layer in config.per_layer_config]
-    return int(config.num_key_value_heads)
+    heads, attention = int(config.num_key_value_heads), attention_layers(config)
+    if family_of(config.model_type).gguf not in RECURRENT:
+        return heads
+    return [heads if layer in attention else 0 for layer in range(config.num_hidden_layers)]
 
 
 def sliding_layers(config: Any) -> list[bool]:
@@ -154,8 +185,7 @@ def _add_experts(writer: GGUFWriter, config: Any) -> None:
         return
     writer.add_expert_count(count)
     writer.add_expert_used_count(config.num_experts_per_tok)
-    width = getattr(config, "moe_intermediate_size", None) or config.intermediate_size
-    writer.add_expert_feed_forward_length(width)
+    writer.add_expert_feed_forward_length(expert_width(config))
     if shared := getattr(config, "shared_expert_intermediate_size", None):
         writer.add_expert_shared_feed_forward_length(shared)
 
@@ -200,6 +230,12 @@ def granite_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
     writer.add_embedding_scale(config.embedding_multiplier)
     writer.add_residual_scale(config.residual_multiplier)
     writer.add_logit_scale(config.logits_scaling)
+    writer.add_rope_scaling_finetuned(rotates(config))
+
+
+def rotates(config: Any) -> bool:
+    """Whether a Granite model has a rotary embedding."""
+    return bool(getattr(config, "position_embedding_type", "rope") == "rope")
 
 
 def granite_swa_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
@@ -215,16 +251,55 @@ def mistral3_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
         writer.add_attn_temperature_scale(scale)
 
 
-def sigmoid_experts(writer: GGUFWriter, model: PreTrainedModel) -> None:
-    """DeepSeek V3's router, some dense layers before, and a shared expert."""
+def sigmoid_experts(
+    writer: GGUFWriter, model: PreTrainedModel, gating: ExpertGatingFuncType | None = None
+) -> None:
+    """DeepSeek V3's router, some dense layers before, and a shared expert. Others have other names
+    for its settings."""
     config = model.config
-    writer.add_leading_dense_block_count(config.first_k_dense_replace)
-    writer.add_expert_shared_count(config.n_shared_experts)
-    writer.add_expert_weights_scale(config.routed_scaling_factor)
-    writer.add_expert_weights_norm(config.norm_topk_prob)
-    writer.add_expert_gating_func(ExpertGatingFuncType.SIGMOID)
-    writer.add_expert_group_count(config.n_group)
-    writer.add_expert_group_used_count(config.topk_group)
+
+    def first(default: Any, *names: str) -> Any:
+        return next((getattr(config, name) for name in names if hasattr(config, name)), default)
+
+    shared = first(0, "n_shared_experts", "num_shared_experts")
+    writer.add_leading_dense_block_count(experts_of_layers(config).index(True))
+    writer.add_expert_shared_count(shared)
+    width = first(shared * expert_width(config), "moe_shared_expert_intermediate_size")
+    writer.add_expert_shared_feed_forward_length(width)
+    writer.add_expert_weights_scale(first(1.0, "routed_scaling_factor", "route_scale"))
+    writer.add_expert_weights_norm(first(True, "norm_topk_prob"))
+    writer.add_expert_gating_func(gating or ExpertGatingFuncType.SIGMOID)
+    if (groups := expert_groups(config)) > 1:
+        writer.add_expert_group_count(groups)
+        writer.add_expert_group_used_count(config.topk_group)
+
+
+def experts_of_layers(config: Any) -> list[bool]:
+    """Which layers have experts."""
+    branches = family_of(config.model_type).branches
+    return [
+        any(branch.has_experts for branch in branches(config, layer))
+        for layer in range(config.num_hidden_layers)
+    ]
+
+
+def ernie_experts(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    writer.add_interleave_moe_layer_step(1)
+    writer.add_leading_dense_block_count(experts_of_layers(config).index(True))
+    writer.add_expert_shared_count(config.moe_num_shared_experts)
+    width = config.moe_num_shared_experts * config.moe_intermediate_size
+    writer.add_expert_shared_feed_forward_length(width)
+
+
+def hunyuan_experts(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    writer.add_expert_shared_feed_forward_length(model.config.intermediate_size)
+
+
+def granite_experts(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    granite_settings(writer, model)
+    if shared := getattr(model.config, "shared_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(shared)
 
 
 def latent_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
@@ -239,7 +314,8 @@ def latent_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
     if config.q_lora_rank is not None:
         writer.add_q_lora_rank(config.q_lora_rank)
     if hasattr(config, "n_routed_experts"):
-        sigmoid_experts(writer, model)
+        softmax = config.model_type == "deepseek_v2"
+        sigmoid_experts(writer, model, ExpertGatingFuncType.SOFTMAX if softmax else None)
         return
     writer.add_leading_dense_block_count(config.num_hidden_layers)
     writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -266,6 +342,29 @@ def qwen35_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
     delta_net_settings(writer, model)
     sections = config.rope_parameters.get("mrope_section", [11, 11, 10])
     writer.add_rope_dimension_sections([*sections, 0])
+
+
+def mamba_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    """The sizes of the Mamba layers, which are all alike."""
+    block: Any = next(module for module in model.modules() if hasattr(module, "ssm_state_size"))
+    writer.add_ssm_conv_kernel(block.conv_kernel_size)
+    writer.add_ssm_inner_size(block.out_proj.in_features)
+    writer.add_ssm_state_size(block.ssm_state_size)
+    writer.add_ssm_time_step_rank(block.num_heads)
+    writer.add_ssm_group_count(block.n_groups)
+
+
+def granite_hybrid_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    granite_experts(writer, model)
+    mamba_settings(writer, model)
+
+
+def nemotron_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
+    config = model.config
+    mamba_settings(writer, model)
+    writer.add_layer_norm_eps(config.layer_norm_epsilon)
+    if any(experts_of_layers(config)):
+        sigmoid_experts(writer, model)
 
 
 # ---------------------------------------------------------------- refusals of one architecture
@@ -295,8 +394,63 @@ def odd_delta_net(config: Any) -> str | None:
     return dense_layers(config) if hasattr(config, "mlp_only_layers") else None
 
 
+def scattered_experts(config: Any) -> str | None:
+    """llama.cpp takes experts in all layers after the first ones."""
+    found = experts_of_layers(config)
+    if True not in found:
+        return "no experts in any layer"
+    return "dense layers between their experts" if found != sorted(found) else None
+
+
+def fewer_keys(config: Any) -> str | None:
+    if config.num_key_value_heads != config.num_attention_heads:
+        return "fewer heads of keys and values than of queries"
+    return scattered_experts(config)
+
+
+def odd_trinity(config: Any) -> str | None:
+    fourth = [(layer + 1) % 4 != 0 for layer in range(config.num_hidden_layers)]
+    if sliding_layers(config) != fourth:
+        return "windows in other layers than all but every fourth"
+    return scattered_experts(config) if config.mup_enabled else "embeddings without a scale"
+
+
+def odd_mamba(config: Any) -> str | None:
+    """llama.cpp bounds no time step from above, and normalizes after the gate."""
+    if config.time_step_limit[1] != float("inf"):
+        return "time steps that are bounded"
+    if getattr(config, "mamba_rms_norm", False) and config.mamba_norm_before_gate:
+        return "a norm before the gate of Mamba layers"
+    return None
+
+
+def odd_granite_hybrid(config: Any) -> str | None:
+    """llama.cpp takes Mamba layers twice as wide as the hidden size."""
+    if config.mamba_expand != 2:
+        return "Mamba layers of another width than twice the hidden size"
+    return odd_mamba(config)
+
+
+def unrotated(config: Any) -> str | None:
+    return None if rotates(config) else "no rotary embedding"
+
+
+def two_ffns(config: Any) -> str | None:
+    if {"mlp", "moe"} <= set(config.layer_types):
+        return "dense layers beside those with experts"
+    if "moe" in config.layer_types and config.moe_latent_size is not None:
+        return "experts that read a latent"
+    if LINEAR not in config.layer_types:
+        return "no Mamba layer"
+    return odd_mamba(config)
+
+
 def odd_latent(config: Any) -> str | None:
-    if not config.rope_interleave:
+    if getattr(config, "topk_method", "greedy") != "greedy":
+        return "experts chosen by groups of the best one"
+    if config.model_type != "youtu" and (scattered := scattered_experts(config)):
+        return scattered
+    if not getattr(config, "rope_interleave", True):
         return "latent attention that rotates halves (rope_interleave: false)"
     if (config.q_lora_rank is None) != (config.num_hidden_layers in (26, 27)):
         return "q_lora_rank in 26 or 27 layers, or without it in another number of layers"
@@ -327,6 +481,9 @@ GRANITE = replace(LLAMA, settings=granite_settings)
 GEMMA = Architecture(activation="gelu_pytorch_tanh", head="tied")
 QWEN3_NEXT = Architecture(partial_rope=True, settings=delta_net_settings, refuses=odd_delta_net)
 QWEN3_5 = replace(QWEN3_NEXT, settings=qwen35_settings)
+NEMOTRON_H = Architecture(
+    activation="relu2", biases=ALL, settings=nemotron_settings, refuses=two_ffns
+)
 
 ARCHITECTURES = {
     "llama": LLAMA,
@@ -348,9 +505,18 @@ ARCHITECTURES = {
         head="required",
         settings=apertus_settings,
     ),
+    "granitemoe": replace(GRANITE, settings=granite_experts, refuses=unrotated),
+    "granitehybrid": replace(GRANITE, settings=granite_hybrid_settings, refuses=odd_granite_hybrid),
+    "falcon-h1": Architecture(
+        rope_factors=True, head="required", settings=mamba_settings, refuses=odd_mamba
+    ),
+    "nemotron_h": NEMOTRON_H,
+    "nemotron_h_moe": NEMOTRON_H,
     "ernie4_5": Architecture(),
+    "ernie4_5-moe": Architecture(settings=ernie_experts, refuses=scattered_experts),
     "seed_oss": Architecture(biases=QKV),
     "hunyuan-dense": Architecture(),
+    "hunyuan-moe": Architecture(settings=hunyuan_experts),
     "qwen3": Architecture(),
     "qwen3moe": Architecture(refuses=dense_layers),
     "qwen3next": QWEN3_NEXT,
@@ -369,7 +535,34 @@ ARCHITECTURES = {
         window=2,
     ),
     "glm4": Architecture(partial_rope=True, biases=QKV),
-    "glm4moe": Architecture(partial_rope=True, biases=QKV, settings=sigmoid_experts),
+    "glm4moe": Architecture(
+        partial_rope=True, biases=QKV, settings=sigmoid_experts, refuses=scattered_experts
+    ),
+    "dots1": Architecture(head="required", settings=sigmoid_experts, refuses=fewer_keys),
+    "exaone-moe": Architecture(
+        head="required",
+        rope_factors=True,
+        window=4,
+        settings=sigmoid_experts,
+        refuses=scattered_experts,
+    ),
+    "minimax-m2": Architecture(head="required", partial_rope=True, settings=sigmoid_experts),
+    "afmoe": Architecture(window=4, settings=sigmoid_experts, refuses=odd_trinity),
     "deepseek2": Architecture(latent=True, settings=latent_settings, refuses=odd_latent),
 }
 """llama.cpp's architectures by name; `Family.gguf` says which one runs a family."""
+
+
+def granite_of_layers(config: Any) -> str:
+    """llama.cpp's hybrid needs a Mamba layer."""
+    if LINEAR in config.layer_types:
+        return "granitehybrid"
+    return "granitemoe" if config.num_local_experts else "granite"
+
+
+def nemotron_of_layers(config: Any) -> str:
+    return "nemotron_h_moe" if any(experts_of_layers(config)) else "nemotron_h"
+
+
+VARIANTS = {"granitehybrid": granite_of_layers, "nemotron_h": nemotron_of_layers}
+"""What an architecture of `Family.gguf` is called for a configuration."""

@@ -44,6 +44,9 @@ FILE_TYPES = {
 TORCH_TYPES = {Kind.F16: torch.float16, Kind.BF16: torch.bfloat16}
 """The torch types of the element types that cannot hold every float32 value."""
 
+LATENT_EPS = 1e-6
+"""Epsilon of the norms inside transformers' latent attention, whatever the configuration says."""
+
 K_BLOCK = 256
 """Elements per block of llama.cpp's K-quants."""
 
@@ -168,7 +171,15 @@ def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPl
         yield found.name, StoredPlace(found.path, found.tensor, shape, stored, found.change)
 
 
-EXACT = (".bias", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "ssm_conv1d.weight")
+EXACT = (
+    ".bias",
+    "ffn_gate_inp.weight",
+    "ffn_gate_inp_shexp.weight",
+    "ssm_conv1d.weight",
+    "ssm_norm.weight",
+    "ssm_a",
+    "ssm_d",
+)
 """Ends of the names of matrices that are always float32: llama.cpp has no other code for them, or
 they are small and decide much."""
 
@@ -237,6 +248,16 @@ def _notes(
                 f"llama.cpp attends to the whole context here, not to a window of {window} "
                 "tokens: longer texts give other results than in transformers."
             )
+    if architecture.latent and config.rms_norm_eps != LATENT_EPS:
+        notes.append(
+            f"llama.cpp computes the norms of the latents with epsilon {config.rms_norm_eps}, "
+            f"transformers with {LATENT_EPS}: logits differ a little."
+        )
+    if low := getattr(config, "time_step_min", 0):
+        notes.append(
+            f"llama.cpp does not bound the time steps of Mamba layers from below by {low}, as "
+            "transformers does for this model: logits differ a little."
+        )
     rope = rope_of(config)
     if rope.get("rope_type") == "dynamic" and not rope.get("alpha"):
         notes.append(

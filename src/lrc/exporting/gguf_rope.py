@@ -26,6 +26,8 @@ def add_rope(writer: GGUFWriter, config: Any, architecture: Architecture) -> Ten
         UserError: if llama.cpp cannot compute this embedding.
     """
     rope, width = rope_of(config), head_dim_of(config)
+    if not rope:
+        return None
     kind, base = rope.get("rope_type", "default"), rope["rope_theta"]
     if kind == "dynamic" and rope.get("alpha"):  # Hunyuan: a larger base
         kind, base = "default", base * rope["alpha"] ** (width / (width - 2))
@@ -60,8 +62,9 @@ def add_rope(writer: GGUFWriter, config: Any, architecture: Architecture) -> Ten
 
 
 def rope_of(config: Any) -> dict[str, Any]:
-    """The settings of the rotary embedding; of the layers without a window, if layers differ."""
-    rope: dict[str, Any] = config.rope_parameters
+    """The settings of the rotary embedding; of the layers without a window, if layers differ. Empty
+    if there is none."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
     return rope.get("full_attention", rope)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrc.exporting.gguf_architectures import ARCHITECTURES, XIELU
+from lrc.exporting.gguf_architectures import XIELU, Architecture, check_runs
 from lrc.exporting.gguf_rope import rotary_width
 from lrc.model.layout import Layout, layout_of
 from lrc.model.shapes import head_dim_of
@@ -42,25 +42,30 @@ def tensors_of(model: PreTrainedModel) -> Iterator[GgufTensor]:
     """The tensors of a model, tied ones once.
 
     Raises:
-        UserError: if llama.cpp has no place for a parameter.
+        UserError: if llama.cpp does not run the model, or has no place for a parameter.
     """
     layout = layout_of(model)
-    name = str(layout.family.gguf)
-    architecture = ARCHITECTURES[name]
+    name, architecture = check_runs(model.config)
     known = {text: number for number, text in gguf.MODEL_ARCH_NAMES.items()}
     names = gguf.get_tensor_name_map(known[architecture.names or name], layout.num_layers)
     rules = rules_of(name, model.config)
     for path, tensor in stored_tensors(model):
         for renamed, change in apply(rules, path).items():
             found = names.get_name(renamed, try_suffixes=(".weight", ".bias"))
+            if found is None:  # Nemotron-H, by the names of its first code
+                first = renamed.replace("model.", "backbone.", 1)
+                found = names.get_name(first, try_suffixes=(".weight", ".bias"))
             if found is None and renamed.endswith("self_attn.sinks.weight"):  # unnamed in some
                 found = f"blk.{renamed.split('.')[2]}.attn_sinks.weight"
             if found is None or not _may_be_bias(found, architecture.biases):
                 raise UserError(f"llama.cpp's {name} has no place for the parameter '{path}'.")
-            yield GgufTensor(found, path, tensor, _finish(found, path, change, layout))
+            yield GgufTensor(
+                found, path, tensor, _finish(found, path, change, layout, architecture)
+            )
     if architecture.head == "required" and model.config.tie_word_embeddings:
         embedding = f"{layout.family.embedding}.weight"
-        yield GgufTensor("output.weight", embedding, model.get_parameter(embedding), same)
+        (change,) = apply(rules, f"{layout.family.head}.weight").values()
+        yield GgufTensor("output.weight", embedding, model.get_parameter(embedding), change)
 
 
 def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
@@ -73,12 +78,12 @@ def stored_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
 def apply(rules: Rules, path: str) -> dict[str, Change]:
     """What becomes of the parameter of a path, by the paths that gguf has names for."""
     for end, parts in rules.items():
-        if path.endswith(f".{end}"):
+        if f".{path}".endswith(f".{end}"):
             return {path.removesuffix(end) + part: change for part, change in parts.items()}
     return {path: same}
 
 
-BIASES_OF_OTHERS = ("exp_probs_b.bias", "ssm_dt.bias")
+BIASES_OF_OTHERS = ("exp_probs_b.bias", "ssm_dt.bias", "ssm_conv1d.bias")
 """Tensors that are called biases, and belong to no linear map."""
 
 
@@ -88,13 +93,15 @@ def _may_be_bias(name: str, biases: frozenset[str]) -> bool:
     return name.split(".")[-2] in biases
 
 
-def _finish(name: str, path: str, change: Change, layout: Layout) -> Change:
+def _finish(
+    name: str, path: str, change: Change, layout: Layout, architecture: Architecture
+) -> Change:
     """A change, and then what does not depend on where a parameter was stored."""
     config, family = layout.config, layout.family
     part = name.split(".")[-2]
     if family.gain_offset and path.endswith("norm.weight") and "linear_attn" not in path:
         change = then(change, lambda gain: gain + family.gain_offset)
-    if ARCHITECTURES[str(family.gguf)].neighbors and part in ("attn_q", "attn_k"):
+    if architecture.neighbors and part in ("attn_q", "attn_k"):
         heads = config.num_attention_heads if part == "attn_q" else config.num_key_value_heads
         change = then(change, lambda rows: neighbors_from_halves(rows, heads, rotary_width(config)))
     # llama.cpp scales queries by 1 / sqrt(head_dim).
@@ -155,20 +162,29 @@ def rules_of(architecture: str, config: Any) -> Rules:
             "experts.up_proj.weight": half(1, -2),
         },
         "experts.down_proj": {"experts.down_proj.weight": same},
+        "moe_statics.e_score_correction_bias": {"e_score_correction.bias": torch.squeeze},
         "e_score_correction_bias": {"e_score_correction.bias": same},
+        "expert_bias": {"expert_bias.bias": same},
         "layer_scalar": {"layer_scalar.weight": same},
         "self_attn.sinks": {"self_attn.sinks.weight": same},
         **{f"act_fn.{name}": {} for name in XIELU},  # settings
     }
     more = {
         "llama": fused_rules,
+        "granite": granite_rules,
+        "granitemoe": granite_rules,
+        "granitehybrid": granite_hybrid_rules,
+        "falcon-h1": falcon_rules,
+        "nemotron_h": nemotron_rules,
+        "nemotron_h_moe": nemotron_rules,
         "gpt-oss": transposed_rules,
         "deepseek2": latent_rules,
         "qwen3next": qwen3_next_rules,
         "qwen35": qwen35_rules,
         "qwen35moe": qwen35_rules,
     }
-    return rules | more.get(architecture, lambda _config: {})(config)
+    own = more.get(architecture, lambda _config: {})(config)
+    return own | {end: parts for end, parts in rules.items() if end not in own}
 
 
 def fused_rules(config: Any) -> Rules:
@@ -184,6 +200,82 @@ def fused_rules(config: Any) -> Rules:
         },
         "gate_up_proj.weight": {"gate_proj.weight": half(0, 0), "up_proj.weight": half(1, 0)},
     }
+
+
+def granite_rules(config: Any) -> Rules:
+    """Granite's experts, and the shared one with gate and up in one matrix, which may be all."""
+    block = "block_sparse_moe"
+    dense = "mlp.shared_expert" if getattr(config, "num_local_experts", 0) else "mlp"
+    return {
+        f"{block}.router.weight": {f"{block}.router.layer.weight": same},
+        f"{block}.experts.gate_up_proj": {
+            f"{block}.experts.gate.weight": half(0, -2),
+            f"{block}.experts.up.weight": half(1, -2),
+        },
+        f"{block}.experts.down_proj": {f"{block}.experts.down.weight": same},
+        "shared_mlp.input_linear.weight": {
+            f"{dense}.gate_proj.weight": half(0, 0),
+            f"{dense}.up_proj.weight": half(1, 0),
+        },
+        "shared_mlp.output_linear.weight": {f"{dense}.down_proj.weight": same},
+    }
+
+
+def mamba_rules(block: str, groups: int) -> Rules:
+    """The parameters of Mamba layers that are no linear maps."""
+    changes: dict[str, tuple[str, Change]] = {
+        "conv1d.weight": ("conv1d.weight", lambda w: w.squeeze(1)),
+        "A_log": ("A_log", lambda a: -a.exp()[:, None]),
+        "D": ("D", lambda d: d[:, None]),
+        "dt_bias": ("dt_proj.bias", same),
+        "norm.weight": ("norm.weight", lambda gain: torch.unflatten(gain, 0, (groups, -1))),
+    }
+    return {f"{block}.{end}": {f"{block}.{new}": c} for end, (new, c) in changes.items()}
+
+
+def granite_hybrid_rules(config: Any) -> Rules:
+    """Granite's FFNs and Mamba layers."""
+    return granite_rules(config) | mamba_rules("mamba", config.mamba_n_groups)
+
+
+def nemotron_rules(config: Any) -> Rules:
+    """Its experts have no gate."""
+    return {
+        "mixer.experts.up_proj": {"mlp.experts.up_proj.weight": same},
+        "mixer.experts.down_proj": {"mlp.experts.down_proj.weight": same},
+        **mamba_rules("mixer", config.n_groups),
+    }
+
+
+def falcon_rules(config: Any) -> Rules:
+    """Falcon-H1's scales, which llama.cpp does not know, become part of the weights."""
+    read, wrote = config.attention_in_multiplier, config.attention_out_multiplier
+    gate, down = config.mlp_multipliers
+    states = config.mamba_n_groups * config.mamba_d_state
+    inner = config.mamba_d_ssm or int(config.mamba_expand * config.hidden_size)
+    sizes = (inner, inner, states, states, config.mamba_n_heads)
+    rows = config.ssm_in_multiplier * torch.cat(
+        [torch.full((size, 1), by) for size, by in zip(sizes, config.ssm_multipliers, strict=True)]
+    )
+    factors: dict[str, float | Tensor] = {
+        "embed_tokens.weight": config.embedding_multiplier,
+        "lm_head.weight": config.lm_head_multiplier,
+        "self_attn.q_proj.weight": read,
+        "self_attn.k_proj.weight": read * config.key_multiplier,
+        "self_attn.v_proj.weight": read,
+        "self_attn.o_proj.weight": wrote,
+        "mamba.in_proj.weight": rows,
+        "mamba.out_proj.weight": config.ssm_out_multiplier,
+        "feed_forward.gate_proj.weight": gate,
+        "feed_forward.down_proj.weight": down,
+    }
+    rules = {end: {end: times(factor)} for end, factor in factors.items()}
+    return rules | mamba_rules("mamba", config.mamba_n_groups)
+
+
+def times(factor: float | Tensor) -> Change:
+    """A parameter times a factor."""
+    return lambda tensor: tensor * torch.as_tensor(factor, device=tensor.device)
 
 
 def transposed_rules(_config: Any) -> Rules:

@@ -6,7 +6,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from lrc.model.families import FAMILIES
-from lrc.model.families.base import LINEAR
+from lrc.model.families.base import LINEAR, ROUTER
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,15 @@ def expert_setting(config: Any) -> str | None:
 
 
 def expert_count(config: Any) -> int:
-    """The number of routed experts of a layer; 0 if there are none."""
-    setting = expert_setting(config)
-    return int(getattr(config, setting)) if setting else 0
+    """The number of routed experts of a layer; 0 if no layer has any, whatever the setting says."""
+    setting, family = expert_setting(config), FAMILIES.get(config.model_type)
+    if setting is None:
+        return 0
+    layers = range(config.num_hidden_layers)
+    branches = family and [one for layer in layers for one in family.branches(config, layer)]
+    if branches and not any(ROUTER in branch.readers for branch in branches):
+        return 0
+    return int(getattr(config, setting))
 
 
 def attention_layers(config: Any) -> list[int]:

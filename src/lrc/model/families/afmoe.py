@@ -33,6 +33,7 @@ def branches(config: Any, layer: int) -> tuple[Branch, Branch]:
 
 AFMOE = Family(
     "afmoe",
+    gguf="afmoe",
     branches=branches,
     embedding_scale=lambda config: root_of_width(config) if config.mup_enabled else 1.0,
     keeps_documents_apart=False,  # its masks ignore position ids

@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from lrc.model.families.glm4_moe import GLM4_MOE
 
-DOTS1 = replace(GLM4_MOE, model_type="dots1", gguf=None)
+DOTS1 = replace(GLM4_MOE, model_type="dots1", gguf="dots1")

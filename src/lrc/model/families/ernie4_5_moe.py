@@ -14,4 +14,4 @@ def branches(config: Any, layer: int) -> tuple[Branch, Branch]:
     return ATTENTION, SHARED if config.moe_num_shared_experts else EXPERTS
 
 
-ERNIE4_5_MOE = Family("ernie4_5_moe", branches=branches)
+ERNIE4_5_MOE = Family("ernie4_5_moe", gguf="ernie4_5-moe", branches=branches)

@@ -5,5 +5,7 @@ from lrc.model.families.base import ATTENTION, Family
 from lrc.model.families.glm4_moe_lite import FFNS
 
 EXAONE_MOE = Family(
-    "exaone_moe", branches=lambda config, layer: (ATTENTION, FFNS[config.mlp_layer_types[layer]])
+    "exaone_moe",
+    gguf="exaone-moe",
+    branches=lambda config, layer: (ATTENTION, FFNS[config.mlp_layer_types[layer]]),
 )

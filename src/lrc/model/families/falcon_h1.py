@@ -39,6 +39,7 @@ def set_hidden_size(config: Any, size: int) -> None:
 
 FALCON_H1 = Family(
     "falcon_h1",
+    gguf="falcon-h1",
     branches=branches,
     final_norm="model.final_layernorm",
     embedding_scale=lambda config: config.embedding_multiplier,

@@ -8,5 +8,6 @@ FFNS = {"dense": FFN, "sparse": SHARED}
 
 GLM4_MOE_LITE = Family(
     "glm4_moe_lite",
+    gguf="deepseek2",
     branches=lambda config, layer: (latent_attention(config), FFNS[config.mlp_layer_types[layer]]),
 )

@@ -14,5 +14,5 @@ EXPERTS = Branch(
 )
 
 GRANITEMOE = replace(
-    GRANITE, model_type="granitemoe", gguf=None, branches=always(ATTENTION, EXPERTS)
+    GRANITE, model_type="granitemoe", gguf="granitemoe", branches=always(ATTENTION, EXPERTS)
 )

@@ -53,7 +53,7 @@ def set_hidden_size(config: Any, size: int) -> None:
 GRANITEMOEHYBRID: Family = replace(
     GRANITE,
     model_type="granitemoehybrid",
-    gguf=None,
+    gguf="granitehybrid",
     branches=branches,
     neurons="shared_intermediate_size",
     hidden_sizes=hidden_sizes,

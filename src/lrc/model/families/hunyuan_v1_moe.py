@@ -14,6 +14,7 @@ def unsupported(config: Any) -> str | None:
 
 HUNYUAN_V1_MOE = Family(
     "hunyuan_v1_moe",
+    gguf="hunyuan-moe",
     unsupported=unsupported,
     branches=always(
         ATTENTION,

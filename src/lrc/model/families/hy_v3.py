@@ -4,4 +4,4 @@ from dataclasses import replace
 
 from lrc.model.families.exaone_moe import EXAONE_MOE
 
-HY_V3 = replace(EXAONE_MOE, model_type="hy_v3")
+HY_V3 = replace(EXAONE_MOE, model_type="hy_v3", gguf=None)

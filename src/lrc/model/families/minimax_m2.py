@@ -2,4 +2,4 @@
 
 from lrc.model.families.base import ATTENTION, EXPERTS, Family, always
 
-MINIMAX_M2 = Family("minimax_m2", branches=always(ATTENTION, EXPERTS))
+MINIMAX_M2 = Family("minimax_m2", gguf="minimax-m2", branches=always(ATTENTION, EXPERTS))

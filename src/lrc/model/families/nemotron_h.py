@@ -40,6 +40,7 @@ def branches(config: Any, layer: int) -> tuple[Branch]:
 
 NEMOTRON_H = Family(
     "nemotron_h",
+    gguf="nemotron_h",
     branches=branches,
     embedding="model.embeddings",
     final_norm="model.norm_f",
