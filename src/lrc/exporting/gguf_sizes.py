@@ -8,7 +8,6 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from transformers import PreTrainedModel
 
-from lrc.exporting.gguf_architectures import check_runs
 from lrc.exporting.gguf_file import stored_kind
 from lrc.exporting.gguf_tensors import tensors_of
 
@@ -32,7 +31,6 @@ def file_types(model: PreTrainedModel, quantization: str) -> Iterator[tuple[torc
     Raises:
         UserError: if llama.cpp cannot run the model.
     """
-    check_runs(model.config)
     tensors = list(tensors_of(model))
     own_head = any(found.name == "output.weight" for found in tensors)
     head = "output.weight" if own_head else "token_embd.weight"
