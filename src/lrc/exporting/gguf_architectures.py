@@ -89,7 +89,7 @@ def check_runs(config: Any) -> tuple[str, Architecture]:
             f"No GGUF file can be written of {family.model_type} models (docs/families.md says "
             "why): export to a folder, for transformers or for vLLM with --model-impl transformers."
         )
-    name = VARIANTS.get(family.gguf, lambda _config: str(family.gguf))(config)
+    name = VARIANTS[family.gguf](config) if family.gguf in VARIANTS else family.gguf
     architecture = ARCHITECTURES[name]
     reason = architecture.refuses(config)
     activation = next(
@@ -129,21 +129,15 @@ def add_shape(writer: GGUFWriter, model: PreTrainedModel, architecture: Architec
 
 
 def ffn_width(config: Any) -> int | list[int]:
-    """The width of the dense FFN, or of an expert if there is none; of each layer if some layers
-    have neither."""
-    family = family_of(config.model_type)
-    width = int(getattr(config, family.neurons, None) or config.moe_intermediate_size)
-    if family.neurons != "intermediate_size" and expert_count(config):
-        width = expert_width(config)
-    kinds = [family.branches(config, layer) for layer in range(config.num_hidden_layers)]
-    if all(len(branches) > 1 for branches in kinds):
-        return width
-    return [
-        (expert_width(config) if branches[0].has_experts else width)
-        if any("down" in name for name in branches[0].writers)
-        else 0
-        for branches in kinds
-    ]
+    """The width of the dense FFN, or of an expert if there is none; of each layer if a layer is a
+    single branch."""
+    if config.model_type == "nemotron_h":
+        widths = {"mlp": config.intermediate_size, "moe": config.moe_intermediate_size}
+        return [widths.get(kind, 0) for kind in config.layer_types]
+    names = [str(family_of(config.model_type).neurons), "moe_intermediate_size"]
+    if expert_count(config):
+        names.insert(0, "intermediate_size")  # Granite's, whose FFN is a shared expert
+    return next(int(width) for name in names if (width := getattr(config, name, None)))
 
 
 def expert_width(config: Any) -> int:
@@ -251,7 +245,7 @@ def mistral3_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
         writer.add_attn_temperature_scale(scale)
 
 
-def sigmoid_experts(
+def routed_experts(
     writer: GGUFWriter, model: PreTrainedModel, gating: ExpertGatingFuncType | None = None
 ) -> None:
     """DeepSeek V3's router, some dense layers before, and a shared expert. Others have other names
@@ -315,7 +309,7 @@ def latent_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
         writer.add_q_lora_rank(config.q_lora_rank)
     if hasattr(config, "n_routed_experts"):
         softmax = config.model_type == "deepseek_v2"
-        sigmoid_experts(writer, model, ExpertGatingFuncType.SOFTMAX if softmax else None)
+        routed_experts(writer, model, ExpertGatingFuncType.SOFTMAX if softmax else None)
         return
     writer.add_leading_dense_block_count(config.num_hidden_layers)
     writer.add_expert_feed_forward_length(config.intermediate_size)
@@ -364,7 +358,7 @@ def nemotron_settings(writer: GGUFWriter, model: PreTrainedModel) -> None:
     mamba_settings(writer, model)
     writer.add_layer_norm_eps(config.layer_norm_epsilon)
     if any(experts_of_layers(config)):
-        sigmoid_experts(writer, model)
+        routed_experts(writer, model)
 
 
 # ---------------------------------------------------------------- refusals of one architecture
@@ -536,18 +530,18 @@ ARCHITECTURES = {
     ),
     "glm4": Architecture(partial_rope=True, biases=QKV),
     "glm4moe": Architecture(
-        partial_rope=True, biases=QKV, settings=sigmoid_experts, refuses=scattered_experts
+        partial_rope=True, biases=QKV, settings=routed_experts, refuses=scattered_experts
     ),
-    "dots1": Architecture(head="required", settings=sigmoid_experts, refuses=fewer_keys),
+    "dots1": Architecture(head="required", settings=routed_experts, refuses=fewer_keys),
     "exaone-moe": Architecture(
         head="required",
         rope_factors=True,
         window=4,
-        settings=sigmoid_experts,
+        settings=routed_experts,
         refuses=scattered_experts,
     ),
-    "minimax-m2": Architecture(head="required", partial_rope=True, settings=sigmoid_experts),
-    "afmoe": Architecture(window=4, settings=sigmoid_experts, refuses=odd_trinity),
+    "minimax-m2": Architecture(head="required", partial_rope=True, settings=routed_experts),
+    "afmoe": Architecture(window=4, settings=routed_experts, refuses=odd_trinity),
     "deepseek2": Architecture(latent=True, settings=latent_settings, refuses=odd_latent),
 }
 """llama.cpp's architectures by name; `Family.gguf` says which one runs a family."""

@@ -42,7 +42,7 @@ def shape_of_config(config: Any) -> PrunedShape:
         int(config.num_hidden_layers),
         int(config.hidden_size),
         max(int(one.num_key_value_heads or one.num_attention_heads) for one in layers),
-        max(int(getattr(one, neurons, None) or 0) for one in layers),
+        max(int(getattr(one, neurons, None) or 0) for one in layers) if neurons else 0,
         expert_count(config),
     )
 
@@ -99,7 +99,7 @@ def pruned_config(
         config.num_key_value_heads = shape.kv_heads
     family = family_of(config.model_type)
     family.set_hidden_size(config, shape.hidden)
-    if shape.neurons != whole.neurons:
+    if family.neurons and shape.neurons != whole.neurons:
         setattr(config, family.neurons, shape.neurons)
     if shape.experts and (setting := expert_setting(source)):
         setattr(config, setting, shape.experts)

@@ -34,8 +34,7 @@ NEEDED = (
     "intermediate_size",
     "vocab_size",
 )
-"""Required sizes. If one is missing, transformers uses another model's value. A width of experts
-stands for that of FFNs, which some models with experts do not have."""
+"""Required sizes. If one is missing, transformers uses another model's value."""
 
 POSITIVE = ("rms_norm_eps", "layer_norm_epsilon", "rope_theta", "initializer_range")
 """Numbers that must be finite and positive if they are given."""
@@ -79,11 +78,12 @@ def read_config(files: ModelFiles, any_family: bool = False) -> dict[str, Any]:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise UserError(f"{path} names no model_type: give the folder of a transformers model.")
-    if not any_family:
-        family_of(model_type)
+    needed: Sequence[str] = () if any_family or multimodal else NEEDED
+    if not any_family and family_of(model_type).neurons is None:
+        needed = [name for name in needed if name != "intermediate_size"]
     if isinstance(kinds := config.get(KINDS_OF_LAYERS), list):
         config.setdefault("num_hidden_layers", len(kinds))
-    problems = list(size_problems(config, () if any_family or multimodal else NEEDED))
+    problems = list(size_problems(config, needed))
     if problems:
         raise UserError(f"{path} is not valid ({'; '.join(problems)}): give another model.")
     _refuse_quantized(files, config)
@@ -105,8 +105,7 @@ def size_problems(config: dict[str, Any], needed: Sequence[str] = NEEDED) -> Ite
     for name, largest in LIMITS.items():
         value = config.get(name)
         if value is None:
-            experts = name == "intermediate_size" and "moe_intermediate_size" in config
-            if name in needed and not experts:
+            if name in needed:
                 yield f"{name} is missing"
         elif isinstance(value, bool) or not isinstance(value, int):
             yield f"{name} is {_shown(value)}, not a whole number"

@@ -56,7 +56,7 @@ def _widths(config: Any) -> dict[str, str | int]:
     """The widths of dense FFNs and of experts, and the number of experts."""
     family, name = FAMILIES.get(config.model_type), "intermediate_size"
     dense = family.neurons if family else name
-    width = getattr(config, dense, None)
+    width = getattr(config, dense, None) if dense else None
     if not (count := expert_count(config)):
         return {"FFN width": width or "unknown"}
     experts = getattr(config, f"moe_{name}", None)

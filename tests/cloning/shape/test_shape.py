@@ -15,7 +15,7 @@ from data_helpers import write_jsonl
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.projection import project
 from lrc.cloning.shape import prune
-from lrc.cloning.shape.pruned_teacher import PrunedTeacher, first_units, pruned_teacher
+from lrc.cloning.shape.pruned_teacher import PrunedTeacher, asked_shape, first_units, pruned_teacher
 from lrc.cloning.start.basis import StreamStatistics, stream_statistics
 from lrc.cloning.start.calibration import Calibration
 from lrc.cloning.start.closed_form import solve
@@ -63,7 +63,7 @@ REFUSED: dict[str, dict[str, str]] = {
         "neurons": "No layer of this minimax_m2 model",
         "heads": "self_attn.q_norm of minimax_m2",
     },
-    "solar_open": {"neurons": "No layer of this solar_open model"},
+    "solar_open": {"neurons": "solar_open models have no dense FFN"},
     "qwen2_moe": {"neurons": "No layer of this qwen2_moe model"},
     "olmo_hybrid": {"heads": "linear_attn.v_proj of olmo_hybrid"},
     "qwen3_moe": {"neurons": "No layer of this qwen3_moe model has a dense FFN"},
@@ -103,9 +103,11 @@ def hybrid_teacher(family: str, *kinds: str, tied: bool = False) -> Teacher:
 
 
 def built(teacher: Teacher, start: str = "closed-form", **student: Any) -> LowRankClone:
+    section = StudentSection.model_validate({"hidden_size": HIDDEN, **student})
+    asked_shape(teacher, section)
     return LowRankClone(
         teacher,
-        StudentSection.model_validate({"hidden_size": HIDDEN, **student}),
+        section,
         ObjectiveSection(clone_scale="none"),
         start=InitializeSection.model_validate({"method": start, "refine_epochs": 0}),
     )

@@ -232,8 +232,8 @@ class Family:
     """Whether the model, given position ids that restart, computes packed documents as if each
     were alone."""
 
-    neurons: str = "intermediate_size"
-    """The number of neurons of a dense FFN in the configuration."""
+    neurons: str | None = "intermediate_size"
+    """The number of neurons of a dense FFN in the configuration; None: it has no such setting."""
 
     hidden_sizes: Callable[[Any], list[int] | None] = lambda _config: None
     """The hidden sizes that a configuration can have, in ascending order, because its Mamba layers

@@ -3,4 +3,4 @@
 from lrc.model.families.base import ATTENTION, Family, always
 from lrc.model.families.deepseek_v3 import SHARED
 
-SOLAR_OPEN = Family("solar_open", gguf="glm4moe", branches=always(ATTENTION, SHARED))
+SOLAR_OPEN = Family("solar_open", gguf="glm4moe", neurons=None, branches=always(ATTENTION, SHARED))
