@@ -34,7 +34,7 @@ from gguf_helpers import (
     tiny_student,
 )
 from lrc.exporting.gguf_file import About, write_gguf
-from lrc.exporting.gguf_vocabulary import DEEPSEEK_V3
+from lrc.exporting.gguf_vocabulary import DEEPSEEK_V3, EXAONE_MOE
 from lrc.model.families import FAMILIES
 from lrc.model.teacher import load_model
 from lrc.system.errors import UserError
@@ -234,6 +234,7 @@ def vocabularies(
         "qwen2": retrained(Qwen2Tokenizer()),
         "qwen35": retrained(Qwen3_5Tokenizer()),
         "deepseek-v3": byte_level_bpe(DEEPSEEK_V3),
+        "exaone-moe": byte_level_bpe(EXAONE_MOE),
         "stories": AutoTokenizer.from_pretrained(stories_folder),
     }
     for name, tokenizer in tokenizers.items():
@@ -251,7 +252,9 @@ def retrained(tokenizer: Any) -> PreTrainedTokenizerFast:
     return tokenizer.train_new_from_iterator(TEXTS, 330)
 
 
-@pytest.mark.parametrize("name", ["gpt-2", "qwen2", "qwen35", "deepseek-v3", "stories"])
+@pytest.mark.parametrize(
+    "name", ["gpt-2", "qwen2", "qwen35", "deepseek-v3", "exaone-moe", "stories"]
+)
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(text=st.one_of(st.sampled_from(TEXTS), st.text(max_size=40)))
 def test_tokens(name: str, text: str, vocabularies: dict[str, tuple[Any, Any]]) -> None:

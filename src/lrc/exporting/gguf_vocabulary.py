@@ -25,10 +25,6 @@ SPACE = "\u2581"
 BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 """A byte token in a vocabulary with byte fallback."""
 
-NAMES = ("llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
-SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in NAMES}
-"""llama.cpp's pre-tokenizer name by regular expression, from transformers' own table."""
-
 DEEPSEEK_V3 = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -41,6 +37,21 @@ DEEPSEEK_V3 = (
     r"]+|\s+(?!\S)|\s+",
 )
 """The expressions by which DeepSeek V3 and Hunyuan split text, one after another."""
+
+EXAONE_MOE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?(?:\p{L}\p{M}*(?: \p{L}\p{M}*)*)+|\p{N}|"
+    r" ?[^\s\p{L}\p{N}]+[\r\n/]?|\s*[\r\n]|\s+(?!\S)|\s+",
+)
+"""The expression by which K-EXAONE splits text."""
+
+THEN = " then "
+NAMES = ("llama-bpe", "qwen2", "qwen35", "tekken", "gpt-4o")
+SPLITS = {
+    **{GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in NAMES},
+    THEN.join(DEEPSEEK_V3): "deepseek-v3",
+    THEN.join(EXAONE_MOE): "exaone-moe",
+}
+"""llama.cpp's pre-tokenizer name by regular expressions; most are from transformers' own table."""
 
 
 def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[str]:
@@ -213,7 +224,7 @@ def pre_tokenizer_name(settings: dict[str, Any]) -> str:
         )
         if plain and not last["add_prefix_space"] and not last["use_regex"]:
             rules = tuple(step["pattern"].get("Regex", "") for step in before)
-            name = "deepseek-v3" if rules == DEEPSEEK_V3 else SPLITS.get(" then ".join(rules))
+            name = SPLITS.get(THEN.join(rules))
             # llama-bpe keeps words that are tokens; smaug-bpe always merges.
             if name == "llama-bpe" and not settings["model"].get("ignore_merges"):
                 return "smaug-bpe"
