@@ -91,9 +91,7 @@ def expert_count(config: Any) -> int:
 def attention_layers(config: Any) -> list[int]:
     """The layers with attention. Others of a hybrid have Mamba, a delta net or no mixer at all."""
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    return [
-        index for index, kind in enumerate(kinds) if kind.endswith("attention") and kind != LINEAR
-    ]
+    return [index for index, kind in enumerate(kinds) if kind not in (LINEAR, "mlp", "moe")]
 
 
 def layers_differ(config: Any) -> bool:
