@@ -278,6 +278,28 @@ def test_single_rates_need_no_grid(plan: Settings, tmp_path: Path) -> None:
     assert "0.01" in (tmp_path / "page.html").read_text()
 
 
+def test_a_try_on_the_whole_budget_is_not_run_again(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    train = runner_module.train
+
+    def counted(run: Run, *rest: Any, **more: Any) -> Any:
+        trained.append(run.folder.name)
+        return train(run, *rest, **more)
+
+    monkeypatch.setattr(runner_module, "train", counted)
+    plan["grid"] |= {"learning_rates": [1e-3, 1e-2], "tokens": 192}
+    plan["entries"] = plan["entries"][1:2]
+    out = tmp_path / "out"
+    (entry,) = compare(load_comparison(write(plan, tmp_path)), out).entries
+    assert trained == ["scratch-lr0.001", "scratch-lr0.01", "scratch-seed3"]
+    assert [run.seed for run in entry.runs] == [0, 3]
+    assert entry.learning_rate is not None
+    assert entry.runs[0].held_out_lm == entry.tries[entry.learning_rate]
+    assert (out / "runs/scratch-seed0/student").is_dir()
+
+
 def test_rates_after_the_release_are_tried_too(plan: Settings, tmp_path: Path) -> None:
     released = {"train.release_at": 0.5, "train.learning_rate": 1e-3}
     plan["entries"] = [

@@ -17,6 +17,7 @@ first one that no other is working on. A run whose loss is no longer finite coun
 import gc
 import json
 import logging
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -39,7 +40,7 @@ from lrc.recipe import Recipe, flatten
 from lrc.report.curves import ACCURACY
 from lrc.run import Run, is_run
 from lrc.system.errors import DivergedError, HeldError, UserError, reason
-from lrc.system.files import hold, is_taken, reading, remove, write_text
+from lrc.system.files import hold, is_taken, new_folder, reading, remove, write_text
 from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
 from lrc.train.starts import Starts
@@ -204,6 +205,13 @@ class Runner:
 
     def _run(self, job: Job, recipe: Recipe) -> bool:
         """Run a job that this process holds."""
+        if (same := self._same_try(job, recipe)) is not None:
+            logger.info("%s: taken from %s, the same run", job.title, same)
+            with new_folder(job.folder) as folder:
+                ignore = shutil.ignore_patterns(".lock", "*.tmp")
+                shutil.copytree(same, folder, ignore=ignore, dirs_exist_ok=True)
+            write_results(self.folders)
+            return True
         need_whole_teacher(recipe)
         run = open_run(job.folder, recipe)
         rate = written_rate(getattr(recipe.train, job.entry.tries))
@@ -227,6 +235,18 @@ class Runner:
         if job.seed is not None:
             write_results(self.folders)
         return True
+
+    def _same_try(self, job: Job, recipe: Recipe) -> Path | None:
+        """Folder of a try that has ended with the recipe of a run that has not begun: its grid has
+        the whole budget."""
+        searching = self.folders.comparison.searching(job.entry)
+        if job.seed is None or searching != job.entry or is_run(job.folder):
+            return None
+        for rate in self.folders.comparison.tried_rates(searching):
+            folder = self.folders.of_try(searching, rate)
+            if (folder / "summary.json").is_file() and Run.open(folder).recipe == recipe:
+                return folder
+        return None
 
     def _give_up(self, job: Job, error: Exception) -> None:
         """Leave out a run that cannot be finished, and those that need it."""
