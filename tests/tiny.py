@@ -5,7 +5,8 @@ head_dim is not hidden / heads, the tokenizer has fewer tokens than the embeddin
 keys and values have fewer heads than queries.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -235,6 +236,17 @@ TINY_CASES.append(
 Case = tuple[str, bool, dict[str, Any]]
 
 
+def in_turn(*axes: Sequence[Any]) -> list[Any]:
+    """Parameters for all combinations of some axes. Every second one is slow, so that each value of
+    an axis runs by default with every second value of another."""
+    found = []
+    for numbered in product(*(list(enumerate(axis)) for axis in axes)):
+        numbers, values = zip(*numbered, strict=True)
+        slow = pytest.mark.slow if sum(numbers) % 2 else ()
+        found.append(pytest.param(*values, marks=slow))
+    return found
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Words `w3` to `w32` and three special tokens."""
     words = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(3, TOKENS))]
@@ -260,7 +272,7 @@ def tiny_teacher(
     config = CONFIG_MAPPING[model_type](
         **settings, bos_token_id=0, eos_token_id=1, pad_token_id=None
     )
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype).to(dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")  # the others do not support float64
     offset = FAMILIES[model_type].gain_offset
@@ -269,7 +281,7 @@ def tiny_teacher(
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             mean = 1.0 - offset if "norm" in name else 0.0
-            parameter.copy_(mean + 0.3 * noise)
+            parameter.data = (mean + 0.3 * noise).to(dtype)  # some routers are born in float32
     model.generation_config.update(eos_token_id=[1, 2], top_k=7, do_sample=True)
     return as_teacher(model, tiny_tokenizer(), "tiny")
 

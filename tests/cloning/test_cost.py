@@ -13,7 +13,7 @@ from lrc.model.families import FAMILIES
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import CloneTerms, ObjectiveSection, StudentSection
 from lrc.train.batches import count
-from tiny import initialize_random, tiny_teacher, tiny_tokens
+from tiny import in_turn, initialize_random, tiny_teacher, tiny_tokens
 
 OBJECTIVES = [
     ObjectiveSection(),
@@ -59,8 +59,7 @@ def test_products_of_a_forward_pass(family: str) -> None:
     assert counted == pytest.approx(ids.numel() * expected, rel=passed_on)
 
 
-@pytest.mark.parametrize("released", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "released"), in_turn(list(FAMILIES), [False, True]))
 def test_products_of_a_step(family: str, released: bool) -> None:
     teacher = unwindowed(family)
     section = StudentSection(hidden_size=8)

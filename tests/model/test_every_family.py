@@ -40,6 +40,7 @@ from tiny import (
     STUDENT_HIDDEN,
     TOKENS,
     gradients,
+    in_turn,
     initialize_from_text,
     logits,
     relative_error,
@@ -50,17 +51,8 @@ from tiny import (
 )
 from tiny_runs import new_run, tiny_recipe
 
-CASES = [
-    pytest.param(
-        family,
-        tied,
-        id=f"{family}-{'tied' if tied else 'untied'}",
-        marks=pytest.mark.slow if (number + tied) % 2 else (),
-    )
-    for number, family in enumerate(FAMILIES)
-    for tied in (False, True)
-]
-"""Every family tied and untied; by default, one of the two in turn."""
+CASES = in_turn(list(FAMILIES), [False, True])
+"""Every family, untied and tied."""
 
 
 @pytest.fixture
@@ -257,8 +249,7 @@ def test_which_families_keep_documents_apart(family: str) -> None:
     assert (error < 1e-5) == teacher.family.keeps_documents_apart
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("family", "checkpointing"), in_turn(list(FAMILIES), [False, True]))
 def test_dropout_is_off(family: str, checkpointing: bool) -> None:
     """Whatever the configuration says, the student is in evaluation mode during training."""
     batch = tiny_batch()
@@ -305,8 +296,9 @@ def recipe_for(name: str) -> Recipe:
     return tiny_recipe(RUN, method=name)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "lrc"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "name"), in_turn(list(FAMILIES), [name for name in METHODS if name != "lrc"])
+)
 def test_every_baseline_trains_or_is_refused(family: str, name: str) -> None:
     """Either a step gives gradients, or one sentence names the family."""
     teacher = tiny_teacher(family, num_key_value_heads=2, hidden_size=16)
