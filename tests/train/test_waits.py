@@ -18,7 +18,7 @@ from lrc.run import Run
 from lrc.system.progress import Task
 from lrc.train.loop import Loop
 from lrc.train.setup import Setup, new_state, set_up
-from tiny import tiny_batch, tiny_teacher
+from tiny import in_turn, tiny_batch, tiny_teacher
 from tiny_runs import tiny_recipe
 
 ONCE = ["_to_copy at train/loop.py"]
@@ -111,7 +111,7 @@ def test_a_step_waits_once_with_other_settings(tmp_path: Path, changes: dict[str
     assert waits_of_a_step(tmp_path, changes) == ONCE
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", in_turn(list(FAMILIES)))
 def test_a_step_waits_once_with_every_family(tmp_path: Path, family: str) -> None:
     one = {"train.accumulate": 1, "objective.chunk_tokens": None}  # they do not matter to a family
     assert waits_of_a_step(tmp_path, one, family=family) == ONCE
