@@ -145,7 +145,7 @@ def test_another_process_computes_the_same_for_every_family(
 ) -> None:
     seen = elsewhere[f"others-{family}-{tied}"]
     assert seen.class_name == type(tiny_teacher(family, tied).model).__name__
-    # Gemma keeps the scale of its embedding in the dtype in which the model was created, and Hunyuan
+    # Gemma keeps the scale of its embedding in the dtype in which the model was created, Hunyuan
     # creates its router in float32.
     tolerance = 1e-4 if family.startswith("gemma") or family == "hunyuan_v1_moe" else 1e-10
     torch.testing.assert_close(seen.logits, seen.trained_logits, rtol=0, atol=tolerance)
