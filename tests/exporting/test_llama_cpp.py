@@ -80,6 +80,7 @@ CASES = [
             "-alpha",
         ),
         ("granite_swa", False, {"layer_rope_theta": [10000.0, 0]}, "-some-rope"),
+        ("deepseek_v2", False, {"norm_topk_prob": True}, "-normalized"),
         *(
             ("granitemoehybrid", False, {**GGUF_QUIRKS["granitemoehybrid"], **changes}, name)
             for changes, name in (

@@ -249,7 +249,7 @@ def routed_experts(
     writer: GGUFWriter, model: PreTrainedModel, gating: ExpertGatingFuncType | None = None
 ) -> None:
     """DeepSeek V3's router, some dense layers before, and a shared expert. Others have other names
-    for its settings."""
+    for its settings. Weights of another gating are not divided by their sum."""
     config = model.config
 
     def first(default: Any, *names: str) -> Any:
@@ -261,7 +261,7 @@ def routed_experts(
     width = first(shared * expert_width(config), "moe_shared_expert_intermediate_size")
     writer.add_expert_shared_feed_forward_length(width)
     writer.add_expert_weights_scale(first(1.0, "routed_scaling_factor", "route_scale"))
-    writer.add_expert_weights_norm(first(True, "norm_topk_prob"))
+    writer.add_expert_weights_norm(gating is None and bool(first(True, "norm_topk_prob")))
     writer.add_expert_gating_func(gating or ExpertGatingFuncType.SIGMOID)
     if (groups := expert_groups(config)) > 1:
         writer.add_expert_group_count(groups)
