@@ -210,8 +210,17 @@ class Runner:
             with new_folder(job.folder) as folder:
                 ignore = shutil.ignore_patterns(".lock", "*.tmp")
                 shutil.copytree(same, folder, ignore=ignore, dirs_exist_ok=True)
+            run = Run.open(job.folder)
+        else:
+            run = self._train(job, recipe)
+        if self.results_only:
+            keep_results(run)
+        if job.seed is not None:
             write_results(self.folders)
-            return True
+        return True
+
+    def _train(self, job: Job, recipe: Recipe) -> Run:
+        """Train the run of a job."""
         need_whole_teacher(recipe)
         run = open_run(job.folder, recipe)
         rate = written_rate(getattr(recipe.train, job.entry.tries))
@@ -230,11 +239,7 @@ class Runner:
             gc.collect()  # hooks and what they belong to refer to each other
         self._tokens += recipe.train.tokens
         self._seconds += time.perf_counter() - started
-        if self.results_only:
-            keep_results(run)
-        if job.seed is not None:
-            write_results(self.folders)
-        return True
+        return run
 
     def _same_try(self, job: Job, recipe: Recipe) -> Path | None:
         """Folder of a try that has ended with the recipe of a run that has not begun: its grid has

@@ -14,7 +14,13 @@ from transformers import PreTrainedModel
 from lrc.model.families import family_of
 from lrc.model.families.base import LINEAR
 from lrc.model.pruned_shape import expert_groups
-from lrc.model.shapes import attention_layers, expert_count, head_dim_of, layers_differ
+from lrc.model.shapes import (
+    attention_layers,
+    expert_count,
+    expert_width_setting,
+    head_dim_of,
+    layers_differ,
+)
 from lrc.system.errors import UserError
 
 QKV = frozenset({"attn_q", "attn_k", "attn_v"})
@@ -142,16 +148,17 @@ def ffn_width(config: Any) -> int | list[int]:
 
 def expert_width(config: Any) -> int:
     """The width of an expert."""
-    return int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    return int(getattr(config, expert_width_setting(config)))
 
 
 def kv_heads(config: Any) -> int | list[int]:
     """The number of heads of keys and values; of each layer if layers differ."""
     if layers_differ(config):
         return [int(layer.num_key_value_heads) for layer in config.per_layer_config]
-    heads, attention = int(config.num_key_value_heads), attention_layers(config)
+    heads = int(config.num_key_value_heads)
     if family_of(config.model_type).gguf not in RECURRENT:
         return heads
+    attention = attention_layers(config)
     return [heads if layer in attention else 0 for layer in range(config.num_hidden_layers)]
 
 
@@ -442,7 +449,7 @@ def two_ffns(config: Any) -> str | None:
 def odd_latent(config: Any) -> str | None:
     if getattr(config, "topk_method", "greedy") != "greedy":
         return "experts chosen by groups of the best one"
-    if config.model_type != "youtu" and (scattered := scattered_experts(config)):
+    if hasattr(config, "n_routed_experts") and (scattered := scattered_experts(config)):
         return scattered
     if not getattr(config, "rope_interleave", True):
         return "latent attention that rotates halves (rope_interleave: false)"

@@ -54,20 +54,26 @@ def shape_of(model: PreTrainedModel) -> Shape:
 
 def _widths(config: Any) -> dict[str, str | int]:
     """The widths of dense FFNs and of experts, and the number of experts."""
-    family, name = FAMILIES.get(config.model_type), "intermediate_size"
-    dense = family.neurons if family else name
+    family = FAMILIES.get(config.model_type)
+    dense = family.neurons if family else "intermediate_size"
     width = getattr(config, dense, None) if dense else None
     if not (count := expert_count(config)):
         return {"FFN width": width or "unknown"}
-    experts = getattr(config, f"moe_{name}", None)
-    if experts is None and dense == name:  # every FFN is a mixture
-        experts, width = width, None
+    own = expert_width_setting(config)
+    if own == dense:  # every FFN is a mixture
+        width = None
     return {
         **({"FFN width": width} if width else {}),
         "experts": count,
         "experts of a token": config.num_experts_per_tok,
-        "expert width": experts or getattr(config, name, "unknown"),
+        "expert width": getattr(config, own, "unknown"),
     }
+
+
+def expert_width_setting(config: Any) -> str:
+    """The setting that holds the width of a routed expert: that of FFNs, if every FFN is one."""
+    own = "moe_intermediate_size"
+    return own if getattr(config, own, None) else "intermediate_size"
 
 
 def expert_setting(config: Any) -> str | None:
