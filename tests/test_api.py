@@ -10,6 +10,8 @@ import datasets
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import lrc
 from data_helpers import write_jsonl
@@ -145,6 +147,31 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     found = lrc.evaluate(run, tasks=["heldout"], limit=2)
     assert found.models[0].tasks.keys() == {"heldout"}
     assert (run.folder / "evaluation" / "results.json").is_file()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_changed_loaded_teacher_is_not_its_files(
+    parts: dict[str, Any], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """A run that begins with a loaded model goes on from its files only if they have its values, in
+    whatever element type."""
+    save_teacher(tmp_path / "teacher")
+    teacher = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype=dtype)
+    given = {**parts, "teacher": teacher}
+    same = lrc.compress(**given, text=as_generator(), out="same")
+    lrc.export(same, "one")
+    with torch.no_grad():
+        teacher.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    changed = lrc.compress(**given, text=as_generator(), out="changed")
+    message = r"the teacher's model\.layers\.1\.mlp\.up_proj\.weight\).*Pass the loaded teacher"
+    with pytest.raises(UserError, match=message):
+        lrc.export(changed, "two")
+    with pytest.raises(UserError, match="began with other inputs"):
+        lrc.resume(changed)
+    lrc.export(changed, "two", teacher=teacher, tokenizer=parts["tokenizer"])
+    exported = load_file("two/model.safetensors")
+    for name, value in load_file(changed.student_folder / "model.safetensors").items():
+        assert torch.equal(exported[name], value)
 
 
 def test_plan_and_the_recipe_that_it_writes(tmp_path: Path) -> None:

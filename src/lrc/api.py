@@ -197,6 +197,8 @@ def export(
     dtype: str | None = None,
     format: str | None = None,
     modelfile: bool = False,
+    teacher: "Teacher | PreTrainedModel | None" = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
 ) -> Path:
     """Write the student of a run as a plain transformers folder, or as a GGUF file.
 
@@ -206,15 +208,19 @@ def export(
         dtype: element type of the weights, as torch or llama.cpp names it; None: as trained.
         format: `safetensors` or `gguf`; None: as the name of `out` says.
         modelfile: whether to write Ollama's Modelfile beside the GGUF file.
+        teacher: the loaded teacher, if `model` is a run that began with one.
+        tokenizer: its tokenizer, if the teacher is a transformers model.
 
     Raises:
-        UserError: if the run has no checkpoint, or the output cannot be written.
+        UserError: if the run has no checkpoint or began with another teacher, or the output cannot
+            be written.
     """
     from lrc.train.export_run import export_model
 
     name = _name(model)
     kinds = _choice(Dtype, dtype, "dtype"), _choice(Format, format, "format")
-    export_model(name, Path(out), *kinds, modelfile)
+    loaded = None if teacher is None else loaded_teacher(teacher, tokenizer)
+    export_model(name, Path(out), *kinds, modelfile, loaded)
     return Path(out)
 
 

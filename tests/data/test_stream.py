@@ -144,16 +144,16 @@ def test_continuing_reads_one_block_again(
     assert 0 < len(read) <= 2 * 7 + 6  # two blocks of 7, and the held-out documents among them
 
 
-def test_it_can_start_over(opened: Callable[..., StreamedText]) -> None:
-    """The closed-form start reads the head of the text, which is then trained on."""
-    text = opened()
-    head = text.training_batch(0, 5).input_ids
-    assert torch.equal(text.training_batch(0, 5).input_ids, head)
-    state = text.state()
-    with pytest.raises(ValueError, match="forwards"):
-        text.training_batch(3, 1)
-    text.load_state(state)
-    assert torch.equal(text.training_batch(0, 5).input_ids, head)
+@pytest.mark.parametrize(("parts", "block"), [(1, 1), (3, 2)])
+def test_it_can_go_back(opened: Callable[..., StreamedText], parts: int, block: int) -> None:
+    """The closed-form start and the search for conversations read the head of the text, which may
+    be longer than what the run leaves out."""
+    text = opened(parts=parts, block=block)
+    head = text.training_batch(0, 9).input_ids
+    assert torch.equal(text.training_batch(0, 5).input_ids, head[:5])
+    assert torch.equal(text.training_batch(3, 6).input_ids, head[3:])
+    text.load_state(text.state())
+    assert torch.equal(text.training_batch(2, 2).input_ids, head[2:4])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])

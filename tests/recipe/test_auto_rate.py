@@ -11,6 +11,7 @@ from lrc.recipe import make_recipe
 from lrc.recipe.learning_rate import OTHERS, SMALLEST_SHARE, learning_rate, share_of_rate
 from lrc.run import Run
 from lrc.train import train
+from lrc.train.session import initialize_only
 from tiny import FFN
 from tiny_runs import copy_until, file_settings, save_teacher, tiny_recipe
 
@@ -80,6 +81,10 @@ def test_the_share_lasts_to_the_end_and_through_a_kill(tmp_path: Path, release: 
     again = copy_until(run, tmp_path / "again", 3)
     train(again)
     assert (again.student_folder / "model.safetensors").read_bytes() == expected
+    compressed = Run.create(tmp_path / "compressed", run.recipe)
+    initialize_only(compressed)
+    train(Run.open(compressed.folder))
+    assert (compressed.student_folder / "model.safetensors").read_bytes() == expected
 
 
 @pytest.mark.parametrize(

@@ -109,10 +109,8 @@ class _Part:
         self._packer, self.position = packer, position
 
     def take(self, position: int) -> Span:
-        """The sequence at a position. Those before it are read and discarded: they belong to other
-        processes."""
-        if position < self.position:
-            raise ValueError("a stream can only be read forwards")
+        """The sequence at a position, not before the present one. Those between are read and
+        discarded: they belong to other processes."""
         for _ in range(self.position, position):
             next(self._packer)
         self.position = position + 1
@@ -167,18 +165,21 @@ class StreamedText:
         rows = self._builder.as_streaming_dataset(split=data.stream.split)
         self._held_out = self._read_held_out(rows, held_out, progress)
         self._block = block
-        self._parts = self._from_the_start(parts if rows.num_shards >= parts else 1)
+        several = range(parts if rows.num_shards >= parts else 1)
+        self._parts = [self._from_the_start(part) for part in several]
 
     def training_batch(self, position: int, count: int) -> Batch:
         """The `count` training sequences after the first `position` sequences of the run. Blocks of
-        sequences are those of one part after the other."""
-        if position == 0 and any(part.position for part in self._parts):
-            self._parts = self._from_the_start(len(self._parts))
+        sequences are those of one part after the other. Parts that are beyond them are read again
+        from the start."""
         spans = []
         for number in range(position, position + count):
             block, place = divmod(number, self._block)
             before, part = divmod(block, len(self._parts))
-            spans.append(self._parts[part].take(before * self._block + place))
+            within = before * self._block + place
+            if within < self._parts[part].position:
+                self._parts[part] = self._from_the_start(part)
+            spans.append(self._parts[part].take(within))
         return make_batch(spans, self._data.document_mask, self._first_token)
 
     def held_out_batches(self, count: int, batch_size: int) -> Iterator[Batch]:
@@ -227,8 +228,8 @@ class StreamedText:
                 "The checkpoint does not say where the run was in its stream; start a new run."
             ) from error
 
-    def _from_the_start(self, parts: int) -> list[_Part]:
-        return [_Part(self._packed_from(number, START, 0)) for number in range(parts)]
+    def _from_the_start(self, part: int) -> _Part:
+        return _Part(self._packed_from(part, START, 0))
 
     def _packed_from(self, part: int, mark: Mark, used: int) -> Packer:
         """Pack the sequences of a part, starting at a token of a document."""

@@ -13,7 +13,7 @@ from lrc.exporting.gguf_file import About, convert_to_gguf, kind_of, write_gguf
 from lrc.exporting.modelfile import modelfile
 from lrc.exporting.plain import export_student
 from lrc.model.locate import locate
-from lrc.model.teacher import describe_teacher, load_tokenizer, short_name
+from lrc.model.teacher import Teacher, describe_teacher, load_tokenizer, short_name
 from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken, write_text
@@ -34,6 +34,7 @@ def export_model(
     dtype: Dtype | None,
     format: Format | None,
     with_modelfile: bool = False,
+    teacher: Teacher | None = None,
 ) -> None:
     """Write the student of a run, or for GGUF any model, and report where it is.
 
@@ -43,6 +44,7 @@ def export_model(
         dtype: element type of the weights; None: as trained.
         format: the format; None: as the name of `out` says.
         with_modelfile: whether to write Ollama's Modelfile beside a GGUF file.
+        teacher: the loaded teacher of a run that began with one.
 
     Raises:
         UserError: if the format does not fit the name or the element type, the name is taken, the
@@ -52,7 +54,7 @@ def export_model(
         target = out.parent / MODELFILE
         if with_modelfile and target.exists():
             raise UserError(f"{target} already exists: remove it, or export to another folder.")
-        _export_gguf(model, out, dtype)
+        _export_gguf(model, out, dtype, teacher)
         if with_modelfile:
             _write_modelfile(model, out, target)
             logger.info("%s is for `ollama create`.", target)
@@ -64,7 +66,7 @@ def export_model(
     if dtype is Dtype.q8_0:
         raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
-    step = export_run(Run.open(Path(model)), out, element)
+    step = export_run(Run.open(Path(model)), out, element, teacher)
     logger.info("The student of step %s is in %s.", step, out)
 
 
@@ -79,14 +81,14 @@ def _write_modelfile(model: str, gguf: Path, target: Path) -> None:
     write_text(target, modelfile(gguf.name, load_tokenizer(source), settings))
 
 
-def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
+def _export_gguf(model: str, out: Path, dtype: Dtype | None, teacher: Teacher | None) -> None:
     if out.suffix != ".gguf":
         raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
     if out.exists():
         raise UserError(f"{out} already exists: choose a new name for the file.")
     kind = Kind[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
     if is_run(Path(model)):
-        step, notes = export_run_gguf(Run.open(Path(model)), out, kind)
+        step, notes = export_run_gguf(Run.open(Path(model)), out, kind, teacher)
         result = f"The student of step {step} is in {out}."
     else:
         with task(f"Writing {out}", unit="tensors") as shown:
@@ -97,13 +99,16 @@ def _export_gguf(model: str, out: Path, dtype: Dtype | None) -> None:
     logger.info(result)
 
 
-def export_run(run: Run, folder: Path, dtype: torch.dtype | None = None) -> int:
+def export_run(
+    run: Run, folder: Path, dtype: torch.dtype | None = None, teacher: Teacher | None = None
+) -> int:
     """Write the plain student of a run, finished or not.
 
     Args:
         run: the run.
         folder: a folder that does not exist yet, or is empty.
         dtype: element type of the written weights; None: the student's.
+        teacher: a teacher that is already loaded; None: the recipe's.
 
     Returns:
         The step of the checkpoint that was used.
@@ -113,20 +118,23 @@ def export_run(run: Run, folder: Path, dtype: torch.dtype | None = None) -> int:
     """
     if is_taken(folder):
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
-    setup = _at_checkpoint(run)
+    setup = _at_checkpoint(run, teacher)
     student = setup.method.student()
     card = best_effort("the model card", lambda: model_card(run, setup.teacher, student))
     export_student(student, setup.teacher.tokenizer, card, folder, dtype)
     return setup.state.step
 
 
-def export_run_gguf(run: Run, path: Path, kind: Kind | None = None) -> tuple[int, list[str]]:
+def export_run_gguf(
+    run: Run, path: Path, kind: Kind | None = None, teacher: Teacher | None = None
+) -> tuple[int, list[str]]:
     """Write the student of a run, finished or not, as a GGUF file.
 
     Args:
         run: the run.
         path: a file that does not exist yet.
         kind: element type of the matrices; None: the trained one.
+        teacher: as in `export_run`.
 
     Returns:
         The step of the checkpoint that was used, and what the user should know about the file.
@@ -134,7 +142,7 @@ def export_run_gguf(run: Run, path: Path, kind: Kind | None = None) -> tuple[int
     Raises:
         UserError: as in `write_gguf`, and if the run has no checkpoint.
     """
-    setup = _at_checkpoint(run)
+    setup = _at_checkpoint(run, teacher)
     student, section = setup.method.student(), run.recipe.teacher
     described = describe_teacher(section)
     front = front_matter(run, described)
@@ -151,14 +159,14 @@ def export_run_gguf(run: Run, path: Path, kind: Kind | None = None) -> tuple[int
     return setup.state.step, notes
 
 
-def _at_checkpoint(run: Run) -> Setup:
-    """Set up a run at its newest checkpoint.
+def _at_checkpoint(run: Run, teacher: Teacher | None) -> Setup:
+    """Set up a run at its newest checkpoint, with its own teacher or a loaded one.
 
     Raises:
         UserError: if it has none.
     """
     if not list_checkpoints(run.checkpoints):
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
-    setup = set_up(run)
+    setup = set_up(run, teacher)
     check_inputs(run, setup.teacher)
     return setup

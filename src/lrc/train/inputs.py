@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
+import torch
+
 from lrc.data import Reader
 from lrc.data.identity import tokenizer_identity
 from lrc.model.gguf import read_header
@@ -22,6 +24,9 @@ from lrc.system.files import read_json, reading, write_text
 
 COSMETIC = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures")
 """Configuration keys that do not affect what a teacher computes here."""
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Element types that a teacher may have been loaded in."""
 
 NAMED = 3
 """Number of differing tensors that a message names."""
@@ -65,29 +70,53 @@ def check_inputs(run: Run, teacher: Teacher, text: Reader | None = None) -> None
         return
     kept = read_json(run.inputs_file, f"remove it to skip the check of {run.folder}")
     with reading(run.inputs_file, f"remove it to skip the check of {run.folder}"):
-        changed = list(differences(kept, found))
+        changed = list(differences(kept, found, teacher))
     if changed:
+        restore = "Restore them"
+        if kept["teacher"]["of"] == "model" and teacher.files is not None:
+            restore = "Pass the loaded teacher to lrc.resume or lrc.export"
         raise UserError(
             f"{run.folder} began with other inputs ({'; '.join(changed)}), so it cannot continue. "
-            "Restore them, or start a new run."
+            f"{restore}, or start a new run."
         )
 
 
-def differences(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """Name each difference between two descriptions. A part that one of them lacks is ignored."""
+def differences(before: dict[str, Any], now: dict[str, Any], teacher: Teacher) -> Iterator[str]:
+    """Name each difference between two descriptions. A part that one of them lacks is ignored.
+
+    Args:
+        before: the first description.
+        now: the second one.
+        teacher: the teacher of the second one.
+    """
     ours, theirs = before["teacher"], now["teacher"]
     if ours["of"] == theirs["of"]:
         names = {**ours["tensors"], **theirs["tensors"]}
         changed = [n for n in names if ours["tensors"].get(n) != theirs["tensors"].get(n)]
-        if changed:
-            more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
-            yield f"the teacher's {', '.join(changed[:NAMED])}{more}"
-        if ours["settings"] != theirs["settings"]:
-            yield "the teacher's configuration"
+    else:
+        changed = list(_changed_values(teacher, ours["tensors"]))
+    if changed:
+        more = f" and {len(changed) - NAMED} more" if len(changed) > NAMED else ""
+        yield f"the teacher's {', '.join(changed[:NAMED])}{more}"
+    if ours["of"] == theirs["of"] and ours["settings"] != theirs["settings"]:
+        yield "the teacher's configuration"
     if before["tokenizer"] != now["tokenizer"]:
         yield "the tokenizer"
     if "text" in before and "text" in now and before["text"] != now["text"]:
         yield "the text"
+
+
+def _changed_values(teacher: Teacher, checksums: dict[str, str]) -> Iterator[str]:
+    """Names of a teacher's tensors that have none of their element types' checksum: a model may
+    have been loaded in another one than its files have. Names of quantized files are not compared.
+    """
+    if getattr(teacher.config, "quantization_config", None) is not None:
+        return
+    for name, value in teacher.model.state_dict().items():
+        if name in checksums and not value.is_meta:
+            types = {value.dtype, *(FLOATS if value.is_floating_point() else ())}
+            if all(tensor_checksum(value.to(dtype)) != checksums[name] for dtype in types):
+                yield name
 
 
 def _of_model(teacher: Teacher) -> dict[str, Any]:

@@ -129,8 +129,9 @@ class Loop:
                 self._log({**start, **self.calibration(), **changed})
                 first = self.world.from_first([start])
             self.share = share_of_rate(recipe, first[0])
-            if not setup.restored:
+            if not setup.state.step:  # also after `lrc compress`, which trains nothing
                 self._slow_down(steps)
+            if not setup.restored:
                 self._weigh_sources(first[0])
                 self._save()  # the start may have taken long
             while setup.state.step < steps and not agree(stop, self.world):

@@ -336,7 +336,7 @@ def open_loop(
         terms = len(setup.method.distill.sites) if isinstance(setup.method, LowRankClone) else 0
         if chosen := choices(run.recipe, parameters_of(setup.method.model), terms):
             logger.info(chosen)
-        if missing := chat_note(setup.teacher, text):
+        if world.leads and (missing := chat_note(setup.teacher, text)):
             logger.warning(missing)
     calibration = 0.0, 0.0
     if setup.restored:
