@@ -236,6 +236,19 @@ def test_runs_share_their_start(
             {"entries": [{"name": "a", "set": {"studnt.x": 1}}, {"name": "b", "set": {"x": 1}}]},
             "'studnt'.*entry 'b'",
         ),
+        (
+            {
+                "entries": [
+                    {"name": "a"},
+                    {"name": "b", "set": {"data": {"held_out": ["b"], "sequence_length": 32}}},
+                ]
+            },
+            r"entry 'b' has another data\.held_out and data\.sequence_length than the first",
+        ),
+        (
+            {"entries": [{"name": "a"}, {"name": "b", "set": {"data.text": ["b.txt"]}}]},
+            r"entry 'b' has another data\.text than",
+        ),
     ],
 )
 def test_bad_comparisons_are_refused(
@@ -388,6 +401,28 @@ def test_overrides_of_the_comparison(plan: Settings, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"all entries: .*'seed'") as refused:
         load_comparison(path, {"seed": 1})
     assert str(refused.value).count("'seed'") == 1
+
+
+def test_other_text_is_not_mixed_in(plan: Settings, tmp_path: Path) -> None:
+    """Not in new runs of a comparison, nor by the starts that old ones left."""
+    plan |= {"seeds": [0], "grid": None, "entries": plan["entries"][:1]}
+    plan["entries"][0]["learning_rates"] = [1e-3]
+    out = tmp_path / "out"
+    [before] = compare(load_comparison(write(plan, tmp_path)), out).entries[0].runs
+    text = tmp_path / "text.jsonl"
+    kept = text.read_text()
+    write_jsonl(text, tiny_documents(40)[10:])
+    more = load_comparison(write(plan | {"seeds": [0, 1]}, tmp_path))
+    with pytest.raises(UserError, match=r"lrc-seed0 began with other inputs \(the text\), so .*1"):
+        compare(more, out)
+    shutil.rmtree(out / "runs")
+    [after, _] = compare(more, out).entries[0].runs
+    assert after.curve[0].loss != before.curve[0].loss
+    assert len(list((out / "starts").iterdir())) == 3
+    shutil.rmtree(out / "runs")
+    text.write_text(kept)
+    [again, _] = compare(more, out).entries[0].runs
+    assert [point.loss for point in again.curve] == [point.loss for point in before.curve]
 
 
 def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ class Folders:
                         yield Job(self.of_try(searching, rate), searching, rate, None)
                 yield Job(self.of_run(entry, seed), entry, None, seed)
 
+    def alike(self, recipe: Recipe) -> Run | None:
+        """A run that has begun with the teacher and the text of a recipe."""
+        for path in sorted(self.out.glob("*/*/inputs.json")):
+            run = Run.open(path.parent)
+            if (run.recipe.teacher, run.recipe.data) == (recipe.teacher, recipe.data):
+                return run
+        return None
+
     def claim(self, job: Job) -> Path:
         """Folder that a process holds while it works on a job."""
         return self.out / "claims" / job.folder.name

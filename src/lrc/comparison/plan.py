@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, StringConstraints, model_validator
+from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from lrc.methods import unused_settings
 from lrc.recipe import Recipe, apply_overrides, make_recipe, validated
@@ -67,7 +67,8 @@ class Entry(Section):
     """Its name in tables, pictures and folders."""
 
     settings: dict[str, Any] = Field({}, alias="set")
-    """Settings that differ from the base recipe, by dotted key."""
+    """Settings that differ from the base recipe, by dotted key, or by section: `train: {optimizer:
+    adamw}` changes nothing else of `train`."""
 
     learning_rates: list[Rate] | None = Field(None, min_length=1)
     """Its own grid; a single rate is used without a search."""
@@ -80,6 +81,17 @@ class Entry(Section):
 
     seeds: list[int] | None = Field(None, min_length=1)
     """Its own seeds. Empty: the comparison's."""
+
+    @field_validator("settings")
+    @classmethod
+    def _by_setting(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for key, value in settings.items():
+            if isinstance(value, dict) and "." not in key and key != "method":
+                found |= {f"{key}.{name}": own for name, own in value.items()}
+            else:
+                found[key] = value
+        return found
 
     def reserved(self) -> dict[str, str]:
         """Settings that the comparison sets for this entry, and what sets each one."""
@@ -302,6 +314,7 @@ def _check_entries(comparison: Comparison) -> None:
     """
     problems = []
     refused: dict[str, list[str]] = {}
+    first: dict[str, Any] | None = None
     for entry in comparison.entries:
         reserved = entry.reserved()
         problems += [
@@ -314,6 +327,13 @@ def _check_entries(comparison: Comparison) -> None:
         except UserError as error:
             refused.setdefault(str(error).rstrip("."), []).append(entry.name)
             continue
+        measured = held_out_settings(recipe)
+        first = measured if first is None else first
+        if other := [key for key, value in measured.items() if value != first[key]]:
+            problems.append(
+                f"entry '{entry.name}' has another {' and '.join(other)} than the first, so it "
+                "would be measured on other held-out text: give all the same"
+            )
         method = recipe.method.name
         releases = method == "lrc" and recipe.train.release_at < 1
         if entry.tries == "release_learning_rate" and not releases:
@@ -333,6 +353,16 @@ def _check_entries(comparison: Comparison) -> None:
     problems += by_entry(refused, comparison)
     if problems:
         raise UserError("The comparison has mistakes: " + "; ".join(problems) + ".")
+
+
+def held_out_settings(recipe: Recipe) -> dict[str, Any]:
+    """What decides on which held-out tokens a recipe's students are measured."""
+    data = recipe.data
+    names = ["held_out", "also_held_out", "text_field", "parse_special_tokens", "sequence_length"]
+    if not data.held_out:  # then a part of the training text is held out
+        names += ["text", "shards", "stream", "held_out_fraction"]
+    found = {f"data.{name}": getattr(data, name) for name in names}
+    return found | {"train.eval_sequences": recipe.train.eval_sequences}
 
 
 def by_entry(refused: Mapping[str, Sequence[str]], comparison: Comparison) -> list[str]:

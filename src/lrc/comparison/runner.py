@@ -226,8 +226,9 @@ class Runner:
         rate = written_rate(getattr(recipe.train, job.entry.tries))
         logger.info("%s, rate %s: %s", job.title, rate, self._position())
         started = time.perf_counter()
+        starts = Starts(self.folders.out / "starts", self.folders.alike(recipe))
         try:
-            train(run, self._teacher(recipe), starts=Starts(self.folders.out / "starts"))
+            train(run, self._teacher(recipe), starts=starts)
         except DivergedError as error:
             write_text(run.folder / "diverged.json", json.dumps({"message": str(error)}))
             logger.warning(str(error))

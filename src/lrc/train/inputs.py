@@ -52,33 +52,38 @@ def describe_inputs(teacher: Teacher, text: Reader | None) -> dict[str, Any]:
     return found
 
 
-def check_inputs(run: Run, teacher: Teacher, text: Reader | None = None) -> None:
+def check_inputs(
+    run: Run, teacher: Teacher, text: Reader | None = None, earlier: Run | None = None
+) -> None:
     """Compare the inputs with those that a run began with; for a new run, write them.
 
     Args:
         run: the run.
         teacher: its teacher.
         text: its text; None: compare only teacher and tokenizer, and write nothing.
+        earlier: a run that a new one must have the inputs of; None: a new one may have any.
 
     Raises:
         UserError: if teacher, tokenizer or text differ; the message says what differs.
     """
     found = describe_inputs(teacher, text)
-    if not run.inputs_file.is_file():
-        if text is not None:
-            write_text(run.inputs_file, json.dumps(found, indent=1) + "\n")
-        return
-    kept = read_json(run.inputs_file, f"remove it to skip the check of {run.folder}")
-    with reading(run.inputs_file, f"remove it to skip the check of {run.folder}"):
-        changed = list(differences(kept, found, teacher))
-    if changed:
-        restore = "Restore them"
-        if kept["teacher"]["of"] == "model" and teacher.files is not None:
-            restore = "Pass the loaded teacher to lrc.resume or lrc.export"
-        raise UserError(
-            f"{run.folder} began with other inputs ({'; '.join(changed)}), so it cannot continue. "
-            f"{restore}, or start a new run."
-        )
+    began = run if run.inputs_file.is_file() else earlier
+    if began is not None:
+        advice = f"remove it to skip the check of {run.folder}"
+        kept = read_json(began.inputs_file, advice)
+        with reading(began.inputs_file, advice):
+            changed = list(differences(kept, found, teacher))
+        if changed:
+            restore = "Restore them"
+            if kept["teacher"]["of"] == "model" and teacher.files is not None:
+                restore = "Pass the loaded teacher to lrc.resume or lrc.export"
+            here, new = ("it", "run") if began is run else (run.folder, "comparison")
+            raise UserError(
+                f"{began.folder} began with other inputs ({'; '.join(changed)}), so {here} cannot "
+                f"continue. {restore}, or start a new {new}."
+            )
+    if began is not run and text is not None:
+        write_text(run.inputs_file, json.dumps(found, indent=1) + "\n")
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], teacher: Teacher) -> Iterator[str]:

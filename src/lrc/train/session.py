@@ -329,7 +329,8 @@ def open_loop(
     with task("Checking the inputs"):
         check_agreement(run, setup.teacher, text, world)
         new = world.from_first(run.begin() if world.leads else False)
-        world.first_then_others(lambda: check_inputs(run, setup.teacher, text))
+        like = starts.like if starts else None
+        world.first_then_others(lambda: check_inputs(run, setup.teacher, text, like))
     if not (new or setup.restored):
         logger.warning("%s has no checkpoint yet: it starts over.", run.folder)
     if new:
@@ -341,12 +342,12 @@ def open_loop(
     calibration = 0.0, 0.0
     if setup.restored:
         text.load_state(setup.state.text)
-    elif kept := starts and starts.fill(setup, run.recipe):
+    elif kept := starts and starts.fill(setup, run):
         calibration = kept
     else:
         calibration = start(setup, run.recipe, text, world)
         if starts:
-            starts.keep(setup, run.recipe, calibration)
+            starts.keep(setup, run, calibration)
     models = setup.teacher.model, setup.method.model
     if use_triton(run.recipe.train.kernels, setup.device) and (unused := apply_liger(*models)):
         logger.warning(unused)
