@@ -77,6 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "gemma4_text": {"hidden_size_per_layer_input": 0},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"] * (LAYERS // 2)},
+    "granitemoeshared": {"shared_intermediate_size": 1024},
     "hunyuan_v1_moe": {"num_experts": 64, "moe_topk": 8},
 }
 """Settings of families whose default configuration is not that of their models."""

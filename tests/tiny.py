@@ -270,7 +270,7 @@ def tiny_teacher(
     settings = {**SHAPE, **QUIRKS.get(model_type, {}), "tie_word_embeddings": tied, **changes}
     settings = {name: value for name, value in settings.items() if value is not None}
     config = CONFIG_MAPPING[model_type](
-        **settings, bos_token_id=0, eos_token_id=1, pad_token_id=None
+        **{"pad_token_id": None, **settings}, bos_token_id=0, eos_token_id=1
     )
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if hasattr(model, "set_experts_implementation"):

@@ -10,6 +10,7 @@ from torch.nn import functional
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import Counts
 from lrc.data.batch import Batch
+from lrc.model.precision import store_parameters_as
 from lrc.train.batches import count
 from tiny import (
     LAYERS,
@@ -217,6 +218,7 @@ DIFFERENCES = [
         id="llama-biases-one-projection",
     ),
     pytest.param(("qwen3", False, {}), {"fold_gains": True}, {}, id="qwen3-untied-folded"),
+    pytest.param(("llama", True, {"pad_token_id": 5}), {}, {}, id="a-token-of-the-text-is-padding"),
 ]
 
 
@@ -390,5 +392,7 @@ def test_the_student_of_weights_in_bfloat16_runs_without_autocast() -> None:
     teacher = tiny_teacher("llama", dtype=torch.float32)
     ours, theirs = (tiny_method(teacher, weight_dtype=w).student() for w in (torch.bfloat16, None))
     assert {value.dtype for value in ours.parameters()} == {torch.bfloat16}
+    store_parameters_as(theirs, torch.bfloat16)
     ids = tiny_batch().input_ids
-    close(ours(ids).logits.float(), theirs.bfloat16()(ids).logits.float(), rtol=0, atol=0)
+    close(ours(ids).logits.float(), theirs(ids).logits.float(), rtol=0, atol=0)
+    assert {buffer.dtype for buffer in ours.buffers()} == {torch.float32}

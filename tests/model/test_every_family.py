@@ -27,6 +27,7 @@ from lrc.evaluation.held_out import measure_agreement
 from lrc.methods import METHODS
 from lrc.model.families import FAMILIES
 from lrc.model.layout import LinearSite
+from lrc.model.shapes import shape_of
 from lrc.model.student import build_student, empty_student, student_config
 from lrc.model.teacher import Teacher, load_teacher
 from lrc.recipe import Recipe
@@ -36,6 +37,7 @@ from lrc.train import train
 from lrc.train.batches import count
 from tiny import (
     DROPOUTS,
+    FFN,
     HIDDEN,
     STUDENT_HIDDEN,
     TOKENS,
@@ -383,7 +385,6 @@ def test_every_linear_map_has_a_clone_term(family: str) -> None:
             },
             "longrope",
         ),
-        ("hunyuan_v1_moe", {"moe_topk": [1, 2]}, "experts"),
     ],
 )
 def test_what_cannot_be_cloned_is_refused(
@@ -391,6 +392,33 @@ def test_what_cannot_be_cloned_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=f"This {family} model has .*{reason}.*cannot be cloned"):
         tiny_teacher(family, **changes)
+
+
+def test_numbers_by_layer_that_are_equal_are_one_number() -> None:
+    """As Hunyuan-A13B has them."""
+    lists = {"moe_topk": [2, 2], "moe_intermediate_size": [FFN, FFN], "num_shared_expert": [1, 1]}
+    teacher, plain = tiny_teacher("hunyuan_v1_moe", **lists), tiny_teacher("hunyuan_v1_moe")
+    ids = tiny_tokens(2)
+    assert torch.equal(teacher.model(ids).logits, plain.model(ids).logits)
+    assert shape_of(teacher.model).row["expert width"] == FFN
+    assert shape_of(teacher.model).row["experts of a token"] == 2
+    student = tiny_method(teacher, {"layers": 1, "experts": 2, "hidden_size": 8}).student()
+    assert student(ids).logits.isfinite().all()
+    with pytest.raises(UserError, match="layers of this hunyuan_v1_moe model differ in moe_topk"):
+        tiny_teacher("hunyuan_v1_moe", moe_topk=[1, 2])
+
+
+def test_a_head_with_a_bias_is_refused() -> None:
+    with pytest.raises(UserError, match="The LM head of 'tiny' has a bias"):
+        tiny_teacher("ernie4_5_moe", use_bias=True)
+
+
+def test_experts_without_a_shared_one() -> None:
+    teacher = tiny_teacher("granitemoeshared", shared_intermediate_size=0)
+    assert "shared_down" not in teacher.layout.names()
+    assert (
+        tiny_method(teacher, {"hidden_size": 8}).student()(tiny_tokens(2)).logits.isfinite().all()
+    )
 
 
 @pytest.mark.parametrize("family", in_turn(list(reversed(FAMILIES))))

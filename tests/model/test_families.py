@@ -1,15 +1,17 @@
 """Tests of the student of every family whose layers are Llama's."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.families import FAMILIES, family_of
 from lrc.model.shapes import shape_of
-from lrc.model.student import student_config
+from lrc.model.student import check_hidden_size, derive_config, student_config
 from lrc.model.teacher import Teacher, element_type
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from lrc.system.errors import UserError
@@ -209,6 +211,23 @@ def test_without_mamba_layers_any_hidden_size_will_do(tmp_path: Path) -> None:
     torch.testing.assert_close(again(ids).logits, student(ids).logits)
     assert again.config.shared_intermediate_size == 6
     assert shape_of(again).row["FFN width"] == 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_sizes_that_the_models_own_class_refuses(family: str) -> None:
+    """They are refused with the nearest one that it takes."""
+    teacher = tiny_teacher(family, num_attention_heads=4, num_key_value_heads=2)
+    config = copy.deepcopy(teacher.config)
+    teacher.family.set_hidden_size(config, 6)
+    try:
+        config.validate()
+    except StrictDataclassError:
+        with pytest.raises(UserError, match="nearest"):
+            check_hidden_size(teacher, 6)
+        with pytest.raises(UserError, match="cannot have this shape"):
+            derive_config(teacher, StudentSection(hidden_size=6))
+    else:
+        assert not teacher.family.divides_by_heads
 
 
 @pytest.mark.parametrize("family", [name for name in LLAMAS if name != "llama"])

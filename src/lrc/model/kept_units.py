@@ -162,7 +162,7 @@ def unit_slices(
     """
     head_dim = head_dim_of(config)
     width = group_size(config) * head_dim
-    if name == "q":
+    if name in ("q", "z"):  # z gates what o reads
         return spread(groups, width), None
     if name in ("k", "v"):
         return spread(groups, head_dim), None
@@ -177,7 +177,7 @@ def unit_slices(
         return torch.cat((spread(groups, width), keys + first, keys + second)), None
     if name == "gate_up":
         return torch.cat((neurons, neurons + shape_of_config(config).neurons)), None
-    return neurons, None
+    return (neurons if name in ("gate", "up") else None), None
 
 
 def spread(parts: Tensor, width: int) -> Tensor:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def upcast_dtype(tensor: Tensor) -> torch.dtype:
@@ -15,6 +15,13 @@ def upcast_dtype(tensor: Tensor) -> torch.dtype:
 def upcast(tensor: Tensor) -> Tensor:
     """Convert a tensor to at least float32, for large-vocabulary softmax and long sums."""
     return tensor.to(upcast_dtype(tensor))
+
+
+def store_parameters_as(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert a model's parameters alone: buffers, such as rotary frequencies and the bias of a
+    router, have the element type that they need."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def forward_dtype(precision: str, device: torch.device) -> torch.dtype:

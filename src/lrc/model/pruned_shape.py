@@ -94,6 +94,8 @@ def pruned_config(
     for name, values in by_layer(source).items():
         setattr(config, name, [values[layer] for layer in kept])
     config.num_hidden_layers = shape.layers
+    if len(kept) < whole.layers:
+        move_dense_layers(config, source, kept)
     if shape.kv_heads != whole.kv_heads:
         config.num_attention_heads = shape.kv_heads * group_size(source)
         config.num_key_value_heads = shape.kv_heads
@@ -106,6 +108,28 @@ def pruned_config(
     config.tie_word_embeddings = source.tie_word_embeddings if tied is None else tied
     forget_origin(config)
     return config
+
+
+def move_dense_layers(config: Any, source: Any, kept: Sequence[int]) -> None:
+    """Let the kept layers of a model with experts have those that they had, where its configuration
+    names the layers without by their place.
+
+    Args:
+        config: the configuration of the kept layers.
+        source: the model's.
+        kept: indices of the kept layers.
+    """
+    for name in ("first_k_dense_replace", "num_dense_layers"):
+        if isinstance(first := getattr(source, name, None), int):
+            setattr(config, name, sum(layer < first for layer in kept))
+    if getattr(source, "moe_layer_interval", None) == 1:
+        first, last = source.moe_layer_start_index, source.moe_layer_end_index
+        config.moe_layer_start_index = sum(layer < first for layer in kept)
+        config.moe_layer_end_index = sum(layer <= last for layer in kept) - 1
+    if (step := getattr(source, "decoder_sparse_step", None)) is not None:
+        dense = {layer for layer in kept if (layer + 1) % step or layer in source.mlp_only_layers}
+        config.decoder_sparse_step = 1
+        config.mlp_only_layers = [place for place, layer in enumerate(kept) if layer in dense]
 
 
 def check_config(config: Any) -> None:

@@ -90,11 +90,15 @@ def check_hidden_size(
 
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:
-    """Return the student's configuration without checking its hidden size."""
-    shape = student_shape(teacher, student)
-    return pruned_config(
-        teacher, shape, kept_layers(teacher, student), ties_weights(teacher, student)
-    )
+    """Return the student's configuration without checking its hidden size.
+
+    Raises:
+        UserError: if the configuration's own class refuses it.
+    """
+    shape, tied = student_shape(teacher, student), ties_weights(teacher, student)
+    config = pruned_config(teacher, shape, kept_layers(teacher, student), tied)
+    check_config(config)
+    return config
 
 
 def student_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
@@ -145,6 +149,8 @@ def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
     model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
     model.set_attn_implementation(source.config._attn_implementation)
     model.generation_config = copy.deepcopy(source.generation_config)
+    # With it, torch leaves out the gradient of a token that texts may have: often pad is EOS.
+    model.get_input_embeddings().padding_idx = None
     return model.eval()  # the student has no dropout, whatever the configuration says
 
 

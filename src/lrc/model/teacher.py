@@ -295,7 +295,8 @@ def as_teacher(
         notes: notes for the user about how it was read.
 
     Raises:
-        UserError: if its family is not supported, or its tokenizer does not fit its embedding.
+        UserError: if its family is not supported, its LM head has a bias, or its tokenizer does not
+            fit its embedding.
     """
     family = check_supported(model.config)
     rows = model.get_input_embeddings().weight.shape[0]
@@ -304,6 +305,10 @@ def as_teacher(
         raise UserError(
             f"The tokenizer of '{name}' has {largest + 1} tokens but the model embeds only "
             f"{rows}; give the tokenizer that the model was trained with."
+        )
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise UserError(
+            f"The LM head of '{name}' has a bias, which cannot be cloned: choose another teacher."
         )
     model.requires_grad_(False)
     model.eval()

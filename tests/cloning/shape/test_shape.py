@@ -24,6 +24,7 @@ from lrc.methods import METHODS, unused_settings
 from lrc.model.families import FAMILIES
 from lrc.model.families.base import Branch, Experts
 from lrc.model.kept_units import cut
+from lrc.model.layout import LinearSite
 from lrc.model.pruned_shape import shape_of_config
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import InitializeSection, ObjectiveSection, StudentSection
@@ -54,7 +55,6 @@ AXES: dict[str, dict[str, Any]] = {
 }
 WIDTHS = dict.fromkeys(AXES, "have different widths")
 REFUSED: dict[str, dict[str, str]] = {
-    "afmoe": {"heads": "self_attn.gate_proj of afmoe"},
     "falcon_h1": {"heads": "self_attn.q_proj of falcon_h1"},
     "granitemoeshared": {"neurons": "No layer of this granitemoeshared model"},
     "granitemoe": {"neurons": "No layer of this granitemoe model"},
@@ -65,11 +65,11 @@ REFUSED: dict[str, dict[str, str]] = {
     },
     "solar_open": {"neurons": "solar_open models have no dense FFN"},
     "qwen2_moe": {"neurons": "No layer of this qwen2_moe model"},
-    "olmo_hybrid": {"heads": "linear_attn.v_proj of olmo_hybrid"},
+    "olmo_hybrid": {"heads": "self_attn.q_norm of olmo_hybrid"},
     "qwen3_moe": {"neurons": "No layer of this qwen3_moe model has a dense FFN"},
-    "qwen3_next": {"neurons": "has a dense FFN", "heads": "linear_attn.in_proj_qkvz of qwen3_next"},
-    "qwen3_5_text": {"heads": "linear_attn.out_proj of qwen3_5_text"},
-    "qwen3_5_moe_text": {"neurons": "has a dense FFN", "heads": "linear_attn.out_proj"},
+    "qwen3_next": {"neurons": "has a dense FFN", "heads": "self_attn.q_proj of qwen3_next"},
+    "qwen3_5_text": {"heads": "self_attn.q_proj of qwen3_5_text"},
+    "qwen3_5_moe_text": {"neurons": "has a dense FFN", "heads": "self_attn.q_proj"},
     "gemma4_text": WIDTHS,
     "gemma4_unified_text": WIDTHS,
     "gpt_oss": {"neurons": "No layer of this gpt_oss model", "heads": "self_attn of gpt_oss"},
@@ -77,12 +77,10 @@ REFUSED: dict[str, dict[str, str]] = {
     "olmo3": {"heads": "self_attn.q_norm of olmo3"},
     "granite_swa": {"heads": "self_attn of granite_swa"},
     "mixtral": {"neurons": "No layer of this mixtral model"},
-    "deepseek_v2": {"heads": "self_attn.q_a_proj of deepseek_v2"},
-    "deepseek_v3": {"heads": "self_attn.q_a_proj of deepseek_v3"},
-    "youtu": {"heads": "self_attn.q_a_proj of youtu"},
-    "glm4_moe_lite": {"heads": "self_attn.q_a_proj of glm4_moe_lite"},
-    "granitemoehybrid": {"heads": "mamba.in_proj of granitemoehybrid"},
-    "nemotron_h": {"heads": "mixer.in_proj of nemotron_h"},
+    "deepseek_v2": {"heads": "self_attn.q_b_proj of deepseek_v2"},
+    "deepseek_v3": {"heads": "self_attn.q_b_proj of deepseek_v3"},
+    "youtu": {"heads": "self_attn.q_b_proj of youtu"},
+    "glm4_moe_lite": {"heads": "self_attn.q_b_proj of glm4_moe_lite"},
 }
 """What the error says for a family whose units cannot be removed one by one, by axis."""
 ALL = {"layers": 1, "intermediate_size": FFN // 2, "kv_heads": 1}
@@ -178,6 +176,67 @@ def test_redundant_units_cost_nothing(family: str, axis: str, tied: bool) -> Non
         tolerance *= 10
     wrong = logits(student, ids) - expected
     assert wrong.square().mean() < tolerance * expected.square().mean()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "kept"),
+    [
+        ("dots1", {"first_k_dense_replace": 3}, [0, 2, 3, 5]),
+        ("deepseek_v3", {"first_k_dense_replace": 3}, [0, 4, 5]),
+        ("afmoe", {"num_dense_layers": 2, "layer_types": 6 * ["full_attention"]}, [0, 2, 4]),
+        ("ernie4_5_moe", {"moe_layer_start_index": 2, "moe_layer_end_index": 4}, [0, 3, 5]),
+        ("qwen2_moe", {"mlp_only_layers": [0, 3]}, [0, 1, 3, 5]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, [0, 1, 4]),
+    ],
+)
+def test_layers_without_experts_stay_without(
+    family: str, changes: dict[str, Any], kept: list[int]
+) -> None:
+    """At the teacher's hidden size, a student is the teacher whose other layers write nothing."""
+    teacher = tiny_teacher(family, num_hidden_layers=6, **changes)
+    method = tiny_method(teacher, {"hidden_size": HIDDEN, "layers": {"keep": kept}})
+    assert isinstance(method.source, PrunedTeacher)
+    with torch.no_grad():
+        for value in method.projections.values.values():
+            value.copy_(torch.eye(HIDDEN))
+        for layer, branches in enumerate(teacher.layout.branches):
+            for branch in branches if layer not in kept else ():
+                for parameter in teacher.layout.projected(teacher.model):
+                    if parameter.site in {LinearSite(layer, name) for name in branch.writers}:
+                        teacher.model.get_parameter(parameter.name).zero_()
+        for name, value in method.source.writers.items():
+            value.copy_(teacher.parameter(method.source._place(name)[1]))
+        for path in method.source.layout.stream_norms():
+            gain = method.source.parameter(f"{path}.weight")
+            method.model.get_submodule(path).weight.copy_(gain)
+    ids = tiny_tokens(2)
+    torch.testing.assert_close(logits(method.student(), ids), logits(teacher.model, ids))
+
+
+def test_a_gate_of_attention_has_the_rows_of_its_queries() -> None:
+    """Also where as many neurons are kept."""
+    teacher = tiny_teacher("afmoe", num_attention_heads=4, num_key_value_heads=2)
+    own = 2 * HEAD_DIM
+    pruned = built(teacher, kv_heads={"keep": [1]}, intermediate_size=own).source
+    assert isinstance(pruned, PrunedTeacher)
+    for name in ("q", "z"):
+        rows, columns = pruned.slices(LinearSite(0, name))
+        assert columns is None
+        assert rows is not None
+        assert rows.tolist() == list(range(own, 2 * own))
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid", "nemotron_h"])
+def test_mamba_layers_keep_all_if_attention_has_fewer_heads(family: str) -> None:
+    pruned = built(shaped_teacher(family), kv_heads=1).source
+    assert isinstance(pruned, PrunedTeacher)
+    kinds = set()
+    for layer, branches in enumerate(pruned.layout.branches):
+        for name in branches[0].linears:
+            cut = any(part is not None for part in pruned.slices(LinearSite(layer, name)))
+            assert cut == ("q" in branches[0].readers)
+        kinds.add("q" in branches[0].readers)
+    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("family", LLAMAS)
@@ -371,11 +430,11 @@ def test_kept_units_that_are_no_selection(keep: list[int]) -> None:
 
 
 def test_layers_of_other_kinds_are_refused() -> None:
-    """In deepseek_v3 the first layers are dense, so a student whose second layer is of the first
-    kind cannot be written down."""
-    teacher = tiny_teacher("deepseek_v3", num_hidden_layers=3, first_k_dense_replace=2)
-    section = StudentSection.model_validate({"hidden_size": 8, "layers": {"keep": [0, 2]}})
-    with pytest.raises(UserError, match="deepseek_v3"):
+    """Every second layer of this model has experts, so a student whose second layer has none cannot
+    be written down."""
+    teacher = tiny_teacher("ernie4_5_moe", num_hidden_layers=4, moe_layer_interval=2)
+    section = StudentSection.model_validate({"hidden_size": 8, "layers": {"keep": [0, 2, 3]}})
+    with pytest.raises(UserError, match="ernie4_5_moe model: its layers are of several kinds"):
         pruned_teacher(teacher, first_units(teacher, section))
 
 

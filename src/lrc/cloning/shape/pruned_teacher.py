@@ -94,7 +94,7 @@ class PrunedTeacher(Teacher):
         """The kept units of a branch, int64, and how many inputs of its writer each has; None if
         nothing is removed from it."""
         whole, own = shape_of_config(self.original.config), shape_of_config(self.config)
-        if set(branch.writers) == {"o"} and own.kv_heads < whole.kv_heads:
+        if has_heads(branch) and own.kv_heads < whole.kv_heads:
             config = self.original.config
             return self.kept.groups[layer], group_size(config) * head_dim_of(config)
         if has_neurons(branch) and own.neurons < whole.neurons:
@@ -146,6 +146,11 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     path, _, attribute = name.rpartition(".")
     found: Tensor = getattr(model.get_submodule(path), attribute)
     return found
+
+
+def has_heads(branch: Branch) -> bool:
+    """Whether a branch is attention, with query heads that share key/value heads."""
+    return set(branch.writers) == {"o"} and branch.readers.keys() <= {"q", "k", "v", "z", "qkv"}
 
 
 def has_neurons(branch: Branch) -> bool:

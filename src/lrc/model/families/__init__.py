@@ -129,12 +129,20 @@ __all__ = ["FAMILIES", "Branch", "Family", "check_supported", "family_of"]
 
 
 def check_supported(config: Any) -> Family:
-    """The family of a configuration.
+    """The family of a configuration, in which lists of equal numbers by layer become one number.
 
     Raises:
         UserError: if its family is unknown, or it has something that cannot be cloned.
     """
     family = family_of(config.model_type)
+    for name in family.by_layer:
+        if isinstance(values := getattr(config, name, None), list):
+            if len(set(values)) != 1:
+                raise UserError(
+                    f"The layers of this {family.model_type} model differ in {name}, so it cannot "
+                    "be cloned."
+                )
+            setattr(config, name, values[0])
     if reason := family.unsupported(config):
         raise UserError(f"This {family.model_type} model has {reason}, which cannot be cloned.")
     return family

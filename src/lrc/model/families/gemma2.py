@@ -10,4 +10,10 @@ BETWEEN_NORMS = (
     replace(FFN, norm="pre_feedforward_layernorm", after="post_feedforward_layernorm"),
 )
 
-GEMMA2 = replace(GEMMA, model_type="gemma2", gguf="gemma2", branches=always(*BETWEEN_NORMS))
+GEMMA2 = replace(
+    GEMMA,
+    model_type="gemma2",
+    gguf="gemma2",
+    branches=always(*BETWEEN_NORMS),
+    divides_by_heads=True,
+)
