@@ -1,5 +1,6 @@
 """The Python interface: what the command line does, with objects instead of names."""
 
+import gc
 import json
 import logging
 from collections.abc import Iterator
@@ -147,6 +148,28 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
     found = lrc.evaluate(run, tasks=["heldout"], limit=2)
     assert found.models[0].tasks.keys() == {"heldout"}
     assert (run.folder / "evaluation" / "results.json").is_file()
+
+
+def test_a_call_leaves_no_trace(parts: dict[str, Any]) -> None:
+    """Random numbers, and the loaded teacher."""
+    model = parts["teacher"].train().requires_grad_(True)
+    model.model.norm.eval().requires_grad_(False)
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    gc.disable()
+    try:
+        run = lrc.compress(**parts, text=as_generator(), out="run")
+        lrc.resume(run, teacher=model, tokenizer=parts["tokenizer"])
+    finally:
+        gc.enable()
+    assert torch.equal(torch.rand(3), expected)
+    for module in model.modules():
+        assert module.training == (module is not model.model.norm)
+        assert not module._forward_hooks
+        assert not module._forward_pre_hooks
+    frozen = [name for name, value in model.named_parameters() if not value.requires_grad]
+    assert frozen == ["model.norm.weight"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

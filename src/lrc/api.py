@@ -6,13 +6,14 @@ Warnings, results and progress are logged by the logger `lrc`:
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lrc.exporting.formats import Dtype, Format
 from lrc.model.teacher import Teacher
-from lrc.objects import StrPath, Text, loaded_teacher, paths_of, written_text
+from lrc.objects import StrPath, Text, as_before, loaded_teacher, paths_of, written_text
 from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import find_yaml
@@ -33,6 +34,22 @@ if TYPE_CHECKING:
     from lrc.planning.plan import Plan
 
 
+P = ParamSpec("P")
+Result = TypeVar("Result")
+
+
+def _leaves_no_trace(function: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a function leave random numbers and a loaded teacher as they were."""
+
+    @wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> Result:
+        with as_before(named.get("teacher", args[0] if args else None)):
+            return function(*args, **named)
+
+    return call
+
+
+@_leaves_no_trace
 def plan(
     teacher: StrPath,
     *,
@@ -98,6 +115,7 @@ def plan(
     return make_plan(wanted, None if out is None else Path(out), choose)
 
 
+@_leaves_no_trace
 def clone(
     teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
@@ -115,7 +133,8 @@ def clone(
 
     Args:
         teacher: a hub id, a folder, a .gguf file, `package:NAME`, a loaded `lrc.Teacher`, or a
-            loaded transformers model, which needs its `tokenizer`. None: the recipe's.
+            loaded transformers model, which needs its `tokenizer`. None: the recipe's. A loaded one
+            moves to the run's device and, with `train.kernels`, keeps liger-kernel's modules.
         hidden_size: d_S; even, and smaller than the teacher's. None: the recipe's, or the teacher's
             if `settings` have fewer layers, heads, neurons or experts (`{"student.kv_heads": 4}`).
         parameters: instead of a shape, parameters of the student: its shape is the one that `plan`
@@ -142,6 +161,7 @@ def clone(
     return run
 
 
+@_leaves_no_trace
 def compress(
     teacher: "StrPath | Teacher | PreTrainedModel | None" = None,
     *,
@@ -164,6 +184,7 @@ def compress(
     return run
 
 
+@_leaves_no_trace
 def resume(
     run: Run | StrPath,
     *,
@@ -190,6 +211,7 @@ def resume(
     return opened
 
 
+@_leaves_no_trace
 def export(
     model: Run | StrPath,
     out: StrPath,
@@ -224,6 +246,7 @@ def export(
     return Path(out)
 
 
+@_leaves_no_trace
 def evaluate(
     model: Run | StrPath,
     *,
@@ -280,6 +303,7 @@ def evaluate(
     return run_evaluation(name, list(compare), settings, folder)
 
 
+@_leaves_no_trace
 def prune(
     model: Run | StrPath,
     *,
@@ -315,6 +339,7 @@ def prune(
     return run
 
 
+@_leaves_no_trace
 def sft(
     model: Run | StrPath,
     *,
@@ -382,6 +407,7 @@ def push(
     return send(_name(model), repo, private=private, gguf=kind, dry_run=dry_run)
 
 
+@_leaves_no_trace
 def compare(
     comparison: StrPath,
     *,

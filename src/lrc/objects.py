@@ -1,18 +1,23 @@
 """What the Python interface takes as objects: loaded teachers, and texts."""
 
+import gc
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from torch import nn
 
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe
 from lrc.system.checksums import cache_root
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
+from lrc.system.random_state import same_random_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +52,28 @@ def loaded_teacher(
         raise UserError("A teacher that is a transformers model needs its tokenizer: give both.")
     known = name or getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__
     return as_teacher(teacher, tokenizer, known)
+
+
+@contextmanager
+def as_before(model: Any = None) -> Iterator[None]:
+    """Context after which the caller's random numbers, and the modes and gradients of its loaded
+    model, are as they were.
+
+    Args:
+        model: what the caller gives as a teacher; anything but a transformers model is left alone.
+    """
+    loaded = model if isinstance(model, nn.Module) else nn.Module()
+    modes = [(module, module.training) for module in loaded.modules()]
+    trained = [(value, value.requires_grad) for value in loaded.parameters()]
+    with same_random_state():
+        try:
+            yield
+        finally:
+            gc.collect()  # hooks and what they belong to refer to each other
+            for module, mode in modes:
+                module.training = mode
+            for value, needed in trained:
+                value.requires_grad_(needed)
 
 
 def paths_of(text: StrPath | Sequence[StrPath] | None) -> list[str]:

@@ -193,6 +193,22 @@ def test_any_shape(
     compare(inputs, weights, rtol=1e-8, atol=1e-11)
 
 
+def test_losses_of_bfloat16_are_added_up_in_float32() -> None:
+    """Thousands of chunks, of which each is less than the last digit of the sum."""
+    inputs = random_inputs(n=4000)
+    low = inputs._replace(
+        student_hidden=inputs.student_hidden.detach().bfloat16().requires_grad_(),
+        student_head=inputs.student_head.detach().bfloat16().requires_grad_(),
+        teacher_hidden=inputs.teacher_hidden.bfloat16(),
+        teacher_head=inputs.teacher_head.bfloat16(),
+    )
+    weights = weights_for(inputs, temperature=1.0)
+    ours, theirs = (vocabulary_losses(*given, weights) for given in (low, inputs))
+    assert ours.lm.dtype == torch.float32
+    torch.testing.assert_close(ours.lm.double(), theirs.lm, rtol=3e-3, atol=0)
+    torch.testing.assert_close(ours.divergence.double(), theirs.divergence, rtol=2e-2, atol=0)
+
+
 def test_no_label_at_all() -> None:
     inputs = random_inputs()
     inputs.labels.fill_(-100)

@@ -177,6 +177,22 @@ def test_share_that_is_held_out(tmp_path: Path) -> None:
     assert packed.held_out.documents == pytest.approx(400, abs=80)
 
 
+@pytest.mark.parametrize("given", [False, True])
+def test_more_held_out_text_leaves_the_training_text_too(tmp_path: Path, given: bool) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    also = write_jsonl(tmp_path / "also.jsonl", [*TEXTS[5:9], "Not in the text."])
+    held = [str(write_jsonl(tmp_path / "held.jsonl", [TEXTS[2]]))] if given else []
+    tokenizer, sections = byte_tokenizer(), {"held_out": held, "held_out_fraction": 0.2}
+    train, held_out = both(
+        prepare(data_section(tmp_path, source, **sections), tokenizer), tokenizer
+    )
+    section = data_section(tmp_path, source, **sections, also_held_out={"also": [str(also)]})
+    fewer, same = both(prepare(section, tokenizer), tokenizer)
+    assert same == held_out
+    assert fewer == [text for text in train if text not in TEXTS[5:9]]
+    assert fewer != train
+
+
 def test_given_held_out_text_leaves_the_training_text(tmp_path: Path) -> None:
     source = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, *TEXTS[:3]])
     held = write_jsonl(tmp_path / "b.jsonl", [TEXTS[2], "Something else."])
@@ -296,7 +312,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     refused("data.text contains no text;", blank)
     refused("data.held_out contains no text;", long, held_out=[str(blank)])
     refused("data.text contains no text;", blank, held_out=[str(long)])
-    refused("no text that is not in data.held_out too", long, held_out=[str(long)])
+    refused("no text that is not held out too", long, held_out=[str(long)])
     refused("single document.*give more text, or set data.held_out", single)
 
 

@@ -112,6 +112,14 @@ def test_held_out_text_is_never_trained_on(opened: Callable[..., StreamedText]) 
     assert [b.input_ids.shape[0] for b in text.held_out_batches(99, 8)] == [8, 4]
 
 
+def test_more_held_out_text_is_not_trained_on(
+    opened: Callable[..., StreamedText], files: list[str]
+) -> None:
+    text = opened(also_held_out={"first": files[:1]})
+    ids = [text.training_batch(i, 1).input_ids for i in range(200)]
+    assert set(documents(ids)).isdisjoint(map(text_of, range(DOCUMENTS)))
+
+
 def test_it_continues_from_any_place(opened: Callable[..., StreamedText]) -> None:
     """Through JSON, and into the second epoch."""
     whole, states = [], []

@@ -38,7 +38,7 @@ from lrc.cloning.start import STARTS, initialize
 from lrc.data.batch import Batch
 from lrc.model.kept_units import KeptUnits
 from lrc.model.layout import LinearSite
-from lrc.model.precision import forward_dtype, product_dtype
+from lrc.model.precision import forward_dtype, product_dtype, store_parameters_as
 from lrc.model.student import build_student, plain_view, student_config
 from lrc.model.teacher import Teacher
 from lrc.recipe import Recipe
@@ -298,7 +298,9 @@ class LowRankClone(Method, Staged):
             self.projections.write_into(self.model)
             self.projections.wait()
         view = plain_view(self.model)
-        return view.to(self.weight_dtype) if self.weight_dtype and not self.released else view
+        if self.weight_dtype and not self.released:
+            store_parameters_as(view, self.weight_dtype)
+        return view
 
     def losses(self, batch: Batch, counts: Counts) -> StepLosses:
         losses: StepLosses = self.distill(batch, counts)

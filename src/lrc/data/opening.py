@@ -1,5 +1,6 @@
 """Open the text that a recipe names for the training loop."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from lrc.data.tokens import Tokens
 from lrc.recipe import Recipe
 from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def open_text(
@@ -47,6 +50,11 @@ def open_text(
             train.micro_batch,
         )
     if data.shards:
+        if data.also_held_out:
+            logger.warning(
+                "Shards are trained on as they were built, even if they hold documents of "
+                "data.also_held_out."
+            )
         folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]
         for folder in folders:
             folder.require_tokenizer(tokenizer, recipe.teacher.model)

@@ -86,6 +86,7 @@ def _inputs(data: DataSection, tokenizer: Tokenizer) -> dict[str, Any]:
         "text": source_files(data.text),
         "held_out": source_files(data.held_out, held_out=True),
         "held_out_fraction": None if data.held_out else data.held_out_fraction,
+        **({"also_held_out": also} if (also := source_files(_also(data), held_out=True)) else {}),
         "text_field": data.text_field,
         "parse_special_tokens": data.parse_special_tokens,
         **identity,
@@ -128,17 +129,23 @@ def _batches(documents: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, s
 
 
 def _split(data: DataSection) -> Iterator[tuple[str, str]]:
-    """All documents in reading order, each with its split, `train` or `held_out`."""
+    """All documents in reading order, each with its split, `train` or `held_out`. Those of
+    `also_held_out` are not trained on."""
+    held_out = also_held_out_hashes(data)
     if not data.held_out:
         limit = _held_out_limit(read_documents(data.text, data.text_field), data.held_out_fraction)
         for text in read_documents(data.text, data.text_field):
-            yield ("held_out" if text_hash(text) < limit else "train"), text
+            if (found := text_hash(text)) < limit:
+                yield "held_out", text
+            elif found not in held_out:
+                yield "train", text
         return
-    held_out = set()
+    empty = True
     for text in read_documents(data.held_out, data.text_field, held_out=True):
         held_out.add(text_hash(text))
         yield "held_out", text
-    if not held_out:
+        empty = False
+    if empty:
         raise UserError("data.held_out contains no text; give sources that contain text.")
     counts = {True: 0, False: 0}
     for text in read_documents(data.text, data.text_field):
@@ -147,8 +154,20 @@ def _split(data: DataSection) -> Iterator[tuple[str, str]]:
         if not known:
             yield "train", text
     if not counts[False]:
-        why = "no text" if not counts[True] else "no text that is not in data.held_out too"
+        why = "no text" if not counts[True] else "no text that is not held out too"
         raise UserError(f"data.text contains {why}; give other sources.")
+
+
+def also_held_out_hashes(data: DataSection) -> set[int]:
+    """Hashes of the documents of `data.also_held_out`."""
+    sources = _also(data)
+    if not sources:
+        return set()
+    return {text_hash(text) for text in read_documents(sources, data.text_field, held_out=True)}
+
+
+def _also(data: DataSection) -> list[str]:
+    return [source for sources in data.also_held_out.values() for source in sources]
 
 
 def _held_out_limit(documents: Iterable[str], fraction: float) -> int:

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.data.batch import Batch
 from lrc.data.identity import HASH_RANGE, text_hash, tokenizer_identity
-from lrc.data.packing import Progress, encode
+from lrc.data.packing import Progress, also_held_out_hashes, encode
 from lrc.data.reader import make_batch
 from lrc.data.rows import no_field
 from lrc.data.sources import text_of
@@ -162,6 +162,7 @@ class StreamedText:
         self._tokenizer = tokenizer
         self._seed = seed % (1 << 64)
         self._builder = _open(data.stream)
+        self._also_held_out = also_held_out_hashes(data)
         rows = self._builder.as_streaming_dataset(split=data.stream.split)
         self._held_out = self._read_held_out(rows, held_out, progress)
         self._block = block
@@ -251,7 +252,7 @@ class StreamedText:
             # Any nonzero epoch makes `datasets` shuffle its files.
             rows.set_epoch(1 + int(_random(1, self._seed, epoch)[0]) % (1 << 31))
             rows.load_state_dict(before)
-            texts = (text for text in self._texts(rows) if not self._is_held_out(text))
+            texts = (text for text in self._texts(rows) if self._is_trained_on(text))
             while found := list(islice(texts, together)):
                 order = np.argsort(_random(len(found), self._seed, epoch, block), kind="stable")
                 for number in range(document, len(found)):
@@ -295,6 +296,9 @@ class StreamedText:
 
     def _is_held_out(self, text: str) -> bool:
         return text_hash(text) < int(self._data.held_out_fraction * HASH_RANGE)
+
+    def _is_trained_on(self, text: str) -> bool:
+        return not self._is_held_out(text) and text_hash(text) not in self._also_held_out
 
     def _read_held_out(
         self, rows: Iterable[dict[str, Any]], sequences: int, progress: Progress | None

@@ -1,13 +1,9 @@
 """Accuracy on benchmarks during a run: of the student of that moment, beside the teacher's."""
 
-import random
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy
 import torch
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -17,6 +13,7 @@ from lrc.evaluation.local_data import use_folder
 from lrc.evaluation.published import task_names
 from lrc.recipe.sections import EvaluateSection
 from lrc.system.distributed import ALONE, World
+from lrc.system.random_state import same_random_state
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -52,7 +49,7 @@ class Benchmarks:
             world: the processes to share the tasks among; all get the result.
         """
         mine: dict[str, dict[str, float]] = {}
-        with _same_random_state(), torch.no_grad():
+        with same_random_state(), torch.no_grad():
             lm = harness_model(model, tokenizer, self.section.batch_size)
             for name in self._names[world.rank :: world.size]:
                 local = self.section.data is not None
@@ -60,15 +57,3 @@ class Benchmarks:
                 mine[name] = {f"{name}/{key}": one.value for key, one in result.metrics.items()}
         of_all = {name: found for part in world.gather(mine) for name, found in part.items()}
         return {key: value for name in self._names for key, value in of_all[name].items()}
-
-
-@contextmanager
-def _same_random_state() -> Iterator[None]:
-    """Context after which random numbers go on as if nothing had been drawn in it."""
-    others = random.getstate(), numpy.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(others[0])
-        numpy.random.set_state(others[1])

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.model.loading import without_bars
+from lrc.model.precision import store_parameters_as
 from lrc.system.errors import UserError
 from lrc.system.files import new_folder
 
@@ -42,7 +43,8 @@ def export_student(
     """
     check_range(student.named_parameters(), dtype or student.dtype)
     if dtype not in (None, student.dtype):
-        student = copy.deepcopy(student).to(dtype)
+        student = copy.deepcopy(student)
+        store_parameters_as(student, dtype)
     with new_folder(folder) as temporary, without_bars():
         student.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

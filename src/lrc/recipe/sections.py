@@ -382,7 +382,8 @@ class DataSection(Section):
 
     also_held_out: dict[str, Annotated[list[str], BeforeValidator(_list_of_one)]] = {}
     """More held-out texts by name, each with its sources: `{code: [code.jsonl]}`. Teacher and
-    student are measured on them at the end of a run, on `train.eval_sequences` each."""
+    student are measured on them at the end of a run, on `train.eval_sequences` each. Nothing of
+    them is trained on, unless `shards` were built with it."""
 
     text_field: str = "text"
     """Field of JSONL rows and data sets that holds the text."""

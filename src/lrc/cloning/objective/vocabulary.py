@@ -119,8 +119,8 @@ class _Vocabulary(torch.autograd.Function):
         fused = weights.triton and has_kernel and dtype.itemsize <= 4
         grad_hidden = torch.empty_like(student_hidden)
         grad_head = torch.zeros_like(student_head, dtype=upcast_dtype(student_head))
-        kl = student_hidden.new_zeros(())
-        lm = student_hidden.new_zeros(())
+        kl = student_hidden.new_zeros((), dtype=upcast_dtype(student_hidden))
+        lm = torch.zeros_like(kl)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(student_hidden), weights.chunk_tokens):
                 rows = slice(start, start + weights.chunk_tokens)
