@@ -554,7 +554,8 @@ def _new_run(
     is_object = not (text is None or isinstance(text, str | os.PathLike | list | tuple))
     sources = ["-"] if is_object else paths_of(text)  # type: ignore[arg-type]
     given = {"teacher.model": name, "student.hidden_size": hidden_size, "data.text": sources}
-    overrides = {key: value for key, value in given.items() if value} | dict(settings or {})
+    kept = {key: value for key, value in given.items() if value not in (None, [])}
+    overrides = kept | dict(settings or {})
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     if parameters is not None or ratio is not None:
         from lrc.planning.recommend import with_shape

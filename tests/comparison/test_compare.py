@@ -31,7 +31,7 @@ from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import session as session_module
-from lrc.train.session import train
+from lrc.train.session import Interrupted, train
 from lrc.train.starts import Starts
 from prepared import Prepared
 from tiny_runs import save_teacher, tiny_documents
@@ -477,6 +477,21 @@ def test_a_stopped_comparison_continues(
     assert end.value.code == 0
     assert begun == ["scratch-seed3"] * 4
     assert not json.loads((tmp_path / "out" / "comparison.json").read_text())["entries"][0]["tries"]
+
+
+def test_a_comparison_stopped_in_the_last_step_of_a_run_ends_after_it(
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = {**plan, "grid": {"learning_rates": [1e-2], "tokens": 1}, "entries": plan["entries"][1:2]}
+    comparison, out = load_comparison(write(one, tmp_path)), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        begun = signaled(patch, signal.SIGTERM, "scratch-seed0", 6)
+        with pytest.raises(Interrupted, match="scratch-seed0; the same command"):
+            compare(comparison, out)
+    assert begun == ["scratch-seed0"] * 6
+    assert Run.open(out / "runs" / "scratch-seed0").summary()["tokens"] == 192
+    [entry] = compare(comparison, out).entries
+    assert [run.seed for run in entry.runs] == [0, 3]
 
 
 def test_a_killed_comparison_continues(plan: Settings, tmp_path: Path, prepared: Prepared) -> None:

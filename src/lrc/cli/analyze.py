@@ -8,7 +8,9 @@ import typer
 
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument, TorchDtype
+from lrc.cli.quantities import MAX_SEED
 from lrc.cli.results import prints_results
+from lrc.system.errors import UserError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="markdown")
 
@@ -61,7 +63,9 @@ def neurons(
     random_draws: Annotated[
         int, typer.Option(min=0, help="Random sets of as many neurons to mask, to compare.")
     ] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the split and of the draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the split and of the draws.")
+    ] = 0,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -98,6 +102,8 @@ def neurons(
 
     quiet_libraries()
     keep_freed_memory()
+    if share == 0:
+        raise UserError("--share is 0: give a share above 0.")
     settings = NeuronSettings(
         task=task,
         questions=questions,

@@ -6,6 +6,7 @@ import typer
 
 from lrc.cli.console import console, quiet_libraries
 from lrc.cli.models import ModelArgument
+from lrc.cli.quantities import MAX_SEED
 from lrc.system.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def chat(
         float | None,
         typer.Option(min=0, help="0: the most likely token. Default: the model's settings."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Seed of the sampling.")] = 0,
 ) -> None:
     """Talk to a model in its own chat template.
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lrc.cli.console import INTERRUPTED, console, quiet_libraries
+from lrc.cli.quantities import MAX_SEED
 from lrc.cli.results import prints_results
 from lrc.system.errors import UserError
 
@@ -81,7 +82,9 @@ def build(
 def inspect(
     folder: Annotated[Path, typer.Argument(metavar="SHARDS", help="Folder of the shards.")],
     documents: Annotated[int, typer.Option(min=0, help="Random documents to show.")] = 3,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of documents.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed of the choice of documents.")
+    ] = 0,
     characters: Annotated[
         int, typer.Option(min=0, help="Characters to show of a document; 0: all of it.")
     ] = 500,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lrc.cli.console import console, quiet_libraries
+from lrc.cli.quantities import MAX_SEED
 from lrc.cli.results import prints_results
 from lrc.exporting.formats import Dtype, Format
 from lrc.system.errors import UserError
@@ -104,6 +105,8 @@ def info(
     from lrc.run import Run, is_run
 
     quiet_libraries()
+    if gpus != "1" and not memory:
+        raise UserError("--gpus goes with --memory: give both.")
     if Path(model).suffix in (".yaml", ".yml") or model in shipped("recipe"):
         if compare is not None:
             raise UserError("--compare goes with a model, not with a recipe: leave it out.")
@@ -215,7 +218,9 @@ def generate(
     temperature: Annotated[
         float, typer.Option(min=0, help="0 always picks the most likely token.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed, if the temperature is above 0.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=MAX_SEED, help="Seed, if the temperature is above 0.")
+    ] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt in the chat template.")] = (
         False
     ),

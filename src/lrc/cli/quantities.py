@@ -10,6 +10,9 @@ BYTES = {
     **{f"{prefix}iB": 1 << 10 * (power + 1) for power, prefix in enumerate("KMGT")},
 }
 
+MAX_SEED = (1 << 32) - 1
+"""The largest seed that torch and numpy take."""
+
 
 def quantity(text: str, units: dict[str, int], option: str) -> float:
     """A number with a unit, such as 1.5B.

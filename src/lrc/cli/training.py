@@ -226,7 +226,7 @@ def carry_out(run: "Run", action: "Callable[[Run], dict[str, Any]]", shapes: boo
         "",
         *samples,
         closing_table(summary),
-        "Time: " + ", ".join(shares),
+        *(["Time: " + ", ".join(shares)] if shares else []),
         f"Everything is in {run.folder}; the student is in {run.student_folder}.",
         *([_shapes_table(summary["shapes"])] if shapes else []),
     )

@@ -43,6 +43,7 @@ from lrc.system.errors import DivergedError, HeldError, UserError, reason
 from lrc.system.files import hold, is_taken, new_folder, reading, remove, write_text
 from lrc.train.session import Interrupted, train
 from lrc.train.setup import find_device
+from lrc.train.signals import StopRequest
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
@@ -227,17 +228,22 @@ class Runner:
         logger.info("%s, rate %s: %s", job.title, rate, self._position())
         started = time.perf_counter()
         starts = Starts(self.folders.out / "starts", self.folders.alike(recipe))
+        stop = StopRequest()
         try:
-            train(run, self._teacher(recipe), starts=starts)
+            train(run, self._teacher(recipe), starts=starts, stop=stop)
         except DivergedError as error:
             write_text(run.folder / "diverged.json", json.dumps({"message": str(error)}))
             logger.warning(str(error))
-        except Interrupted as stop:
+        except Interrupted as stopped:
             raise Interrupted(
-                stop.signal, f"Stopped in {run.folder}; the same command continues from there."
+                stopped.signal, f"Stopped in {run.folder}; the same command continues from there."
             ) from None
         finally:
             gc.collect()  # hooks and what they belong to refer to each other
+        if stop.signal is not None:
+            raise Interrupted(
+                stop.signal, f"Stopped after {run.folder}; the same command continues from there."
+            )
         self._tokens += recipe.train.tokens
         self._seconds += time.perf_counter() - started
         return run

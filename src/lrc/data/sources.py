@@ -129,6 +129,8 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
     """
     expanded: list[TextSource] = []
     for source in sources:
+        if not source:
+            raise UserError("A source of text is empty: give a file or a folder.")
         path = Path(source).expanduser()
         if source == STDLIB_DOCS:
             expanded.append(TextSource("stdlib", path))
@@ -144,6 +146,11 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
                 found = list(_expand(path, held_out))
             except OSError as error:
                 raise UserError(f"'{source}' cannot be read ({error}); fix it.") from error
+            if not found and path.is_dir() and (skipped := list(_left_out(path))):
+                raise UserError(
+                    f"The folder '{source}' holds only what is left out of training text, such as "
+                    f"{skipped[0].name}: to read a file anyway, name it."
+                )
             if not found:
                 what = "The folder" if path.is_dir() else "The file"
                 raise UserError(f"{what} '{source}' contains no readable text; {_accepted()}.")

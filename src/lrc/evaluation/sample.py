@@ -1,6 +1,7 @@
 """Text generation with a model."""
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -9,6 +10,9 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.model.tokenizer import plain_ids
+from lrc.system.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def generate_text(
@@ -47,8 +51,22 @@ def continue_tokens(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> str:
-    """The continuation of some tokens, as in `generate_text`; no tokens: a new document."""
+    """The continuation of some tokens, as in `generate_text`, up to the end of the model's context;
+    no tokens: a new document.
+
+    Raises:
+        UserError: if the tokens alone fill the context.
+    """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and len(ids) + max_new_tokens > longest:
+        if len(ids) >= longest:
+            raise UserError(
+                f"The prompt has {len(ids):,} tokens, and the model's context is {longest:,}: "
+                "shorten it."
+            )
+        max_new_tokens = longest - len(ids)
+        logger.warning("The model's context ends after %d more tokens.", max_new_tokens)
     start = torch.tensor([list(ids) or [eos if bos is None else bos]], device=model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}

@@ -14,6 +14,9 @@ from lrc.system.limits import bounded
 
 DESCRIPTION = "tokenizer.json"
 
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+"""What the files of a tokenizer are called."""
+
 ADVICE = "give a model folder with a valid tokenizer"
 
 PROBES = (
@@ -57,6 +60,8 @@ def load_tokenizer_files(files: ModelFiles) -> Tokenizer:
     path = files.folder / DESCRIPTION
     if path.is_file():
         refuse_pointer(path)
+    elif not any(list(files.folder.glob(pattern)) for pattern in TOKENIZER_FILES):
+        raise UserError(f"'{files.name}' has no tokenizer: add its {DESCRIPTION} to the folder.")
     with reading(f"The tokenizer of '{files.name}'", ADVICE):
         tokenizer = AutoTokenizer.from_pretrained(files.folder, **files.options())
         if not path.is_file():

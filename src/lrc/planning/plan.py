@@ -113,6 +113,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
     """
     if out is not None:
         _check_output(settings, out)
+    elif choose != 1:
+        raise UserError("--choose names the candidate whose recipe --out writes: give both.")
     _check(settings)
     teacher, under = skeleton(settings.teacher), settings.conditions
     tokens = _recipe(StudentSection(), settings).train.tokens

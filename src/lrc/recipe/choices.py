@@ -30,7 +30,7 @@ def choices(recipe: Recipe, parameters: int, terms: int) -> str | None:
         (_release(train.release_at), "train", ("release_at",)),
         (_clone(loss, terms), "objective", alpha),
         (OPTIMIZERS[train.optimizer], "train", ("optimizer",)),
-        (f"learning rate {learning_rate(recipe, parameters):.3g}", "train", ("learning_rate",)),
+        (_rate(recipe, parameters), "train", ("learning_rate", "release_learning_rate")),
     ]
     ours: dict[bool, list[str]] = {True: [], False: []}
     for text, section, keys in named:
@@ -45,6 +45,15 @@ def choices(recipe: Recipe, parameters: int, terms: int) -> str | None:
     if ours[False]:
         parts.append(f"From the recipe: {', '.join(ours[False])}.")
     return " ".join(parts)
+
+
+def _rate(recipe: Recipe, parameters: int) -> str:
+    first, later = learning_rate(recipe, parameters), recipe.train.release_learning_rate
+    if later is None or recipe.train.release_at == 1:
+        return f"learning rate {first:.3g}"
+    if recipe.train.release_at == 0:
+        return f"learning rate {later:.3g}"
+    return f"learning rate {first:.3g}, after the release {later:.3g}"
 
 
 def _release(share: float) -> str:

@@ -175,6 +175,8 @@ def validated(kind: type[SectionType], settings: Any, what: str) -> SectionType:
     except ValidationError as error:
         found: dict[tuple[str, ...], list[Any]] = {}
         for problem in error.errors():
+            if problem["type"] == "default_factory_not_called":
+                continue  # another setting has a mistake
             found.setdefault(_setting(problem["loc"], kind)[0], []).append(problem)
         within = {at[:length] for at in found for length in range(1, len(at))}
         problems = [_explain(same, kind, what) for at, same in found.items() if at not in within]
@@ -225,14 +227,18 @@ def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) 
 
     Args:
         texts: texts for `parse_override`.
-        flags: by dotted key, its flag and the flag's value; None or empty means not given.
+        flags: by dotted key, its flag and the flag's value; None or no value means not given.
 
     Raises:
-        UserError: if a text does not have that form, or a key is given twice.
+        UserError: if a text does not have that form, a flag's value is an empty text, or a key is
+            given twice.
     """
     found: dict[str, Any] = {}
     given: dict[str, str] = {}
-    pairs = [(flag, key, value) for key, (flag, value) in flags.items() if value]
+    pairs = [(flag, key, value) for key, (flag, value) in flags.items() if value not in (None, [])]
+    for flag, _, value in pairs:
+        if value == "" or (isinstance(value, list) and "" in value):
+            raise UserError(f"{flag} is empty: give it a value, or leave it out.")
     pairs += [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
     for how, key, value in pairs:
         short = key in SHORT_FORMS and isinstance(value, str)

@@ -286,7 +286,7 @@ class ObjectiveSection(Section):
     jsd_beta: float = Field(0.5, gt=0, lt=1)
     """Weight of the teacher in the mixture of `jsd`."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(1.0, ge=0.01, le=10_000)
     """T of the softmax in the KL term. The paper's 40 asks for logits near the teacher's over the
     whole vocabulary, whether a token is likely or not. Short runs do better with 1."""
 
@@ -550,7 +550,13 @@ class TrainSection(Section):
         return [] if value == ["none"] else value
 
     @model_validator(mode="after")
-    def _compiles_what_is_kept(self) -> Self:
+    def _settings_that_go_together(self) -> Self:
+        rates = self.learning_rate != "auto" and self.release_learning_rate is not None
+        if rates and self.release_at == 0:
+            raise ValueError(
+                "with release_at: 0, release_learning_rate takes the place of learning_rate from "
+                "the first step on: give one of them"
+            )
         if self.compile and self.gradient_checkpointing:
             raise ValueError(
                 "compile and gradient_checkpointing cannot be used together: turn one of them off"

@@ -171,7 +171,8 @@ def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], Tenso
         UserError: if it is damaged or belongs to another run.
     """
     damaged = UserError(
-        f"The checkpoint {path} is damaged; remove it to continue from the one before."
+        f"The checkpoint {path} is damaged; remove it to continue from the one before, or start a "
+        "new run if there is none."
     )
     try:
         header = json.loads((path / HEADER).read_text(encoding="utf-8"))
@@ -180,7 +181,10 @@ def read_checkpoint(path: Path, fingerprint: str) -> tuple[dict[str, Any], Tenso
         if header.pop("checksum") != json_sha256(header):
             raise damaged
         if header["fingerprint"] != fingerprint:
-            raise UserError(f"The checkpoint {path} belongs to a run with another recipe.")
+            raise UserError(
+                f"The checkpoint {path} belongs to a run with another recipe: restore the run's "
+                "recipe.yaml, or start a new run."
+            )
         files = [path / name for name in header["sha256"]]
         if header["sha256"] != {file.name: file_sha256(file) for file in files}:
             raise damaged

@@ -65,6 +65,11 @@ def export_model(
         raise UserError(f"{out} is the name of a GGUF file: leave out --format safetensors.")
     if dtype is Dtype.q8_0:
         raise UserError("q8_0 exists only in GGUF: give a file name that ends in .gguf.")
+    if not is_run(Path(model)) and Path(model).is_dir():
+        raise UserError(
+            f"{model} is not a run, so it can only be written as GGUF: give a file name that ends "
+            "in .gguf."
+        )
     element = getattr(torch, TORCH_NAMES.get(dtype, dtype)) if dtype else None
     step = export_run(Run.open(Path(model)), out, element, teacher)
     logger.info("The student of step %s is in %s.", step, out)

@@ -101,8 +101,15 @@ class Loop:
         self.sums = GradientSums(self.world, self.setup.method.leaves())
         self.sends = ParameterSends(self.world, self.setup.method)
 
-    def go(self, steps: int) -> StopRequest:
+    def go(self, steps: int, stop: StopRequest | None = None) -> StopRequest:
         """Train up to a step, or until a signal asks to stop. Then write a checkpoint.
+
+        Args:
+            steps: number of the step.
+            stop: where to note a signal; None: in a new request.
+
+        Returns:
+            The request.
 
         Raises:
             DivergedError: if the loss or its gradient is not finite.
@@ -117,7 +124,7 @@ class Loop:
         logger.info("%s on %s.", work, describe_compute(recipe.train, setup.device))
         with (
             closing(self.open_batches()) as self.batches,
-            stop_on_signals() as stop,
+            stop_on_signals(stop) as stop,
             open_trackers(self.run, self.first_step, self.world) as self.trackers,
             task(work, steps, self.first_step) as progress,
         ):
@@ -331,6 +338,8 @@ class Loop:
             return
         kept = list_checkpoints(self.run.checkpoints)
         rate = stages_of(self.setup.method).rate_setting()
+        if getattr(self.run.recipe.train, rate) is None:
+            rate = "learning_rate"
         where = f"the last good checkpoint is {kept[0]}" if kept else "there is no checkpoint yet"
         raise DivergedError(
             f"The loss or its gradient is not finite at step {self.setup.state.step + 1} "

@@ -47,7 +47,8 @@ def prune_recipe(
         trained = run.recipe.model_dump(mode="json", exclude_defaults=True)
         base["data"] = trained["data"]
         base["train"] = {k: v for k, v in trained.get("train", {}).items() if k in OF_THE_RUN}
-    elif not text and not any(key.startswith("data.") for key in settings):
+    hidden_size = int(load_skeleton(model).config.hidden_size)
+    if not (base["data"] or text or any(key.startswith("data.") for key in settings)):
         raise UserError(
             f"{model} is not a run, so pruning needs text to measure importance: give --text."
         )
@@ -56,7 +57,7 @@ def prune_recipe(
     base |= {
         "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
         "teacher": {"model": model},
-        "student": {"hidden_size": int(load_skeleton(model).config.hidden_size)},
+        "student": {"hidden_size": hidden_size},
     }
     overrides: dict[str, Any] = {"data.text": list(text)} if text else {}
     if tokens is not None:

@@ -40,6 +40,7 @@ from lrc.train.setup import (
     new_state,
     set_up,
 )
+from lrc.train.signals import StopRequest
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
@@ -137,6 +138,7 @@ def train(
     teacher: Teacher | None = None,
     starts: Starts | None = None,
     on_step: OnStep | None = None,
+    stop: StopRequest | None = None,
 ) -> dict[str, Any]:
     """Train a run to its last step, from its newest checkpoint or from the beginning.
 
@@ -147,6 +149,7 @@ def train(
         teacher: a teacher that is already loaded; None: the recipe's.
         starts: starts to share with other runs; None: share none.
         on_step: called with the metrics of every step.
+        stop: where to note a signal, also one in the last step, after which the run ends as usual.
 
     Returns:
         The closing table, as in summary.json.
@@ -164,7 +167,7 @@ def train(
             return run.summary()
         loop = open_loop(run, teacher, starts, world)
         loop.on_step = on_step
-        stop = loop.go(run.recipe.steps())
+        stop = loop.go(run.recipe.steps(), stop)
         if stop.signal is not None and loop.setup.state.step < run.recipe.steps():
             raise Interrupted(
                 stop.signal,

@@ -20,12 +20,12 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Treat the first SIGINT or SIGTERM as a request to stop; a second one acts at once.
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Note the first SIGINT or SIGTERM as a request to stop; a second one acts at once.
 
     Only the main thread can handle signals. In other threads the request stays false.
     """
-    request = StopRequest()
+    request = StopRequest() if request is None else request
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
