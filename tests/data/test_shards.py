@@ -3,13 +3,14 @@
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
 from build_helpers import build, documents, make_mix, rows, texts_of
-from data_helpers import byte_tokenizer, data_section, write_jsonl, write_rows
+from data_helpers import byte_tokenizer, data_section, write_jsonl, write_rows, write_shards
 from lrc.corpus import summary
 from lrc.corpus.inspect import check_files, count_sources, own_tokenizer, sample_documents
 from lrc.data import open_text, prepare
@@ -22,8 +23,11 @@ from lrc.data.shards import (
     open_shards,
     write_shards_index,
 )
+from lrc.evaluation.agreement import HeldOut
 from lrc.recipe import Recipe, validated
+from lrc.recipe.sections import DataSection, TeacherSection
 from lrc.system.errors import UserError
+from tiny_runs import save_teacher
 
 
 @pytest.fixture
@@ -190,3 +194,17 @@ def test_another_tokenizer_is_refused(shards: Shards) -> None:
         path.unlink()
     with pytest.raises(UserError, match="cannot be loaded: set it with --teacher"):
         own_tokenizer(shards)
+
+
+def test_numbers_on_other_shards_of_a_folder_are_not_kept(tmp_path: Path) -> None:
+    """`lrc eval` keeps what it measured by this key."""
+    tokenizer = tokenizer_identity(byte_tokenizer())
+    teacher = TeacherSection(model=str(save_teacher(tmp_path / "teacher")))
+
+    def key(last: int) -> dict[str, Any]:
+        write_shards(tmp_path / "shards", [("held_out", [("a", [5, 6, last])])], tokenizer)
+        data = DataSection(shards=[str(tmp_path / "shards")])
+        return HeldOut(teacher, data, None, sequences=1, batch_size=1).key()
+
+    assert key(7) == key(7)
+    assert key(7) != key(8)

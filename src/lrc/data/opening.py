@@ -13,6 +13,7 @@ from lrc.data.shards import SPLITS, Shards, Split, open_shards
 from lrc.data.stream import StreamedText
 from lrc.data.tokens import Tokens
 from lrc.recipe import Recipe
+from lrc.recipe.sections import DataSection
 from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
 
@@ -55,7 +56,7 @@ def open_text(
                 "Shards are trained on as they were built, even if they hold documents of "
                 "data.also_held_out."
             )
-        folders = [open_shards(Path(folder).expanduser()) for folder in data.shards]
+        folders = shards_of(data)
         for folder in folders:
             folder.require_tokenizer(tokenizer, recipe.teacher.model)
     else:
@@ -77,9 +78,18 @@ def open_text(
         sequences["train"],
         sequences["held_out"],
         train.seed,
-        _identity(folders),
+        identity_of(folders),
         spread=bool(data.shards),
     )
+
+
+def shards_of(data: DataSection) -> list[Shards]:
+    """Open the folders of `data.shards`.
+
+    Raises:
+        UserError: if one has no finished shards.
+    """
+    return [open_shards(Path(folder).expanduser()) for folder in data.shards]
 
 
 def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
@@ -93,7 +103,7 @@ def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
     return Tokens([shard for shard, _ in shards], sources, [numbers for _, numbers in shards])
 
 
-def _identity(folders: Sequence[Shards]) -> str:
+def identity_of(folders: Sequence[Shards]) -> str:
     """Checksum of everything that determines which token is where."""
     return json_sha256([[s.split, s.tokens, s.sha256] for f in folders for s in f.shards])
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.data import open_text, read_documents, source_files
 from lrc.data.batch import Batch, separated
+from lrc.data.opening import identity_of, shards_of
 from lrc.data.packing import encode
 from lrc.evaluation.held_out import measure_agreement, perplexity
 from lrc.evaluation.results import HELD_OUT, Score, TaskResult
@@ -40,6 +41,7 @@ class HeldOut:
             "teacher": fingerprint_of(self.teacher.model),
             "teacher_settings": self.teacher.model_dump(exclude={"model", "license"}),
             "files": [list(file) for file in source_files(self._sources(), held_out=True)],
+            **({"shards": identity_of(shards_of(self.data))} if self.data.shards else {}),
             "data": self.data.model_dump(exclude={"text", "held_out", "cache"}),
             "whole": self.recipe is None,
             "sequences": self.sequences,
