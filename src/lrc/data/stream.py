@@ -298,7 +298,8 @@ class StreamedText:
         return text_hash(text) < int(self._data.held_out_fraction * HASH_RANGE)
 
     def _is_trained_on(self, text: str) -> bool:
-        return not self._is_held_out(text) and text_hash(text) not in self._also_held_out
+        also = self._also_held_out and text_hash(text) in self._also_held_out
+        return not (self._is_held_out(text) or also)
 
     def _read_held_out(
         self, rows: Iterable[dict[str, Any]], sequences: int, progress: Progress | None

@@ -135,7 +135,7 @@ def check_supported(config: Any) -> Family:
         UserError: if its family is unknown, or it has something that cannot be cloned.
     """
     family = family_of(config.model_type)
-    for name in family.by_layer:
+    for name in family.numbers_by_layer:
         if isinstance(values := getattr(config, name, None), list):
             if len(set(values)) != 1:
                 raise UserError(

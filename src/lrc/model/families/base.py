@@ -249,7 +249,7 @@ class Family:
     gguf: str | None = None
     """llama.cpp's architecture name, for GGUF files; None: none can be written."""
 
-    by_layer: tuple[str, ...] = ()
+    numbers_by_layer: tuple[str, ...] = ()
     """Settings that may have a number for each layer, in models whose layers all have the same."""
 
     unsupported: Callable[[Any], str | None] = lambda _config: None

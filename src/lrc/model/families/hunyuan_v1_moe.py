@@ -7,7 +7,7 @@ from lrc.model.families.base import ATTENTION, EXPERTS, ROUTER, Family, always, 
 HUNYUAN_V1_MOE = Family(
     "hunyuan_v1_moe",
     gguf="hunyuan-moe",
-    by_layer=("moe_topk", "num_experts", "moe_intermediate_size", "num_shared_expert"),
+    numbers_by_layer=("moe_topk", "num_experts", "moe_intermediate_size", "num_shared_expert"),
     branches=always(
         ATTENTION,
         with_shared(
