@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from lrc.evaluation.agreement import HeldOut
 from lrc.recipe import Recipe, validated
 from lrc.recipe.sections import DataSection, TeacherSection
 from lrc.system.errors import UserError
-from tiny_runs import save_teacher
+from tiny_runs import save_teacher, tiny_recipe
 
 
 @pytest.fixture
@@ -194,6 +195,20 @@ def test_another_tokenizer_is_refused(shards: Shards) -> None:
         path.unlink()
     with pytest.raises(UserError, match="cannot be loaded: set it with --teacher"):
         own_tokenizer(shards)
+
+
+@pytest.mark.parametrize("second", [0.1, 0.2])
+def test_folders_with_other_held_out_fractions_are_noticed(
+    tmp_path: Path, second: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = byte_tokenizer()
+    for name, fraction in (("one", 0.1), ("two", second)):
+        parts: Any = [(split, [("a", [5] * 40)]) for split in ("train", "held_out")]
+        folder = write_shards(tmp_path / name, parts, tokenizer_identity(tokenizer))
+        write_shards_index(replace(folder, build={"mix": {"held_out_fraction": fraction}}))
+    shards = [str(tmp_path / name) for name in ("one", "two")]
+    open_text(tiny_recipe(data={"shards": shards, "sequence_length": 16}), tokenizer)
+    assert ("different held-out fractions" in caplog.text) == (second != 0.1)
 
 
 def test_numbers_on_other_shards_of_a_folder_are_not_kept(tmp_path: Path) -> None:

@@ -57,6 +57,11 @@ def open_text(
                 "data.also_held_out."
             )
         folders = shards_of(data)
+        if len({held_out_fraction(folder) for folder in folders}) > 1:
+            logger.warning(
+                "The shards were built with different held-out fractions, so a document of several "
+                "folders may be both held out and trained on: build all with the same."
+            )
         for folder in folders:
             folder.require_tokenizer(tokenizer, recipe.teacher.model)
     else:
@@ -90,6 +95,12 @@ def shards_of(data: DataSection) -> list[Shards]:
         UserError: if one has no finished shards.
     """
     return [open_shards(Path(folder).expanduser()) for folder in data.shards]
+
+
+def held_out_fraction(folder: Shards) -> float | None:
+    """The share of the documents of a folder that its build held out; None if it does not say."""
+    fraction: float | None = folder.build.get("mix", {}).get("held_out_fraction")
+    return fraction
 
 
 def _tokens(folders: Sequence[Shards], split: Split) -> Tokens:
