@@ -146,6 +146,18 @@ def test_a_marker_without_the_end_of_turn_is_not_trusted() -> None:
     assert encoded.input_ids[-1] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("end", [" {{ eos_token }}", "\n"])
+def test_answers_without_an_end_are_noticed_once(
+    end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE.replace(" {{ eos_token }}", end)
+    encoder = Encoder(tokenizer, 64)
+    for number in range(2):
+        assert encoder.encode(conversation(number, turns=2)) is not None
+    assert caplog.text.count("does not learn where answers end") == (end == "\n")
+
+
 def test_trls_own_template_is_used_where_it_knows_one() -> None:
     from trl.chat_template_utils import qwen2_5_chat_template, qwen2_5_training_chat_template
 

@@ -1,6 +1,7 @@
 """Read conversations, and encode them with a mask of the assistant's tokens."""
 
 import hashlib
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from lrc.model.locate import HUB_ID
 from lrc.model.tokenizer import RefusedConversation, chat_text, need_template
 from lrc.system.errors import UserError
 from lrc.system.hub import cache_alone_if_unreachable, no_way
+
+logger = logging.getLogger(__name__)
 
 Messages = list[dict[str, Any]]
 
@@ -122,6 +125,7 @@ class Encoder:
         need_template(tokenizer)
         self._tokenizer, self._max_length = tokenizer, max_length
         self.template = _marked_template(tokenizer)
+        self._warned = False
         if self.template is None and not tokenizer.is_fast:
             raise UserError(
                 "The chat template has no generation markers and the tokenizer gives no positions "
@@ -165,6 +169,12 @@ class Encoder:
                 raise RefusedConversation(
                     "the template renders an answer in another way when more turns follow: add "
                     "{% generation %} and {% endgeneration %} around the answers in it"
+                )
+            if after.endswith(str(message["content"]).rstrip()) and not self._warned:
+                self._warned = True
+                logger.warning(
+                    "The chat template writes nothing after an answer, so the model does not learn "
+                    "where answers end: let the template write the EOS token there."
                 )
             spans.append((len(before), len(after)))
         found = self._tokenizer(
