@@ -235,7 +235,7 @@ def test_important_parts_matter_for_the_loss(stories_folder: Path) -> None:
         -importance.hidden, -importance.groups, -importance.neurons, -importance.layers
     )
     whole = shape_of_config(model.config)
-    for part, size in (("layers", 4), ("hidden", 48), ("kv_heads", 3), ("neurons", 129)):
+    for part, size in (("layers", 4), ("hidden", 48), ("kv_heads", 2), ("neurons", 129)):
         shape = replace(whole, **{part: size})
         losses = [
             cut(model, scores.most_important(shape))(ids, labels=ids).loss.item()

@@ -373,7 +373,7 @@ def settings_of(folder: Path, release: float, **objective: Any) -> dict[str, Any
             "tokens": STEPS * 2 * 2 * 16,
             "micro_batch": 2,
             "accumulate": 2,
-            "learning_rate": 1e-2,
+            **({"learning_rate": 1e-2} if release else {}),
             "release_at": release,
             "release_learning_rate": 2e-3,
             "warmup_ratio": 0.25,

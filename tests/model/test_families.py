@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.model.families import FAMILIES, family_of
 from lrc.model.shapes import shape_of
-from lrc.model.student import check_hidden_size, derive_config, student_config
+from lrc.model.student import check_hidden_size, derive_config, empty_student, student_config
 from lrc.model.teacher import Teacher, element_type
 from lrc.recipe.sections import ObjectiveSection, StudentSection
 from lrc.system.errors import UserError
@@ -225,7 +225,7 @@ def test_hidden_sizes_that_the_models_own_class_refuses(family: str) -> None:
         with pytest.raises(UserError, match="nearest"):
             check_hidden_size(teacher, 6)
         with pytest.raises(UserError, match="cannot have this shape"):
-            derive_config(teacher, StudentSection(hidden_size=6))
+            empty_student(teacher.model, derive_config(teacher, StudentSection(hidden_size=6)))
     else:
         assert not teacher.family.divides_by_heads
 

@@ -90,15 +90,11 @@ def check_hidden_size(
 
 
 def derive_config(teacher: Teacher, student: StudentSection) -> Any:
-    """Return the student's configuration without checking its hidden size.
-
-    Raises:
-        UserError: if the configuration's own class refuses it.
-    """
-    shape, tied = student_shape(teacher, student), ties_weights(teacher, student)
-    config = pruned_config(teacher, shape, kept_layers(teacher, student), tied)
-    check_config(config)
-    return config
+    """Return the student's configuration without checking its hidden size."""
+    shape = student_shape(teacher, student)
+    return pruned_config(
+        teacher, shape, kept_layers(teacher, student), ties_weights(teacher, student)
+    )
 
 
 def student_shape(teacher: Teacher, student: StudentSection) -> PrunedShape:
@@ -144,7 +140,11 @@ def empty_student(source: PreTrainedModel, config: Any) -> PreTrainedModel:
     Device, attention implementation and generation config are the teacher's. The element type is
     the teacher's too, but at least float32. The model is in evaluation mode and stays in it during
     training.
+
+    Raises:
+        UserError: if the configuration's own class refuses it.
     """
+    check_config(config)
     model = type(source)(config)
     model = model.to(device=source.device, dtype=torch.promote_types(source.dtype, torch.float32))
     model.set_attn_implementation(source.config._attn_implementation)
