@@ -13,7 +13,7 @@ from lrc.methods import METHODS
 from lrc.report.curves import draw_curves
 from lrc.run import Run
 from lrc.train.setup import set_up
-from tiny import tiny_tokens
+from tiny import in_turn, tiny_tokens
 from tiny_runs import assert_same_run, copy_until, file_settings, save_teacher
 
 STEPS = 12
@@ -47,7 +47,7 @@ def recipe_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", in_turn(list(METHODS)))
 def test_train_and_resume(recipe_file: Path, tmp_path: Path, lrc: Command, name: str) -> None:
     whole = tmp_path / "whole"
     lrc.printed("train", recipe_file, "--method", name, "--out", whole)

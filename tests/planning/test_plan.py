@@ -30,7 +30,7 @@ from lrc.planning.shapes import section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
 from lrc.train.memory import memory_of
 from lrc.train.muon import orthogonal_flops, orthogonal_parameters
-from tiny import LLAMAS, ROWS, WIDE, tiny_teacher, tiny_tokens
+from tiny import LLAMAS, ROWS, WIDE, in_turn, tiny_teacher, tiny_tokens
 
 GPU = ("--tokens", "1M", "--gpu", "rtx-3090", "--gpus", 2)
 
@@ -234,7 +234,7 @@ def test_gpu_hours_are_those_of_the_methods_operations(
     assert found == pytest.approx(counted / (0.5 * 71e12) / 3600, rel=0.01)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v3"])
+@pytest.mark.parametrize("family", in_turn(["deepseek_v3", "mixtral"]))
 def test_a_teacher_with_experts_may_keep_fewer(family: str, tmp_path: Path, lrc: Command) -> None:
     """As many of each group of the router. What no layer has is not among the kinds."""
     number = "num_local_experts" if family == "mixtral" else "n_routed_experts"

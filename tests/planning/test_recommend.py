@@ -13,7 +13,7 @@ from command_line import Command
 from lrc.model.shapes import parameters_of
 from lrc.run import Run
 from lrc.system.errors import UserError
-from tiny import WIDE, tiny_teacher
+from tiny import WIDE, in_turn, tiny_teacher
 from tiny_runs import file_settings
 
 QUICK = {
@@ -38,7 +38,7 @@ def options_of(folder: Path) -> list[str]:
     return [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
 
 
-@pytest.mark.parametrize("size", [("--params", "12K"), ("--ratio", 0.4)])
+@pytest.mark.parametrize("size", in_turn([("--params", "12K"), ("--ratio", 0.4)]))
 def test_the_shape_is_the_plans_first(
     size: tuple[Any, ...], folder: Path, tmp_path: Path, lrc: Command
 ) -> None:

@@ -28,6 +28,7 @@ from lrc.cloning.token_clipping import (
     remember_norms,
 )
 from lrc.system.errors import UserError
+from tiny import in_turn
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 interpreted = pytest.mark.skipif(DEVICE.type == "cuda", reason="counts what the interpreter does")
@@ -133,7 +134,7 @@ class Chunk:
         return kl.cpu(), lm.cpu(), gradient.cpu()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     n=st.integers(1, 4),
     vocab=st.integers(1, 200),
@@ -169,8 +170,7 @@ def test_logits_of_any_shape(
     assert (wrong <= ONE_ROUNDING * ours[2].abs() + 1e-37).all()
 
 
-@pytest.mark.parametrize("temperature", [1.0, 40.0])
-@pytest.mark.parametrize("distance", [1e-3, 0.1, 3.0])
+@pytest.mark.parametrize(("temperature", "distance"), in_turn([1.0, 40.0], [1e-3, 0.1, 3.0]))
 def test_a_small_divergence_does_not_cancel(temperature: float, distance: float) -> None:
     """More exact than the torch code, over many blocks, although one read must do."""
     chunk = Chunk(4, 3000, temperature, 3.0, distance)
@@ -328,7 +328,7 @@ class Sides:
         return loss.detach(), gradient
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     batch=st.integers(1, 3),
     sequence=st.integers(1, 6),
@@ -411,7 +411,7 @@ def test_clipping_uses_the_norms_of_the_clone_term(consumers: int) -> None:
     assert norms.max() <= norms.median() * 2.001
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     tokens=st.integers(1, 20),
     width=st.integers(1, 70),

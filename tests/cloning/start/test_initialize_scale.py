@@ -389,6 +389,7 @@ def test_memory_does_not_grow_with_the_calibration_tokens(
     assert held - many > 0.7 * streams  # some of it reuses freed memory
 
 
+@pytest.mark.slow
 def test_a_teacher_on_the_disk_is_never_whole_in_memory(tmp_path: Path, prepared: Prepared) -> None:
     shape = {"hidden_size": 384, "intermediate_size": 1536, "num_hidden_layers": 8}
     teacher = tiny_teacher("llama", tied=True, dtype=torch.float32, **shape)

@@ -16,7 +16,15 @@ from lrc.data.batch import Batch
 from lrc.evaluation.held_out import measure_agreement
 from lrc.model.teacher import Teacher
 from lrc.recipe.sections import ObjectiveSection, StudentSection
-from tiny import LLAMAS, STUDENT_HIDDEN, TOKENS, initialize_from_text, tiny_teacher, tiny_tokens
+from tiny import (
+    LLAMAS,
+    STUDENT_HIDDEN,
+    TOKENS,
+    in_turn,
+    initialize_from_text,
+    tiny_teacher,
+    tiny_tokens,
+)
 
 LAYERS = 4
 REFINED = 2
@@ -44,8 +52,7 @@ def start(teacher: Teacher, ids: Tensor, tied: bool, epochs: int) -> LowRankClon
     return method
 
 
-@pytest.mark.parametrize("family", LLAMAS)
-@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize(("family", "tied"), in_turn(LLAMAS, [False, True]))
 def test_refinement_improves_predictions(
     family: str, tied: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
