@@ -59,7 +59,7 @@ def test_a_failed_write_keeps_the_old_folder(tmp_path: Path) -> None:
 
 def test_an_unwritable_place_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="choose a folder"):
+    with pytest.raises(UserError, match="choose another path"):
         write_text(tmp_path / "file" / "below", "text")
 
 

@@ -8,13 +8,14 @@ import re
 SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 """How Rust libraries (safetensors, tokenizers) name an error of the operating system."""
 
-_ELSEWHERE = frozenset(
-    {
-        *(errno.EACCES, errno.EPERM, errno.EROFS),
-        *(errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG),
-    }
-)
-"""Errors that mean the path is unusable: the advice is to choose another one."""
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_UNUSABLE = (errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+ADVICE = {
+    **dict.fromkeys(_FORBIDDEN, "choose a folder that you own"),
+    **dict.fromkeys(_UNUSABLE, "choose another path"),
+}
+"""What to do about errors of a path, by their numbers."""
 
 LONGEST_REASON = 300
 """Maximum characters to repeat from a library's own message."""
@@ -83,5 +84,5 @@ def system_sentence(
         return f"{place} exceeds this system's file size limit: raise `ulimit -f` and try again."
     if number in (errno.EMFILE, errno.ENFILE):
         return "Too many files are open: raise the limit with `ulimit -n 1024` and try again."
-    advice = "choose a folder that you own" if number in _ELSEWHERE else "check it and try again"
+    advice = ADVICE.get(number or 0, "check it and try again")
     return f"{place} cannot be {done} ({reason(error)}): {advice}."
