@@ -10,7 +10,7 @@ import yaml
 
 from command_line import Command
 from data_helpers import write_jsonl
-from lrc.recipe import load_recipe, make_recipe
+from lrc.recipe import load_recipe
 from lrc.recipe.choices import choices
 from lrc.run import Run
 from lrc.system.errors import UserError
@@ -113,7 +113,6 @@ def test_a_teacher_without_tokenizer_files(tmp_path: Path, lrc: Command) -> None
     teacher = save_teacher(tmp_path / "teacher")
     for path in teacher.glob("tokenizer*"):
         path.unlink()
-    make_recipe(file_settings(tmp_path))
     said = lrc.refusal("generate", teacher, "w1")
     assert "has no tokenizer: add its tokenizer.json" in said
 

@@ -11,7 +11,7 @@ BYTES = {
 }
 
 MAX_SEED = (1 << 32) - 1
-"""The largest seed that torch and numpy take."""
+"""The largest seed of a command: every generator takes it."""
 
 
 def quantity(text: str, units: dict[str, int], option: str) -> float:
