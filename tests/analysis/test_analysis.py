@@ -355,6 +355,13 @@ def test_what_is_refused(
     assert "give --data or --questions, not both" in lrc.refusal(*pair, *ask, "--data", tmp_path)
     assert "no file" in lrc.refusal(*pair, "--questions", tmp_path / "none.jsonl")
     assert "is a group of tasks" in lrc.refusal(*pair, "--task", "mmlu", "--data", tmp_path)
+    kinds = ["mlp", "linear_attention", "full_attention"]
+    hybrid = tiny_teacher("nemotron_h", dtype=torch.float32, layer_types=kinds)
+    for name in ("small", "large"):
+        hybrid.model.save_pretrained(tmp_path / name)
+        hybrid.tokenizer.save_pretrained(tmp_path / name)
+    models = (tmp_path / "small", "--teacher", tmp_path / "large")
+    assert "layers without an FFN" in lrc.refusal("analyze", "neurons", *models, *ask)
     write_rows(facts, [json.loads(facts.read_text().splitlines()[0])])
     assert "two or more" in lrc.refusal(*pair, *ask)
     assert not (tmp_path / "out").exists()

@@ -78,9 +78,10 @@ def test_the_oldest_turns_give_way_in_a_long_conversation(talk: Chat) -> None:
         talk.answer("w7 w8", lambda _: None, never)
     assert talk.turns[0]["role"] == "user"
     assert len(talk.turns) < 24
+    before = list(talk.turns)
     with pytest.raises(UserError, match="do not fit"):
         talk.answer("w7 " * 70, lambda _: None, never)
-    assert talk.turns == []
+    assert talk.turns == before
 
 
 def test_an_answer_takes_half_of_a_short_context_by_default(folder: Path) -> None:

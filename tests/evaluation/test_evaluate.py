@@ -2,11 +2,14 @@
 
 import importlib
 import json
+import shutil
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -21,12 +24,13 @@ from lrc.cli.console import TextConsole
 from lrc.data import open_text
 from lrc.evaluation import evaluation as evaluation_module
 from lrc.evaluation.agreement import pack
-from lrc.evaluation.evaluation import EvaluationSettings, evaluate
+from lrc.evaluation.evaluation import EvaluationSettings, evaluate, results_folder
 from lrc.evaluation.published import published
 from lrc.evaluation.results import Evaluation, KeptResults, ModelResult, Score, TaskResult
 from lrc.evaluation.subject import find_subjects, fingerprint_of
 from lrc.evaluation.tables import average, markdown, notes, short_count
-from lrc.recipe import load_recipe
+from lrc.model.teacher import load_model
+from lrc.recipe import load_recipe, make_recipe
 from lrc.recipe.sections import DataSection
 from lrc.run import Run
 from lrc.system.errors import UserError
@@ -158,6 +162,42 @@ def test_a_killed_evaluation_continues(
     fresh = evaluate(str(byte_model), [], settings, tmp_path / "fresh").models[0]
     for name, result in fresh.tasks.items():
         assert found.tasks[name].metrics == result.metrics
+
+
+def test_models_of_the_hub_are_told_apart_by_their_commit(
+    byte_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commits = {"main": "0" * 40, "v1": "1" * 40}
+    store = tmp_path / "models--org--name"
+    (store / "refs").mkdir(parents=True)
+    for seed, (revision, commit) in enumerate(commits.items()):
+        (store / "refs" / revision).write_text(commit)
+        save_byte_model(store / "snapshots" / commit, seed)
+    download = partial(huggingface_hub.snapshot_download, cache_dir=tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("lrc.system.hub.hub_problem", lambda: "there is none")
+    assert fingerprint_of("org/name") == commits["main"]
+    assert fingerprint_of("org/name", "v1") == commits["v1"]
+    models = [load_model("org/name", revision=revision)[0] for revision in (None, "v1")]
+    weights = [model.get_input_embeddings().weight for model in models]
+    assert not torch.equal(*weights)
+    recipe = {
+        "teacher": {"model": "org/name", "revision": "v1"},
+        "student": {"hidden_size": 8},
+        "data": {"text": ["stdlib-docs"]},
+    }
+    run = Run.create(tmp_path / "run", make_recipe(recipe))
+    run.begin()
+    shutil.copytree(byte_model, run.student_folder)
+    _, teacher = find_subjects(str(run.folder), ["teacher"])
+    assert (teacher.source, teacher.fingerprint()) == ("org/name", commits["v1"])
+
+
+def test_a_run_s_student_has_its_results_in_the_run(run: Run) -> None:
+    places = run.folder, run.student_folder
+    found = [results_folder(str(path), "evaluation", "evaluations") for path in places]
+    assert found == [run.folder / "evaluation"] * 2
+    assert results_folder("org/name", "evaluation", "evaluations") == Path("evaluations/name")
 
 
 def test_kept_results_depend_on_all_settings(byte_model: Path, tmp_path: Path) -> None:

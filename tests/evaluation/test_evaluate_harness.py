@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 pytest.importorskip("lm_eval")
@@ -369,3 +370,17 @@ def test_prompts_of_rows(lm: Any, manager: TaskManager, tmp_path: Path) -> None:
     tokens = prompts(lm, load_task(manager, "winogrande"), limit=None)
     texts = [[lm.tokenizer.decode(ids) for ids in row] for row in tokens]
     assert texts[2] == ["Ann gave Bea 2 apples because Ann", "Ann gave Bea 2 apples because Bea"]
+
+
+def test_no_prompt_ends_with_an_end_of_text(byte_model: Path) -> None:
+    """Some tokenizers put one after every text; an answer would then start a new text."""
+    tokenizer = AutoTokenizer.from_pretrained(byte_model)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    processor = TemplateProcessing(f"$A {end[0]}", special_tokens=[end])
+    tokenizer.backend_tokenizer.post_processor = processor
+    assert tokenizer("ab")["input_ids"][-1] == end[1]
+    lm = harness_model(AutoModelForCausalLM.from_pretrained(byte_model), tokenizer, 2)
+    ids, mask = lm.tok_batch_encode(["ab", "abcd"])
+    found = [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+    assert found == [lm.tok_encode("ab"), lm.tok_encode("abcd")]
+    assert all(end[1] not in row for row in found)

@@ -246,7 +246,7 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
     method = case_method(("llama", False, {}))
     run = run_for(method, tmp_path, license="mit")
     student = method.student()
-    card = model_card(run, method.teacher, student)
+    card = model_card(run, method.teacher, student, 0)
     export_student(student, method.teacher.tokenizer, card, tmp_path / "student")
     front, text = read_card(tmp_path / "student")
     assert front["library_name"] == "transformers"
@@ -261,15 +261,69 @@ def test_card_has_front_matter(tmp_path: Path) -> None:
     assert "with a smaller hidden size, made by" in text
 
 
+def test_card_describes_the_weights_beside_it(tmp_path: Path) -> None:
+    """A run that went on has the summary of its start, and may have metrics after a checkpoint."""
+    method = case_method(("llama", False, {}))
+    run = run_for(method, tmp_path)
+    run.folder.mkdir()
+    start = {"teacher_held_out_lm": 1.0, "student_held_out_lm": 9.0, "kl": 8.0, "tokens": 0}
+    more = {"top1_agreement": 0.5, "held_out_labels": 100}
+    run.summary_file.write_text(json.dumps({**start, **more}))
+    lines = [
+        {"step": 0, "tokens": 0, "held_out_lm": 9.0, "teacher_held_out_lm": 1.0},
+        {"step": 2, "tokens": 20, "held_out_lm": 7.0},
+        {"step": 4, "tokens": 40, "held_out_lm": 5.0},
+    ]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def shown(tokens: int) -> str:
+        return model_card(run, method.teacher, method.student(), tokens).partition("## Intended")[0]
+
+    assert "| held-out LM loss of the student | 9.0000 |" in shown(0)
+    assert "| KL(teacher, student) | 8.0000 |" in shown(0)
+    card = shown(30)
+    assert "| training tokens | 30 |" in card
+    assert "| held-out LM loss of the student after 20 tokens | 7.0000 |" in card
+    assert "KL" not in card
+    assert "| held-out LM loss of the student | 5.0000 |" in shown(40)
+
+
+def test_card_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    method = case_method(("llama", False, {}))
+    run = run_for(method, tmp_path)
+    settings = {
+        "data.text": [str(tmp_path / "a.txt")],
+        "data.held_out": [str(tmp_path / "b.txt")],
+        "data.also_held_out": {"chat": [str(tmp_path / "c.jsonl")]},
+        "data.cache": str(tmp_path / "cache"),
+        "train.evaluate": {"tasks": ["piqa"], "every_tokens": 9, "data": str(tmp_path / "rows")},
+    }
+    recipe = make_recipe(run.recipe.model_dump(), settings)
+    card = model_card(replace(run, recipe=recipe), method.teacher, method.student(), 0)
+    assert str(tmp_path) not in card
+    assert all(name in card for name in ("a.txt", "b.txt", "c.jsonl", "data: rows"))
+
+
+def test_an_invalid_generation_config_does_not_cost_the_student(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers refuses to write sampling settings of a model that does not sample."""
+    student = case_method(("llama", False, {})).student()
+    student.generation_config = GenerationConfig(temperature=0.7, eos_token_id=[1, 2])
+    export_student(student, tiny_teacher("llama").tokenizer, None, tmp_path / "student")
+    assert "is not valid" in caplog.text
+    assert GenerationConfig.from_pretrained(tmp_path / "student").eos_token_id == [1, 2]
+
+
 def test_card_takes_the_teachers_license(tmp_path: Path) -> None:
     method = case_method(("llama", False, {}))
     run = run_for(method, tmp_path)
     assert "no license was found with the teacher" in model_card(
-        run, method.teacher, method.student()
+        run, method.teacher, method.student(), 0
     )
     readme = "---\nlicense: apache-2.0\n---\n\n# A teacher\n"
     (tmp_path / "teacher" / "README.md").write_text(readme)
-    assert "license: apache-2.0" in model_card(run, method.teacher, method.student())
+    assert "license: apache-2.0" in model_card(run, method.teacher, method.student(), 0)
 
 
 def test_card_names_data_sets_and_a_license_of_its_own(tmp_path: Path) -> None:
@@ -282,7 +336,7 @@ def test_card_names_data_sets_and_a_license_of_its_own(tmp_path: Path) -> None:
     del settings["data"]["text"]
     stream = {"stream": {"dataset": "HuggingFaceFW/fineweb-edu"}}
     named = make_recipe({**settings, "data": {**settings["data"], **stream}})
-    card = model_card(replace(run, recipe=named), method.teacher, method.student())
+    card = model_card(replace(run, recipe=named), method.teacher, method.student(), 0)
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["datasets"] == ["HuggingFaceFW/fineweb-edu"]
     assert [front[f"license{part}"] for part in ("", "_name", "_link")] == [
@@ -303,7 +357,7 @@ def test_card_says_how_to_run_it_and_folds_the_recipe_away(
 ) -> None:
     """vLLM's own Qwen2 takes no explicit head_dim."""
     method = case_method((family, False, {}))
-    card = model_card(run_for(method, tmp_path), method.teacher, method.student())
+    card = model_card(run_for(method, tmp_path), method.teacher, method.student(), 0)
     assert ("--model-impl transformers" in card) == option
     assert "ollama create" in card
     assert "## Intended use and limits" in card

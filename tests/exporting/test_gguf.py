@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize
@@ -448,17 +449,33 @@ def test_a_plain_folder(tokenizer: Any, tmp_path: Path) -> None:
     folder = tmp_path / "My Student"
     student.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    front = {
+        "license": "other",
+        "license_name": "qwen",
+        "license_link": "https://x.org/l",
+        "base_model": "org/Teacher-1B",
+        "tags": ["distillation"],
+        "language": "en",
+    }
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(front)}---\n")
     convert_to_gguf(str(folder), tmp_path / "t.gguf")
     fields = read_fields(tmp_path / "t.gguf")
     assert fields["general.name"] == "My Student"
-    assert fields["general.license"] == "apache-2.0"
+    assert fields["general.license"] == "other"
+    assert fields["general.license.name"] == "qwen"
+    assert fields["general.license.link"] == "https://x.org/l"
+    assert fields["general.base_model.0.name"] == "Teacher-1B"
+    assert fields["general.base_model.0.organization"] == "org"
+    assert fields["general.tags"] == ["distillation"]
+    assert fields["general.languages"] == ["en"]
     assert read_tensors(tmp_path / "t.gguf")["token_embd.weight"][0] == Kind.BF16
     # and back, from the GGUF file itself
     convert_to_gguf(str(tmp_path / "t.gguf"), tmp_path / "again.gguf", Kind.F32)
     for name, (_, values) in read_tensors(tmp_path / "again.gguf").items():
         np.testing.assert_array_equal(values, read_tensors(tmp_path / "t.gguf")[name][1])
-    assert read_fields(tmp_path / "again.gguf")["general.license"] == "apache-2.0"
+    assert read_fields(tmp_path / "again.gguf")["general.license"] == "other"
+    convert_to_gguf(str(folder), tmp_path / "named.gguf", title="small")
+    assert read_fields(tmp_path / "named.gguf")["general.name"] == "small"
 
 
 def call(monkeypatch: pytest.MonkeyPatch, *arguments: Any) -> int:
@@ -503,6 +520,13 @@ def test_command_line(
     assert kind == Kind.F16
     embedding = run.student().get_input_embeddings().weight.detach().numpy()
     np.testing.assert_array_equal(values, embedding.astype(np.float16))
+
+    template = "{% for m in messages %}{{ m.content | lower }}{% endfor %}"
+    (teacher / "chat_template.jinja").write_text(template)
+    refused = tmp_path / "refused.gguf"
+    assert call(monkeypatch, "export", run.folder, refused, "--modelfile") == 2
+    assert "changes what is said" in capsys.readouterr().err
+    assert not refused.exists()
 
     before = out.read_bytes()
     for arguments in (

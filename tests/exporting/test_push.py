@@ -3,6 +3,8 @@
 import base64
 import hashlib
 import json
+import os
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import AutoModelForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from command_line import Command
 from lrc.evaluation.results import Evaluation, ModelResult, Score, TaskResult
+from lrc.evaluation.subject import fingerprint_of
 from lrc.exporting.card import PLACE
 from lrc.exporting.card_changes import changed, published_card, tuned_card
 from lrc.exporting.modelfile import modelfile, ollama_template
@@ -23,6 +27,8 @@ from lrc.system.tables import size
 from prepared import CLI, Prepared
 from tiny import tiny_teacher, tiny_tokenizer
 from tiny_runs import go, new_run
+
+BOS = ("<s>", 0)
 
 TOKEN = "hf_secretsecretsecret"
 CHATML = (
@@ -49,7 +55,14 @@ class Hub:
                 self._reply({})
 
             def do_GET(self) -> None:
-                self._reply({"error": "Invalid credentials"}, 401)
+                if "/tree/" in self.path:
+                    files = [
+                        {"type": "file", "path": name, "size": len(content), "oid": "0" * 40}
+                        for name, content in hub.files.items()
+                    ]
+                    self._reply(files)
+                else:
+                    self._reply({"error": "Invalid credentials"}, 401)
 
             def do_PUT(self) -> None:
                 content = self._body()
@@ -104,6 +117,8 @@ class Hub:
                             hub.files[value["path"]] = base64.b64decode(value["content"])
                         elif entry["key"] == "lfsFile":
                             hub.files[value["path"]] = hub.blobs[value["oid"]]
+                        elif entry["key"] == "deletedFile":
+                            del hub.files[value["path"]]
                     url = f"{hub.address}/me/small/commit/{'0' * 40}"
                     self._reply({"success": True, "commitOid": "0" * 40, "commitUrl": url})
                 else:
@@ -171,7 +186,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         task="heldout", metrics={"perplexity": Score(value=9.5)}, rows=4, rows_in_all=4
     )
     models = [
-        ModelResult(model="run", label=label, tasks={"arc_easy": task, "heldout": heldout})
+        ModelResult(
+            model="run",
+            label=label,
+            tasks={"arc_easy": task, "heldout": heldout},
+            fingerprint=fingerprint_of(str(run.student_folder)),
+        )
         for label in ("run", "teacher")
     ]
     evaluation = Evaluation(settings={}, environment={}, models=tuple(models))
@@ -263,6 +283,32 @@ def test_a_dry_run_sends_nothing_and_needs_no_login(folder: Path, hub: Hub, push
     assert (hub.files, hub.created, hub.tokens) == ({}, [], set())
 
 
+def test_accuracies_of_other_files_are_not_published(
+    folder: Path, hub: Hub, push: Push, tmp_path: Path
+) -> None:
+    """Such as those of a compressed student, after it was trained."""
+    went_on = tmp_path / "run"
+    shutil.copytree(folder, went_on)
+    os.utime(went_on / "student/model.safetensors")
+    code, output = push(went_on, "me/small")
+    assert code == 0, output
+    assert "is of other files than these" in output
+    card = hub.files["README.md"].decode()
+    assert "model-index" not in card
+    assert "## Accuracy" not in card
+
+
+def test_weights_of_an_earlier_model_do_not_stay(folder: Path, hub: Hub, push: Push) -> None:
+    """transformers would load model.safetensors in place of parts."""
+    old = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "notes.txt")
+    hub.files |= dict.fromkeys(old, b"")
+    code, output = push(folder, "me/small")
+    assert code == 0, output
+    assert "notes.txt" in hub.files
+    assert "model.safetensors" in hub.files
+    assert not {*old[:2]} & hub.files.keys()
+
+
 def test_mistakes_are_told_in_a_sentence(
     folder: Path, hub: Hub, push: Push, lrc: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,6 +320,7 @@ def test_mistakes_are_told_in_a_sentence(
     for arguments, told in (
         ((folder, "me/small"), "hf auth login"),
         ((folder, "a b"), "USER/NAME"),
+        ((folder, "small"), "USER/NAME"),
         (("someone/else", "me/small"), "not a model folder"),
     ):
         code, _, err = lrc("push", *arguments)
@@ -292,6 +339,7 @@ def test_sections_of_a_card_are_replaced_and_front_matter_is_added_to() -> None:
 
 def test_ollamas_template_is_the_models_own() -> None:
     tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[BOS])
     tokenizer.chat_template = CHATML
     assert ollama_template(tokenizer) == (
         "{{ if .System }}<|im_start|>system\n{{ .System }}<|im_end|>\n<|im_start|>user\n"
@@ -307,7 +355,27 @@ def test_ollamas_template_is_the_models_own() -> None:
 def test_modelfile_has_the_models_sampling() -> None:
     teacher = tiny_teacher("llama")
     text = modelfile("x.gguf", teacher.tokenizer, teacher.model.generation_config)
-    assert text.splitlines() == ["FROM ./x.gguf", 'PARAMETER stop "</s>"', "PARAMETER top_k 7"]
+    assert text.splitlines() == [
+        "FROM ./x.gguf",
+        'PARAMETER stop "</s>"',
+        'PARAMETER stop "<unk>"',
+        "PARAMETER temperature 1.0",
+        "PARAMETER top_p 1.0",
+        "PARAMETER top_k 7",
+        "PARAMETER min_p 0.0",
+        "PARAMETER repeat_penalty 1.0",
+    ]
+    greedy = GenerationConfig(do_sample=False, repetition_penalty=1.2, eos_token_id=[0, 1])
+    lines = modelfile("x.gguf", teacher.tokenizer, greedy).splitlines()
+    assert {'PARAMETER stop "</s>"', 'PARAMETER stop "<s>"'} <= set(lines)
+    assert {"PARAMETER temperature 0", "PARAMETER repeat_penalty 1.2"} <= set(lines)
+
+
+def test_the_template_keeps_a_bos_that_the_tokenizer_does_not_add() -> None:
+    """Such as SmolLM2's <|im_start|>. Ollama adds what the tokenizer adds."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHATML
+    assert ollama_template(tokenizer).startswith("{{ if .System }}<s><|im_start|>system")
 
 
 def test_modelfile_belongs_to_gguf(folder: Path, lrc: Command, tmp_path: Path) -> None:

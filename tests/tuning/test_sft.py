@@ -518,8 +518,61 @@ def test_other_conversations_do_not_continue_a_tuning(
     sft(tuning, tmp_path / "out")
     (tmp_path / "out/summary.json").unlink()
     write_chats(Path(parts["data"][0]), number=30)
-    with pytest.raises(UserError, match="not those"):
+    with pytest.raises(UserError, match=r"other inputs \(the conversations\)"):
         sft(tuning, tmp_path / "out")
+
+
+@pytest.mark.parametrize("changed", ["model", "teacher"])
+def test_other_weights_do_not_continue_a_tuning(
+    parts: dict[str, Any], tmp_path: Path, changed: str
+) -> None:
+    """A run that went on has another student in the same folder."""
+    parts["teacher"] = str(save_model(tmp_path / "teacher", seed=5))
+    tuning = Tuning(**parts)
+    sft(tuning, tmp_path / "out")
+    (tmp_path / "out/summary.json").unlink()
+    save_model(tmp_path / changed, seed=9)
+    with pytest.raises(UserError, match=rf"other inputs \(the {changed}\)"):
+        sft(tuning, tmp_path / "out")
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, MARKED], ids=["rendered", "marked"])
+def test_the_template_s_end_of_an_answer_ends_generation(
+    parts: dict[str, Any], tmp_path: Path, template: str, lrc: Command
+) -> None:
+    """A base model's generation stops at another token than the one by which answers end."""
+    template = template.replace("{{ eos_token }}", "<pad>\n")
+    folder = save_model(tmp_path / "model", template=template)
+    before = GenerationConfig.from_pretrained(folder).eos_token_id
+    assert sft(Tuning(**parts), tmp_path / "out")["steps"] == 6
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert before != tokenizer.pad_token_id
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<pad>")}
+    assert set(GenerationConfig.from_pretrained(tmp_path / "out/student").eos_token_id) == ends
+
+
+def test_on_policy_may_be_set_in_a_recipe(
+    parts: dict[str, Any], tmp_path: Path, lrc: Command
+) -> None:
+    own = {**parts, "teacher": parts["model"], "on_policy": True, "max_new_tokens": 4, "steps": 1}
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(yaml.safe_dump({k: v for k, v in own.items() if k != "model"}))
+    lrc.printed("sft", parts["model"], "--recipe", recipe, "--out", tmp_path / "one")
+    assert load_tuning(str(tmp_path / "one/sft.yaml")).on_policy
+    del own["on_policy"], own["model"]
+    recipe.write_text(yaml.safe_dump(own))
+    flag = ("--set", "on_policy=true")
+    lrc.printed("sft", parts["model"], "--recipe", recipe, "--out", tmp_path / "two", *flag)
+    assert load_tuning(str(tmp_path / "two/sft.yaml")).on_policy
+
+
+def test_a_teacher_that_caps_its_logits_is_refused(parts: dict[str, Any], tmp_path: Path) -> None:
+    teacher = tiny_teacher("gemma2", dtype=torch.float32)
+    teacher.tokenizer.chat_template = TEMPLATE
+    teacher.model.save_pretrained(tmp_path / "teacher")
+    teacher.tokenizer.save_pretrained(tmp_path / "teacher")
+    with pytest.raises(UserError, match="cap their logits in different ways"):
+        sft(Tuning(**parts, teacher=str(tmp_path / "teacher")), tmp_path / "out")
 
 
 def test_on_policy_learns_from_the_teacher_on_its_own_answers(

@@ -193,7 +193,7 @@ class _Bench:
         )
         self._name = subject.name
         logger.info("Loading %s", subject.name)
-        self._model, tokenizer = load_model(subject.source, settings.dtype)
+        self._model, tokenizer = load_model(subject.source, settings.dtype, subject.revision)
         self._model.to(settings.device).eval()
         self._layout = layout_of(self._model)
         self._lm = harness_model(self._model, tokenizer, settings.batch_size)
@@ -280,12 +280,17 @@ def _shared_shape(student: Subject, teacher: Subject) -> tuple[int, int]:
     """
     shapes = []
     for subject in (student, teacher):
-        skeleton = load_skeleton(subject.source)
+        skeleton = load_skeleton(subject.source, subject.revision)
         layout = layout_of(skeleton)
         if layout.has_experts:
             raise UserError(
                 f"{subject.name} has experts, whose neurons see only some tokens: give a dense "
                 "model."
+            )
+        downs = {LinearSite(layer, "down") for layer in range(layout.num_layers)}
+        if not downs.issubset(layout.sites()):
+            raise UserError(
+                f"{subject.name} has layers without an FFN: give a model with one in every layer."
             )
         down = skeleton.get_submodule(layout.linear(LinearSite(0, "down")))
         shapes.append((layout.num_layers, int(down.get_parameter("weight").shape[1])))

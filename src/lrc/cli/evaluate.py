@@ -97,6 +97,7 @@ def evaluate(
     if model is None:
         raise UserError("Give the model to evaluate, or --published for the paper's results.")
     from lrc.evaluation.evaluation import EvaluationSettings, evaluate, results_folder
+    from lrc.evaluation.results import HELD_OUT
     from lrc.system.memory import keep_freed_memory
     from lrc.train.setup import find_device
 
@@ -115,6 +116,10 @@ def evaluate(
         ]
         if unused := [flag for flag, value in given if value]:
             raise UserError(f"{unused[0]} does not go with --checkpoints: leave it out.")
+        if HELD_OUT in names:
+            raise UserError(
+                f"{HELD_OUT} does not go with --checkpoints: the run's metrics have that loss."
+            )
         _print_checkpoints(model, names, limit, data, batch_size)
         return
     settings = EvaluationSettings(

@@ -61,7 +61,7 @@ def sft(
         "model": ("MODEL", model),
         "data": ("--data", data),
         "teacher": ("--teacher", teacher),
-        "on_policy": ("--on-policy", on_policy),
+        "on_policy": ("--on-policy", on_policy or None),
         "lora_rank": ("--lora", lora),
     }
     tuning = load_tuning(recipe, parse_overrides(settings or [], flags))

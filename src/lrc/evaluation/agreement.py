@@ -38,7 +38,7 @@ class HeldOut:
     def key(self) -> dict[str, Any]:
         """Everything that determines the numbers, except the measured model."""
         return {
-            "teacher": fingerprint_of(self.teacher.model),
+            "teacher": fingerprint_of(self.teacher.model, self.teacher.revision),
             "teacher_settings": self.teacher.model_dump(exclude={"model", "license"}),
             "files": [list(file) for file in source_files(self._sources(), held_out=True)],
             **({"shards": identity_of(shards_of(self.data))} if self.data.shards else {}),

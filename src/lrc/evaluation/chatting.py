@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, TextStreamer
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.generation import StoppingCriteria
 
-from lrc.model.tokenizer import RefusedConversation, chat_text, need_template
+from lrc.model.tokenizer import RefusedConversation, chat_text, end_tokens, need_template
 from lrc.system.errors import UserError
 
 
@@ -81,11 +81,11 @@ class Chat:
 
     def _settings(self) -> dict[str, Any]:
         """Sampling, and every token that ends an answer."""
-        ends = self._model.generation_config.eos_token_id
-        known = {ends} if isinstance(ends, int) else set(ends or ())
-        eos = self._tokenizer.eos_token_id
-        known |= set() if eos is None else {eos}
-        settings: dict[str, Any] = {"eos_token_id": sorted(known) or None, "pad_token_id": eos}
+        ends = end_tokens(self._tokenizer, self._model.generation_config)
+        settings: dict[str, Any] = {
+            "eos_token_id": ends or None,
+            "pad_token_id": self._tokenizer.eos_token_id,
+        }
         if self._temperature is not None:
             settings |= {"do_sample": self._temperature > 0}
         if self._temperature:
@@ -93,24 +93,25 @@ class Chat:
         return settings
 
     def _prompt(self) -> list[int]:
-        """The conversation as tokens; the oldest turns are dropped if it is too long."""
-        longest = self._longest
+        """The conversation as tokens; the oldest turns are forgotten if it is too long."""
+        longest, turns = self._longest, list(self.turns)
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
             try:
-                text = chat_text(self._tokenizer, system + self.turns, generation_prompt=True)
+                text = chat_text(self._tokenizer, system + turns, generation_prompt=True)
             except RefusedConversation as error:
                 raise UserError(f"The chat template refuses this turn ({error}).") from error
             # The template writes the special tokens, BOS included.
             ids = list(self._tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
             if not longest or len(ids) + self._max_new_tokens <= longest:
+                self.turns = turns
                 return ids
-            if len(self.turns) == 1:
+            if len(turns) == 1:
                 raise UserError(
                     f"This turn and an answer of {self._max_new_tokens} tokens do not fit into the "
                     f"model's {longest} tokens: write less, or lower --max-new-tokens."
                 )
-            del self.turns[:2]
+            del turns[:2]
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]

@@ -176,8 +176,8 @@ def _evaluate(
     subject: Subject, plan: _Plan, settings: EvaluationSettings, kept: KeptResults
 ) -> ModelResult:
     """Evaluate one model on all tasks; load it only if a task is not finished yet."""
-    identity = {"model": subject.fingerprint()}
-    keys = {name: {**key, **identity} for name, key in plan.keys.items()}
+    fingerprint = subject.fingerprint()
+    keys = {name: {**key, "model": fingerprint} for name, key in plan.keys.items()}
     tasks = {name: result for name, key in keys.items() if (result := kept.load(key))}
     if tasks:
         logger.info(
@@ -186,7 +186,7 @@ def _evaluate(
     pending = [name for name in keys if name not in tasks]
     if pending:
         logger.info("Loading %s", subject.name)
-        model, tokenizer = load_model(subject.source, settings.dtype)
+        model, tokenizer = load_model(subject.source, settings.dtype, subject.revision)
         if settings.apply_chat_template:
             need_template(tokenizer)
         model.to(settings.device)
@@ -203,6 +203,7 @@ def _evaluate(
         label=subject.label,
         teacher=run.recipe.teacher.model if run else None,
         tokens=subject.training_tokens(),
+        fingerprint=fingerprint,
         tasks={name: tasks[name] for name in plan.names},
     )
 
@@ -254,6 +255,8 @@ def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
         elsewhere: parent of the results folders of all other models.
     """
     path = Path(model)
+    if path.name == "student" and is_run(path.parent):
+        path = path.parent
     if is_run(path) or (path / "student").is_dir():
         return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")

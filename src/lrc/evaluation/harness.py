@@ -129,6 +129,13 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
             # With an end of text after the prompt, the answer would start a new text.
             return ids[:-1] if self._ends_texts and ids[-1:] == [self.eot_token_id] else ids
 
+        def tok_batch_encode(self, strings: list[str], *args: Any, **options: Any) -> Any:
+            ids, mask = super().tok_batch_encode(strings, *args, **options)
+            # Padding is on the left, so every prompt ends in the last column.
+            if self._ends_texts and ids.shape[1] > 1 and (ids[:, -1] == self.eot_token_id).all():
+                return ids[:, :-1], mask[:, :-1]
+            return ids, mask
+
         def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> Any:
             return super().loglikelihood(requests, disable_tqdm=True)
 
@@ -140,6 +147,8 @@ def harness_model(model: PreTrainedModel, tokenizer: Tokenizer, batch_size: int)
                         f"'{request.task_name}' lets a model write {length:,} tokens, which the "
                         f"context of {self.max_length:,} tokens does not hold: leave it out."
                     )
+                room = self.max_length - length
+                self.truncated += len(self.tok_encode(request.args[0])) > room
             self.cache_hook = _Counter(self.progress, len(requests))
             return super().generate_until(requests, disable_tqdm=True)
 

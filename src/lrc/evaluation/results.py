@@ -61,6 +61,8 @@ class ModelResult(Section):
     """The teacher, if the model is a run's student."""
     tokens: int | None = None
     """Training tokens, if the model is the student of a run that has ended."""
+    fingerprint: str | None = None
+    """`lrc.evaluation.subject.fingerprint_of` its files."""
     tasks: dict[str, TaskResult]
 
 

@@ -1,6 +1,5 @@
 """Text generation with a model."""
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.model.tokenizer import plain_ids
+from lrc.model.tokenizer import end_tokens, plain_ids
 from lrc.system.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -70,7 +69,7 @@ def continue_tokens(
     start = torch.tensor([list(ids) or [eos if bos is None else bos]], device=model.device)
     torch.manual_seed(seed)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {}
-    with torch.no_grad(), own_settings(model, eos):
+    with torch.no_grad(), own_settings(model, tokenizer):
         output = model.generate(
             start,
             attention_mask=torch.ones_like(start),
@@ -81,19 +80,18 @@ def continue_tokens(
 
 
 @contextmanager
-def own_settings(model: PreTrainedModel, eos: int | None) -> Iterator[None]:
+def own_settings(model: PreTrainedModel, tokenizer: Tokenizer) -> Iterator[None]:
     """Context in which a model ignores its own generation settings.
 
     Its beams, penalties and forced tokens would change a greedy sample.
 
     Args:
         model: the model; only its end-of-text tokens are kept.
-        eos: the tokenizer's end-of-text token, used for padding.
+        tokenizer: its tokenizer, whose EOS ends a text, too.
     """
     before = model.generation_config
-    ends = copy.copy(getattr(before, "eos_token_id", None))
     model.generation_config = GenerationConfig(
-        eos_token_id=eos if ends is None else ends, pad_token_id=eos
+        eos_token_id=end_tokens(tokenizer, before) or None, pad_token_id=tokenizer.eos_token_id
     )
     try:
         yield

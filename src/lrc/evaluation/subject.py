@@ -4,7 +4,8 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lrc.model.teacher import load_skeleton, model_files
+from lrc.model.locate import locate
+from lrc.model.teacher import model_files
 from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 
@@ -24,10 +25,12 @@ class Subject:
     """Its name in tables."""
     run: Run | None = None
     """The run, if the model is a run's student."""
+    revision: str | None = None
+    """Hub revision; for hub ids only."""
 
     def fingerprint(self) -> str:
         """`fingerprint_of` the source; it changes whenever the model's files change."""
-        return fingerprint_of(self.source)
+        return fingerprint_of(self.source, self.revision)
 
     def training_tokens(self) -> int | None:
         """Training tokens, if the model is a run's student and the run has ended."""
@@ -49,23 +52,24 @@ def find_subjects(name: str, others: list[str]) -> list[Subject]:
         if other == RUNS_TEACHER:
             if first.run is None:
                 raise UserError(f"{name} is not a run, so name the teacher to compare with.")
-            of_run = _subject(first.run.recipe.teacher.model)
-            subjects.append(replace(of_run, label=RUNS_TEACHER))
+            section = first.run.recipe.teacher
+            of_run = _subject(section.model)
+            subjects.append(replace(of_run, label=RUNS_TEACHER, revision=section.revision))
         else:
             subjects.append(_subject(other))
-    return list({subject.source: subject for subject in subjects}.values())
+    return list({(one.source, one.revision): one for one in subjects}.values())
 
 
-def fingerprint_of(source: str) -> str:
+def fingerprint_of(source: str, revision: str | None = None) -> str:
     """Digest of the names, sizes and modification times of a local model's files, or the commit of
-    a hub model.
+    a hub model, which `revision` may name.
 
     Raises:
         UserError: if the model is not found.
     """
     files = [file for file in model_files(source) if file.suffix != ".md"]
     if not files:
-        return str(load_skeleton(source).config._commit_hash)
+        return str(locate(source, revision, "configuration").commit)
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
 

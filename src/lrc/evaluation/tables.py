@@ -89,7 +89,8 @@ def markdown(evaluation: Evaluation) -> str:
     if benchmarks:
         labels = [model.label for model in evaluation.models]
         versus = [f"{labels[0]} - {other}" for other in labels[1:]]
-        parts.append("## Benchmarks (percent ± standard error)")
+        parts.append("## Benchmarks")
+        parts.append("± standard error; acc and acc_norm in percent, other metrics as they are.")
         parts.append(_markdown(["task", "metric", *labels, *versus, "rows"], benchmarks))
     if HELD_OUT in evaluation.task_names():
         parts.append("## Held-out text")
@@ -211,8 +212,8 @@ def _paper_rows(evaluation: Evaluation) -> Iterator[list[str]]:
 def short_count(count: int) -> str:
     """A number of tokens as the paper writes it: 10B, 82K."""
     for unit, size in (("T", 10**12), ("B", 10**9), ("M", 10**6), ("K", 10**3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
+        if count >= 0.9995 * size:  # rounded to three digits, 999,600 are 1M
+            return f"{float(f'{count / size:.3g}'):g}{unit}"
     return str(count)
 
 

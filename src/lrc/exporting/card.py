@@ -1,7 +1,7 @@
 """The model card of a student."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,11 @@ THROUGH_TRANSFORMERS = " --model-impl transformers"
 
 
 def model_card(
-    run: Run, teacher: Teacher, student: PreTrainedModel, summary: dict[str, Any] | None = None
+    run: Run,
+    teacher: Teacher,
+    student: PreTrainedModel,
+    tokens: int,
+    summary: dict[str, Any] | None = None,
 ) -> str:
     """Text of the card: front matter for hubs, then shapes, losses, use and recipe.
 
@@ -130,12 +134,13 @@ def model_card(
         run: the run.
         teacher: its teacher.
         student: its student.
-        summary: the final results; None: those of the run, if it has ended.
+        tokens: the student's training tokens.
+        summary: the final results; None: those of the run, if they are this student's.
     """
     section = run.recipe.teacher
     described = describe_teacher(section)
     before, after = shape_of(teacher.model).row, shape_of(student).row
-    results = _results(run, summary)
+    results = _results(run, tokens, summary)
     return TEMPLATE.format(
         front=yaml.safe_dump(front_matter(run, described), sort_keys=False).strip(),
         teacher=as_markdown(public_name(section.model)),
@@ -179,13 +184,22 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
     settings = recipe.model_dump(mode="json")
     settings["teacher"]["model"] = public_name(recipe.teacher.model)
     for name in ("text", "shards", "held_out"):
-        settings["data"][name] = [Path(source).name for source in settings["data"][name]]
+        settings["data"][name] = file_names(settings["data"][name])
+    if others := settings["data"]["also_held_out"]:
+        settings["data"]["also_held_out"] = {name: file_names(of) for name, of in others.items()}
     if settings["data"]["stream"]:
         stream = settings["data"]["stream"]
         stream["dataset"] = public_name(stream["dataset"])
-        stream["data_files"] = [Path(file).name for file in stream["data_files"]]
+        stream["data_files"] = file_names(stream["data_files"])
     settings["data"]["cache"] = None
+    if (evaluate := settings["train"]["evaluate"]) and evaluate["data"]:
+        evaluate["data"] = Path(evaluate["data"]).name
     return settings
+
+
+def file_names(paths: Iterable[str]) -> list[str]:
+    """The last parts of paths."""
+    return [Path(path).name for path in paths]
 
 
 def as_markdown(text: str) -> str:
@@ -245,24 +259,28 @@ def _license(described: Description) -> str:
     return f"The teacher's license, {name}{link}, applies to the student."
 
 
-def _results(run: Run, closing: dict[str, Any] | None) -> dict[str, str]:
-    """The measurements: the final results, or the newest metrics of a run that has not ended."""
+def _results(run: Run, tokens: int, closing: dict[str, Any] | None) -> dict[str, str]:
+    """The measurements: the final results, or the newest metrics up to a checkpoint."""
     if closing is None and run.summary_file.is_file():
         closing = run.summary()
-    if closing is not None:
+    trained = {"training tokens": f"{tokens:,}"}
+    if closing is not None and closing["tokens"] == tokens:
         return {
-            "training tokens": f"{closing['tokens']:,}",
+            **trained,
             "held-out LM loss of the teacher": f"{closing['teacher_held_out_lm']:.4f}",
             "held-out LM loss of the student": f"{closing['student_held_out_lm']:.4f}",
             "KL(teacher, student)": f"{closing['kl']:.4f}",
             "same top-1 prediction": f"{closing['top1_agreement']:.1%}",
             "held-out tokens": f"{closing['held_out_labels']:,}",
         }
-    measured = [line for line in run.metrics() if "held_out_lm" in line]
+    lines = [line for line in run.metrics() if "held_out_lm" in line]
+    measured = [line for line in lines if line["tokens"] <= tokens]
     if not measured:
-        return {"training tokens": "none measured"}
+        return trained
+    newest = measured[-1]
+    after = "" if newest["tokens"] == tokens else f" after {newest['tokens']:,} tokens"
     return {
-        "training tokens": f"{measured[-1]['tokens']:,}",
+        **trained,
         "held-out LM loss of the teacher": f"{measured[0]['teacher_held_out_lm']:.4f}",
-        "held-out LM loss of the student": f"{measured[-1]['held_out_lm']:.4f}",
+        f"held-out LM loss of the student{after}": f"{newest['held_out_lm']:.4f}",
     }

@@ -24,6 +24,7 @@ from lrc.exporting.card import (
 )
 from lrc.model.locate import HUB_ID
 from lrc.model.teacher import model_files
+from lrc.system.files import reading
 
 TUNED = """Tuned on {conversations:,} conversations ({tokens:,} tokens of answers) of
 {data}{teacher}, in {steps:,} steps, with `lrc sft` and [TRL](https://github.com/huggingface/trl).
@@ -43,7 +44,10 @@ PUBLISHED = ("Accuracy", "Curves", "GGUF")
 def card_of(name: str) -> str | None:
     """The card of a local model, named as in a recipe's `teacher.model`; None if there is none."""
     path = next((file for file in model_files(name) if file.name == CARD), None)
-    return None if path is None else path.read_text(encoding="utf-8")
+    if path is None:
+        return None
+    with reading(path, "write it in UTF-8"):
+        return path.read_text(encoding="utf-8")
 
 
 def new_card(title: str) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from lrc.exporting.formats import LLAMA_NAMES, Dtype
 from lrc.exporting.gguf_architectures import Architecture, add_shape, check_runs, sliding_layers
 from lrc.exporting.gguf_rope import add_rope, rope_of
 from lrc.exporting.gguf_tensors import Change, same, tensors_of
@@ -86,6 +87,9 @@ class About:
     tags: tuple[str, ...] = ()
     languages: tuple[str, ...] = ()
     """Languages that the model writes, as the teacher's card names them."""
+    license_name: str | None = None
+    """As in a card whose license is `other`."""
+    license_link: str | None = None
 
 
 def write_gguf(
@@ -145,21 +149,41 @@ def convert_to_gguf(
     path: Path,
     kind: Kind | None = None,
     progress: Progress = lambda done, total: None,
+    title: str | None = None,
 ) -> list[str]:
     """Write any model, named like a teacher (hub id, folder, .gguf file or `package:NAME`).
 
-    If `kind` is None, the model's own element type is kept. The other arguments, the return value
-    and the errors are those of `write_gguf`.
+    If `kind` is None, the model's own element type is kept. `title` is its name in the file; None:
+    the last part of `name`. The other arguments, the return value and the errors are those of
+    `write_gguf`.
     """
     model, tokenizer = load_model(name)
-    described = describe_teacher(TeacherSection(model=name))
-    about = About(short_name(name), described.license, languages=described.languages)
+    about = about_model(name, title)
     return write_gguf(model, tokenizer, path, kind or kind_of(model.dtype), about, progress)
+
+
+def about_model(name: str, title: str | None = None) -> About:
+    """The metadata of any model, from its card."""
+    found = describe_teacher(TeacherSection(model=name))
+    return About(
+        title or short_name(name),
+        found.license,
+        found.base_model,
+        found.tags,
+        found.languages,
+        found.license_name,
+        found.license_link,
+    )
 
 
 def kind_of(dtype: torch.dtype) -> Kind:
     """The GGUF element type that keeps a model's own; float32 for wider types."""
     return {torch.float16: Kind.F16, torch.bfloat16: Kind.BF16}.get(dtype, Kind.F32)
+
+
+def gguf_kind(dtype: Dtype) -> Kind:
+    """The GGUF element type of that name."""
+    return Kind[LLAMA_NAMES.get(dtype, dtype).upper()]
 
 
 def _tensors(model: PreTrainedModel, kind: Kind) -> Iterator[tuple[str, StoredPlace]]:
@@ -197,6 +221,8 @@ def _add_about(writer: GGUFWriter, model: PreTrainedModel, about: About, kind: K
     metadata = gguf.Metadata(
         name=about.name,
         license=about.license,
+        license_name=about.license_name,
+        license_link=about.license_link,
         tags=list(about.tags) or None,
         languages=list(about.languages) or None,
         size_label=gguf.size_label(size, 0, 0, 0),

@@ -17,6 +17,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
+from lrc.model.tokenizer import framing
 from lrc.system.errors import UserError
 
 SPACE = "\u2581"
@@ -188,12 +189,7 @@ def _add_special(writer: GGUFWriter, tokenizer: Tokenizer, load_merges: bool, ro
     with TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         special = SpecialVocab(Path(folder), load_merges=load_merges, n_vocab=rows)
-    bare = tokenizer.encode("a", add_special_tokens=False)
-    framed = tokenizer.encode("a")
-    special.add_special_token = {
-        "bos": framed[0] == tokenizer.bos_token_id and framed[0] != bare[0],
-        "eos": framed[-1] == tokenizer.eos_token_id and framed[-1] != bare[-1],
-    }
+    special.add_special_token = dict(zip(("bos", "eos"), framing(tokenizer), strict=True))
     special.add_to_gguf(writer, quiet=True)
 
 

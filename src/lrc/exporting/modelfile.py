@@ -5,20 +5,24 @@ from typing import Any
 from transformers import GenerationConfig
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.model.tokenizer import RefusedConversation, chat_text
+from lrc.model.tokenizer import RefusedConversation, chat_text, end_tokens, framing
 from lrc.system.errors import UserError
+
+GREEDY = {"temperature": 0, "top_p": None, "top_k": None, "min_p": None}
+"""Sampling settings of a model that does not sample."""
 
 SYSTEM, PROMPT, RESPONSE = "SYSTEM-TEXT", "PROMPT-TEXT", "RESPONSE-TEXT"
 """Stand for the texts in a rendered conversation."""
 
 PARAMETERS = {
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "min_p": "min_p",
-    "repetition_penalty": "repeat_penalty",
+    "temperature": ("temperature", 1.0),
+    "top_p": ("top_p", 1.0),
+    "top_k": ("top_k", 50),
+    "min_p": ("min_p", 0.0),
+    "repetition_penalty": ("repeat_penalty", 1.0),
 }
-"""Ollama's names of sampling settings, by transformers' names."""
+"""Ollama's names of sampling settings, and transformers' defaults, by transformers' names. Ollama
+has other defaults."""
 
 
 def modelfile(gguf: str, tokenizer: Tokenizer, generation: GenerationConfig | None) -> str:
@@ -32,20 +36,20 @@ def modelfile(gguf: str, tokenizer: Tokenizer, generation: GenerationConfig | No
     lines = [f"FROM ./{gguf}"]
     if tokenizer.chat_template:
         lines.append(f'TEMPLATE """{ollama_template(tokenizer)}"""')
-    if tokenizer.eos_token:
-        lines.append(f'PARAMETER stop "{tokenizer.eos_token}"')
+    ends = tokenizer.convert_ids_to_tokens(end_tokens(tokenizer, generation))
+    lines += [f'PARAMETER stop "{token}"' for token in ends if token]
     settings: dict[str, Any] = {} if generation is None else generation.to_diff_dict()
-    if settings.get("do_sample"):
-        known = {PARAMETERS[name]: settings[name] for name in PARAMETERS if settings.get(name)}
-    else:
-        known = {"temperature": 0}
-    lines += [f"PARAMETER {name} {value}" for name, value in known.items()]
+    if not settings.get("do_sample"):
+        settings = {**settings, **GREEDY}
+    for name, (ollamas, default) in PARAMETERS.items():
+        value = settings.get(name)
+        lines.append(f"PARAMETER {ollamas} {default if value is None else value}")
     return "\n".join(lines) + "\n"
 
 
 def ollama_template(tokenizer: Tokenizer) -> str:
     """The chat template in Ollama's language, read off rendered conversations. Ollama itself adds
-    BOS.
+    the BOS that the tokenizer adds.
 
     Raises:
         UserError: if the template does not render the texts as they are.
@@ -65,10 +69,10 @@ def ollama_template(tokenizer: Tokenizer) -> str:
 
 
 def _around(tokenizer: Tokenizer, messages: list[dict[str, str]], text: str) -> tuple[str, str]:
-    """What is rendered before and after a text, without BOS."""
+    """What is rendered before and after a text, without the BOS that Ollama adds."""
     prompt = messages[-1]["role"] == "user"
     rendered = chat_text(tokenizer, messages, generation_prompt=prompt)
-    if tokenizer.bos_token:
+    if framing(tokenizer)[0]:
         rendered = rendered.removeprefix(tokenizer.bos_token)
     before, found, after = rendered.partition(text)
     if not found:

@@ -6,19 +6,22 @@ its defaults: another rotary base, no rotary scaling. So we write both names.
 
 import copy
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.model.loading import without_bars
 from lrc.model.precision import store_parameters_as
-from lrc.system.errors import UserError
+from lrc.system.errors import UserError, reason
 from lrc.system.files import new_folder
+
+logger = logging.getLogger(__name__)
 
 
 def export_student(
@@ -45,6 +48,7 @@ def export_student(
     if dtype not in (None, student.dtype):
         student = copy.deepcopy(student)
         store_parameters_as(student, dtype)
+    _drop_invalid_generation(student)
     with new_folder(folder) as temporary, without_bars():
         student.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
@@ -52,6 +56,22 @@ def export_student(
         _update(temporary / "tokenizer_config.json", tokenizer_settings)
         if card is not None:
             (temporary / "README.md").write_text(card, encoding="utf-8")
+
+
+def _drop_invalid_generation(student: PreTrainedModel) -> None:
+    """Leave out a generation config that transformers refuses to write."""
+    generation = student.generation_config
+    try:
+        if generation is not None:
+            generation.validate(strict=True)
+    except ValueError as error:
+        logger.warning(
+            "The teacher's generation config is not valid, so only its special tokens are kept: %s",
+            reason(error),
+        )
+        names = ("bos_token_id", "eos_token_id", "pad_token_id")
+        kept = {name: getattr(generation, name) for name in names}
+        student.generation_config = GenerationConfig(**kept)
 
 
 def check_range(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:

@@ -221,17 +221,20 @@ def _layers_on_disk(family: Family, layers: int, device: str) -> dict[str, str]:
     return places | {f"{family.layers}.{layer}": "disk" for layer in range(layers)}
 
 
-def load_model(name: str, dtype: str = "auto") -> tuple[Model, Tokenizer]:
+def load_model(
+    name: str, dtype: str = "auto", revision: str | None = None
+) -> tuple[Model, Tokenizer]:
     """Load any causal language model and its tokenizer.
 
     Args:
         name: model name, as in a recipe's `teacher.model`.
         dtype: element type of the weights; `auto` keeps the stored one.
+        revision: hub revision; for hub ids only.
 
     Raises:
         UserError: if it is not found, cannot be read, or its files do not fill it.
     """
-    files = locate(name, part="configuration")
+    files = locate(name, revision, "configuration")
     load_config(files, any_family=True)  # report its errors before anything else is read
     files = locate(name, files.commit)
     tokenizer = load_tokenizer_files(files)
@@ -265,7 +268,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Tokenizer:
     return load_tokenizer_files(files)
 
 
-def load_skeleton(name: str) -> Model:
+def load_skeleton(name: str, revision: str | None = None) -> Model:
     """Load a model without its weights (on the meta device), to read its shape.
 
     The files of a local model are checked against it. For a hub id, only the configuration is
@@ -274,7 +277,7 @@ def load_skeleton(name: str) -> Model:
     Raises:
         UserError: if it is not found, cannot be read, or its files do not fill it.
     """
-    files = locate(name, part="configuration")
+    files = locate(name, revision, "configuration")
     return load_skeleton_of(files, check=files.commit is None)
 
 
@@ -331,6 +334,12 @@ class Description:
     license_link: str | None = None
     """Where that license is."""
 
+    base_model: str | None = None
+    """Hub id of the model that it was made from."""
+
+    tags: tuple[str, ...] = ()
+    """Tags of its card."""
+
 
 def describe_teacher(section: TeacherSection) -> Description:
     """Return a teacher's license and languages, from its card or its GGUF file.
@@ -362,12 +371,20 @@ def describe_teacher(section: TeacherSection) -> Description:
     )
     if section.license and section.license != name:
         long_name = link = None  # they belong to the license of the teacher's card
+    base, tags = found.get("base_model"), found.get("tags")
     return Description(
         section.license or name,
-        tuple(str(one) for one in languages or () if isinstance(one, str)),
+        _texts(languages),
         long_name,
         link,
+        next(iter(_texts([base] if isinstance(base, str) else base)), None),
+        _texts(tags),
     )
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    """The texts in a list that somebody wrote."""
+    return tuple(one for one in values if isinstance(one, str)) if isinstance(values, list) else ()
 
 
 def _contents(fields: Any, name: str) -> Any:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.model.locate import ModelFiles, refuse_pointer
@@ -150,6 +150,23 @@ def answer_mark(tokenizer: Tokenizer) -> list[int]:
         return []
     between = text.partition(question)[2].partition(answer)[0].strip()
     return list(tokenizer(between, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def framing(tokenizer: Tokenizer) -> tuple[bool, bool]:
+    """Whether a tokenizer puts BOS before a text, and EOS after it."""
+    framed, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)
+    return (
+        framed[0] == tokenizer.bos_token_id and framed[0] != bare[0],
+        framed[-1] == tokenizer.eos_token_id and framed[-1] != bare[-1],
+    )
+
+
+def end_tokens(tokenizer: Tokenizer, generation: GenerationConfig | None) -> list[int]:
+    """Every token that ends a text: the tokenizer's EOS and those of a generation config."""
+    known = getattr(generation, "eos_token_id", None)
+    ends = {known} if isinstance(known, int) else set(known or ())
+    eos = tokenizer.eos_token_id
+    return sorted(ends | ({eos} if isinstance(eos, int) else set()))
 
 
 def plain_ids(tokenizer: Tokenizer, text: str) -> list[int]:

@@ -59,6 +59,9 @@ def evaluate_checkpoints(run: Run, section: EvaluateSection) -> Table:
         raise UserError(f"{run.folder} has no checkpoint yet; continue it with `lrc resume`.")
     check_inputs(run, setup.teacher)
     tokenizer = setup.teacher.tokenizer
+    settings = section.model_dump(mode="json", exclude={"every_tokens"})
+    with task("Evaluating the teacher"):
+        teacher = benchmarks.accuracy(setup.teacher.model, tokenizer)
     rows: list[dict[str, Any]] = []
     for path in reversed(list_checkpoints(run.checkpoints)):
         header, tensors = read_checkpoint(path, run.recipe.fingerprint())
@@ -67,11 +70,8 @@ def evaluate_checkpoints(run: Run, section: EvaluateSection) -> Table:
             found = benchmarks.accuracy(setup.method.student(), tokenizer)
         tokens = state.step * run.recipe.step_tokens()
         rows.append({"step": state.step, "tokens": tokens, ACCURACY: found})
-    with task("Evaluating the teacher"):
-        teacher = benchmarks.accuracy(setup.teacher.model, tokenizer)
-    settings = section.model_dump(mode="json", exclude={"every_tokens"})
-    content = {"settings": settings, "checkpoints": rows, TEACHER_ACCURACY: teacher}
-    write_text(run.folder / CHECKPOINTS, json.dumps(content, indent=2) + "\n")
+        content = {"settings": settings, "checkpoints": rows, TEACHER_ACCURACY: teacher}
+        write_text(run.folder / CHECKPOINTS, json.dumps(content, indent=2) + "\n")
     table = Table(["training tokens", *teacher])
     for row in rows:
         table.add_row(f"{row['tokens']:,}", *(f"{value:.4f}" for value in row[ACCURACY].values()))

@@ -66,7 +66,10 @@ def close_run(loop: Loop) -> dict[str, Any]:
     summary = summarize(loop, agreement, student)
     summary["also_held_out"] = {name: _losses(found) for name, found in others.items()}
     summary["samples"] = best_effort("samples", lambda: samples(loop, student)) or {}
-    card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, summary))
+    card = best_effort(
+        "the model card",
+        lambda: model_card(run, setup.teacher, student, loop.tokens(), summary),
+    )
     export_student(student, setup.teacher.tokenizer, card, run.student_folder)
     best_effort("the plot", lambda: draw_curves(run, run.folder / "curves.png", summary))
     # Last, since it marks the output as complete.

@@ -4,16 +4,13 @@ import logging
 from pathlib import Path
 
 import torch
-from gguf import GGMLQuantizationType as Kind
-from transformers import GenerationConfig
 
 from lrc.exporting.card import front_matter, model_card
-from lrc.exporting.formats import LLAMA_NAMES, TORCH_NAMES, Dtype, Format
-from lrc.exporting.gguf_file import About, convert_to_gguf, kind_of, write_gguf
+from lrc.exporting.formats import TORCH_NAMES, Dtype, Format
+from lrc.exporting.gguf_file import About, about_model, gguf_kind, kind_of, write_gguf
 from lrc.exporting.modelfile import modelfile
 from lrc.exporting.plain import export_student
-from lrc.model.locate import locate
-from lrc.model.teacher import Teacher, describe_teacher, load_tokenizer, short_name
+from lrc.model.teacher import Teacher, describe_teacher, load_model, short_name
 from lrc.run import Run, is_run
 from lrc.system.errors import UserError
 from lrc.system.files import is_taken, write_text
@@ -54,10 +51,7 @@ def export_model(
         target = out.parent / MODELFILE
         if with_modelfile and target.exists():
             raise UserError(f"{target} already exists: remove it, or export to another folder.")
-        _export_gguf(model, out, dtype, teacher)
-        if with_modelfile:
-            _write_modelfile(model, out, target)
-            logger.info("%s is for `ollama create`.", target)
+        _export_gguf(model, out, dtype, teacher, target if with_modelfile else None)
         return
     if with_modelfile:
         raise UserError("--modelfile goes with GGUF: give a file name that ends in .gguf.")
@@ -75,33 +69,50 @@ def export_model(
     logger.info("The student of step %s is in %s.", step, out)
 
 
-def _write_modelfile(model: str, gguf: Path, target: Path) -> None:
-    """Write a Modelfile from the tokenizer and the sampling settings of a model or a run's teacher,
-    which its student shares."""
-    source = Run.open(Path(model)).recipe.teacher.model if is_run(Path(model)) else model
-    files = locate(source, part="settings")
-    settings = None
-    if (files.folder / "generation_config.json").is_file() and files.gguf is None:
-        settings = GenerationConfig.from_pretrained(files.folder, local_files_only=True)
-    write_text(target, modelfile(gguf.name, load_tokenizer(source), settings))
-
-
-def _export_gguf(model: str, out: Path, dtype: Dtype | None, teacher: Teacher | None) -> None:
+def _export_gguf(
+    model: str, out: Path, dtype: Dtype | None, teacher: Teacher | None, target: Path | None
+) -> None:
+    """Write a GGUF file and, if `target` is given, a Modelfile from the model's tokenizer and
+    sampling settings."""
     if out.suffix != ".gguf":
         raise UserError(f"{out} is not a name for a GGUF file: give a name that ends in .gguf.")
     if out.exists():
         raise UserError(f"{out} already exists: choose a new name for the file.")
-    kind = Kind[LLAMA_NAMES.get(dtype, dtype).upper()] if dtype else None
     if is_run(Path(model)):
-        step, notes = export_run_gguf(Run.open(Path(model)), out, kind, teacher)
-        result = f"The student of step {step} is in {out}."
+        run = Run.open(Path(model))
+        setup = _at_checkpoint(run, teacher)
+        student, tokenizer = setup.method.student(), setup.teacher.tokenizer
+        about = _about(run, student.config.hidden_size)
+        result = f"The student of step {setup.state.step} is in {out}."
     else:
-        with task(f"Writing {out}", unit="tensors") as shown:
-            notes = convert_to_gguf(model, out, kind, shown.update)
-        result = f"{model} is in {out}."
+        student, tokenizer = load_model(model)
+        about, result = about_model(model), f"{model} is in {out}."
+    text = modelfile(out.name, tokenizer, student.generation_config) if target else ""
+    kind = gguf_kind(dtype) if dtype else kind_of(student.dtype)
+    with task(f"Writing {out}", unit="tensors") as shown:
+        notes = write_gguf(student, tokenizer, out, kind, about, shown.update)
     for note in notes:
         logger.warning("Note: %s", note)
     logger.info(result)
+    if target:
+        write_text(target, text)
+        logger.info("%s is for `ollama create`.", target)
+
+
+def _about(run: Run, hidden_size: int) -> About:
+    """The metadata of a run's student."""
+    teacher, method = run.recipe.teacher, run.recipe.method.name
+    described = describe_teacher(teacher)
+    front = front_matter(run, described)
+    return About(
+        f"{short_name(teacher.model)}-{method}-{hidden_size}",
+        described.license,
+        front.get("base_model", short_name(teacher.model)),
+        tuple(front["tags"]),
+        described.languages,
+        described.license_name,
+        described.license_link,
+    )
 
 
 def export_run(
@@ -125,43 +136,10 @@ def export_run(
         raise UserError(f"{folder} already exists: choose a new folder for the student.")
     setup = _at_checkpoint(run, teacher)
     student = setup.method.student()
-    card = best_effort("the model card", lambda: model_card(run, setup.teacher, student))
+    tokens = setup.state.step * run.recipe.step_tokens()
+    card = best_effort("the model card", lambda: model_card(run, setup.teacher, student, tokens))
     export_student(student, setup.teacher.tokenizer, card, folder, dtype)
     return setup.state.step
-
-
-def export_run_gguf(
-    run: Run, path: Path, kind: Kind | None = None, teacher: Teacher | None = None
-) -> tuple[int, list[str]]:
-    """Write the student of a run, finished or not, as a GGUF file.
-
-    Args:
-        run: the run.
-        path: a file that does not exist yet.
-        kind: element type of the matrices; None: the trained one.
-        teacher: as in `export_run`.
-
-    Returns:
-        The step of the checkpoint that was used, and what the user should know about the file.
-
-    Raises:
-        UserError: as in `write_gguf`, and if the run has no checkpoint.
-    """
-    setup = _at_checkpoint(run, teacher)
-    student, section = setup.method.student(), run.recipe.teacher
-    described = describe_teacher(section)
-    front = front_matter(run, described)
-    about = About(
-        f"{short_name(section.model)}-lrc-{student.config.hidden_size}",
-        described.license,
-        front.get("base_model", short_name(section.model)),
-        tuple(front["tags"]),
-        described.languages,
-    )
-    kind = kind or kind_of(student.dtype)
-    with task(f"Writing {path}", unit="tensors") as shown:
-        notes = write_gguf(student, setup.teacher.tokenizer, path, kind, about, shown.update)
-    return setup.state.step, notes
 
 
 def _at_checkpoint(run: Run, teacher: Teacher | None) -> Setup:

@@ -3,23 +3,27 @@
 import logging
 import tempfile
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 
-from gguf import GGMLQuantizationType as Kind
-
 from lrc.evaluation.evaluation import results_folder
+from lrc.evaluation.results import Evaluation
+from lrc.evaluation.subject import fingerprint_of
 from lrc.exporting.card_changes import CARD, card_of, new_card, published_card, read_evaluation
-from lrc.exporting.formats import LLAMA_NAMES, Dtype
-from lrc.exporting.gguf_file import convert_to_gguf
+from lrc.exporting.formats import Dtype
+from lrc.exporting.gguf_file import convert_to_gguf, gguf_kind
 from lrc.model.teacher import model_files
 from lrc.run import student_of
 from lrc.system.errors import UserError, reason
-from lrc.system.progress import Progress, task
+from lrc.system.progress import task
 from lrc.system.tables import size
 
 logger = logging.getLogger(__name__)
 
 CURVES = "curves.png"
+
+WEIGHTS = "model*.safetensors*"
+"""Files of weights, and of their index."""
 
 
 def push(
@@ -49,7 +53,7 @@ def push(
             or the hub refuses.
     """
     _check_name(repo)
-    source = student_of(model)
+    source, title = student_of(model), repo.rpartition("/")[2]
     files = model_files(source)
     if not any(file.name == "config.json" for file in files):
         raise UserError(f"{model} is not a model folder of this machine: give one, or a run.")
@@ -58,14 +62,15 @@ def push(
     with tempfile.TemporaryDirectory(prefix="lrc-push-") as scratch:
         found: dict[str, Path | bytes] = {file.name: file for file in files if file.name != CARD}
         if gguf is not None:
-            path = Path(scratch) / f"{repo.rpartition('/')[2]}-{gguf}.gguf"
+            path = Path(scratch) / f"{title}-{gguf}.gguf"
             with task(f"Writing {path.name}", unit="tensors") as shown:
-                found[path.name] = _write_gguf(source, path, gguf, shown.update)
+                convert_to_gguf(source, path, gguf_kind(gguf), shown.update, title)
+            found[path.name] = path
         if (curves := Path(model) / CURVES).is_file():
             found[CURVES] = curves
-        evaluation = read_evaluation(results_folder(model, "evaluation", "evaluations"))
-        name = f"{repo.rpartition('/')[2]}-{gguf}.gguf" if gguf else None
-        card = card_of(source) or new_card(repo.rpartition("/")[2])
+        evaluation = _evaluation(model, source)
+        name = f"{title}-{gguf}.gguf" if gguf else None
+        card = card_of(source) or new_card(title)
         found[CARD] = published_card(card, repo, evaluation, CURVES in found, name).encode()
         for name, content in sorted(found.items()):
             count = len(content) if isinstance(content, bytes) else content.stat().st_size
@@ -79,12 +84,29 @@ def push(
     return address
 
 
+def _evaluation(model: str, source: str) -> Evaluation | None:
+    """The model's evaluation; None if there is none, or its files have changed since."""
+    folder = results_folder(model, "evaluation", "evaluations")
+    evaluation = read_evaluation(folder)
+    if evaluation is None or evaluation.models[0].fingerprint == fingerprint_of(source):
+        return evaluation
+    logger.warning(
+        "The evaluation in %s is of other files than these, so the card does not show it: run "
+        "`lrc eval %s` again.",
+        folder,
+        model,
+    )
+    return None
+
+
 def _check_name(repo: str) -> None:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
     try:
         validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("it has no user or organization")
     except HFValidationError as error:
         raise UserError(
             f"'{repo}' is not a name for a repository ({reason(error)}): write it as USER/NAME."
@@ -119,12 +141,17 @@ def send(files: Mapping[str, Path | bytes], repo: str, private: bool) -> str:
     Raises:
         UserError: if the hub refuses or cannot be reached.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     api = HfApi()
     try:
         made = api.create_repo(repo, private=private or None, exist_ok=True)
-        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations: list[CommitOperationAdd | CommitOperationDelete] = [
+            CommitOperationAdd(name, content) for name, content in files.items()
+        ]
+        # Weights of an earlier model there would be loaded in place of these.
+        old = [name for name in api.list_repo_files(made.repo_id) if fnmatch(name, WEIGHTS)]
+        operations += [CommitOperationDelete(name) for name in old if name not in files]
         api.create_commit(made.repo_id, operations, commit_message="Upload with lrc push")
     except Exception as error:  # the hub's library may raise anything
         raise UserError(
@@ -132,8 +159,3 @@ def send(files: Mapping[str, Path | bytes], repo: str, private: bool) -> str:
             "connection, and try again."
         ) from error
     return str(made)
-
-
-def _write_gguf(source: str, path: Path, dtype: Dtype, progress: Progress) -> Path:
-    convert_to_gguf(source, path, Kind[LLAMA_NAMES.get(dtype, dtype).upper()], progress)
-    return path

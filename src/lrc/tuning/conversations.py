@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -214,6 +214,19 @@ class Conversations:
     """Empty lists, unless they were to be kept."""
     left_out: dict[str, int]
     """Number of conversations that were left out, by the reason."""
+
+    def answer_end(self, tokenizer: Tokenizer) -> int | None:
+        """The special token by which most answers end; None if none does."""
+        special = {
+            number for number, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        special.update(tokenizer.all_special_ids)
+        ends: Counter[int] = Counter()
+        for one in self.training:
+            learned = one.input_ids[one.learned].tolist()
+            # White space may follow.
+            ends.update(next(([token] for token in learned[:-4:-1] if token in special), ()))
+        return max(ends, key=lambda token: ends[token], default=None)
 
     def fingerprint(self) -> str:
         """A checksum of all tokens and labels."""

@@ -2,7 +2,7 @@
 
 sft.yaml            its settings
 environment.json    versions, commit, machine
-inputs.json         a checksum of the conversations
+inputs.json         checksums of the model, the teacher and the conversations
 before.json         the held-out losses before the first step
 metrics.jsonl       one line per logged step
 checkpoints/        TRL's checkpoints, to resume from
@@ -27,11 +27,14 @@ from transformers import PreTrainedModel
 
 from lrc.exporting.card_changes import tuned_card
 from lrc.exporting.plain import export_student
-from lrc.model.families import check_supported
-from lrc.model.locate import locate_locally
+from lrc.model.families import check_supported, family_of
+from lrc.model.locate import locate, locate_locally
+from lrc.model.stored import file_checksums, weight_files
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
+from lrc.model.tokenizer import end_tokens
 from lrc.preflight import check_installed
 from lrc.run import ENVIRONMENT, student_of
+from lrc.system.checksums import json_sha256, remembered
 from lrc.system.distributed import World, join, lost_peers, may_restart
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
@@ -54,6 +57,7 @@ from lrc.tuning.settings import (
 )
 
 if TYPE_CHECKING:
+    from lrc.tuning.conversations import Conversations
     from lrc.tuning.trainers import HeldOutLoss
 
 logger = logging.getLogger(__name__)
@@ -156,12 +160,13 @@ def _tune(tuning: Tuning, folder: Path, world: World) -> dict[str, Any]:
         )
     for why, count in conversations.left_out.items():
         logger.warning(f"{count:,} conversations were left out: {why}.")
-    teacher = None if tuning.teacher is None else _teacher(tuning, tokenizer)
-    fingerprint = conversations.fingerprint()
+    _end_answers(model, tokenizer, conversations.answer_end(tokenizer))
+    teacher = None if tuning.teacher is None else _teacher(tuning, model, tokenizer)
+    inputs = _inputs(tuning, conversations)
     mine = {"settings": tuning.to_yaml(), "folder": str(folder.resolve())}
-    refuse_differences(mine | {"conversations": fingerprint}, world)
+    refuse_differences(mine | {"conversations": inputs["conversations"]}, world)
     if world.leads:
-        _begin(tuning, folder, fingerprint)
+        _begin(tuning, folder, inputs)
     world.wait()
 
     dtype, was = model.dtype, _kept(model)
@@ -237,8 +242,20 @@ def _newest(checkpoints: Path) -> str | None:
     return None if newest is None else str(newest)
 
 
-def _teacher(tuning: Tuning, tokenizer: Any) -> Teacher:
-    """Load the teacher and refuse another tokenizer."""
+def _end_answers(model: PreTrainedModel, tokenizer: Any, end: int | None) -> None:
+    """Let generation stop at the token by which the chat template ends answers."""
+    known = end_tokens(tokenizer, model.generation_config)
+    if end is None or end in known:
+        return
+    model.generation_config.eos_token_id = sorted([*known, end])
+    logger.info(
+        "Answers end with %s, so it ends a text from now on (generation_config.json).",
+        tokenizer.convert_ids_to_tokens(end),
+    )
+
+
+def _teacher(tuning: Tuning, model: PreTrainedModel, tokenizer: Any) -> Teacher:
+    """Load the teacher and refuse one whose logits cannot be compared."""
     assert tuning.teacher is not None
     with task(f"Loading {tuning.teacher}"):
         teacher = load_teacher(student_of(tuning.teacher), find_device(tuning.device))
@@ -247,20 +264,41 @@ def _teacher(tuning: Tuning, tokenizer: Any) -> Teacher:
             f"The tokenizers of {tuning.model} and its teacher {tuning.teacher} differ: give a "
             "teacher with the same tokenizer."
         )
+    ours = family_of(model.config.model_type).logit_softcap(model.config)
+    if ours != teacher.logit_softcap and not tuning.on_policy:
+        raise UserError(
+            f"{tuning.model} and its teacher {tuning.teacher} cap their logits in different ways, "
+            "so they cannot be compared: give another teacher."
+        )
     return teacher
 
 
-def _begin(tuning: Tuning, folder: Path, fingerprint: str) -> None:
-    """Write the settings of a new tuning, or refuse other conversations than it began with."""
+def _inputs(tuning: Tuning, conversations: "Conversations") -> dict[str, str]:
+    """Checksums of what a tuning learns from."""
+    found = {"conversations": conversations.fingerprint()}
+    for role, name in (("model", tuning.model), ("teacher", tuning.teacher)):
+        if name is not None:
+            files = locate(student_of(name))
+            tensors: dict[str, str] = {}
+            for path in weight_files(files):
+                tensors |= remembered(path, "tensors", file_checksums)
+            found[role] = json_sha256(tensors)
+    return found
+
+
+def _begin(tuning: Tuning, folder: Path, inputs: dict[str, str]) -> None:
+    """Write the settings of a new tuning, or refuse other inputs than it began with."""
     if not is_tuning(folder):
-        write_text(folder / INPUTS, json.dumps({"conversations": fingerprint}))
+        write_text(folder / INPUTS, json.dumps(inputs))
         write_text(folder / ENVIRONMENT, json.dumps(describe_environment(), indent=2))
         write_text(folder / SETTINGS, tuning.to_yaml())
         return
-    if read_json(folder / INPUTS, "start a new tuning").get("conversations") != fingerprint:
+    kept = read_json(folder / INPUTS, "start a new tuning")
+    changed = [f"the {name}" for name, value in inputs.items() if kept.get(name, value) != value]
+    if changed:
         raise UserError(
-            f"The conversations of {', '.join(tuning.data)} are not those that {folder} began "
-            "with: restore them, or start a new tuning."
+            f"{folder} began with other inputs ({', '.join(changed)}): restore them, or start a "
+            "new tuning."
         )
 
 

@@ -7,6 +7,7 @@ student.
 """
 
 import json
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,8 @@ from lrc.system.metrics import keep_metrics_until
 from lrc.train.signals import StopRequest, agree
 from lrc.tuning.conversations import ASSISTANT, Conversations, Encoded, Messages
 from lrc.tuning.settings import Tuning
+
+logger = logging.getLogger(__name__)
 
 TENSORBOARD = "tensorboard"
 
@@ -184,6 +187,12 @@ def _prompts(conversations: Sequence[Messages], tokenizer: Tokenizer, tuning: Tu
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
         if len(ids) + tuning.max_new_tokens <= tuning.max_length:
             prompts.append(prompt)
+    if left_out := len(conversations) - len(prompts):
+        logger.warning(
+            "%s conversations were left out: no question, or no room for %d new tokens.",
+            f"{left_out:,}",
+            tuning.max_new_tokens,
+        )
     if not prompts:
         raise UserError(
             f"No prompt leaves room for max_new_tokens ({tuning.max_new_tokens}) in max_length "
