@@ -15,7 +15,7 @@ from lrc.system.errors import UserError
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse a recipe with a missing teacher, text or tracker, or an unsuitable student size.
+    """Refuse a recipe with a missing teacher, text or tracker, or unsuitable settings.
 
     Raises:
         UserError: if there is a mistake; the message names the first one.
@@ -32,6 +32,11 @@ def check_recipe(recipe: Recipe) -> None:
                 config["num_attention_heads"],
                 config["hidden_size"] if student != student.hidden_size_alone() else None,
             )
+    if recipe.data.document_mask and recipe.teacher.attention == "flash_attention_2":
+        raise UserError(
+            "With teacher.attention: flash_attention_2, the documents of a sequence would see each "
+            "other: set it to auto, or leave data.document_mask off."
+        )
     source_files(recipe.data.text)
     source_files(recipe.data.held_out, held_out=True)
     for sources in recipe.data.also_held_out.values():

@@ -1,7 +1,7 @@
 """What each process of a launch runs: the command line, once for each list of arguments.
 
 `faults` break one process: rank, step and kind. With `late`, what processes send arrives when they
-wait for it, and is not a number before.
+wait for it, and is not a number before, and each solves another start, as rounding on GPUs may do.
 """
 
 import json
@@ -9,12 +9,25 @@ import os
 import resource
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
 import lrc.cli
+from lrc.cloning.method import Method
+from lrc.methods import METHODS
 from lrc.system.distributed import World, join, leave, restarts
 from lrc.train.loop import Loop
+
+
+def another_start(initialize: Callable[..., Any], rank: int) -> Callable[..., Any]:
+    def start(self: Method, *arguments: Any) -> Any:
+        report = initialize(self, *arguments)
+        for value in self.parameters().values():
+            value.data.mul_(1 + rank)
+        return report
+
+    return start
 
 
 def main() -> None:
@@ -52,6 +65,8 @@ def main() -> None:
             return lambda: send(self, tensor, owner)()
 
         World.send = send_late  # type: ignore[method-assign]
+        for kind in METHODS.values():
+            kind.initialize = another_start(kind.initialize, world.rank)  # type: ignore[method-assign]
     code = 0
     for command in commands:
         mine = command[world.rank] if isinstance(command[0], list) else command

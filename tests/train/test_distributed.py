@@ -64,6 +64,10 @@ CASES: dict[str, list[str]] = {
     "scratch": ["--method", "scratch"],
     "slicegpt": ["--method", "slicegpt"],
     "tinybert": ["--method", "tinybert"],
+    "llm-pruner, adapters": [
+        "--set", "method={name: llm-pruner, ratio: 0.3, recovery: lora, lora_rank: 2}",
+        "--set", "student.hidden_size=16",
+    ],
     "sheared-llama": ["--method", "sheared-llama"],
     "a stream": [
         "--method", "slicegpt", "--set", "data.text=[]", "--set", "data.stream.dataset=json",

@@ -224,6 +224,7 @@ def test_activations_grow_with_the_micro_batch(tiny_recipe: Any) -> None:
     assert largest_micro_batch(recipe, more, more.parts["program"]) == 0
     again = memory_of(tiny_recipe(**{"train.gradient_checkpointing": True}), 1)
     assert again.parts["activations"] < 0.6 * whole.parts["activations"]
+    assert peak(again) < peak(whole)
     double = memory_of(tiny_recipe(**{"train.micro_batch": 6}), 1)
     assert peak(double) - peak(whole) == 3 * whole.sequence
 

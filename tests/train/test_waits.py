@@ -102,6 +102,8 @@ def test_a_step_waits_once(tmp_path: Path, kernels: str, batch: str) -> None:
         {"train.gradient_checkpointing": True},
         {"train.token_grad_clip": 0, "train.grad_clip": 0},
         {"student.kv_heads": 1, "student.layers": 1, "train.release_at": 1},
+        {"student.intermediate_size": 12, "train.release_at": 1},
+        {"student.intermediate_size": 12, "train.release_at": 0},
     ],
     ids=str,
 )

@@ -196,6 +196,7 @@ class ShearedLlama(PlainStudent, Staged):
         self.target = target_shape(self.teacher, self.recipe.student, self.section)
         model = copy.deepcopy(self.teacher.model)
         model = model.to(dtype=torch.promote_types(model.dtype, torch.float32))
+        model.get_input_embeddings().padding_idx = None  # it would get no gradient
         return model.requires_grad_(True)
 
     def _mask(self) -> None:

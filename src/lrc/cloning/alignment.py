@@ -18,12 +18,13 @@ def new_alignment(
     teacher: Teacher, student: PreTrainedModel, names: Iterable[str], seed: int
 ) -> dict[str, nn.Parameter]:
     """Alignment matrices [d_S, d_T] by name, drawn from normal(0, 0.02); they are the same on every
-    device."""
+    device, and have at least float32, whatever the student's passes compute in."""
     generator = torch.Generator().manual_seed(seed)
+    dtype = torch.promote_types(student.dtype, torch.float32)
     shape = student.config.hidden_size, teacher.hidden_size
     return {
         name: nn.Parameter(
-            (torch.randn(shape, generator=generator) * STD).to(student.device, student.dtype)
+            (torch.randn(shape, generator=generator) * STD).to(student.device, dtype)
         )
         for name in names
     }

@@ -276,26 +276,28 @@ class DistillPass(nn.Module):
         self, site: LinearSite, _linear: nn.Module, inputs: tuple[Tensor], output: Output
     ) -> Output | None:
         """Compute a clone term. The teacher's activation is released at once, unless the layer runs
-        again in the backward pass."""
+        again in the backward pass; then the term of the first run stays, because that of the second
+        would keep what the layer computed."""
         batch = self._micro_batch
         if batch is None or not batch.compares:
             return None
         assert self.pair is not None
         with self.clock.part("loss"):
-            again = self.recomputes_layers
-            target = batch.targets[site] if again else batch.targets.pop(site)
+            last = not self.recomputes_layers or site in batch.terms
+            target = batch.targets.pop(site) if last else batch.targets[site]
             pair = self.pair(site, inputs[0], activation_of(output), target)
             mask = None if batch.mask is None else batch.mask.view(target.shape[:-1])
-            compared, batch.terms[site] = self.compare(
+            compared, term = self.compare(
                 pair.student,
                 pair.teacher,
                 mask,
                 batch.counts.tokens,
                 self.objective.clone_scale == "relative",
                 factors=pair.factors,
-                reuse_target_buffer=not again,
+                reuse_target_buffer=not self.recomputes_layers,
                 triton=self.triton,
             )
+            batch.terms.setdefault(site, term)
         return compared if pair.student is output else output
 
 

@@ -11,6 +11,7 @@ gives, and a step needs no projection. The readers' activations are cloned as be
 writers are cloned through the projections of the release, which stay frozen.
 """
 
+import gc
 from collections.abc import Hashable
 from functools import partial
 from typing import Any
@@ -140,6 +141,7 @@ class LowRankClone(Method, Staged):
             kept: what the student keeps of the teacher; None: what the recipe names, until
                 `initialize` chooses.
         """
+        self._forget()
         self.released = False
         self.source = self.teacher
         """The teacher whose weights are projected: pruned, if the student has fewer units."""
@@ -166,6 +168,14 @@ class LowRankClone(Method, Staged):
             self.alignment = writer_alignment(
                 self.source, self.model, self.distill.sites, self.start.seed
             )
+
+    def _forget(self) -> None:
+        """Release an earlier student and its projections. Hooks refer to what has them, so nothing
+        else would for a while."""
+        if hasattr(self, "distill"):
+            self.distill.remove_hooks()
+            del self.distill, self.model, self.projections, self.source
+            gc.collect()
 
     def calibration_tokens(self) -> int:
         reads_text = STARTS[self.start.method].reads_text or self.source is not self.teacher
@@ -334,7 +344,7 @@ class LowRankClone(Method, Staged):
         """What is compared at a site: the teacher's writers are projected as the student's are,
         or the student's are aligned to the teacher's width."""
         if (kept := self.source.kept_outputs(site)) is not None:
-            target = target[..., kept.to(target.device)]
+            target = target[..., kept]
         if not self._projects(site):
             if site.name == "o" and self.objective.attn_out == "teacher":
                 output = self._teacher_output(site, inputs)

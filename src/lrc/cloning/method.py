@@ -106,8 +106,8 @@ class Method(ABC):
     keeps its optimizer state and updates it."""
 
     solves_alone: ClassVar[bool] = False
-    """Whether `initialize` runs in one process, whose parameters all others then take. If not, it
-    runs in all of them."""
+    """Whether `initialize` runs in one process alone. If not, it runs in all of them. All take the
+    parameters of the first one, because a GPU's rounding may choose others."""
 
     cuts_teacher: ClassVar[bool] = False
     """Whether it takes weights from the teacher's model itself, which must be whole for that."""
@@ -154,8 +154,12 @@ class Method(ABC):
     def leaves(self) -> dict[str, Leaf]:
         """What backward passes give gradients that the owners of parameters need, by name. Those of
         the student are in the order of its forward pass, after all others. Default: the
-        parameters."""
-        named = {name: Leaf(v, self.owners[name]) for name, v in self.parameters().items()}
+        parameters that are not frozen."""
+        named = {
+            name: Leaf(value, self.owners[name])
+            for name, value in self.parameters().items()
+            if value.requires_grad
+        }
         inside = {name for name, _ in self.model.named_parameters()}
         return dict(sorted(named.items(), key=lambda leaf: leaf[0] in inside))
 

@@ -1,5 +1,6 @@
 """Accuracy along a run: during training (`train.evaluate`), or afterwards from its checkpoints."""
 
+import copy
 import json
 import logging
 from typing import TYPE_CHECKING, Any
@@ -35,7 +36,8 @@ def accuracy(loop: "Loop") -> dict[str, Any]:
     due = benchmarks.due(tokens - recipe.step_tokens(), tokens)
     if not (due or step in (0, recipe.steps())):
         return {}
-    tokenizer = setup.teacher.tokenizer
+    # The harness changes settings of the tokenizer, with which a thread may be reading text.
+    tokenizer = copy.deepcopy(setup.teacher.tokenizer)
     with setup.method.clock.part("evaluation"):
         found = {ACCURACY: benchmarks.accuracy(setup.method.student(), tokenizer, loop.world)}
         if step == 0:

@@ -321,7 +321,8 @@ class Loop:
         method, parameters = self.setup.method, self.setup.state.parameters
         if self.world.size == 1:
             return torch.nn.utils.clip_grad_norm_(parameters.values(), limit)
-        named = [(name, value) for name, value in parameters.items() if name not in missing]
+        trained = [(name, value) for name, value in parameters.items() if value.requires_grad]
+        named = [(name, value) for name, value in trained if name not in missing]
         dtype = next(iter(parameters.values())).dtype
         norms = torch.zeros(len(named), dtype=dtype, device=self.setup.device)
         for place, (_, value) in enumerate(named):

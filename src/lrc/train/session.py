@@ -87,7 +87,7 @@ def start(setup: Setup, recipe: Recipe, text: Reader, world: World = ALONE) -> t
             ) from error
     seconds = time.perf_counter() - started, report.forward_seconds
     setup.state = new_state(setup.method, recipe, world=world)
-    return take_start(setup, recipe, world, seconds) if setup.method.solves_alone else seconds
+    return take_start(setup, recipe, world, seconds)
 
 
 def take_start(
@@ -208,7 +208,7 @@ def refuse_remainder(setting: str, accumulate: int, world: World) -> None:
         )
 
 
-def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World) -> None:
+def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World, step: int) -> None:
     """Refuse processes that would train different runs.
 
     Raises:
@@ -218,6 +218,7 @@ def check_agreement(run: Run, teacher: Teacher, text: Reader, world: World) -> N
         "recipe": run.recipe.fingerprint(),
         "folder": str(run.folder.resolve()),
         "inputs": world.first_then_others(lambda: describe_inputs(teacher, text)),
+        "newest checkpoint": step,
     }
     refuse_differences(mine, world)
 
@@ -330,7 +331,7 @@ def open_loop(
     for note in text_notes(run.recipe):
         logger.info(note)
     with task("Checking the inputs"):
-        check_agreement(run, setup.teacher, text, world)
+        check_agreement(run, setup.teacher, text, world, setup.state.step)
         new = world.from_first(run.begin() if world.leads else False)
         like = starts.like if starts else None
         world.first_then_others(lambda: check_inputs(run, setup.teacher, text, like))

@@ -292,6 +292,8 @@ def find_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # some kernels are launched on the current one
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"The device '{name}' is not on this machine; use auto or cpu.") from error
     return device

@@ -82,4 +82,6 @@ def start_key(setup: Setup, run: Run) -> str:
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
     inputs = run.inputs_file.read_text(encoding="utf-8")
     parts = [sections, recipe.train.seed, str(setup.device), shapes, inputs]
+    if recipe.data.stream:  # they decide which process reads which part of it
+        parts += [recipe.train.micro_batch, recipe.train.accumulate]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

@@ -9,6 +9,7 @@ all / d_T times as many numbers, and reaches no other students.
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import ceil
 
 import torch
@@ -62,7 +63,8 @@ class PrunedTeacher(Teacher):
         return LinearSite(self.kept.layers[site.layer], site.name)
 
     def kept_outputs(self, site: LinearSite) -> Tensor | None:
-        return None if self.layout.writes(site) else self.slices(site)[0]
+        device = self.model.get_input_embeddings().weight.device
+        return None if self.layout.writes(site) else self.slices(site, device)[0]
 
     @property
     def sharded(self) -> bool:
@@ -101,9 +103,31 @@ class PrunedTeacher(Teacher):
             return self.kept.neurons[layer], 1
         return None
 
-    def slices(self, site: LinearSite) -> tuple[Tensor | None, Tensor | None]:
+    @cached_property
+    def _known(self) -> dict[tuple[LinearSite, torch.device], tuple[Tensor | None, Tensor | None]]:
+        """The slices, by device: a step must not send them there."""
+        return {}
+
+    def slices(
+        self, site: LinearSite, device: torch.device | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
         """The kept rows and columns of the teacher's linear map at a site, int64; None: all. Those
-        of experts have an expert in every row."""
+        of experts have an expert in every row.
+
+        Args:
+            site: the linear map.
+            device: where to have them; None: on the CPU.
+        """
+        device = device or torch.device("cpu")
+        if (site, device) not in self._known:
+            rows, columns = self._slices(site)
+            self._known[site, device] = (
+                None if rows is None else rows.to(device),
+                None if columns is None else columns.to(device),
+            )
+        return self._known[site, device]
+
+    def _slices(self, site: LinearSite) -> tuple[Tensor | None, Tensor | None]:
         layer, branch = site.layer, self.layout.branch(site)
         if self.kept.experts is not None and branch.has_experts:
             routed = site.name == ROUTER or isinstance(branch.linears[site.name], Experts)
@@ -118,22 +142,23 @@ class PrunedTeacher(Teacher):
         it has inside the layer."""
         rows, columns = self._slices_of(layer, name, value)
         if rows is not None:
-            value = value[rows.to(value.device)]
+            value = value[rows]
         if columns is not None and value.ndim > 1:
-            value = value[:, columns.to(value.device)]
+            value = value[:, columns]
         return value
 
     def _slices_of(
         self, layer: int, name: str, value: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
-        """The kept rows and columns of a parameter or buffer of the whole teacher; None: all."""
+        """The kept rows and columns of a parameter or buffer of the whole teacher, on its device;
+        None: all."""
         path = name.rpartition(".")[0]
         for branch in self.layout.branches[layer]:
             for linear, place in branch.linears.items():
                 if module_of(place) == path:
-                    return self.slices(LinearSite(layer, linear))
+                    return self.slices(LinearSite(layer, linear), value.device)
             if branch.has_experts and name.startswith(f"{branch.block}."):
-                experts = self.slices(LinearSite(layer, ROUTER))[0]
+                experts = self.slices(LinearSite(layer, ROUTER), value.device)[0]
                 own = _tensor(self.model, f"{self.layout.layer(layer)}.{name}")
                 differs = [a != b for a, b in zip(own.shape, value.shape, strict=True)]
                 if any(differs):  # a bias of the router, in a shape and place of the family
