@@ -4,7 +4,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 
-.PHONY: quickstart test test-gguf gpu-proof check setup clean
+.PHONY: quickstart test test-gguf gpu-proof check docs setup clean
 
 quickstart: .venv/ready
 	$(BIN)/lrc train quickstart

@@ -145,7 +145,7 @@ def test_compress_export_prune_and_evaluate(parts: dict[str, Any], tmp_path: Pat
         lrc.export(run, "other", format="onnx")
     smaller = lrc.prune(run, ratio=0.05, out="pruned")
     assert smaller.student().num_parameters() < run.student().num_parameters()
-    found = lrc.evaluate(run, tasks=["heldout"], limit=2)
+    found = lrc.evaluate(run, tasks="heldout", limit=2)
     assert found.models[0].tasks.keys() == {"heldout"}
     assert (run.folder / "evaluation" / "results.json").is_file()
 
@@ -213,6 +213,8 @@ def test_plan_and_the_recipe_that_it_writes(tmp_path: Path) -> None:
     other = lrc.compress(recipe="recipe.yaml", settings={"initialize.method": "random"}, out="two")
     assert other.recipe.initialize.method == "random"
     page = lrc.write_report([run, "two"], out="page.html")
+    with pytest.raises(lrc.UserError, match="no run to report"):
+        lrc.write_report([])
     assert "two" in page.read_text()
 
 

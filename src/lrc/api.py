@@ -250,8 +250,8 @@ def export(
 def evaluate(
     model: Run | StrPath,
     *,
-    tasks: Sequence[str] | None = None,
-    compare: Sequence[str] = (),
+    tasks: str | Sequence[str] | None = None,
+    compare: str | Sequence[str] = (),
     out: StrPath | None = None,
     limit: int | None = None,
     data: StrPath | None = None,
@@ -289,7 +289,7 @@ def evaluate(
 
     name = _name(model)
     settings = EvaluationSettings(
-        tasks=tuple(tasks or (PAPER,)),
+        tasks=tuple(_listed(tasks) or (PAPER,)),
         limit=limit,
         data=None if data is None else Path(data),
         teacher=teacher,
@@ -300,7 +300,7 @@ def evaluate(
         apply_chat_template=apply_chat_template,
     )
     folder = Path(out) if out else results_folder(name, "evaluation", "evaluations")
-    return run_evaluation(name, list(compare), settings, folder)
+    return run_evaluation(name, _listed(compare), settings, folder)
 
 
 @_leaves_no_trace
@@ -412,7 +412,7 @@ def compare(
     comparison: StrPath,
     *,
     out: StrPath | None = None,
-    only: Sequence[str] = (),
+    only: str | Sequence[str] = (),
     settings: Mapping[str, Any] | None = None,
     minutes: float | None = None,
     parallel: int | None = None,
@@ -442,7 +442,7 @@ def compare(
     loaded = load_comparison(comparison, settings or {})
     alone = minutes is None and parallel is None
     side_by_side = None if alone else SideBySide(parallel or 1, minutes)
-    return run_comparison(loaded, folder, only, results_only, side_by_side)
+    return run_comparison(loaded, folder, _listed(only), results_only, side_by_side)
 
 
 def write_report(
@@ -473,6 +473,8 @@ def write_report(
     from lrc.tuning.settings import is_tuning
 
     every = [runs] if isinstance(runs, Run | str | os.PathLike) else list(runs)
+    if not every:
+        raise UserError("There is no run to report: give one or several.")
     folders = [Path(_name(run)) for run in every]
     path = folders[0] / "report.html" if len(folders) == 1 else Path("report.html")
     path = Path(out) if out else path
@@ -519,7 +521,7 @@ def build_shards(
     Raises:
         UserError: if the mix has mistakes, or a source is not found or not usable.
     """
-    from lrc.corpus.mix import load_mix
+    from lrc.corpus.mix import absolute, load_mix
     from lrc.corpus.pool import default_workers
     from lrc.corpus.run import build_shards as build
     from lrc.model.teacher import load_tokenizer
@@ -527,13 +529,17 @@ def build_shards(
     given = {
         "teacher": teacher,
         "root": root and os.fspath(root),
-        "decontaminate.folder": evaluation and str(Path(evaluation).absolute()),
+        "decontaminate.folder": evaluation and absolute(evaluation),
     }
     chosen = {key: value for key, value in given.items() if value}
     loaded = load_mix(os.fspath(mix), {**chosen, **(settings or {})})
     tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
     build(loaded, tokenizer, Path(out), workers or default_workers())
     return Path(out)
+
+
+def _listed(names: str | Sequence[str] | None) -> list[str]:
+    return [names] if isinstance(names, str) else list(names or ())
 
 
 def _new_run(

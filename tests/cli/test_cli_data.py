@@ -81,6 +81,13 @@ def test_local_small_on_a_stand_in(lrc: Command, stand_in: Path, tmp_path: Path)
     message = lrc.refusal("data", "inspect", out)
     assert message.startswith(f"Error: Damaged files: {flipped}; copy them again")
     assert "document" in lrc.printed("data", "inspect", out, "--no-checksums", "--documents", 1)
+    content[100] ^= 1
+    flipped.write_bytes(content)
+    flipped = out / "train-00000.source.bin"
+    flipped.write_bytes(b"\xff" * flipped.stat().st_size)
+    assert str(flipped) in lrc.refusal("data", "inspect", out)
+    message = lrc.refusal("data", "inspect", out, "--no-checksums")
+    assert f"{flipped} has an unknown source" in message
 
 
 def test_settings_override_the_mix(lrc: Command, stand_in: Path, tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ def recipe_file(tmp_path: Path) -> Path:
             ("--set", "train.learning_rate=1e-2", "--set", "train.release_learning_rate=1e-3"),
             "give one of them",
         ),
+        (
+            ("--set", "data.document_mask=true", "--set", "teacher.attention=flash_attention_2"),
+            "the documents of a sequence would see each other",
+        ),
     ],
     ids=str,
 )
@@ -60,7 +64,20 @@ def test_train(
         ("prune TEACHER --ratio 0.2 --text TEXT --calibration-tokens 0", "calibration"),
         ("prune no-such-folder --ratio 0.2", "no-such-folder"),
         ("plan TEACHER --ratio 0.5 --choose 2", "give both"),
+        ("plan TEACHER --params= --gpu h100", "--params"),
+        ("plan TEACHER --memory= --gpu h100", "--memory"),
+        ("plan TEACHER --ratio 0.5 --dtype q8_0", "--dtype goes with --memory"),
+        (
+            "plan TEACHER --ratio 0.5 --calibration-tokens 9",
+            "--calibration-tokens goes with --probe",
+        ),
+        ("plan TEACHER --ratio 0.5 --text TEXT --out x.yaml", "give --tokens"),
+        (
+            "plan TEACHER --ratio 0.5 --tokens 9 --set train={micro_batch:4}",
+            "--set train replaces all of 'train', also train.tokens (--tokens)",
+        ),
         ("info TEACHER --gpus 8", "--gpus goes with --memory"),
+        ("info TEACHER --card-memory 8", "--card-memory goes with --memory"),
         ("export TEACHER out", "can only be written as GGUF"),
         ("sft TEACHER --data TEXT --set epochs=0", "'epochs' is 0: input should be greater"),
     ],

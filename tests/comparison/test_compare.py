@@ -21,8 +21,10 @@ from data_helpers import write_jsonl
 from lrc.cli import main
 from lrc.comparison import compare, load_comparison, side_by_side
 from lrc.comparison import runner as runner_module
+from lrc.comparison.curves import comparison_title
 from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
+from lrc.comparison.preflight import need_inputs
 from lrc.comparison.results import Point, RunResult, collect, curve_of, tokens_to_reach
 from lrc.comparison.table import about_seeds, loss_by_tokens
 from lrc.recipe import make_recipe
@@ -356,6 +358,45 @@ def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None
     more = load_comparison(write(plan, tmp_path))  # another seed may be added
     results = compare(more, tmp_path / "out")
     assert len(results.entries[0].runs) == 2
+
+
+def test_the_hint_how_to_make_files_is_for_the_comparisons_own(
+    plan: Settings, tmp_path: Path
+) -> None:
+    """A teacher or text of the user may be a hub id or a pattern."""
+    made = {**plan, "preparation": "make it"}
+    missing = {**made, "recipe": {**plan["recipe"], "data": {"text": ["not/there.txt"]}}}
+    with pytest.raises(UserError, match=r"'not/there\.txt' does not exist: make it with `make it`"):
+        need_inputs(load_comparison(write(missing, tmp_path)))
+    (tmp_path / "a.txt").write_text("words\n\n" * 50)
+    need_inputs(load_comparison(write(missing, tmp_path), {"data.text": [f"{tmp_path}/*.txt"]}))
+    with pytest.raises(UserError, match="There is no file or folder 'gone"):
+        need_inputs(load_comparison(write(missing, tmp_path), {"data.text": ["gone/*.txt"]}))
+    need_inputs(load_comparison(write(made, tmp_path), {"teacher.model": "org/name"}))
+
+
+def test_a_title_has_the_shape_of_the_reference(plan: Settings, tmp_path: Path) -> None:
+    entries = [
+        {"name": "a", "set": {"student.hidden_size": 10}},
+        {"name": "b", "set": {"student": {"hidden_size": None, "layers": 1}}},
+    ]
+    recipe = {name: value for name, value in plan["recipe"].items() if name != "student"}
+    for reference, ending in (("a", "hidden\N{NO-BREAK SPACE}10"), ("b", "student")):
+        changed = {**plan, "recipe": recipe, "entries": entries, "reference": reference}
+        comparison = load_comparison(write(changed, tmp_path))
+        results = collect(Folders(comparison, tmp_path / "out"))
+        assert comparison_title(comparison, results).endswith(ending)
+
+
+def test_a_run_that_diverged_does_not_end_the_curve_of_the_others(
+    plan: Settings, tmp_path: Path
+) -> None:
+    empty = collect(Folders(load_comparison(write(plan, tmp_path)), tmp_path / "out"))
+    points = [[Point(0, 0.0, 6.0)], [Point(0, 0.0, 5.0), Point(9, 1.0, 4.0)]]
+    runs = [RunResult(0, "", curve, None, None, None, []) for curve in points]
+    mean = replace(empty.entries[0], runs=runs).curve()
+    assert mean is not None
+    assert (mean.tokens, mean.loss) == ([0, 9], [5.5, 4.0])
 
 
 def test_a_folder_with_something_else_is_left_alone(plan: Settings, tmp_path: Path) -> None:

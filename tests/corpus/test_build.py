@@ -87,13 +87,20 @@ def test_conversations_of_both_forms(tmp_path: Path) -> None:
         {"messages": [{"from": "nobody", "value": "A"}]},
         {"messages": "text"},
         {"messages": [{"role": "user"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "\ud83d"},
+                {"role": "assistant", "content": "C"},
+            ]
+        },
     ]
     write_rows(tmp_path / "a.jsonl", chat)
     mix = make_mix(tmp_path, {"a": {"files": ["a.jsonl"], "chat": "messages"}})
     shards = build(mix, tmp_path / "out", tokenizer=chat_tokenizer())
     # bos and eos of the template are not doubled: `texts_of` takes one of each off.
     found = [text for _, text in texts_of(shards) + texts_of(shards, "held_out")]
-    assert sorted(found) == ["<user>A<assistant>B", "<user>Hi<assistant>Yes"]
+    whole = ["<user>?<assistant>C", "<user>A<assistant>B", "<user>Hi<assistant>Yes"]
+    assert sorted(found) == whole
     assert steps_of(shards, "a") == {"malformed": 3, "blank": 1}
     shown = summary_of(shards)["sources"]["a"]["malformed_rows"]
     assert f"{tmp_path / 'a.jsonl'}:4 is a turn from 'nobody', which is not a known role" in shown
@@ -493,6 +500,9 @@ def test_bad_input(tmp_path: Path) -> None:
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b"x" * 5_000)[:-9])
     pq.write_table(pa.table({"body": ["a"]}), tmp_path / "a.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1" * 10)
+    latin = pa.array([b"caf\xe9"]).view(pa.string())
+    pq.write_table(pa.table({"text": latin}), tmp_path / "latin.parquet")
+    write_rows(tmp_path / "huge.jsonl", [{"text": "a", "n": 10**400}])
     number = {"filters": {"numbers": {"n": "> 1"}}}
     for name, message, more in (
         ("nothing.jsonl", "There is no file or folder", {}),
@@ -505,6 +515,8 @@ def test_bad_input(tmp_path: Path) -> None:
         ("cut.jsonl.gz", "is damaged or cut off", {}),
         ("a.parquet", r"a\.parquet has no field 'text'.*\(body\)", {}),
         ("bad.parquet", "cannot be read", {}),
+        ("latin.parquet", "cannot be read", {}),
+        ("huge.jsonl", "which is not a number", number),
         ("a.jsonl", "No document passed the filters", {"filters": {"characters": {"min": 5_000}}}),
     ):
         mix = make_mix(tmp_path, {"s": {"files": [name], **more}})
@@ -514,6 +526,30 @@ def test_bad_input(tmp_path: Path) -> None:
     refused(mix, tmp_path / "t", "no fast form", object())
     empty = make_mix(tmp_path, {"s": {"files": ["a.jsonl"]}}, decontaminate={"folder": "none"})
     refused(empty, tmp_path / "e", "contains no evaluation sets")
+
+
+def test_another_chat_template_is_another_mix(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]
+    write_rows(tmp_path / "a.jsonl", [{"messages": chat}] * 3)
+    mix = make_mix(tmp_path, {"a": {"files": ["a.jsonl"], "chat": "messages"}})
+    tokenizer = chat_tokenizer()
+    build(mix, tmp_path / "out", tokenizer=tokenizer)
+    tokenizer.chat_template += " "
+    with pytest.raises(UserError, match=r"another mix \(other libraries or chat template"):
+        build(mix, tmp_path / "out", tokenizer=tokenizer)
+
+
+def test_what_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train-0", "test-0", "wiki_val"):
+        write_rows(tmp_path / "in" / f"{name}.jsonl", rows(documents(20, len(name))))
+    for number, files in enumerate(("in", "in/*.jsonl")):
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            mix = make_mix(tmp_path, {"a": {"files": [files]}}, held_out_fraction=0)
+            found = build(mix, tmp_path / f"out{number}")
+        assert len(texts_of(found)) == 20
+        assert "test-0.jsonl" in caplog.text
+        assert "wiki_val.jsonl" in caplog.text
 
 
 def test_hub_data_set_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,6 +601,13 @@ def test_folder_that_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (tmp_path / "taken" / "file").touch()
     with pytest.raises(UserError, match="already exists and is not empty"):
         build(mix, tmp_path / "taken")
+    own = tmp_path / "project" / "build" / "copies" / "mine.txt"
+    own.parent.mkdir(parents=True)
+    (own.parents[1] / "Makefile").touch()
+    own.touch()
+    with pytest.raises(UserError, match="already exists and is not empty"):
+        build(mix, tmp_path / "project")
+    assert own.exists()
     done = build(mix, tmp_path / "out")
     message = r"of another mix \(other settings: held_out_fraction and seed\)"
     with pytest.raises(UserError, match=message):

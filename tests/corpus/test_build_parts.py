@@ -180,16 +180,17 @@ def test_seen_documents_like_a_set(rows: list[tuple[int, ...]], step: int) -> No
     assert found == expected
 
 
-def test_index_of_documents_stays_in_its_memory() -> None:
+@pytest.mark.parametrize(("bands", "rows"), [(2, 20_000), (14, 8_000)])
+def test_index_of_documents_stays_in_its_memory(bands: int, rows: int) -> None:
     """A full index makes more errors, estimates their rate about right, and does not grow."""
     rng = np.random.default_rng(0)
-    seen = SeenDocuments(Deduplicate(bands=2, memory_mib=1))
+    seen = SeenDocuments(Deduplicate(bands=bands, memory_mib=1))
     dropped = 0
     for _ in range(40):
-        keys = rng.integers(0, 1 << 63, (20_000, 2), dtype=np.uint64)
+        keys = rng.integers(0, 1 << 63, (rows, bands), dtype=np.uint64)
         dropped += int((~seen.add_new(keys)).sum())
     assert sum(len(filter_.bits) for filter_ in seen._filters) == 1 << 20
-    assert dropped > 20_000
+    assert dropped > rows
     assert seen.mistakes == pytest.approx(dropped, rel=0.3)
 
 
@@ -301,6 +302,8 @@ def test_mistakes_of_a_mix_are_reported_together(tmp_path: Path) -> None:
           six: {files: [c], repeat: 2}
           seven: {files: [c], filters: {keep_matching: "("}}
           eight: {files: [c], tokens: some}
+          nine: {files: [c], tokens: .inf}
+          ten: {files: [c], filters: {values: {language: [en, no]}}}
         """,
     )
     for clause in (
@@ -316,6 +319,8 @@ def test_mistakes_of_a_mix_are_reported_together(tmp_path: Path) -> None:
         "`repeat` has no effect without",
         "'sources.seven.filters.keep_matching' is '(': not a valid regular expression",
         "'sources.eight.tokens' is 'some': give a number, such as 500_000, 10M or 2.5B",
+        "'sources.nine.tokens' is inf: give a number, such as 500_000, 10M or 2.5B",
+        "so put them in quotes",
     ):
         assert clause in message, (clause, message)
 
@@ -337,6 +342,10 @@ def test_budgets(tmp_path: Path) -> None:
     assert "'b' needs its own `weight` or `tokens`" in refusal(
         tmp_path, "{teacher: t, tokens: 5, sources: {a: {files: [x], weight: 3}, b: {files: [x]}}}"
     )
+    few = f"teacher: t\ntokens: 1000\nsources: {{{two.replace('weight: 3', 'weight: 5000')}}}"
+    assert "the weight of 'b' leaves it no token" in refusal(tmp_path, few)
+    long = "{teacher: t, seed: 18446744073709551616, sources: {a: {files: [x]}}}"
+    assert "'seed' is 18446744073709551616" in refusal(tmp_path, long)
     with pytest.raises(UserError, match="no mix 'nothing': give a YAML file or one of"):
         load_mix("nothing")
 

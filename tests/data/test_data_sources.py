@@ -71,7 +71,7 @@ def test_text_without_blank_lines_is_cut_too(tmp_path: Path) -> None:
     ("validity.txt", True), ("testimony/a.txt", True), ("value.txt", True), ("test.txt", False),
     ("test-00000-of-00003.txt", False), ("wiki.test.txt.gz", False), ("dev-v1.1.txt", False),
     ("valid_2.md", False), ("eval/a.txt", False), ("data/validation/a.txt", False),
-    ("squad_dev.txt", False), ("README.md", False), ("LICENSE.txt", False),
+    ("squad_dev.txt", False), ("wiki_val.txt", False), ("README.md", False), ("LICENSE.txt", False),
 ])  # fmt: skip
 def test_folders_give_training_files_only(tmp_path: Path, name: str, is_read: bool) -> None:
     path = tmp_path / name

@@ -114,9 +114,10 @@ def test_the_chosen_recipe_runs(folder: Path, tmp_path: Path, lrc: Command) -> N
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     (row,) = [line for line in output.splitlines() if line.startswith("| 2 ")]
     assert f" {sum(value.numel() for value in student.parameters()):,} " in row
-    assert "exists" in lrc.refusal("plan", folder / "teacher", *options)
+    assert "exists" in lrc.refusal("plan", folder / "teacher", *options, *GPU)
     recipe.unlink()
-    assert "There is no candidate 99" in lrc.refusal("plan", folder / "teacher", *options[:-1], 99)
+    options = (*options[:-1], 99, *GPU)
+    assert "There is no candidate 99" in lrc.refusal("plan", folder / "teacher", *options)
 
 
 def test_a_probe_ranks_by_what_runs_measure(folder: Path, tmp_path: Path, lrc: Command) -> None:
@@ -144,7 +145,7 @@ def test_memory_is_used_up(
     """The tensors of a file and the cache fit the memory, and leave no more than 3% of it."""
     recipe = tmp_path / "recipe.yaml"
     options = ("--memory", f"{limit / 1000}KB", "--dtype", dtype, "--context", 16, *data_of(folder))
-    options += ("--out", recipe, "--set", "initialize=random", "--json")
+    options += ("--out", recipe, "--tokens", "1M", "--set", "initialize=random", "--json")
     plan = json.loads(lrc.printed("plan", folder / "teacher", *options))
     for row in plan["candidates"]:
         taken = row["file_bytes"][dtype] + 16 * row["cache_bytes"]
@@ -152,6 +153,24 @@ def test_memory_is_used_up(
     lrc.printed("compress", recipe, "--out", tmp_path / "run")
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     assert sum(v.numel() for v in student.parameters()) == plan["candidates"][0]["parameters"]
+
+
+def test_memory_of_a_family_that_llama_cpp_does_not_run(tmp_path: Path, lrc: Command) -> None:
+    tiny_teacher("glm", True, **WIDE).model.config.to_json_file(tmp_path / "config.json")
+    memory = ("--memory", "60KB", "--context", 16)
+    plan = json.loads(lrc.printed("plan", tmp_path, *memory, "--dtype", "bf16", "--json"))
+    assert all(row["file_bytes"].keys() == {"bf16"} for row in plan["candidates"])
+    assert "llama.cpp" in lrc.refusal("plan", tmp_path, *memory)
+
+
+def test_a_teacher_whose_head_is_tied_by_the_recipe(tmp_path: Path, lrc: Command) -> None:
+    """A plan and a run count the same matrices."""
+    tiny_teacher("llama", False, **WIDE).model.config.to_json_file(tmp_path / "config.json")
+    found = {}
+    for tie in (False, True):
+        options = ("--ratio", 0.5, *GPU, "--set", f"teacher.tie_head={tie}", "--json")
+        found[tie] = json.loads(lrc.printed("plan", tmp_path, *options))["teacher"]["parameters"]
+    assert found[False] - found[True] == WIDE["hidden_size"] * ROWS
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3_text"])
@@ -308,7 +327,7 @@ def test_shapes_that_a_family_does_not_take_are_left_out(
         (("--ratio", 0.5, "--mfu", 35), "between 0 and 1"),
         (("--ratio", 0.5, "--probe"), "give --text"),
         (("--ratio", 0.5, "--probe-tokens", 9), "goes with --probe"),
-        (("--ratio", 0.5, "--out", "recipe.yaml"), "give --text"),
+        (("--ratio", 0.5, "--tokens", "1M", "--out", "recipe.yaml"), "give --text"),
         (("--ratio", 0.5, "--set", "student.hidden_size=8"), "leave student"),
         (("--ratio", 0.5, "--set", "method=minitron"), "leave method"),
     ],

@@ -19,7 +19,7 @@ from lrc.report.charts import Chart, Line, Series, short, spans
 from lrc.report.curves import CHARTS, draw_curves, loss_charts
 from lrc.report.evaluations import read_evaluations
 from lrc.report.page import write_report
-from lrc.report.runs import read_runs
+from lrc.report.runs import read_runs, title
 from lrc.run import Run
 from lrc.system.errors import UserError
 from pages import Look, Tables, add_probe, probe
@@ -82,10 +82,10 @@ def test_the_page_opens_with_the_figures_of_the_best_run(
     best = min(finished, key=lambda run: run.summary()["student_held_out_lm"])
     summary = best.summary()
     sizes = [short(summary[f"{who}_parameters"], " ", 3) for who in ("teacher", "student")]
-    title = f"tiny → {sizes[1]} (hidden 8)"
-    assert f"<title>{title} · lrc report</title>" in text
+    shown = f"tiny → {sizes[1]} (hidden 8)"
+    assert f"<title>{shown} · lrc report</title>" in text
     opening = text[text.index("<h1>") : text.index('id="results"')]
-    assert f"<h1>{title}</h1>" in opening
+    assert f"<h1>{shown}</h1>" in opening
     assert "torch" in opening
     assert re.search(f"Lowest held-out loss: <span [^>]*>{best.folder.name}<", opening)
     found = re.findall(r"<dt>(.*?)</dt><dd>(.*?)</dd>", opening)
@@ -117,7 +117,7 @@ def environment(run: Run) -> str:
 def test_every_loss_is_drawn_for_every_run(overlaid: Path, finished: list[Run]) -> None:
     text = overlaid.read_text()
     logged = {key for line in finished[0].metrics() for key in line}
-    expected = [title for key, title in CHARTS.items() if key in logged]
+    expected = [label for key, label in CHARTS.items() if key in logged]
     assert {"weighted loss", CHARTS["kl"]} <= set(expected)
     for axis in ("tokens", "time"):
         parts = re.findall(f'<div class="[a-z ]*{axis}">(.*?)</div>', text, re.DOTALL)
@@ -149,6 +149,25 @@ def test_a_run_that_has_not_ended(finished: list[Run], tmp_path: Path) -> None:
     assert rows["status"] == ["", "at step 5 of 10"]
     assert rows["KL(teacher, student)"] == ["", contents.NONE]
     assert contents.NONE not in rows["held-out LM loss"]
+
+
+def test_a_run_that_goes_on_does_not_show_the_figures_of_its_start(
+    finished: list[Run], tmp_path: Path
+) -> None:
+    """`lrc compress` writes a summary, and `lrc resume` trains that student."""
+    folder = tmp_path / "goes-on"
+    shutil.copytree(finished[0].folder, folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    (folder / "summary.json").write_text(json.dumps({**summary, "tokens": 0}))
+    write_report([Run.open(folder)], tmp_path / "page.html")
+    rows = Tables((tmp_path / "page.html").read_text()).section("results")
+    assert rows["status"] == ["", "at step 10 of 10"]
+    assert rows["KL(teacher, student)"] == ["", contents.NONE]
+
+
+def test_a_title_without_a_hidden_size() -> None:
+    assert title("big", None, None).endswith("student")
+    assert title("big", 1_000_000, None).endswith("1\N{NO-BREAK SPACE}M")
 
 
 def test_before_the_first_step(finished: list[Run], tmp_path: Path) -> None:

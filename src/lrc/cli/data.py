@@ -54,14 +54,14 @@ def build(
     The same command continues a stopped build. `summary.json` and `summary.png` in the folder show
     what every filter dropped.
     """
-    from lrc.corpus.mix import load_mix
+    from lrc.corpus.mix import absolute, load_mix
     from lrc.corpus.pool import default_workers
     from lrc.recipe import parse_overrides
 
     flags: dict[str, tuple[str, Any]] = {
         "teacher": ("--teacher", teacher),
         "root": ("--root", root),
-        "decontaminate.folder": ("--evaluation", evaluation and str(Path(evaluation).absolute())),
+        "decontaminate.folder": ("--evaluation", evaluation and absolute(evaluation)),
     }
     loaded = load_mix(mix, parse_overrides(settings or [], flags))
     from lrc.corpus.run import build_shards
@@ -115,6 +115,15 @@ def inspect(
 
     quiet_libraries()
     shards = open_shards(folder)
+    if checksums:
+        damaged: list[Path] = []
+        with task("Checking every file") as shown:
+            for name, found in check_files(shards):
+                damaged += found
+                shown.describe(name)
+        if damaged:
+            names = ", ".join(map(str, damaged))
+            raise UserError(f"Damaged files: {names}; copy them again or rebuild the shards.")
     table = Table(["split", "source", "documents", "tokens", "share"], right=range(2, 5))
     counts = count_sources(shards)
     for row in counts:
@@ -126,14 +135,6 @@ def inspect(
         words = f"{count} shard{'s' * (count > 1)} of {shards.dtype}, tokenizer of {shards.teacher}"
         console.print(words)
     if checksums:
-        damaged: list[Path] = []
-        with task("Checking every file") as shown:
-            for name, found in check_files(shards):
-                damaged += found
-                shown.describe(name)
-        if damaged:
-            names = ", ".join(map(str, damaged))
-            raise UserError(f"Damaged files: {names}; copy them again or rebuild the shards.")
         console.print("Every file is intact.")
     if teacher is None:
         tokenizer = own_tokenizer(shards) if documents else None
@@ -157,11 +158,10 @@ def inspect(
 
 
 def _print_summary(shards: "Shards") -> None:
-    import json
-
     from lrc.corpus.summary import SUMMARY, tables, warnings_of
+    from lrc.system.files import read_json
 
-    summary = json.loads((shards.folder / SUMMARY).read_text(encoding="utf-8"))
+    summary = read_json(shards.folder / SUMMARY, "remove the folder and build the shards again")
     count = len(shards.of_split("train"))
     files = f"{count} shard{'s' * (count > 1)}"
     console.result(

@@ -81,9 +81,13 @@ def info(
     ] = False,
     gpus: Annotated[str, typer.Option(help="Numbers of GPUs for --memory.")] = "1",
     card_memory: Annotated[
-        float,
-        typer.Option(min=1, max=1e6, help="GiB of a GPU, for the largest micro-batch of --memory."),
-    ] = 80,
+        float | None,
+        typer.Option(
+            min=1,
+            max=1e6,
+            help="GiB of a GPU, for the largest micro-batch of --memory; default: 80",
+        ),
+    ] = None,
 ) -> None:
     """Show the shape and the parameters of a model, of a run's teacher and student, or of a recipe.
 
@@ -105,14 +109,15 @@ def info(
     from lrc.run import Run, is_run
 
     quiet_libraries()
-    if gpus != "1" and not memory:
-        raise UserError("--gpus goes with --memory: give both.")
+    for flag, given in (("--gpus", gpus != "1"), ("--card-memory", card_memory is not None)):
+        if given and not memory:
+            raise UserError(f"{flag} goes with --memory: give both.")
     if Path(model).suffix in (".yaml", ".yml") or model in shipped("recipe"):
         if compare is not None:
             raise UserError("--compare goes with a model, not with a recipe: leave it out.")
         recipe = load_recipe(model, parse_overrides(settings or [], {}))
         if memory:
-            _print_memory(recipe, numbers_of(gpus), card_memory)
+            _print_memory(recipe, numbers_of(gpus), card_memory or 80)
         else:
             _print_models(recipe)
         return

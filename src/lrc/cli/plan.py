@@ -9,6 +9,7 @@ from lrc.cli.console import console, quiet_libraries
 from lrc.cli.quantities import BYTES, COUNTS, quantity
 from lrc.cli.results import prints_results
 from lrc.cli.training import Settings, Text
+from lrc.system.errors import UserError
 from lrc.system.tables import Table, size
 
 if TYPE_CHECKING:
@@ -31,10 +32,13 @@ def plan(
         typer.Option(help="Memory for running it, 2GB: weights in --dtype, and --context tokens."),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Element type for --memory: bf16, q8_0 or q4_k_m.")
-    ] = "q4_k_m",
+        str | None,
+        typer.Option(help="Element type for --memory: bf16, q8_0 or q4_k_m; default: q4_k_m."),
+    ] = None,
     context: Annotated[int, typer.Option(min=0, help="Tokens in the cache while decoding.")] = 4096,
-    tokens: Annotated[str, typer.Option(help="Training tokens.")] = "10B",
+    tokens: Annotated[
+        str | None, typer.Option(help="Training tokens; default: 10B. --out needs it.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="GPU to train and decode on.")] = "h100",
     gpus: Annotated[int, typer.Option(min=1, help="How many of them train.")] = 1,
     mfu: Annotated[
@@ -47,8 +51,9 @@ def plan(
         int, typer.Option(min=0, help="With --probe, train each for this many tokens first.")
     ] = 0,
     calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that --probe solves each start from.")
-    ] = 4096,
+        int | None,
+        typer.Option(min=1, help="Tokens that --probe solves each start from; default: 4096."),
+    ] = None,
     text: Text = None,
     settings: Settings = None,
     out: Annotated[
@@ -69,15 +74,23 @@ def plan(
     * `lrc plan Qwen/Qwen3-1.7B --params 800M --tokens 10B --gpu h100 --gpus 8`
     * `lrc plan my-teacher --memory 2GB --dtype q4_k_m`
     * `lrc plan my-teacher --ratio 0.5 --text corpus.jsonl.gz --probe`
-    * `lrc plan my-teacher --ratio 0.5 --text corpus.jsonl.gz --out recipe.yaml`, then
+    * `lrc plan my-teacher --ratio 0.5 --tokens 20M --text corpus.jsonl.gz --out recipe.yaml`, then
       `lrc train recipe.yaml`
     """
+    for flag, value, needed, by in (
+        ("--dtype", dtype, memory, "--memory"),
+        ("--calibration-tokens", calibration_tokens, probe or None, "--probe"),
+    ):
+        if value is not None and needed is None:
+            raise UserError(f"{flag} goes with {by}: give both.")
+    if out is not None and tokens is None:
+        raise UserError("--out writes how long to train: give --tokens.")
     given = {
-        "parameters": params and quantity(params, COUNTS, "--params"),
+        "parameters": None if params is None else quantity(params, COUNTS, "--params"),
         "ratio": ratio,
-        "memory": memory and quantity(memory, BYTES, "--memory"),
+        "memory": None if memory is None else quantity(memory, BYTES, "--memory"),
     }
-    total = int(quantity(tokens, COUNTS, "--tokens"))
+    total = int(quantity("10B" if tokens is None else tokens, COUNTS, "--tokens"))
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
     from lrc.planning.plan import PlanSettings, make_plan
@@ -90,13 +103,13 @@ def plan(
     }
     wanted = PlanSettings(
         teacher=teacher,
-        dtype=dtype,
+        dtype=dtype or "q4_k_m",
         conditions=Conditions(find_gpu(gpu), gpus, mfu, context),
         recipe=parse_overrides(settings or [], flags),
         probe=probe,
         probe_tokens=probe_tokens,
-        calibration_tokens=calibration_tokens,
-        **given,  # type: ignore[arg-type]
+        calibration_tokens=calibration_tokens or 4096,
+        **given,
     )
     made = make_plan(wanted, out, choose)
     chosen = {"chosen": choose, "recipe": str(out)} if out else {}

@@ -168,6 +168,7 @@ def _new_run(
     """
     from lrc.preflight import check_recipe
     from lrc.recipe import make_recipe, parse_overrides
+    from lrc.recipe.recipe import ORIGINS
     from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
     from lrc.system.distributed import join, may_restart
@@ -180,10 +181,14 @@ def _new_run(
         "data.text": ("--text", text),
     }
     overrides = parse_overrides(settings or [], flags)
-    origin = text or any(key.startswith(("data.shards", "data.stream")) for key in overrides)
+    origins = tuple(f"data.{origin}" for origin in ORIGINS)
     size = params is not None or ratio is not None
-    shape = size or any(key.startswith("student.") for key in overrides)
-    if recipe is None and not (teacher and shape and origin):
+    given = (
+        any(key in ("teacher", "teacher.model") for key in overrides),
+        size or any(f"{key}.".startswith("student.") for key in overrides),
+        any(key == "data" or key.startswith(origins) for key in overrides),
+    )
+    if recipe is None and not all(given):
         raise UserError(
             "Give a recipe, or --teacher, --text and one of --params, --ratio and --hidden-size "
             "(`lrc train quickstart` runs a shipped recipe)."

@@ -27,10 +27,10 @@ def draw_comparison(comparison: Comparison, results: Results, path: Path) -> Non
 
 def comparison_title(comparison: Comparison, results: Results) -> str:
     """Teacher, and size of the entry that the others' sizes are compared with."""
-    recipe = comparison.recipe
-    assert isinstance(recipe, dict)  # resolved by `load_comparison`
     size = next(entry.parameters for entry in results.entries if entry.name == results.reference)
-    return title(short_name(recipe["teacher"]["model"]), size, recipe["student"]["hidden_size"])
+    entry = next(entry for entry in comparison.entries if entry.name == results.reference)
+    recipe = comparison.grid_recipe(entry, 1.0)
+    return title(short_name(recipe.teacher.model), size, recipe.student.hidden_size)
 
 
 def curve_charts(results: Results) -> list[Chart]:

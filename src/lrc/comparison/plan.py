@@ -250,7 +250,10 @@ def load_comparison(
         if key in reserved:
             raise UserError(f"'{key}' comes from {reserved[key]}: change that instead.")
     base = apply_overrides(base, overrides)
-    comparison = comparison.model_copy(update={"recipe": base})
+    changes: dict[str, Any] = {"recipe": base}
+    if {"teacher", "teacher.model", "data", "data.text"} & overrides.keys():
+        changes["preparation"] = None  # it makes other files
+    comparison = comparison.model_copy(update=changes)
     _check_entries(comparison)
     return comparison
 

@@ -127,7 +127,9 @@ class EntryResult:
         curves = [run.curve for run in self.runs if run.curve]
         if not curves:
             return None
-        steps = list(zip(*curves, strict=False))  # a run whose loss was not finite ends early
+        # A run whose loss was not finite ends early.
+        longest = max(map(len, curves))
+        steps = [[c[place] for c in curves if place < len(c)] for place in range(longest)]
         losses = [[point.loss for point in points] for points in steps]
         return MeanCurve(
             [statistics.fmean(point.tokens for point in points) for points in steps],

@@ -14,6 +14,8 @@ one chance in 24,000, so at most 6 documents in 10,000 are lost once a filter is
 number of such mistakes is counted and reported.
 """
 
+import math
+
 import numpy as np
 import rensa
 from numpy.typing import NDArray
@@ -83,12 +85,14 @@ class SeenDocuments:
 
     def _add_chunk(self, keys: Hashes) -> NDArray[np.bool_]:
         seen = np.zeros(keys.shape, bool)
-        by_accident = 0.0
+        passes = 1.0
         for filter_ in self._filters:
             seen |= filter_.contains(keys)
-            by_accident += filter_.accident()
+            passes *= 1 - filter_.accident()
         kept: NDArray[np.bool_] = np.logical_not(seen.any(axis=1))
-        self.mistakes += int(kept.sum()) * min(1.0, by_accident * keys.shape[1])
+        passes **= keys.shape[1]
+        new = int(kept.sum()) / passes if passes else math.inf  # without accidents
+        self.mistakes += min(len(kept), new) - int(kept.sum())
         _drop_repeats(keys, kept)
         self._filter(int(kept.sum()) * keys.shape[1]).add(keys[kept])
         return kept

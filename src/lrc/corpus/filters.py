@@ -102,7 +102,7 @@ def _number_test(field: str, text: str) -> Test:
             return False
         try:
             number = float(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise UserError(
                 f"the field '{field}' is {value!r}, which is not a number; filter it by "
                 "`values`, or use another field"

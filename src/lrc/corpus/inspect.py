@@ -42,6 +42,7 @@ def count_sources(shards: Shards) -> list[SourceCount]:
     for split in SPLITS:
         documents = np.zeros(len(shards.sources), np.int64)
         for shard in shards.of_split(split):
+            shard.check_documents(len(documents))
             documents += np.bincount(shard.source_ids(), minlength=len(documents))
         whole = max(1, shards.tokens(split))
         for (name, tokens), number in zip(

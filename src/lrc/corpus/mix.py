@@ -20,6 +20,8 @@ than its budget runs dry: the build warns, the mix becomes smaller and its share
 """
 
 import copy
+import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,12 +44,13 @@ _COMPARISON = re.compile(r"\s*(>=|<=|==|!=|>|<)\s*(-?[0-9.]+(?:e-?[0-9]+)?)\s*")
 def _amount(value: Any) -> Any:
     """Read `10B`, `1.5M` or `2e9` as a number of tokens."""
     if isinstance(value, str):
-        if match := _AMOUNT.fullmatch(value):
-            return round(float(match[1]) * _UNITS[match[2].upper()])
+        match = _AMOUNT.fullmatch(value)
         try:
-            value = float(value)
+            value = float(match[1]) * _UNITS[match[2].upper()] if match else float(value)
         except ValueError:
-            raise ValueError("give a number, such as 500_000, 10M or 2.5B") from None
+            value = math.nan
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("give a number, such as 500_000, 10M or 2.5B")
     return round(value) if isinstance(value, float) else value
 
 
@@ -108,6 +111,18 @@ class Filters(Section):
 
     values: dict[str, list[str | bool | int]] = Field(default_factory=dict)
     """Fields and the values to keep: `{language: [en]}`."""
+
+    @field_validator("values")
+    @classmethod
+    def _quoted(cls, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for field, kept in values.items():
+            kinds = {type(value) for value in kept}
+            if bool in kinds and str in kinds:
+                raise ValueError(
+                    f"'{field}' has both texts and {next(v for v in kept if isinstance(v, bool))}: "
+                    "YAML reads no, yes, on and off as truth values, so put them in quotes"
+                )
+        return values
 
     characters: Bounds = Bounds()
     """Length of the text in characters."""
@@ -262,7 +277,7 @@ class Mix(Section):
     shard_tokens: Amount = 100_000_000
     """Approximate number of tokens per shard."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=1 << 64)
     """Seed of the order of the documents in the shards."""
 
     root: str = "."
@@ -288,6 +303,10 @@ class Mix(Section):
             raise ValueError(
                 "the sources' own `tokens` leave nothing of the mix's `tokens` for weights"
             )
+        if none := [name for name, budget in self.budgets().items() if budget == 0]:
+            raise ValueError(
+                f"the weight of '{none[0]}' leaves it no token: raise it, or remove it"
+            )
         return self
 
     def budgets(self) -> dict[str, int | None]:
@@ -307,6 +326,11 @@ class Mix(Section):
     def to_yaml(self) -> str:
         """The resolved mix as YAML text, with every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def absolute(path: str | os.PathLike[str]) -> str:
+    """A path relative to the present folder, as one that does not depend on the mix's root."""
+    return str(Path(path).expanduser().absolute())
 
 
 def load_mix(source: str | Path, overrides: Mapping[str, Any] = MappingProxyType({})) -> Mix:

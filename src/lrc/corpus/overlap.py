@@ -112,7 +112,9 @@ def write_index(sets: Path, words: int, folder: Path) -> dict[str, EvaluationSet
     texts: list[tuple[str, str]] = []
     found = {}
     for path in evaluation_files(sets):
-        name = path.name.partition(".")[0]
+        name = path.name
+        for suffix in (*COMPRESSED_SUFFIXES, *JSONL_SUFFIXES):
+            name = name.removesuffix(suffix)
         items = too_short = 0
         for _, item in json_lines(path):
             items += 1

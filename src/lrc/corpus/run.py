@@ -13,6 +13,7 @@ that are identical to the byte.
 """
 
 import json
+import logging
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -48,7 +49,8 @@ from lrc.data.shards import (
     open_shards,
     write_shards_index,
 )
-from lrc.data.sources import source_files
+from lrc.data.sources import left_out, source_files
+from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
 from lrc.system.files import (
     disk_errors,
@@ -60,8 +62,13 @@ from lrc.system.files import (
     remove,
 )
 
+logger = logging.getLogger(__name__)
+
 FORMAT = 2
 """Increase it when the same mix would give other shards; builds of other formats cannot resume."""
+
+NAMED = 10
+"""Number of skipped files that a message names."""
 
 AHEAD = 4
 """Units per process that may be in progress, or finished, before their turn."""
@@ -85,6 +92,11 @@ def build_shards(mix: Mix, tokenizer: Tokenizer, out: Path, workers: int) -> Sha
         return _finished(plan, out)
     space = Workspace(out / FOLDER)
     _check_place(space, plan, out)
+    files = [name for source in mix.sources.values() for name in local_files(mix, source)]
+    if skipped := left_out(files):
+        names = ", ".join(str(path) for path in skipped[:NAMED])
+        more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
+        logger.info("Left out, by their names: %s%s. To read one, name it.", names, more)
     with disk_errors(out):
         with hold(space.folder, f"Another process is building {out}: wait until it is done."):
             _clear(space)
@@ -110,13 +122,24 @@ def make_plan(mix: Mix, tokenizer: Tokenizer) -> BuildPlan:
         for source in mix.sources.values()
         for file in source_files(local_files(mix, source))
     ]
+    folders = [Path(source.hub) for source in mix.sources.values() if source.hub]
+    of_folders = [
+        path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
+    ]
+    files += [_state(path) for path in of_folders]
     if mix.decontaminate:
         sets = evaluation_files(mix.path(mix.decontaminate.folder))
-        files += [[str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns] for f in sets]
+        files += [_state(path) for path in sets]
     versions = {name: metadata.version(name) for name in ("tokenizers", "rensa")}
+    if any(source.chat for source in mix.sources.values()):
+        versions["chat template"] = json_sha256(tokenizer.chat_template)
     return BuildPlan(
         mix, identity, token_dtype(tokenizer), files, versions | {"build": str(FORMAT)}
     )
+
+
+def _state(path: Path) -> list[Any]:
+    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
 
 
 class _Build:
@@ -264,7 +287,7 @@ def _finished(plan: BuildPlan, out: Path) -> Shards:
             "choose another folder."
         )
     space = Workspace(out / FOLDER)
-    if space.folder.is_dir():
+    if space.folder.is_dir() and not space.is_foreign():
         space.remove()
     return shards
 
@@ -280,13 +303,18 @@ def _check_place(space: Workspace, plan: BuildPlan, out: Path) -> None:
                 f"(other {', '.join(differences)}): choose another folder, or remove it to start "
                 "over."
             )
-    elif is_taken(out, lambda name: name == FOLDER or is_left_over(name)):
+    elif is_taken(out, lambda name: name == FOLDER or is_left_over(name)) or space.is_foreign():
         raise UserError(f"{out} already exists and is not empty: choose another folder.")
 
 
 def _differences(found: dict[str, Any], plan: BuildPlan) -> list[str]:
     """Describe the differences between a plan on disk and another plan."""
-    words = {"mix": "settings", "files": "input files", "dtype": "token size"}
+    words = {
+        "mix": "settings",
+        "files": "input files",
+        "dtype": "token size",
+        "versions": "libraries or chat template",
+    }
     wanted = json.loads(json.dumps(plan.to_json()))
     names = [words.get(key, key) for key in wanted if found.get(key) != wanted[key]]
     if "settings" in names:

@@ -24,6 +24,7 @@ from lrc.corpus.tokenize import Tokenizer
 from lrc.corpus.words import Hashes, Words, hash_words
 from lrc.corpus.workspace import BuildPlan, Workspace
 from lrc.data.identity import HASH_RANGE, text_hash
+from lrc.data.sources import as_utf8
 from lrc.system.errors import UserError
 from lrc.system.files import new_file
 
@@ -270,7 +271,7 @@ class _UnitWork:
             where = f"A row of {piece.shown}"
             raise missing_field(where, str(error.args[0]), fields) from None
         if step is None and self._source.chat is not None:
-            text = render(turns, self._worker.chat)
+            text = as_utf8(render(turns, self._worker.chat))
             size = len(text)
         self.report.read.add(1, size)
         if step is None:
@@ -290,8 +291,7 @@ class _UnitWork:
                 "instead of text; set `text` of the source to a text field, or `chat` to a field "
                 "of conversations."
             )
-        # JSON can contain an unpaired surrogate, which no tokenizer accepts: it becomes "?".
-        return value.encode("utf-8", "replace").decode("utf-8")
+        return as_utf8(value)
 
     def _first_failure(self, fields: dict[str, Any], piece: Piece) -> str | None:
         try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lrc.corpus.mix import Mix
 from lrc.data.identity import TokenizerIdentity
-from lrc.system.files import write_text
+from lrc.system.files import LOCK, is_left_over, is_taken, write_text
 
 FOLDER = "build"
 
@@ -102,6 +102,15 @@ class Workspace:
     def read_plan(self) -> BuildPlan:
         """Read the plan of a started build."""
         return BuildPlan.from_json(json.loads(self.plan.read_text(encoding="utf-8")))
+
+    def is_foreign(self) -> bool:
+        """Whether the folder holds anything that no build makes."""
+        paths = (self.plan, self.copies, self.overlap, self.tokenizer, self.overlaps)
+        names = {LOCK, "units", "shards", *(path.name for path in paths)}
+        return is_taken(
+            self.folder,
+            lambda name: name in names or name.startswith("selection-") or is_left_over(name),
+        )
 
     def clear_copies(self) -> None:
         """Remove copied parts that a stopped build left; they are recreated when needed."""

@@ -38,9 +38,11 @@ def also_held_out(
     length = data.sequence_length
     for name, sources in data.also_held_out.items():
         documents: list[list[int]] = []
+        tokens = 0
         for text in read_documents(sources, data.text_field, held_out=True):
             documents += encode(tokenizer, [text], data.parse_special_tokens)
-            if sum(map(len, documents)) >= count * length:
+            tokens += len(documents[-1])
+            if tokens >= count * length:
                 break
         ids = np.array(list(chain.from_iterable(documents)), np.int64)
         if len(ids) < length:

@@ -81,7 +81,7 @@ def open_parquet(path: Path) -> Iterator[Any]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield file
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(
             f"{path} cannot be read ({str(error).splitlines()[0]}); check it or download it again."
         ) from error

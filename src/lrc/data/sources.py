@@ -25,7 +25,7 @@ PARQUET_SUFFIX = ".parquet"
 _DATASET_MARKS = ("dataset_info.json", "dataset_dict.json")
 
 _EVALUATION = re.compile(
-    r"((testing|val|eval|evaluation)|(.*[-_.])?(test|validation|valid|dev))([-_.]?v?\d.*)?"
+    r"((testing|eval|evaluation)|(.*[-_.])?(test|validation|valid|val|dev))([-_.]?v?\d.*)?"
 )
 """Names, without suffixes, of data set files and folders that must not be trained on."""
 
@@ -135,7 +135,13 @@ def expand_sources(sources: Sequence[str], held_out: bool = False) -> list[TextS
         if source == STDLIB_DOCS:
             expanded.append(TextSource("stdlib", path))
         elif not path.exists() and (matches := _matches(source, path)):
-            expanded.extend(expand_sources(matches, held_out))
+            kept = [match for match in matches if not _is_no_text(Path(match), held_out)]
+            if not kept:
+                raise UserError(
+                    f"'{source}' matches only what is left out of training text, such as "
+                    f"{Path(matches[0]).name}: to read a file anyway, name it."
+                )
+            expanded.extend(expand_sources(kept, held_out))
         elif not path.exists():
             raise UserError(
                 f"There is no file or folder '{source}'; give text, JSONL or Parquet files, "
@@ -164,14 +170,17 @@ def _matches(source: str, path: Path) -> list[str]:
 
 
 def left_out(sources: Sequence[str]) -> list[Path]:
-    """Readable files and folders that source folders skip: those named after a test or validation
-    split, and those that describe the data (README.md). A source that names such a file directly
-    reads it."""
+    """Readable files and folders that source folders and patterns skip: those named after a test or
+    validation split, and those that describe the data (README.md). A source that names such a file
+    directly reads it."""
     found: list[Path] = []
     for source in sources:
         path = Path(source).expanduser()
         if source != STDLIB_DOCS and path.is_dir():
             found.extend(_left_out(path))
+        elif not path.exists():
+            matches = map(Path, _matches(source, path))
+            found.extend(one for one in matches if _is_no_text(one, False))
     return found
 
 
@@ -239,9 +248,7 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[str]:
             raise UserError(f"{path}:{number} is not a JSON object; give one object per line.")
         if text_field not in row:
             raise no_field(f"{path}:{number}", text_field, row)
-        # JSON can contain an unpaired surrogate, which no tokenizer accepts: it becomes "?".
-        text = text_of(row[text_field], f"{path}:{number}", text_field)
-        yield text.encode("utf-8", "replace").decode("utf-8")
+        yield as_utf8(text_of(row[text_field], f"{path}:{number}", text_field))
 
 
 def _read_table(kind: Literal["parquet", "dataset"], path: Path, text_field: str) -> Iterator[str]:
@@ -255,6 +262,12 @@ def _read_table(kind: Literal["parquet", "dataset"], path: Path, text_field: str
 
     for row in table_rows(kind, path, column):
         yield text_of(row[text_field], where, text_field)
+
+
+def as_utf8(text: str) -> str:
+    """A text without unpaired surrogates, which JSON can contain and no tokenizer accepts: they
+    become "?"."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def text_of(value: Any, where: str, text_field: str) -> str:

@@ -13,6 +13,7 @@ As in packed text, a document's content determines whether it is held out, so a 
 never trained on, even if it occurs again.
 """
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -32,6 +33,8 @@ from lrc.data.tokens import Span
 from lrc.recipe.sections import DataSection, StreamSection
 from lrc.system.errors import UserError, reason
 from lrc.system.hub import cache_alone_if_unreachable, no_way
+
+logger = logging.getLogger(__name__)
 
 BUILDERS = ("json", "csv", "parquet", "text", "arrow", "xml", "pandas", "webdataset")
 """Names of the file readers built into `datasets`, which do not need the hub."""
@@ -167,6 +170,14 @@ class StreamedText:
         self._held_out = self._read_held_out(rows, held_out, progress)
         self._block = block
         several = range(parts if rows.num_shards >= parts else 1)
+        if rows.num_shards % len(several):
+            logger.warning(
+                "The stream has %d files and is read in %d parts, which takes as much of each part "
+                "as of others: files of small parts are read more often. A train.accumulate that "
+                "divides the number of files avoids it.",
+                rows.num_shards,
+                len(several),
+            )
         self._parts = [self._from_the_start(part) for part in several]
 
     def training_batch(self, position: int, count: int) -> Batch:

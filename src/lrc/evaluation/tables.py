@@ -67,6 +67,8 @@ def notes(evaluation: Evaluation) -> list[str]:
                 f"{name}: {rows:,} of its {whole:,} rows: not comparable with results on all rows, "
                 "nor with the published ones."
             )
+    if any(key.get("apply_chat_template") for key in evaluation.settings.get("keys", {}).values()):
+        found.append("The questions were asked in each model's chat template.")
     for model in evaluation.models:
         cut = {name: result.truncated for name, result in model.tasks.items() if result.truncated}
         if cut:

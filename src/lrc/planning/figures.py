@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lrc.cloning.cost import step_flops, token_weights
 from lrc.exporting.gguf_file import K_BLOCK
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes, file_types
+from lrc.model.families import family_of
 from lrc.model.layout import layout_of
 from lrc.model.shapes import attention_layers, head_dim_of, layers_differ, parameters_of
 from lrc.planning.gpus import Gpu
@@ -95,9 +96,6 @@ def training_of(
         recipe: its recipe.
         conditions: GPU and MFU.
     """
-    if recipe.train.precision == "auto":
-        train = recipe.train.model_copy(update={"precision": "bfloat16"})
-        recipe = recipe.model_copy(update={"train": train})
     memory = memory_of(recipe, conditions.gpus)
     return Training(
         memory.peak,
@@ -178,7 +176,7 @@ def _source(teacher: PreTrainedModel, student: PreTrainedModel) -> PreTrainedMod
     """What the student's weights are projected from, without weights: the teacher with the
     student's layers, heads, neurons and experts."""
     config = copy.deepcopy(student.config)
-    config.hidden_size = teacher.config.hidden_size
+    family_of(config.model_type).set_hidden_size(config, teacher.config.hidden_size)
     with torch.device("meta"):
         return type(student)(config)
 

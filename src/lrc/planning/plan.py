@@ -11,9 +11,17 @@ from lrc.exporting.gguf_architectures import check_runs
 from lrc.exporting.gguf_sizes import QUANTIZATIONS, file_bytes
 from lrc.model.teacher import Teacher
 from lrc.planning.expected import Expectation
-from lrc.planning.figures import Conditions, Figures, Training, cache_bytes, figures_of, training_of
+from lrc.planning.figures import (
+    Conditions,
+    Figures,
+    Training,
+    cache_bytes,
+    figures_of,
+    file_sizes,
+    training_of,
+)
 from lrc.planning.probe import probe
-from lrc.planning.recommend import recommended, size_limit, skeleton
+from lrc.planning.recommend import recommended, size_limit
 from lrc.planning.shapes import Candidate, CostLimit, section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
 from lrc.recipe.recipe import ORIGINS
@@ -21,6 +29,7 @@ from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
 from lrc.system.progress import task
+from lrc.train.sizes import planned_teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +125,8 @@ def make_plan(settings: PlanSettings, out: Path | None = None, choose: int = 1) 
     elif choose != 1:
         raise UserError("--choose names the candidate whose recipe --out writes: give both.")
     _check(settings)
-    teacher, under = skeleton(settings.teacher), settings.conditions
-    tokens = _recipe(StudentSection(), settings).train.tokens
+    recipe, under = _recipe(StudentSection(), settings), settings.conditions
+    teacher, tokens = planned_teacher(recipe.teacher), recipe.train.tokens
     found, ranked_by, left_out = recommended(teacher, _budget(teacher, settings), tokens)
     if out is not None and not 1 <= choose <= len(found):
         raise UserError(f"There is no candidate {choose}: choose from 1 to {len(found)}.")
@@ -207,7 +216,16 @@ def _budget(teacher: Teacher, settings: PlanSettings) -> CostLimit:
     context = settings.conditions.context
 
     def measure(model: Any) -> float:
-        return file_bytes(model, settings.dtype) + cache_bytes(model) * context
+        try:
+            file = file_bytes(model, settings.dtype)
+        except UserError as error:
+            if settings.dtype != "bf16":
+                raise UserError(
+                    f"llama.cpp does not run these models, so there is no {settings.dtype} file: "
+                    "give --dtype bf16."
+                ) from error
+            file = file_sizes(model)["bf16"]
+        return file + cache_bytes(model) * context
 
     return CostLimit(measure, settings.memory, hard=True)
 

@@ -4,9 +4,6 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
-from lrc.model.families import check_supported
-from lrc.model.loading import load_skeleton_of
-from lrc.model.locate import locate
 from lrc.model.shapes import parameters_of
 from lrc.model.student import ties_weights
 from lrc.model.teacher import Teacher
@@ -21,6 +18,7 @@ from lrc.planning.shapes import (
 from lrc.recipe import make_recipe
 from lrc.recipe.sections import AXES
 from lrc.system.errors import UserError
+from lrc.train.sizes import planned_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -29,12 +27,6 @@ RULE = (
     "measurements (docs/shapes.md)"
 )
 EXPECTED = "the expected held-out loss"
-
-
-def skeleton(name: str) -> Teacher:
-    """A teacher without weights."""
-    model = load_skeleton_of(locate(name, part="configuration"), check=False)
-    return Teacher(model, None, check_supported(model.config), name)
 
 
 def size_limit(teacher: Teacher, parameters: float | None, ratio: float | None) -> CostLimit:
@@ -109,7 +101,7 @@ def with_shape(
         raise UserError(
             f"--params and --ratio are for method lrc: give {recipe.method.name} a --hidden-size."
         )
-    teacher = (teacher or skeleton(recipe.teacher.model)).whole
+    teacher = (teacher or planned_teacher(recipe.teacher)).whole
     if ties_weights(teacher, recipe.student) != teacher.config.tie_word_embeddings:
         raise UserError(
             "--params and --ratio count a head that is tied as the teacher's: leave "

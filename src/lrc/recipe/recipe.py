@@ -246,6 +246,12 @@ def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) 
         if means in given:
             twice = f"{how} twice" if given[means] == how else f"{given[means]} and {how}"
             raise UserError(f"'{means}' is given more than once ({twice}): give it once.")
+        below = next((other for other in given if other.startswith(f"{means}.")), None)
+        if below is not None:
+            raise UserError(
+                f"{how} replaces all of '{means}', also {below} ({given[below]}): set single "
+                f"settings of '{means}', or give it first."
+            )
         given[means], found[key] = how, value
     return found
 

@@ -68,7 +68,7 @@ def _values(runs: Sequence[Run], prompts: Sequence[str], progress: Progress) -> 
     different = [row for row in settings.rows if len(set(row[1])) > 1]
     return {
         "title": " · ".join(titles) if len(titles) < 4 else f"{len(titles)} students of {teachers}",
-        "about": f"Low-rank clone{'s' if len(views) > 1 else ''} of {teachers}.",
+        "about": f"{'Students' if len(views) > 1 else 'A student'} of {teachers}.",
         "machines": contents.machines(view.environment() for view in views),
         "best": best.series if len(views) > 1 else None,
         "headline": contents.headline(

@@ -20,7 +20,7 @@ class RunView:
     run: Run
     metrics: list[dict[str, Any]]
     summary: dict[str, Any]
-    """The final results; empty if the run has not ended."""
+    """The final results; empty if the run has not ended, or goes on after them."""
 
     @property
     def name(self) -> str:
@@ -66,17 +66,21 @@ def read_runs(runs: Sequence[Run]) -> list[RunView]:
     names = [run.folder.resolve().name for run in runs]
     if len(set(names)) < len(names):
         names = [str(run.folder) for run in runs]
-    return [
-        RunView(
-            Series(name, i), run, run.metrics(), run.summary() if run.summary_file.is_file() else {}
-        )
-        for i, (name, run) in enumerate(zip(names, runs, strict=True))
-    ]
+    found = []
+    for number, (name, run) in enumerate(zip(names, runs, strict=True)):
+        metrics = run.metrics()
+        summary = run.summary() if run.summary_file.is_file() else {}
+        if metrics and summary.get("tokens", 0) < metrics[-1]["tokens"]:
+            summary = {}  # it is that of the start
+        found.append(RunView(Series(name, number), run, metrics, summary))
+    return found
 
 
-def title(teacher: str, parameters: int | None, hidden: int) -> str:
-    """Teacher and student; a student's parameters are known once it is exported."""
-    arrow, width = "\N{RIGHTWARDS ARROW}", f"hidden{NO_BREAK}{hidden}"
+def title(teacher: str, parameters: int | None, hidden: int | None) -> str:
+    """Teacher and student; a student's parameters are known once it is exported, and a hidden size
+    of None is the teacher's."""
+    arrow, width = "\N{RIGHTWARDS ARROW}", hidden and f"hidden{NO_BREAK}{hidden}"
     if parameters is None:
-        return f"{teacher} {arrow} {width}"
-    return f"{teacher} {arrow} {short(parameters, NO_BREAK, digits=3)} ({width})"
+        return f"{teacher} {arrow} {width or 'student'}"
+    size = short(parameters, NO_BREAK, digits=3)
+    return f"{teacher} {arrow} {size} ({width})" if width else f"{teacher} {arrow} {size}"

@@ -187,6 +187,8 @@ class _Stage:
         with torch.device("meta"):
             plain = recipe.model_copy(update={"train": torch_kernels})
             self.method = LowRankClone.build(self.teacher, plain)
+        held = self.method.projections.values, self.method.source.writers
+        self.projections = sum(value.nbytes for values in held for value in values.values())
         self.low = forward_dtype(recipe.train.precision, self.device)
         if self.device.type == "cuda":
             self.method.weight_dtype = self.low
@@ -274,8 +276,9 @@ class _Stage:
         if self.device.type == "cpu":
             parts["kept free"] = int(KEPT_FREE * peak)
         moved = counted.moved if self.world.size > 1 else 0
-        working = self._start(counted.projections, activations / micro_batch)
-        return Memory(parts, parts["program"] + fixed + working, moved, 0.0)
+        solved = fixed - counted.projections + self.projections
+        start = parts["program"] + solved + self._start(activations / micro_batch)
+        return Memory(parts, start, moved, 0.0)
 
     def _pass(self, alive: _Alive) -> Array:
         """Run the micro-batches of a step; return what exists between the forward passes of the
@@ -342,11 +345,11 @@ class _Stage:
         sizes = [sum(value.nbytes for value in layer.values()) for layer in layers]
         return sum(sizes) - here - 2 * max(sizes)
 
-    def _start(self, projections: int, by_sequence: float) -> int:
-        """What a start from text needs besides the weights (docs/initialize.md).
+    def _start(self, by_sequence: float) -> int:
+        """What a start from text needs besides the weights (docs/initialize.md), which include all
+        projections.
 
         Args:
-            projections: bytes of the projections.
             by_sequence: bytes of a sequence's activations in training.
         """
         tokens, length = self.method.calibration_tokens(), self.recipe.data.sequence_length
@@ -354,11 +357,11 @@ class _Stage:
             return 0
         wide, narrow = self.teacher.hidden_size, self.method.projections.hidden_size
         size = torch.float32.itemsize
-        layer = self.teacher.model.get_submodule(f"{self.teacher.family.layers}.0")
+        layer = max(sum(value.numel() for value in layer.values()) for layer in self._layers())
         found = min(IN_MEMORY, size * tokens * (3 * wide + 2 * narrow))
-        found += 2 * size * (16 * wide**2 + sum(value.numel() for value in layer.parameters()))
+        found += 2 * size * (16 * wide**2 + layer)
         if self.recipe.initialize.method == "closed-form" and self.recipe.initialize.refine_epochs:
-            found += 3 * projections // 2 + int(by_sequence * BATCH_TOKENS / length) // 2
+            found += 3 * self.projections // 2 + int(by_sequence * BATCH_TOKENS / length) // 2
         return found
 
 

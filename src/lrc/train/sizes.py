@@ -96,16 +96,15 @@ def planned_teacher(section: TeacherSection) -> Planned:
     """
     files = locate(section.model, section.revision, "configuration")
     model = load_skeleton_of(files, check=False)
+    if section.tie_head:
+        model.config.tie_word_embeddings = True
+        model.get_output_embeddings().weight = model.get_input_embeddings().weight
     family = check_supported(model.config)
     model.requires_grad_(False).eval()
     return Planned(model, None, family, section.model)
 
 
 def target_device(recipe: Recipe) -> torch.device:
-    """The device that a recipe is for. `auto` is CUDA if the recipe asks for bfloat16 or this
-    machine has it."""
+    """The device that a recipe is for: with `auto` CUDA, whether this machine has it or not."""
     name = recipe.train.device
-    if name == "auto":
-        low = recipe.train.precision == "bfloat16"
-        name = "cuda" if low or torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    return torch.device("cuda" if name == "auto" else name)
