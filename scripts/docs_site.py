@@ -213,9 +213,7 @@ def linked(match: re.Match[str]) -> str:
 
 
 def command_line_page() -> str:
-    """The reference of the command line, as typer writes it, without the hidden commands."""
+    """The reference of the command line, as typer writes it."""
     command = [sys.executable, "-m", "typer", "lrc.cli", "utils", "docs", "--name", "lrc"]
     command += ["--title", "Command line"]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    text = re.sub(r"^## `lrc init`\n.*?(?=^## )", "", text, flags=re.DOTALL | re.MULTILINE)
-    return re.sub(r"^\* `init`:.*\n", "", text, flags=re.MULTILINE)
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -138,5 +138,4 @@ def test_the_site_is_built_without_a_warning(site: ModuleType, tmp_path: Path) -
     assert "WARNING" not in done.stderr
     page = (tmp_path / "site" / "reference" / "cli" / "index.html").read_text()
     assert "lrc data inspect" in page
-    assert "lrc init" not in page
     assert "lrc.api.clone" in (tmp_path / "site" / "python" / "index.html").read_text()

@@ -71,7 +71,7 @@ def test_local_small_on_a_stand_in(lrc: Command, stand_in: Path, tmp_path: Path)
     for tokens in shards.tokens_by_source("train").values():
         assert f"{tokens:,}" in printed
     other = save_teacher(tmp_path / "other", extra=["<more>"])
-    message = lrc.refusal("data", "inspect", out, "--tokenizer", other)
+    message = lrc.refusal("data", "inspect", out, "--teacher", other)
     assert f"not with that of '{other}': rebuild them" in message
 
     flipped = out / "train-00000.bin"

@@ -450,13 +450,6 @@ def test_a_folder_of_a_cloned_data_set(tmp_path: Path, lrc: Command) -> None:
     lrc.printed("train", "--text", data / names[1], *arguments)
 
 
-def test_init_names_compress_as_its_new_name(lrc: Command) -> None:
-    code, output, errors = lrc("init", "quickstar")
-    assert code == 2
-    assert "`lrc init` is now called `lrc compress`." in output
-    assert "There is no recipe 'quickstar'" in errors
-
-
 @pytest.mark.parametrize("number", [0, 1])
 def test_a_launcher_and_a_command_of_one_process(tmp_path: Path, number: int) -> None:
     """The first process says so, and nothing is written twice."""

@@ -21,12 +21,12 @@ from lrc.cli.prune import prune
 from lrc.cli.push import push
 from lrc.cli.reporting import report
 from lrc.cli.sft import sft
-from lrc.cli.training import compress, init, resume, train
+from lrc.cli.training import compress, resume, train
 from lrc.system.distributed import PeerError, joined, launched, leave, rank
 from lrc.system.errors import UserError, reason, system_errno, system_sentence
 from lrc.system.threads import sleep_while_waiting
 
-DISTRIBUTED = ("train", "resume", "compress", "init", "prune", "sft")
+DISTRIBUTED = ("train", "resume", "compress", "prune", "sft")
 """Commands that several processes run together."""
 
 READ_ONLY = ("info", "plan", "env")
@@ -72,7 +72,6 @@ for command in (
     chat,
 ):
     app.command(no_args_is_help=True)(command)
-app.command("init", no_args_is_help=True, hidden=True)(init)
 app.command("eval", no_args_is_help=True)(evaluate)
 app.command()(env)
 app.add_typer(data.app, name="data")

@@ -90,9 +90,7 @@ def inspect(
     ] = 500,
     teacher: Annotated[
         str | None,
-        typer.Option(
-            "--teacher", "--tokenizer", help="Model whose tokenizer to compare and decode with."
-        ),
+        typer.Option(help="Model whose tokenizer to compare and decode with."),
     ] = None,
     checksums: Annotated[
         bool, typer.Option("--checksums/--no-checksums", help="Read and check every byte.")

@@ -115,21 +115,6 @@ def _compress(*given: Any) -> None:
 
 
 @prints_results
-def init(
-    recipe: RecipeArgument = None,
-    settings: Settings = None,
-    teacher: TeacherOption = None,
-    hidden_size: HiddenSize = None,
-    text: Text = None,
-    method: MethodOption = None,
-    out: Out = None,
-) -> None:
-    """The former name of `lrc compress`."""
-    console.print("`lrc init` is now called `lrc compress`.", style="yellow")
-    _compress(recipe, settings, teacher, hidden_size, None, None, text, method, out)
-
-
-@prints_results
 def resume(
     run: Annotated[Path, typer.Argument(help="The folder of a stopped run or tuning.")],
 ) -> None:

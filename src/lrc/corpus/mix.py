@@ -28,7 +28,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
 
 from lrc.recipe import apply_override, validated
@@ -322,10 +321,6 @@ class Mix(Section):
     def path(self, relative: str) -> Path:
         """Resolve a path of the mix relative to its root."""
         return Path(self.root).expanduser() / Path(relative).expanduser()
-
-    def to_yaml(self) -> str:
-        """The resolved mix as YAML text, with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def absolute(path: str | os.PathLike[str]) -> str:

@@ -224,14 +224,6 @@ class Shards:
             )
 
 
-def is_shards(folder: Path) -> bool:
-    """Whether a folder claims to contain shards (it has an index that lists some)."""
-    try:
-        return "shards" in json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
-        return False
-
-
 def open_shards(folder: Path) -> Shards:
     """Open a shards folder and check that every file is complete (by its size).
 
