@@ -73,10 +73,10 @@ class Muon(torch.optim.AdamW):
             stacks = [gradients[place].reshape(-1, rows, columns) for place in places]
             moves = orthogonalize(torch.cat(stacks))
             moves *= group["lr"] * SCALE * max(rows, columns) ** 0.5
-            for place, move in zip(
-                places, torch.split(moves, [len(s) for s in stacks]), strict=True
-            ):
-                values[place].sub_(move.view_as(values[place]))
+            alike = [values[place] for place in places]
+            parts = torch.split(moves, [len(stack) for stack in stacks])
+            each = [part.view_as(value) for part, value in zip(parts, alike, strict=True)]
+            torch._foreach_sub_(alike, each)  # few launches on a GPU
         for value in values:
             value.grad = None
 
