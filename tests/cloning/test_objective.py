@@ -443,7 +443,7 @@ def test_a_reused_target_holds_the_difference(weighted: bool) -> None:
     """Same loss and gradient, and no buffer beside the target's own."""
     ours, theirs, mask = sides(4)
     target = theirs.detach().clone()
-    weight = relative_weight(target, mask) if weighted else None
+    weight = relative_weight(ours, target, mask) if weighted else None
     _, expected = clone_term(ours, theirs.detach(), weight, tokens=7)
     (expected_grad,) = torch.autograd.grad(expected, ours)
     _, term = clone_term(ours, target, weight, tokens=7, reuse_target_buffer=True)
@@ -479,13 +479,17 @@ def test_relative_weights(masked: bool) -> None:
     ours, theirs, mask = sides(2)
     with torch.no_grad():
         theirs[0, 0] *= 1000  # a massive activation
+        ours[1, 1] *= 1000  # and one that the teacher does not have
+        mask[0, 0] = mask[1, 1] = True
     used = mask if masked else None
-    weight = relative_weight(theirs, used)
+    weight = relative_weight(ours, theirs, used)
     kept = mask if masked else torch.ones_like(mask)
-    squares = theirs.detach().square().mean(-1)
-    expected = kept / (squares + squares[kept].median())
+    own, squares = (side.detach().square().mean(-1) for side in (ours, theirs))
+    expected = kept / (torch.maximum(own, squares) + squares[kept].median())
     torch.testing.assert_close(weight, expected, rtol=1e-13, atol=0)
-    assert weight.max() < 100 * weight[kept][1:].min()
+    errors = weight * (ours - theirs).detach().square().mean(-1)
+    assert errors[1, 1] == pytest.approx(1, rel=0.1)
+    assert errors.max() <= 4
 
     _, term = clone_term(ours, theirs, weight, tokens=7)
     naive = (expected[..., None] * (ours - theirs).square()).sum() / (7 * 6)
@@ -496,7 +500,8 @@ def test_relative_weights(masked: bool) -> None:
 
 
 def test_relative_weights_of_nothing_are_finite() -> None:
-    assert torch.isfinite(relative_weight(torch.zeros(2, 3, 4), None)).all()
+    nothing = torch.zeros(2, 3, 4)
+    assert torch.isfinite(relative_weight(nothing, nothing, None)).all()
 
 
 @pytest.mark.parametrize("weighting", ["none", "mask", "relative"])
@@ -508,7 +513,9 @@ def test_clone_term_of_a_product(weighting: str) -> None:
     projection = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
     mask = torch.rand(2, 5) > 0.3
     target = source @ projection
-    weight = {"none": None, "mask": mask, "relative": relative_weight(target, mask)}[weighting]
+    weight = {"none": None, "mask": mask, "relative": relative_weight(ours, target, mask)}[
+        weighting
+    ]
     factor = torch.ones(2, 5).double() if weight is None else weight.double()
     naive = ((ours - target).square() * factor[..., None]).sum() / (3 * 7)
     _, term = clone_term(ours, target.detach(), weight, 7, (source, projection))

@@ -11,8 +11,9 @@ temperature 1. A recipe can set other weights. Comparisons should do so, so that
 from the same losses.
 
 Deviations: a key/value head is removed with all its query heads, which are scored together. The
-outputs of pruned heads are not added to kept ones. There is no search among shapes. There is no
-loss on hidden states, which the paper uses when it removes many layers.
+outputs of pruned heads are not added to kept ones. Layers are ranked one by one, not removed as one
+block. There is no search among shapes. There is no loss on hidden states,
+which the paper uses when it removes many layers.
 """
 
 from lrc.baselines.pruned import PrunedStudent

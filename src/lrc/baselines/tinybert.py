@@ -115,8 +115,9 @@ class TinyBert(RandomStudent):
         matrices = self.alignment.values()
         for student, teacher, matrix in zip(ours.hidden, theirs.hidden, matrices, strict=True):
             relative = self.objective.clone_scale == "relative"
-            weight = relative_weight(teacher, mask) if relative else mask
-            _, term = clone_term(student @ matrix.to(student.dtype), teacher, weight, tokens)
+            aligned = student @ matrix.to(student.dtype)
+            weight = relative_weight(aligned, teacher, mask) if relative else mask
+            _, term = clone_term(aligned, teacher, weight, tokens)
             total = total + term
         return total
 

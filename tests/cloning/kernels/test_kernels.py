@@ -321,7 +321,7 @@ class Sides:
     def reference(self, masked: bool, relative: bool) -> tuple[Tensor, Tensor]:
         student = self.student.double().requires_grad_()
         target, mask = self.target.double(), self.mask if masked else None
-        weight = relative_weight(target, mask) if relative else mask
+        weight = relative_weight(student, target, mask) if relative else mask
         loss = naive_clone_term(student, target, weight, 11)
         rest = (student * self.gradient.double()).sum()
         (gradient,) = torch.autograd.grad(rest + 3 * loss, student)
@@ -481,8 +481,8 @@ def test_bytes_of_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
     elements, tokens = 2 * 10 * 64, 2 * 10
     with counted(monkeypatch) as found:
         sides.ours(masked=False, relative=True)
-    # By token: sizes twice, squares and weight; for all tokens: the gradient of the loss.
-    assert found == {"load": 8 * elements + 20 * tokens, "store": 4 * elements + 16 * tokens + 4}
+    # By token: both sizes, squares and weight; for all tokens: the gradient of the loss.
+    assert found == {"load": 8 * elements + 20 * tokens, "store": 4 * elements + 20 * tokens + 4}
     assert sum(found.values()) <= 14 * elements
     spared = torch.zeros(2, 10, dtype=torch.bool)
     sides.gradient[0, 3] = sides.gradient[1, 8] = 9.0
@@ -528,15 +528,15 @@ logits = dict(
     teacher_stride="i32", vocab="i32", inverse_t=scalar, kl_factor=scalar, lm_factor=scalar,
     cap=scalar,
 )
-sums = dict(squares="*fp32", sizes="*fp32", width="i32")
+sums = dict(squares="*fp32", sizes="*fp32", larger="*fp32", width="i32")
 sides = dict(student=wide, target=wide, difference=wide)
 gradients = dict(received=wide, difference=wide, gradient=wide)
 scaled = dict(gradient=wide, out=wide, factors="*fp32", width="i32")
 norms = dict(weight="*fp32", grad_loss="*fp32", norms="*fp32", width="i32", scale=scalar)
 tokens = dict(norms="*fp32", spared="*i1", factors="*fp32", tokens="i32", limit=scalar)
 weights = dict(
-    squares="*fp32", sizes="*fp32", mask="*i1", weight="*fp32", loss="*fp32", tokens="i32",
-    width=scalar, scale=scalar,
+    squares="*fp32", sizes="*fp32", larger="*fp32", mask="*i1", weight="*fp32", loss="*fp32",
+    tokens="i32", width=scalar, scale=scalar,
 )
 cases = [
     (vocabulary._kl_lm_kernel, logits, dict(zip(options, values), BLOCK=4096))

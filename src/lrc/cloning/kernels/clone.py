@@ -68,14 +68,15 @@ class _Clone(torch.autograd.Function):
         s, t = student.contiguous(), target.contiguous()
         wider = torch.promote_types(s.dtype, t.dtype)
         difference = torch.empty(s.shape, dtype=wider, device=s.device)
-        sums = torch.empty(2, *s.shape[:-1], dtype=torch.float32, device=s.device)
-        squares, sizes = sums  # of the difference and of the target, by token
-        by_token(_clone_forward, s, t, difference, squares, sizes)
+        sums = torch.empty(3, *s.shape[:-1], dtype=torch.float32, device=s.device)
+        squares, sizes, larger = sums  # by token: difference, target, larger of both sides
+        by_token(_clone_forward, s, t, difference, squares, sizes, larger)
         weight, loss = torch.empty_like(squares), squares.new_empty(())
         over_tokens(
             _weights_and_loss,
             squares,
             sizes,
+            larger,
             squares if mask is None else mask.contiguous(),
             weight,
             loss,
@@ -108,10 +109,11 @@ class _Clone(torch.autograd.Function):
 
 
 @triton.jit
-def _clone_forward(student, target, difference, squares, sizes, width, BLOCK: tl.constexpr):
+def _clone_forward(student, target, difference, squares, sizes, larger, width, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     square = 0.0
     size = 0.0
+    own = 0.0
     for start in range(0, width, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         inside = columns < width
@@ -121,14 +123,17 @@ def _clone_forward(student, target, difference, squares, sizes, width, BLOCK: tl
         tl.store(difference + at, s - t, mask=inside)
         square += tl.sum((s - t) * (s - t), 0)
         size += tl.sum(t * t, 0)
+        own += tl.sum(s * s, 0)
     tl.store(squares + token, square)
     tl.store(sizes + token, size)
+    tl.store(larger + token, tl.maximum(size, own))
 
 
 @triton.jit
 def _weights_and_loss(
     squares,
     sizes,
+    larger,
     mask,
     weight,
     loss,
@@ -147,7 +152,7 @@ def _weights_and_loss(
     for start in range(0, tokens, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < tokens
-        size, _ = load_counted(sizes, mask, at, tokens, width, False, False)
+        size, _ = load_counted(larger, mask, at, tokens, width, False, False)
         w = tl.where(inside, 1.0, 0.0)
         if RELATIVE:
             sum_of_both = size + middle

@@ -34,7 +34,7 @@ def compare_activations(
         from lrc.cloning.kernels import clone
 
         return clone.clone_term(student, target, mask, tokens, relative, factors)
-    weight = relative_weight(target, mask) if relative else mask
+    weight = relative_weight(student, target, mask) if relative else mask
     return clone_term(student, target, weight, tokens, factors, reuse_target_buffer)
 
 
@@ -70,28 +70,37 @@ def clone_term(
     )
 
 
-def relative_weight(target: Tensor, mask: Tensor | None) -> Tensor:
-    """Token weights that make a clone term a relative error: 1 / (m + median of m), where m is the
-    mean square of the teacher's side of a token.
+def relative_weight(student: Tensor, target: Tensor, mask: Tensor | None) -> Tensor:
+    """Token weights that make a clone term a relative error: 1 / (m + median of the teacher's m),
+    where m is the larger mean square of both sides of a token.
 
     A few tokens have massive activations, hundreds of times the rest, and dominate the plain mean
-    squared difference. With these weights, all tokens and all layers count about the same. The
-    median is over the micro-batch.
+    squared difference. With these weights, all tokens and all layers count about the same, and no
+    token has an error above 4. With the teacher's side alone, a token at which the student writes
+    its massive activation a layer later than the teacher would count ten thousand times. The median
+    is over the micro-batch.
 
     Args:
+        student: the student's side, [batch, sequence, width].
         target: the teacher's side, [batch, sequence, width].
         mask: bool [batch, sequence], false for tokens to ignore; None: use all.
 
     Returns:
         Weights [batch, sequence], zero for masked tokens, at least float32.
     """
-    truth = upcast(target.detach())
-    mean_square = torch.linalg.vecdot(truth, truth) / target.shape[-1]
+    own, mean_square = _mean_square(student), _mean_square(target)
     counted = mean_square if mask is None else mean_square.where(mask, torch.nan)
     # With a dimension, the median is selected without a sort and, on CUDA, without a sync.
     median = counted.flatten().nanmedian(0).values
-    weight = 1 / (mean_square + median).clamp_min(torch.finfo(mean_square.dtype).tiny)
+    size = torch.maximum(mean_square, own) + median
+    weight = 1 / size.clamp_min(torch.finfo(size.dtype).tiny)
     return weight if mask is None else weight * mask
+
+
+def _mean_square(activation: Tensor) -> Tensor:
+    """By token, [batch, sequence], at least float32."""
+    exact = upcast(activation.detach())
+    return torch.linalg.vecdot(exact, exact) / activation.shape[-1]
 
 
 def projection_unit(weighted: Tensor, source: Tensor, projection: Tensor, scale: float) -> Tensor:
