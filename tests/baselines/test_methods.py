@@ -171,8 +171,9 @@ def mean_squares(pairs: Sequence[tuple[Tensor, Tensor]], relative: bool) -> Tens
     tokens = sum(len(ours) for ours, _ in pairs)
     total = torch.zeros((), dtype=torch.float64)
     for ours, theirs in pairs:
-        squares = theirs.detach().square().mean(-1)
-        weight = 1 / (squares + squares.median()) if relative else torch.ones(len(ours))
+        own, squares = (side.detach().square().mean(-1) for side in (ours, theirs))
+        size = torch.maximum(own, squares) + squares.median()
+        weight = 1 / size if relative else torch.ones(len(ours))
         total = total + ((ours - theirs).square().mean(-1) * weight).sum()
     return total / tokens
 

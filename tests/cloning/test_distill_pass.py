@@ -86,10 +86,14 @@ def test_a_pass_releases_its_tensors() -> None:
     method.end_step()
     again = a_method(gradient_checkpointing=True)
     again.begin_step(0)
-    again.losses(tiny_batch(), count([tiny_batch()])).loss.backward()
+    losses = again.losses(tiny_batch(), count([tiny_batch()]))
     kept = again.distill._micro_batch
     assert kept is not None
-    assert len(kept.targets) == 7 * LAYERS  # the layers ran again in the backward pass
+    assert len(kept.targets) == 7 * LAYERS  # the layers run again in the backward pass
+    terms = dict(kept.terms)
+    losses.loss.backward()
+    assert not kept.targets
+    assert all(kept.terms[site] is term for site, term in terms.items())
     again.end_step()
     assert again.distill._micro_batch is None
 

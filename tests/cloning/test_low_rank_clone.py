@@ -82,8 +82,10 @@ def direct_terms(
                 target = target @ method.projections.values[f"layers.{i}.{name}"].detach()
             student, target = student[kept], target[kept]
             if relative:
-                squares = target.square().mean(-1, keepdim=True)
-                root = (squares + squares.median()).sqrt()
+                own, squares = (
+                    x.detach().square().mean(-1, keepdim=True) for x in (student, target)
+                )
+                root = (torch.maximum(own, squares) + squares.median()).sqrt()
                 student, target = student / root, target / root
             terms[name].append(functional.mse_loss(student, target))
     return {name: torch.stack(values) for name, values in terms.items()}

@@ -297,9 +297,9 @@ class ObjectiveSection(Section):
     """Which clone terms are on."""
 
     clone_scale: Literal["none", "relative"] = "relative"
-    """`relative`: divide each token's squared differences by the mean square of the larger side plus
-    the teacher's median over tokens. `none`: plain mean squared differences (the paper), which a
-    few tokens with massive activations dominate."""
+    """`relative`: divide each token's squared differences by the larger side's mean square plus the
+    teacher's median over tokens. `none`: plain mean squared differences (the paper), which a few
+    tokens with massive activations dominate."""
 
     attn_out: Literal["student", "teacher"] = "student"
     """Where attention outputs are compared: in the student's space (the paper's formula), or in the
