@@ -12,8 +12,8 @@ from the same losses.
 
 Deviations: a key/value head is removed with all its query heads, which are scored together. The
 outputs of pruned heads are not added to kept ones. Layers are ranked one by one, not removed as one
-block. There is no search among shapes. There is no loss on hidden states,
-which the paper uses when it removes many layers.
+block. There is no search among shapes. There is no loss on hidden states, which the paper uses when
+it removes many layers.
 """
 
 from lrc.baselines.pruned import PrunedStudent

@@ -77,11 +77,11 @@ def plan(
     * `lrc plan my-teacher --ratio 0.5 --tokens 20M --text corpus.jsonl.gz --out recipe.yaml`, then
       `lrc train recipe.yaml`
     """
-    for flag, value, needed, by in (
-        ("--dtype", dtype, memory, "--memory"),
-        ("--calibration-tokens", calibration_tokens, probe or None, "--probe"),
+    for flag, value, has, by in (
+        ("--dtype", dtype, memory is not None, "--memory"),
+        ("--calibration-tokens", calibration_tokens, probe, "--probe"),
     ):
-        if value is not None and needed is None:
+        if value is not None and not has:
             raise UserError(f"{flag} goes with {by}: give both.")
     if out is not None and tokens is None:
         raise UserError("--out writes how long to train: give --tokens.")

@@ -111,18 +111,6 @@ class Filters(Section):
     values: dict[str, list[str | bool | int]] = Field(default_factory=dict)
     """Fields and the values to keep: `{language: [en]}`."""
 
-    @field_validator("values")
-    @classmethod
-    def _quoted(cls, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        for field, kept in values.items():
-            kinds = {type(value) for value in kept}
-            if bool in kinds and str in kinds:
-                raise ValueError(
-                    f"'{field}' has both texts and {next(v for v in kept if isinstance(v, bool))}: "
-                    "YAML reads no, yes, on and off as truth values, so put them in quotes"
-                )
-        return values
-
     characters: Bounds = Bounds()
     """Length of the text in characters."""
 
@@ -134,6 +122,18 @@ class Filters(Section):
 
     tokens: Bounds = Bounds()
     """Length in tokens, without bos and eos."""
+
+    @field_validator("values")
+    @classmethod
+    def _quoted(cls, values: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        for field, kept in values.items():
+            kinds = {type(value) for value in kept}
+            if bool in kinds and str in kinds:
+                raise ValueError(
+                    f"'{field}' has both texts and {next(v for v in kept if isinstance(v, bool))}: "
+                    "YAML reads no, yes, on and off as truth values, so put them in quotes"
+                )
+        return values
 
 
 class Source(Section):

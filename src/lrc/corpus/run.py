@@ -49,7 +49,7 @@ from lrc.data.shards import (
     open_shards,
     write_shards_index,
 )
-from lrc.data.sources import left_out, source_files
+from lrc.data.sources import left_out_note, source_files, state_of
 from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
 from lrc.system.files import (
@@ -66,9 +66,6 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 2
 """Increase it when the same mix would give other shards; builds of other formats cannot resume."""
-
-NAMED = 10
-"""Number of skipped files that a message names."""
 
 AHEAD = 4
 """Units per process that may be in progress, or finished, before their turn."""
@@ -93,10 +90,8 @@ def build_shards(mix: Mix, tokenizer: Tokenizer, out: Path, workers: int) -> Sha
     space = Workspace(out / FOLDER)
     _check_place(space, plan, out)
     files = [name for source in mix.sources.values() for name in local_files(mix, source)]
-    if skipped := left_out(files):
-        names = ", ".join(str(path) for path in skipped[:NAMED])
-        more = f" and {len(skipped) - NAMED:,} more" if len(skipped) > NAMED else ""
-        logger.info("Left out, by their names: %s%s. To read one, name it.", names, more)
+    if (note := left_out_note(files, "files")) is not None:
+        logger.info(note)
     with disk_errors(out):
         with hold(space.folder, f"Another process is building {out}: wait until it is done."):
             _clear(space)
@@ -122,24 +117,17 @@ def make_plan(mix: Mix, tokenizer: Tokenizer) -> BuildPlan:
         for source in mix.sources.values()
         for file in source_files(local_files(mix, source))
     ]
-    folders = [Path(source.hub) for source in mix.sources.values() if source.hub]
-    of_folders = [
-        path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()
-    ]
-    files += [_state(path) for path in of_folders]
+    for folder in (Path(source.hub) for source in mix.sources.values() if source.hub):
+        files += [list(state_of(path)) for path in sorted(folder.rglob("*")) if path.is_file()]
     if mix.decontaminate:
         sets = evaluation_files(mix.path(mix.decontaminate.folder))
-        files += [_state(path) for path in sets]
+        files += [list(state_of(path)) for path in sets]
     versions = {name: metadata.version(name) for name in ("tokenizers", "rensa")}
     if any(source.chat for source in mix.sources.values()):
         versions["chat template"] = json_sha256(tokenizer.chat_template)
     return BuildPlan(
         mix, identity, token_dtype(tokenizer), files, versions | {"build": str(FORMAT)}
     )
-
-
-def _state(path: Path) -> list[Any]:
-    return [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
 
 
 class _Build:

@@ -33,6 +33,10 @@ _ABOUT = ("readme", "license", "licence", "changelog", "contributing", "citation
 """Names, without suffixes, of files that describe a data set and are not part of its text."""
 
 
+NAMED_FILES = 5
+"""Largest number of files to list by name."""
+
+
 class SourceFile(NamedTuple):
     """A file that text is read from, in its current state on disk."""
 
@@ -70,11 +74,16 @@ def source_files(sources: Sequence[str], held_out: bool = False) -> list[SourceF
             paths = [path]
         for file in paths:
             try:
-                state = file.stat()
+                files.append(state_of(file))
             except OSError as error:
                 raise UserError(f"{file} cannot be read ({error.strerror}); fix it.") from error
-            files.append(SourceFile(str(file.resolve()), state.st_size, state.st_mtime_ns))
     return files
+
+
+def state_of(path: Path) -> SourceFile:
+    """A file in its current state."""
+    state = path.stat()
+    return SourceFile(str(path.resolve()), state.st_size, state.st_mtime_ns)
 
 
 def read_documents(
@@ -182,6 +191,28 @@ def left_out(sources: Sequence[str]) -> list[Path]:
             matches = map(Path, _matches(source, path))
             found.extend(one for one in matches if _is_no_text(one, False))
     return found
+
+
+def left_out_note(sources: Sequence[str], setting: str) -> str | None:
+    """A sentence about what `left_out` lists; None if nothing is.
+
+    Args:
+        sources: as for `left_out`.
+        setting: the setting that names the sources.
+    """
+    if not (skipped := left_out(sources)):
+        return None
+    return (
+        "Left out, because they are test or validation splits or not training text: "
+        f"{listed(skipped)}. To read one anyway, name it in {setting}."
+    )
+
+
+def listed(paths: Iterable[Path]) -> str:
+    """The first few paths, and the number of the others."""
+    every = [str(path) for path in paths]
+    more = len(every) - NAMED_FILES
+    return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _left_out(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:

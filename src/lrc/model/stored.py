@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lrc.model.locate import ModelFiles, refuse_pointer
+from lrc.system.checksums import remembered
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
 
@@ -100,6 +101,19 @@ def stored_tensor(tensor: StoredTensor, name: str) -> Tensor:
             with safe_open(tensor.file, framework="pt") as opened:
                 return opened.get_tensor(name)
         return _pickled(tensor.file)[name]
+
+
+def model_checksums(files: ModelFiles) -> dict[str, str]:
+    """The SHA-256 of every tensor of a model, by name, remembered while its files do not change.
+
+    Raises:
+        UserError: if a file is damaged.
+    """
+    tensors: dict[str, str] = {}
+    for path in weight_files(files):
+        with reading(path, "check the file"):
+            tensors |= remembered(path, "tensors", file_checksums)
+    return tensors
 
 
 def file_checksums(path: Path) -> dict[str, str]:

@@ -15,10 +15,10 @@ from lrc.data import Reader
 from lrc.data.identity import tokenizer_identity
 from lrc.model.gguf import read_header
 from lrc.model.locate import ModelFiles
-from lrc.model.stored import file_checksums, tensor_checksum, weight_files
+from lrc.model.stored import model_checksums, tensor_checksum
 from lrc.model.teacher import Teacher
 from lrc.run import Run
-from lrc.system.checksums import json_sha256, remembered
+from lrc.system.checksums import json_sha256
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading, write_text
 
@@ -141,10 +141,7 @@ def _of_model(teacher: Teacher) -> dict[str, Any]:
 def _of_files(files: ModelFiles) -> dict[str, Any]:
     """Describe a teacher's files. Checksums are per tensor, so the files may be moved, copied or
     split differently."""
-    tensors: dict[str, str] = {}
-    for path in weight_files(files):
-        with reading(path, "check the file"):
-            tensors |= remembered(path, "tensors", file_checksums)
+    tensors = model_checksums(files)
     if files.gguf_path is not None:
         settings, _ = read_header(files.gguf_path)
         kept = {k: v for k, v in settings.items() if not k.startswith(("general.", "tokenizer."))}

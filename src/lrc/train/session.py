@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from lrc.cloning.kernels.liger import apply_liger
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.cloning.method import stages_of
 from lrc.data import Batch, Reader, open_text
-from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out
+from lrc.data.sources import STDLIB_DOCS, expand_sources, left_out_note, listed
 from lrc.evaluation.along import Benchmarks
 from lrc.model.shapes import parameters_of
 from lrc.model.teacher import Teacher
@@ -44,9 +44,6 @@ from lrc.train.signals import StopRequest
 from lrc.train.starts import Starts
 
 logger = logging.getLogger(__name__)
-
-NAMED_FILES = 5
-"""Largest number of text files to list by name."""
 
 CHAT_SEQUENCES = 256
 """Number of training sequences in which a conversation is looked for."""
@@ -268,13 +265,9 @@ def text_notes(recipe: Recipe) -> list[str]:
     sources = recipe.data.text
     if not sources or all(source == STDLIB_DOCS or Path(source).is_file() for source in sources):
         return []
-    notes = [f"Reading {_listed(str(source.path) for source in expand_sources(sources))}."]
-    if skipped := left_out(sources):
-        notes.append(
-            f"Left out, because they are test or validation splits or not training text: "
-            f"{_listed(map(str, skipped))}. To read one anyway, name it in data.text."
-        )
-    return notes
+    reading = f"Reading {listed(source.path for source in expand_sources(sources))}."
+    skipped = left_out_note(sources, "data.text")
+    return [reading] if skipped is None else [reading, skipped]
 
 
 def chat_note(teacher: Teacher, text: Reader) -> str | None:
@@ -294,13 +287,6 @@ def chat_note(teacher: Teacher, text: Reader) -> str | None:
         "conversation in its chat template, so the student will not learn to answer from this "
         "text: mix conversations into it (docs/chat.md says how, and what it costs not to)."
     )
-
-
-def _listed(names: Iterable[str]) -> str:
-    """The first few names, and the number of the others."""
-    every = list(names)
-    more = len(every) - NAMED_FILES
-    return ", ".join(every[:NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
 
 
 def open_loop(

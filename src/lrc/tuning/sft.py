@@ -29,12 +29,12 @@ from lrc.exporting.card_changes import tuned_card
 from lrc.exporting.plain import export_student
 from lrc.model.families import check_supported, family_of
 from lrc.model.locate import locate, locate_locally
-from lrc.model.stored import file_checksums, weight_files
+from lrc.model.stored import model_checksums
 from lrc.model.teacher import Teacher, load_model, load_teacher, load_tokenizer, short_name
 from lrc.model.tokenizer import end_tokens
 from lrc.preflight import check_installed
 from lrc.run import ENVIRONMENT, student_of
-from lrc.system.checksums import json_sha256, remembered
+from lrc.system.checksums import json_sha256
 from lrc.system.distributed import World, join, lost_peers, may_restart
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
@@ -278,11 +278,7 @@ def _inputs(tuning: Tuning, conversations: "Conversations") -> dict[str, str]:
     found = {"conversations": conversations.fingerprint()}
     for role, name in (("model", tuning.model), ("teacher", tuning.teacher)):
         if name is not None:
-            files = locate(student_of(name))
-            tensors: dict[str, str] = {}
-            for path in weight_files(files):
-                tensors |= remembered(path, "tensors", file_checksums)
-            found[role] = json_sha256(tensors)
+            found[role] = json_sha256(model_checksums(locate(student_of(name))))
     return found
 
 
