@@ -418,3 +418,21 @@ def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         export_student(method.student(), method.teacher.tokenizer, "", tmp_path / "file" / "out")
+
+
+def test_settings_for_older_versions_of_layers_of_several_kinds(tmp_path: Path) -> None:
+    """Gemma 3 and OLMo 3 have a rotary embedding for each kind of layer."""
+    rope = {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5e5},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+    }
+    teacher = tiny_teacher("gemma3_text", dtype=torch.float32, rope_parameters=rope)
+    student = tiny_method(teacher).student()
+    export_student(student, teacher.tokenizer, None, tmp_path / "student")
+    found = json.loads((tmp_path / "student/config.json").read_text())
+    assert (found["rope_theta"], found["rope_local_base_freq"]) == (5e5, 3e4)
+    assert found["rope_scaling"] == {"rope_type": "linear", "factor": 8.0}
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    assert again.config.rope_parameters == rope
+    ids = tiny_tokens(2)
+    assert torch.equal(again(ids).logits, student(ids).logits)

@@ -174,3 +174,17 @@ def test_pre_tokenizers_by_what_they_do() -> None:
 def test_unknown_pre_tokenizers_are_refused(rule: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"No known llama\.cpp pre-tokenizer"):
         pre_tokenizer_name(rule)
+
+
+def test_added_tokens_that_the_model_does_not_embed_are_left_out(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    """As the image token of Gemma 3's text models."""
+    student, path = tiny_student("llama", tokenizer), tmp_path / "t.gguf"
+    rows, longer = student.config.vocab_size, byte_level_bpe()
+    longer.add_tokens([f"<image{i}>" for i in range(PADDING_ROWS + 1)], special_tokens=True)
+    assert len(longer) == rows + 1
+    write_gguf(student, longer, path, Kind.F32, ABOUT)
+    tokens = read_fields(path)["tokenizer.ggml.tokens"]
+    assert tokens[-2:] == [f"<image{PADDING_ROWS - 2}>", f"<image{PADDING_ROWS - 1}>"]
+    assert len(tokens) == rows

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from gguf_helpers import byte_level_bpe
 from lrc.exporting.plain import export_student
+from lrc.model.families import FAMILIES
 from tiny import LLAMAS, tiny_method, tiny_teacher
 
 pytestmark = pytest.mark.slow
@@ -24,14 +26,37 @@ ROPES = {
     },
 }  # fmt: skip
 
+WITHOUT_HEAD_DIM = ("qwen2_moe", "granitemoe", "granitemoeshared", "granitemoehybrid")
+"""Families whose classes in 4.57 take heads as wide as the hidden size has room for."""
+
+CLOSE = {"apertus": 0.02}
+"""Largest difference of the logits where 4.57 rounds numbers of its own to bfloat16."""
+
+LINEAR = {"rope_type": "linear", "factor": 8.0, "rope_theta": 500_000.0}
+BY_KIND = {
+    "gemma3_text": {
+        "full_attention": LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 30_000.0},
+    },
+    "olmo3": {  # whose kinds have one base
+        "full_attention": LINEAR,
+        "sliding_attention": {"rope_type": "default", "rope_theta": 500_000.0},
+    },
+}
+
 READER = """
 import json, sys, pathlib
 import torch, transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer
 assert transformers.__version__.startswith("4."), transformers.__version__
 found = {}
 for folder in pathlib.Path(sys.argv[1]).iterdir():
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if json.loads((folder / "config.json").read_text())["model_type"] not in CONFIG_MAPPING:
+        continue
+    # Gemma 2's default in 4.57 leaves out the softcap.
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer.encode(sys.argv[2])
     with torch.no_grad():
@@ -59,14 +84,19 @@ def test_it_is_the_same_model(transformers_4: Path, tmp_path: Path) -> None:
     tokenizer = byte_level_bpe()
     tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
     ids = tokenizer.encode(TEXT)
-    students = {}
-    for family in LLAMAS:
-        for name, rope in ROPES.items():
-            teacher = tiny_teacher(
-                family, dtype=torch.float32, vocab_size=len(tokenizer) + 3, rope_parameters=rope
-            )
-            student = students[f"{family}-{name}"] = tiny_method(teacher).student()
-            export_student(student, tokenizer, None, tmp_path / f"{family}-{name}")
+    students: dict[str, Any] = {}
+    changes: list[tuple[str, dict[str, Any]]]
+    changes = [
+        *((family, {"rope_parameters": rope}) for family in LLAMAS for rope in ROPES.values()),
+        *((family, {"rope_parameters": rope}) for family, rope in BY_KIND.items()),
+        *((family, {}) for family in FAMILIES if family not in WITHOUT_HEAD_DIM),
+    ]
+    for number, (family, settings) in enumerate(changes):
+        teacher = tiny_teacher(
+            family, dtype=torch.float32, vocab_size=len(tokenizer) + 3, **settings
+        )
+        student = students[f"{number}-{family}"] = tiny_method(teacher).student()
+        export_student(student, tokenizer, None, tmp_path / f"{number}-{family}")
     read = subprocess.run(
         [sys.executable, "-c", READER, str(tmp_path), TEXT],
         env=os.environ | {"PYTHONPATH": str(transformers_4), "HF_HUB_OFFLINE": "1"},
@@ -74,9 +104,9 @@ def test_it_is_the_same_model(transformers_4: Path, tmp_path: Path) -> None:
     )  # fmt: skip
     assert read.returncode == 0, read.stderr
     found = json.loads(read.stdout)
-    assert set(found) == set(students)
-    for name, student in students.items():
-        class_name, theirs, logits, eos, chat = found[name]
+    assert len(found) > len(FAMILIES) / 2
+    for name, (class_name, theirs, logits, eos, chat) in found.items():
+        student = students[name]
         assert class_name == type(student).__name__
         assert theirs == ids
         assert eos == tokenizer.eos_token
@@ -85,4 +115,5 @@ def test_it_is_the_same_model(transformers_4: Path, tmp_path: Path) -> None:
         )
         with torch.no_grad():
             ours = student(torch.tensor([ids])).logits[0]
-        torch.testing.assert_close(torch.tensor(logits), ours, rtol=1e-4, atol=1e-5)
+        atol = CLOSE.get(student.config.model_type, 1e-5)
+        torch.testing.assert_close(torch.tensor(logits), ours, rtol=1e-4, atol=atol)

@@ -152,6 +152,15 @@ def test_the_closed_form_at_full_width_is_the_teacher(family: str, tied: bool) -
     assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
 
 
+def test_more_layers_than_the_stream_has_dimensions() -> None:
+    """Falcon-H1's layers return a tuple, whatever the calibration puts in their place."""
+    teacher = tiny_teacher("falcon_h1", num_hidden_layers=4)
+    method = LowRankClone(teacher, StudentSection(hidden_size=HIDDEN), ObjectiveSection())
+    initialize_from_text(method, "closed-form", tiny_tokens(24), refine_epochs=1)
+    ids = tiny_tokens(3)
+    assert relative_error(logits(method.student(), ids), logits(teacher.model, ids)) < 5e-4
+
+
 @pytest.mark.parametrize(("family", "tied"), CASES)
 def test_pca_and_slicegpt_at_full_width_are_the_teacher(family: str, tied: bool) -> None:
     teacher, ids = tiny_teacher(family, tied), tiny_tokens(24)
@@ -371,6 +380,8 @@ def test_every_linear_map_has_a_clone_term(family: str) -> None:
     ("family", "changes", "reason"),
     [
         ("gemma4_text", {"hidden_size_per_layer_input": 4}, "embeddings for every layer"),
+        ("gemma4_text", {"use_bidirectional_attention": "all"}, "bidirectional attention"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "bidirectional attention"),
         (
             "phi3",
             {

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import CONFIG_MAPPING, AutoModelForImageTextToText
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForImageTextToText,
+    VoxtralForConditionalGeneration,
+)
 
 from lrc.model.teacher import load_teacher
 from lrc.preflight import check_recipe
@@ -38,6 +42,7 @@ WRAPPERS = [
     ("qwen3_5_moe", "qwen3_5_moe_text"),
     ("mistral3", "mistral"),
     ("mistral3", "ministral3"),
+    ("smolvlm", "llama"),
 ]
 
 
@@ -51,7 +56,9 @@ def wrapped(outer: str, text: str, folder: Path) -> Path:
         given = vision.to_dict()
         sections["vision_config"] = {**given, **{k: v for k, v in SMALL.items() if k in given}}
     torch.manual_seed(0)
-    model = AutoModelForImageTextToText.from_config(CONFIG_MAPPING[outer](**sections))
+    model = AutoModelForImageTextToText.from_config(
+        CONFIG_MAPPING[outer](**sections, pad_token_id=0)
+    )
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
@@ -68,6 +75,23 @@ def test_the_text_model_is_read_whole(outer: str, text: str, tmp_path: Path) -> 
         torch.testing.assert_close(teacher.model(ids).logits, whole(input_ids=ids).logits)
     recipe = {"student": {"hidden_size": 8}, "data": {"text": ["stdlib-docs"]}}
     check_recipe(make_recipe({**recipe, "teacher": {"model": str(folder)}}))
+
+
+def test_a_wrapper_that_does_not_say_whether_the_head_is_tied(tmp_path: Path) -> None:
+    audio = CONFIG_MAPPING["voxtral"]().audio_config.to_dict()
+    sizes = {**SMALL, "max_source_positions": 32, "num_mel_bins": 8}
+    model = VoxtralForConditionalGeneration(
+        CONFIG_MAPPING["voxtral"](
+            text_config={**SHAPE, "model_type": "llama", "tie_word_embeddings": False},
+            audio_config={**audio, **{k: v for k, v in sizes.items() if k in audio}},
+        )
+    )
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    teacher = load_teacher(TeacherSection(model=str(tmp_path)))
+    assert teacher.family.model_type == "llama"
+    head = teacher.model.get_output_embeddings().weight
+    assert torch.equal(head, model.get_output_embeddings().weight)
 
 
 @pytest.mark.parametrize(("outer", "text"), WRAPPERS)

@@ -54,6 +54,25 @@ def tokenizer_identity(tokenizer: "Tokenizer") -> TokenizerIdentity:
     return TokenizerIdentity(digest, split, tokenizer.bos_token_id, tokenizer.eos_token_id)
 
 
+def refuse_not_embedded(tokenizer: "Tokenizer", largest: int, vocabulary: int | None) -> None:
+    """Refuse text with a token that the teacher does not embed, such as Gemma 3's image token.
+
+    Args:
+        tokenizer: the teacher's tokenizer.
+        largest: the largest token id of the text; -1 if there is none.
+        vocabulary: number of token ids that the teacher embeds; None: all of the tokenizer.
+
+    Raises:
+        UserError: if there is one.
+    """
+    if vocabulary is not None and largest >= vocabulary:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"The text holds the token '{token}' ({largest}), but the teacher embeds only "
+            f"{vocabulary:,} tokens: remove it from the text."
+        )
+
+
 def token_dtype(tokenizer: "Tokenizer") -> str:
     """The smallest of uint16 and uint32 that holds every token id."""
     return "uint16" if max(tokenizer.get_vocab().values()) < 1 << 16 else "uint32"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from lrc.data.identity import tokenizer_identity
+from lrc.data.identity import refuse_not_embedded, tokenizer_identity
 from lrc.data.packing import SHORTEST_SEQUENCE, Progress, prepare
 from lrc.data.reader import Reader, Sequences, TrainingText
 from lrc.data.shards import SPLITS, Shards, Split, open_shards
@@ -25,6 +25,7 @@ def open_text(
     tokenizer: Tokenizer,
     progress: Progress | None = None,
     first_token: int | None = None,
+    vocabulary: int | None = None,
 ) -> Reader:
     """Open the text of a recipe: shards, a stream, or files that are tokenized first.
 
@@ -33,6 +34,7 @@ def open_text(
         tokenizer: the teacher's tokenizer.
         progress: callback that receives the number of tokens prepared so far.
         first_token: token that every sequence starts with (`Teacher.first_token`); None: any.
+        vocabulary: number of token ids that the teacher embeds; None: all of the tokenizer.
 
     Raises:
         UserError: if the text cannot be read, is too short for one training or held-out sequence,
@@ -49,6 +51,7 @@ def open_text(
             first_token,
             train.accumulate,
             train.micro_batch,
+            vocabulary,
         )
     if data.shards:
         if data.also_held_out:
@@ -67,10 +70,11 @@ def open_text(
     else:
         packed = prepare(data, tokenizer, progress)
         folders = [Shards.of_cache(packed, tokenizer_identity(tokenizer), data.origin())]
-    vocabulary = max(tokenizer.get_vocab().values()) + 1
+    tokens = max(tokenizer.get_vocab().values()) + 1
     for folder in folders:
         for shard in folder.shards:
-            shard.check(vocabulary, len(folder.sources))
+            shard.check(tokens, len(folder.sources))
+            refuse_not_embedded(tokenizer, shard.largest_token(), vocabulary)
     sequences: dict[Split, Sequences] = {
         split: Sequences(
             _tokens(folders, split), data.sequence_length, data.document_mask, first_token

@@ -115,14 +115,18 @@ class Shard(PackedPart):
                 raise UserError(
                     f"{path} does not match its checksum: copy it again, or rebuild the shards."
                 )
-        if self.tokens:
-            largest = remembered(self.tokens_path, "largest", lambda _: int(self.token_ids().max()))
-            if largest >= vocabulary:
-                raise UserError(
-                    f"{self.tokens_path} contains the token {largest}, but the tokenizer has "
-                    f"{vocabulary} tokens: rebuild the shards with this tokenizer."
-                )
+        if (largest := self.largest_token()) >= vocabulary:
+            raise UserError(
+                f"{self.tokens_path} contains the token {largest}, but the tokenizer has "
+                f"{vocabulary} tokens: rebuild the shards with this tokenizer."
+            )
         self.check_documents(sources)
+
+    def largest_token(self) -> int:
+        """The largest token id; -1 if there are no tokens."""
+        if not self.tokens:
+            return -1
+        return remembered(self.tokens_path, "largest", lambda _: int(self.token_ids().max()))
 
     def check_documents(self, sources: int) -> None:
         """Check what readers rely on; checksums in a rewritten index do not catch these errors.

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from lrc.data.batch import Batch
-from lrc.data.identity import HASH_RANGE, text_hash, tokenizer_identity
+from lrc.data.identity import HASH_RANGE, refuse_not_embedded, text_hash, tokenizer_identity
 from lrc.data.packing import Progress, also_held_out_hashes, encode
 from lrc.data.reader import make_batch
 from lrc.data.rows import no_field
@@ -137,6 +137,7 @@ class StreamedText:
         first_token: as in `lrc.data.reader.Sequences`.
         parts: parts to read it in, if it has as many files: the micro-batches of a step.
         block: consecutive sequences of a part: those of a micro-batch.
+        vocabulary: as in `lrc.data.opening.open_text`.
 
     Raises:
         UserError: if the data set cannot be read or lacks the text field, the held-out text does
@@ -157,8 +158,9 @@ class StreamedText:
         first_token: int | None = None,
         parts: int = 1,
         block: int = 1,
+        vocabulary: int | None = None,
     ) -> None:
-        self._first_token = first_token
+        self._first_token, self._vocabulary = first_token, vocabulary
         assert data.stream is not None
         tokenizer_identity(tokenizer)  # Rejects a tokenizer that does not fit.
         self._data, self._stream = data, data.stream
@@ -285,6 +287,7 @@ class StreamedText:
             encoded = encode(self._tokenizer, texts, self._data.parse_special_tokens)
             for (mark, _), ids in zip(some, encoded, strict=True):
                 if ids:
+                    refuse_not_embedded(self._tokenizer, max(ids), self._vocabulary)
                     yield mark, np.array(ids, np.int64)
 
     def _texts(self, rows: Iterable[dict[str, Any]]) -> Iterator[str]:

@@ -17,7 +17,7 @@ from gguf import GGUFWriter, SpecialVocab, TokenType
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
 
-from lrc.model.tokenizer import framing
+from lrc.model.tokenizer import framing, tokens_of_its_own
 from lrc.system.errors import UserError
 
 SPACE = "\u2581"
@@ -61,7 +61,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[
     Args:
         writer: writer of the GGUF file.
         tokenizer: a tokenizer backed by the `tokenizers` library.
-        rows: rows of the embedding; rows beyond the tokens become unused tokens.
+        rows: rows of the embedding; rows beyond the tokens become unused tokens, and added tokens
+            beyond the rows, which the model cannot read, are left out.
 
     Returns:
         Notes for the user about cases where llama.cpp may split text differently.
@@ -81,8 +82,8 @@ def add_vocabulary(writer: GGUFWriter, tokenizer: Tokenizer, rows: int) -> list[
         raise UserError(
             f"A {kind} tokenizer cannot be written as GGUF, only BPE tokenizers; use safetensors."
         )
-    if len(tokenizer) > rows:
-        raise UserError(f"The tokenizer has {len(tokenizer)} tokens but the model embeds {rows}.")
+    if (tokens := tokens_of_its_own(tokenizer)) > rows:
+        raise UserError(f"The tokenizer has {tokens} tokens but the model embeds {rows}.")
     fallback = bool(settings["model"].get("byte_fallback"))
     notes = []
     if fallback:

@@ -100,17 +100,31 @@ def check_range(weights: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> No
             )
 
 
+BY_KIND = ("gemma3_text", "olmo3")
+"""Families of 4.x whose rotary embedding differs between kinds of layers."""
+
+
 def model_settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that transformers 4.x reads in a config.json and 5 does not write."""
-    rope = config.get("rope_parameters")
-    if not isinstance(rope, dict) or "rope_theta" not in rope:
+    rope: Any = config.get("rope_parameters")
+    found = _rope_settings(rope) if isinstance(rope, dict) else {}
+    if config.get("model_type") in BY_KIND:
+        found = _rope_settings(rope["full_attention"])
+        found["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+    if "num_local_experts" in config:
+        found["num_experts"] = config["num_local_experts"]
+    return found
+
+
+def _rope_settings(rope: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a rotary embedding, which 5 has in one dictionary."""
+    if "rope_theta" not in rope:
         return {}
-    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    apart = "rope_theta", "partial_rotary_factor"
+    scaling = {name: value for name, value in rope.items() if name not in apart}
     kind = scaling.get("rope_type", "default")
-    return {
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": None if kind == "default" else scaling,
-    }
+    found = {name: rope[name] for name in apart if name in rope}
+    return {**found, "rope_scaling": None if kind == "default" else scaling}
 
 
 def tokenizer_settings(settings: dict[str, Any]) -> dict[str, Any]:

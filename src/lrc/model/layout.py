@@ -81,11 +81,11 @@ class Layout:
     def observable(self) -> list[LinearSite]:
         """The linear maps whose outputs belong to tokens: all but the readers of experts, which see
         only the tokens that are routed to them."""
-        return [
-            site
-            for site in self.sites()
-            if self.writes(site) or not isinstance(self.branch(site).linears[site.name], Experts)
-        ]
+        return [site for site in self.sites() if self.writes(site) or not self.is_stack(site)]
+
+    def is_stack(self, site: LinearSite) -> bool:
+        """Whether a linear map is that of stacked experts."""
+        return isinstance(self.branch(site).linears[site.name], Experts)
 
     def linear(self, site: LinearSite) -> str:
         """Module path of a linear map. That of experts is the module that adds up their outputs.

@@ -89,7 +89,7 @@ def load_config(files: ModelFiles, any_family: bool = False) -> Any:
         config = AutoConfig.from_pretrained(files.folder, **files.options())
     inner = getattr(config, "text_config", None)
     if inner is not None and inner.model_type in FAMILIES:
-        inner.tie_word_embeddings |= config.tie_word_embeddings
+        inner.tie_word_embeddings |= getattr(config, "tie_word_embeddings", False)
         if described := getattr(config, "quantization_config", None):
             inner.quantization_config = described
         config = inner
@@ -135,7 +135,7 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
         UserError: if the files cannot be read, or a tensor is missing, has no place in the model,
             has another shape or a type that needs scales, or holds values that are not finite.
     """
-    skeleton = load_skeleton_of(files)
+    load_skeleton_of(files)  # checks the files
     # Pass our own configuration for a GGUF file: transformers does not read all of it.
     own = {"config": load_config(files, any_family=True)} if files.gguf else _text_options(files)
     own |= _dequantizing(files)
@@ -149,7 +149,7 @@ def load_weights(files: ModelFiles, dtype: Any, tie: bool = False, **options: An
     model.eval()
     _forget_quantization(model)
     refuse_not_finite(files.name, model)
-    notes = _settle_head(files, model, skeleton.config.tie_word_embeddings, tie)
+    notes = _settle_head(files, model, tie)
     return LoadedModel(model, notes)
 
 
@@ -226,7 +226,7 @@ def text_prefix(files: ModelFiles) -> str | None:
     if files.gguf or "text_config" not in _raw_config(files):
         return None
     end = "embed_tokens.weight"
-    ends = f"language_model.{end}", f"language_model.model.{end}"
+    ends = f"language_model.{end}", f"language_model.model.{end}", f"text_model.{end}"
     names = [name for name in stored_tensors(files) if name.endswith(ends)]
     return names[0].removesuffix(end) if names else None
 
@@ -302,6 +302,32 @@ def untie(model: Model) -> None:
     model.config.tie_word_embeddings = False
 
 
+def settle_tie(name: str, model: Model) -> list[str]:
+    """Untie a model whose configuration ties an LM head and an embedding that differ: the tensors
+    win.
+
+    Returns:
+        Notes for the user.
+    """
+    if not (model.config.tie_word_embeddings and _has_other_head(model)):
+        return []
+    untie(model)
+    return [
+        f"The configuration of '{name}' ties the LM head to the embedding, but it has two matrices "
+        "that differ: both are used."
+    ]
+
+
+def _has_other_head(model: Model) -> bool:
+    """Whether a loaded model has an LM head that differs from its embedding."""
+    parts = model.get_input_embeddings(), model.get_output_embeddings()
+    if any(part is None for part in parts):
+        return False
+    embedding, head = (part.weight for part in parts)
+    known = not (embedding.is_meta or head.is_meta)
+    return embedding is not head and known and not torch.equal(embedding, head)
+
+
 def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Model) -> bool:
     """Whether a folder holds an LM head and an embedding that differ.
 
@@ -315,7 +341,7 @@ def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Mo
     return not torch.equal(*(stored_tensor(stored[name], name) for name in names))
 
 
-def _settle_head(files: ModelFiles, model: Model, tied: bool, tie: bool) -> list[str]:
+def _settle_head(files: ModelFiles, model: Model, tie: bool) -> list[str]:
     """Make the configuration agree with the embedding and LM head: the tensors win.
 
     Returns:
@@ -333,12 +359,8 @@ def _settle_head(files: ModelFiles, model: Model, tied: bool, tie: bool) -> list
         model.config.tie_word_embeddings = True
         model.get_output_embeddings().weight = embedding
         return []
-    if model.config.tie_word_embeddings:
-        untie(model)
-        return [
-            f"The configuration of '{files.name}' ties the LM head to the embedding, but its files "
-            "hold two matrices that differ: both are used."
-        ]
+    if notes := settle_tie(files.name, model):
+        return notes
     difference = _relative_difference(head, embedding)
     return [_offer(files, embedding, difference)] if difference < NOISE else []
 

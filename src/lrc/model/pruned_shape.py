@@ -149,6 +149,7 @@ def check_config(config: Any) -> None:
 
 def forget_origin(config: Any) -> None:
     """Remove from a copied configuration what is true only of the original model."""
-    for left_over in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+    origin = "_name_or_path", "_model_name_or_path", "auto_map", "custom_pipelines"
+    for left_over in ("quantization_config", *origin):
         if hasattr(config, left_over):
             delattr(config, left_over)

@@ -23,9 +23,10 @@ from lrc.model.loading import (
     load_skeleton_of,
     load_weights,
     quantization_kind,
+    settle_tie,
 )
 from lrc.model.locate import PACKAGE_PREFIX, ModelFiles, locate, locate_locally, short_name
-from lrc.model.tokenizer import load_tokenizer_files
+from lrc.model.tokenizer import load_tokenizer_files, tokens_of_its_own
 from lrc.recipe.sections import TeacherSection
 from lrc.system.errors import UserError
 
@@ -41,6 +42,10 @@ __all__ = [
     "model_files",
     "short_name",
 ]
+
+
+PLAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
+"""Element types of weights that need no scales."""
 
 
 @dataclass(frozen=True)
@@ -298,15 +303,15 @@ def as_teacher(
         notes: notes for the user about how it was read.
 
     Raises:
-        UserError: if its family is not supported, its LM head has a bias, or its tokenizer does not
-            fit its embedding.
+        UserError: if its family is not supported, it is quantized or has adapters, its LM head has
+            a bias, or its tokenizer does not fit its embedding.
     """
     family = check_supported(model.config)
+    _refuse_packed(model, family, name)
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = max(tokenizer.get_vocab().values(), default=-1)
-    if largest >= rows:
+    if (tokens := tokens_of_its_own(tokenizer)) > rows:
         raise UserError(
-            f"The tokenizer of '{name}' has {largest + 1} tokens but the model embeds only "
+            f"The tokenizer of '{name}' has {tokens} tokens but the model embeds only "
             f"{rows}; give the tokenizer that the model was trained with."
         )
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
@@ -315,7 +320,30 @@ def as_teacher(
         )
     model.requires_grad_(False)
     model.eval()
-    return Teacher(model, tokenizer, family, name, files, tuple(notes or ()))
+    found = [*(notes or ()), *settle_tie(name, model)]
+    return Teacher(model, tokenizer, family, name, files, tuple(found))
+
+
+def _refuse_packed(model: Model, family: Family, name: str) -> None:
+    """Refuse a loaded model whose linear maps do not multiply by their weights alone.
+
+    Raises:
+        UserError: if it is quantized, or another library has replaced parts of it, as peft does.
+    """
+    kinds = {parameter.dtype for parameter in model.parameters()} - set(PLAIN)
+    if kinds or getattr(model, "hf_quantizer", None) is not None:
+        raise UserError(
+            f"The loaded model '{name}' is quantized: give its name or folder, or load it without "
+            "quantization."
+        )
+    layout = Layout(family, model.config)
+    paths = [layout.linear(site) for site in layout.sites() if not layout.is_stack(site)]
+    for path in (family.embedding, family.head, *paths):
+        if "weight" not in dict(model.get_submodule(path).named_parameters(recurse=False)):
+            raise UserError(
+                f"The loaded model '{name}' has no {path}.weight, so another library has replaced "
+                "parts of it: merge adapters first (peft's merge_and_unload)."
+            )
 
 
 @dataclass(frozen=True)

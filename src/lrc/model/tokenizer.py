@@ -152,6 +152,13 @@ def answer_mark(tokenizer: Tokenizer) -> list[int]:
     return list(tokenizer(between, add_special_tokens=False, verbose=False)["input_ids"])
 
 
+def tokens_of_its_own(tokenizer: Tokenizer) -> int:
+    """Number of token ids up to the last that is not an added token. A model may have no embedding
+    for added ones: Gemma 3's text models have none for the image token."""
+    ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    return max(ids, default=-1) + 1
+
+
 def framing(tokenizer: Tokenizer) -> tuple[bool, bool]:
     """Whether a tokenizer puts BOS before a text, and EOS after it."""
     framed, bare = tokenizer.encode("a"), tokenizer.encode("a", add_special_tokens=False)

@@ -312,6 +312,7 @@ def open_loop(
                 setup.teacher.tokenizer,
                 lambda _, tokens: shown.update(tokens),
                 setup.teacher.first_token,
+                setup.teacher.vocab_size,
             )
         )
     for note in text_notes(run.recipe):

@@ -318,22 +318,25 @@ class Calibration:
 
 
 class _Passed(nn.Module):
-    """Stand-in for a decoder layer that records its arguments other than the stream."""
+    """Stand-in for a decoder layer that records its arguments other than the stream, and returns
+    a given stream."""
 
     others: tuple[Any, ...]
     arguments: dict[str, Any]
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, stream: Tensor) -> None:
         super().__init__()
         self._layer = (layer,)  # not its child
+        self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
         """What the model asks of a layer, such as its kind."""
         return getattr(self.__dict__["_layer"][0], name)
 
-    def forward(self, hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
+    def forward(self, _hidden_states: Tensor, *others: Any, **arguments: Any) -> Tensor:
+        # Models whose layers return a tuple pass on its first part: here, of the stream itself.
         self.others, self.arguments = others, arguments
-        return hidden_states
+        return self._stream
 
 
 def layer_arguments(
@@ -346,8 +349,8 @@ def layer_arguments(
     parent, _, name = teacher.family.layers.rpartition(".")
     base = teacher.model.get_submodule(parent)
     layers = base.get_submodule(name)
-    stand_ins = [_Passed(layer) for layer in layers]
     states = torch.zeros(1, length, teacher.hidden_size, dtype=dtype, device=device)
+    stand_ins = [_Passed(layer, states) for layer in layers]
     pieces = [torch.arange(size, device=device) for size in (length - restart, restart)]
     positions = torch.cat(pieces)[None]  # transformers lets no token attend across a restart
     setattr(base, name, nn.ModuleList(stand_ins))

@@ -27,10 +27,18 @@ REFUSED = {
 }
 """What the smaller variants and the one with experts add, by the setting that says so."""
 
+
+def unsupported(config: Any) -> str | None:
+    """What the variants that are refused have."""
+    if config.use_bidirectional_attention == "all":
+        return "bidirectional attention"
+    return next((REFUSED[name] for name in REFUSED if getattr(config, name, 0)), None)
+
+
 GEMMA4 = Family(
     "gemma4_text",
     gguf="gemma4",
-    unsupported=lambda config: next((REFUSED[n] for n in REFUSED if getattr(config, n, 0)), None),
+    unsupported=unsupported,
     branches=branches,
     embedding_scale=root_of_width,
     layer_scale="layer_scalar",
