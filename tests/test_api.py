@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 import lrc
 from data_helpers import write_jsonl
 from lrc.system.errors import UserError
+from lrc.tuning.settings import SETTINGS as TUNING
 from tiny import tiny_teacher
 from tiny_runs import file_settings, save_teacher, tiny_documents
 
@@ -91,12 +92,90 @@ def test_an_endless_text_is_read_only_as_far_as_needed(parts: dict[str, Any]) ->
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [([1], "a int"), ([{"body": "x"}], "a NoneType"), ([None], "a NoneType")],
+    [([1], "a int"), ([{"body": "x"}], "a dict"), ([None], "a NoneType")],
 )
 def test_texts_of_the_wrong_type(parts: dict[str, Any], text: list[Any], words: str) -> None:
     with pytest.raises(UserError, match=f"The text holds {words}.*data.text_field"):
         lrc.clone(**parts, text=iter(text), out="run")
     assert not Path("run").exists()
+
+
+def test_rows_of_a_list_and_empty_ones(parts: dict[str, Any]) -> None:
+    rows = [{"text": document} for document in tiny_documents()]
+    run = lrc.compress(**parts, text=[*rows, {"text": None}], out="run")
+    assert len(Path(run.recipe.data.text[0]).read_text().splitlines()) == len(rows) + 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ({"train": ["w3"], "test": ["w4"]}, r"several parts \(train, test\): give one"),
+        (["a.jsonl", 3], "a int: give paths, or documents alone"),
+    ],
+)
+def test_texts_that_are_no_documents(parts: dict[str, Any], text: Any, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        lrc.clone(**parts, text=text, out="run")
+
+
+def test_a_text_that_fails_is_not_a_file_that_fails(parts: dict[str, Any]) -> None:
+    def broken() -> Iterator[str]:
+        yield "w3 w4"
+        raise ConnectionError("the hub went away")
+
+    with pytest.raises(UserError, match=r"The text cannot be read \(the hub went away\)"):
+        lrc.clone(**parts, text=broken(), out="run")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"student": {"kv_heads": 1}}, r"replaces all of 'student'.*\(hidden_size\)"),
+        ({"data": {"text": "b.jsonl"}}, r"replaces all of 'data', also data.text \(text\)"),
+        ({"data.text": "b.jsonl"}, "given more than once"),
+    ],
+)
+def test_settings_do_not_replace_arguments(
+    parts: dict[str, Any], settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(UserError, match=words):
+        lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="run")
+    with pytest.raises(UserError, match="given more than once"):
+        lrc.prune("no-run", ratio=0.2, settings={"method.ratio": 0.1})
+
+
+def test_a_loaded_teacher_is_as_it_was_loaded(parts: dict[str, Any]) -> None:
+    settings = {**SETTINGS, "teacher.tie_head": True, "teacher.dtype": "bfloat16"}
+    words = r"so teacher\.dtype, teacher\.tie_head would have no effect"
+    with pytest.raises(UserError, match=words):
+        lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="run")
+
+
+def test_arguments_that_nothing_could_use(tmp_path: Path) -> None:
+    teacher = save_teacher(tmp_path / "teacher")
+    for arguments, words in (
+        ({"gpus": 0}, "--gpus is 0"),
+        ({"context": -1}, "--context -1"),
+        ({"tokens": 0}, "train.tokens"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lrc.plan(teacher, ratio=0.5, **arguments)
+    for arguments, words in (
+        ({"limit": 0}, "The limit is 0"),
+        ({"batch_size": 0}, "the batch size 0"),
+        ({"dtype": "float99"}, "'float99' is not an element type"),
+    ):
+        with pytest.raises(UserError, match=words):
+            lrc.evaluate(teacher, tasks="heldout", teacher=str(teacher), **arguments)
+    with pytest.raises(UserError, match="The tokenizer goes with a loaded teacher"):
+        lrc.clone(teacher, tokenizer=tiny_teacher("llama").tokenizer, hidden_size=8)
+
+
+def test_a_tuning_goes_on_by_its_own_function(tmp_path: Path) -> None:
+    (tmp_path / "tuning").mkdir()
+    (tmp_path / "tuning" / TUNING).write_text("model: x\n")
+    with pytest.raises(UserError, match=r"is a tuning: call lrc\.sft again"):
+        lrc.resume(tmp_path / "tuning")
 
 
 def test_teachers_that_cannot_be_used(parts: dict[str, Any]) -> None:

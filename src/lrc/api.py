@@ -13,9 +13,19 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from lrc.exporting.formats import Dtype, Format
 from lrc.model.teacher import Teacher
-from lrc.objects import StrPath, Text, as_before, loaded_teacher, paths_of, written_text
+from lrc.objects import (
+    StrPath,
+    Text,
+    are_paths,
+    as_before,
+    loaded_teacher,
+    paths_of,
+    refuse_loading,
+    written_text,
+)
 from lrc.preflight import check_recipe, need_whole_teacher
 from lrc.recipe import make_recipe
+from lrc.recipe.recipe import combine
 from lrc.recipe.shipped import find_yaml
 from lrc.run import Run, default_folder
 from lrc.system.distributed import join
@@ -58,7 +68,7 @@ def plan(
     memory: float | None = None,
     dtype: str = "q4_k_m",
     context: int = 4096,
-    tokens: int = 10_000_000_000,
+    tokens: int | None = None,
     gpu: str = "h100",
     gpus: int = 1,
     mfu: float = 0.35,
@@ -79,7 +89,7 @@ def plan(
         memory: bytes for running it: weights in `dtype`, and a cache of `context` tokens.
         dtype: element type for `memory`: `bf16`, `q8_0` or `q4_k_m`.
         context: tokens in the cache while decoding.
-        tokens: training tokens.
+        tokens: training tokens; None: those of `settings`, or ten billion.
         gpu: GPU to train and decode on.
         gpus: how many of them train.
         mfu: share of the GPU's peak that training is assumed to reach.
@@ -99,7 +109,7 @@ def plan(
     from lrc.planning.gpus import find_gpu
     from lrc.planning.plan import PlanSettings, make_plan
 
-    given = {"data.text": paths_of(text), "train.tokens": tokens}
+    given = _given(settings, text=("data.text", paths_of(text)), tokens=("train.tokens", tokens))
     wanted = PlanSettings(
         teacher=os.fspath(teacher),
         parameters=parameters,
@@ -107,7 +117,7 @@ def plan(
         memory=memory,
         dtype=dtype,
         conditions=Conditions(find_gpu(gpu), gpus, mfu, context),
-        recipe={key: value for key, value in given.items() if value} | dict(settings or {}),
+        recipe=given,
         probe=probe,
         probe_tokens=probe_tokens,
         calibration_tokens=calibration_tokens,
@@ -153,6 +163,7 @@ def clone(
 
     Raises:
         UserError: if a setting, the teacher or the text is not usable.
+        KeyboardInterrupt: if Ctrl-C or SIGTERM stopped the run, after it wrote a checkpoint.
     """
     size = hidden_size, parameters, ratio
     run, loaded = _new_run(teacher, size, text, tokenizer, recipe, out, settings)
@@ -195,14 +206,19 @@ def resume(
     """Continue a run from its newest intact checkpoint, exactly where it stopped.
 
     Args:
-        run: the run or its folder.
+        run: the run or its folder. A tuning goes on by calling `sft` again.
         teacher: the loaded teacher, if the run began with one.
         tokenizer: its tokenizer, if the teacher is a transformers model.
         on_step: called after every optimizer step.
 
     Raises:
         UserError: if the run cannot be continued.
+        KeyboardInterrupt: if Ctrl-C or SIGTERM stopped it, after it wrote a checkpoint.
     """
+    from lrc.tuning.settings import is_tuning
+
+    if not isinstance(run, Run) and is_tuning(Path(run)):
+        raise UserError(f"{run} is a tuning: call lrc.sft again, with out='{run}', to continue it.")
     opened = run if isinstance(run, Run) else Run.open(run)
     loaded = (
         None if teacher is None else loaded_teacher(teacher, tokenizer, opened.recipe.teacher.model)
@@ -331,7 +347,14 @@ def prune(
     from lrc.model.teacher import short_name
 
     name = _name(model)
-    recipe = prune_recipe(name, ratio, paths_of(text), recover, tokens, settings or {})
+    given = _given(
+        settings,
+        text=("data.text", paths_of(text)),
+        tokens=("train.tokens", tokens),
+        ratio=("method.ratio", ratio),
+        recover=("method.recovery", recover),
+    )
+    recipe = prune_recipe(name, ratio, paths_of(text), recover, tokens, given)
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
     run = Run.create(folder, recipe, join())
     check_recipe(recipe)
@@ -370,9 +393,13 @@ def sft(
     from lrc.tuning.sft import sft as tune
 
     name = _name(model)
-    given = {"model": name, "data": paths_of(data) or None, "teacher": teacher}
-    chosen = {key: value for key, value in given.items() if value is not None}
-    tuning = load_tuning(recipe, {**chosen, **(settings or {})})
+    given = _given(
+        settings,
+        model=("model", name),
+        data=("data", paths_of(data)),
+        teacher=("teacher", teacher),
+    )
+    tuning = load_tuning(recipe, given)
     folder = Path(out) if out else default_folder(name)
     tune(tuning, folder)
     return folder / STUDENT
@@ -449,7 +476,7 @@ def write_report(
     runs: Run | StrPath | Sequence[Run | StrPath],
     *,
     out: StrPath | None = None,
-    prompts: Sequence[str] = (),
+    prompts: str | Sequence[str] = (),
 ) -> Path:
     """Write one HTML page about one or several runs, about a comparison, or about a tuning.
 
@@ -485,6 +512,7 @@ def write_report(
             f"{alone[0][0]} is a comparison or a tuning, which has its own page: give it alone and "
             "without --prompt."
         )
+    prompts = _listed(prompts)
     opened = [] if alone else [Run.open(folder) for folder in folders]
     with task(f"Writing {path}") as shown:
         for folder, write in alone:
@@ -526,13 +554,13 @@ def build_shards(
     from lrc.corpus.run import build_shards as build
     from lrc.model.teacher import load_tokenizer
 
-    given = {
-        "teacher": teacher,
-        "root": root and os.fspath(root),
-        "decontaminate.folder": evaluation and absolute(evaluation),
-    }
-    chosen = {key: value for key, value in given.items() if value}
-    loaded = load_mix(os.fspath(mix), {**chosen, **(settings or {})})
+    given = _given(
+        settings,
+        teacher=("teacher", teacher),
+        root=("root", root and os.fspath(root)),
+        evaluation=("decontaminate.folder", evaluation and absolute(evaluation)),
+    )
+    loaded = load_mix(os.fspath(mix), given)
     tokenizer = load_tokenizer(loaded.teacher, loaded.revision)
     build(loaded, tokenizer, Path(out), workers or default_workers())
     return Path(out)
@@ -540,6 +568,21 @@ def build_shards(
 
 def _listed(names: str | Sequence[str] | None) -> list[str]:
     return [names] if isinstance(names, str) else list(names or ())
+
+
+def _given(settings: Mapping[str, Any] | None, **arguments: tuple[str, Any]) -> dict[str, Any]:
+    """Settings by dotted key: those of a function's own arguments, and further ones.
+
+    Args:
+        settings: the further settings.
+        **arguments: by name, a setting's key and its value; None or an empty list: not given.
+
+    Raises:
+        UserError: if a setting is given twice, or a section would replace one that is given.
+    """
+    own = [(n, key, value) for n, (key, value) in arguments.items() if value not in (None, [])]
+    others = [(f"settings['{key}']", key, value) for key, value in (settings or {}).items()]
+    return combine([*own, *others])
 
 
 def _new_run(
@@ -555,20 +598,26 @@ def _new_run(
     parameters and the ratio, as far as they are given."""
     hidden_size, parameters, ratio = size
     is_name = teacher is None or isinstance(teacher, str | os.PathLike)
+    if is_name and tokenizer is not None:
+        raise UserError("The tokenizer goes with a loaded teacher: leave it out.")
     loaded = None if is_name else loaded_teacher(teacher, tokenizer)
     name = loaded.name if loaded else teacher and os.fspath(teacher)  # type: ignore[arg-type]
-    is_object = not (text is None or isinstance(text, str | os.PathLike | list | tuple))
-    sources = ["-"] if is_object else paths_of(text)  # type: ignore[arg-type]
-    given = {"teacher.model": name, "student.hidden_size": hidden_size, "data.text": sources}
-    kept = {key: value for key, value in given.items() if value not in (None, [])}
-    overrides = kept | dict(settings or {})
+    named = are_paths(text)
+    overrides = _given(
+        settings,
+        teacher=("teacher.model", name),
+        hidden_size=("student.hidden_size", hidden_size),
+        text=("data.text", paths_of(text) if named else ["-"]),  # type: ignore[arg-type]
+    )
     base = read_yaml(find_yaml(recipe, "recipe")) if recipe else {}
     if parameters is not None or ratio is not None:
         from lrc.planning.recommend import with_shape
 
         overrides = with_shape(base, overrides, parameters, ratio, loaded)
     resolved = make_recipe(base, overrides)
-    if is_object:
+    if loaded is not None:
+        refuse_loading(resolved.teacher)
+    if not named:
         overrides["data.text"] = [str(written_text(text, resolved))]  # type: ignore[arg-type]
         resolved = make_recipe(base, overrides)
     stem = Path(recipe).stem if recipe else None

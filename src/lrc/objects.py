@@ -14,8 +14,9 @@ from torch import nn
 
 from lrc.model.teacher import Teacher, as_teacher
 from lrc.recipe import Recipe
+from lrc.recipe.sections import TeacherSection
 from lrc.system.checksums import cache_root
-from lrc.system.errors import UserError
+from lrc.system.errors import UserError, reason
 from lrc.system.files import new_file
 from lrc.system.random_state import same_random_state
 
@@ -76,16 +77,60 @@ def as_before(model: Any = None) -> Iterator[None]:
                 value.requires_grad_(needed)
 
 
+def refuse_loading(section: TeacherSection) -> None:
+    """Refuse settings about how a teacher is loaded, for one that is loaded already.
+
+    Raises:
+        UserError: if there is one.
+    """
+    about = "revision", "dtype", "load", "tie_head", "attention"
+    fields = TeacherSection.model_fields
+    given = [name for name in about if getattr(section, name) != fields[name].default]
+    if given:
+        names = ", ".join(f"teacher.{name}" for name in given)
+        raise UserError(
+            f"The teacher is loaded already, so {names} would have no effect: load it that way and "
+            "leave the setting out, or give its name or folder."
+        )
+
+
+def are_paths(text: Text | None) -> bool:
+    """Whether a text is named by paths, or not given, instead of being an object."""
+    if isinstance(text, list | tuple):
+        return not any(isinstance(one, Mapping) for one in text)
+    return text is None or isinstance(text, str | os.PathLike)
+
+
 def paths_of(text: StrPath | Sequence[StrPath] | None) -> list[str]:
-    """Paths of text as strings."""
+    """Paths of text as strings.
+
+    Raises:
+        UserError: if something else is among them.
+    """
     if text is None:
         return []
     paths = [text] if isinstance(text, str | os.PathLike) else text
+    if other := next((one for one in paths if not isinstance(one, str | os.PathLike)), None):
+        raise UserError(f"The text holds a {type(other).__name__}: give paths, or documents alone.")
     return [os.fspath(path) for path in paths]
 
 
+def _rows(text: Iterable[Any]) -> Iterator[Any]:
+    """The rows of a text object, whose own errors are not those of the file that they go to."""
+    try:
+        yield from text
+    except OSError as error:
+        raise UserError(f"The text cannot be read ({reason(error)}).") from error
+
+
 def written_text(text: Iterable[Any], recipe: Recipe) -> Path:
-    """A text object as a JSONL file in the cache, named by its content."""
+    """A text object as a JSONL file in the cache, named by its content.
+
+    Raises:
+        UserError: if it holds something else than documents.
+    """
+    if isinstance(text, Mapping):  # as `datasets` loads a data set without `split`
+        raise UserError(f"The text has several parts ({', '.join(map(str, text))}): give one.")
     field, train = recipe.data.text_field, recipe.train
     wanted = train.tokens + recipe.initialize.calibration_tokens
     wanted += train.eval_sequences * recipe.data.sequence_length
@@ -94,8 +139,10 @@ def written_text(text: Iterable[Any], recipe: Recipe) -> Path:
     folder = cache_root(recipe.data.cache) / "texts"
     digest, written = hashlib.sha256(), folder / f"{secrets.token_hex(8)}.jsonl"
     with new_file(written) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in text:
-            document = row.get(field) if isinstance(row, Mapping) else row
+        for row in _rows(text):
+            document = row
+            if isinstance(row, Mapping):
+                document = "" if row.get(field, "") is None else row.get(field, row)
             if not isinstance(document, str):
                 raise UserError(
                     f"The text holds a {type(document).__name__}: give strings, or rows with text "

@@ -1,6 +1,5 @@
 """Checks of a run that take a second, before torch is imported or a folder is created."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from lrc.model.settings import read_config
 from lrc.model.sizes import check_student_size
 from lrc.recipe import Recipe
 from lrc.system.errors import UserError
+from lrc.system.installed import is_installed
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -66,7 +66,7 @@ def check_installed(names: Sequence[str]) -> None:
         UserError: if one is not installed.
     """
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        if not is_installed(name):
             raise UserError(
                 f"train.report_to names {name}, which is not installed: run "
                 f"`pip install 'low-rank-clone[{name}]'`, or leave it out."

@@ -5,14 +5,18 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lrc.cli import explain
 from lrc.cli.console import TextConsole
 from lrc.cli.display import Bars, bar_width, fit, show_library
 from lrc.system import progress
+from lrc.system.installed import is_installed
 from lrc.system.progress import LoggedTask, log_progress, task
 from lrc.system.tables import Table
 
@@ -164,6 +168,7 @@ def test_output_works_on_any_terminal(environment: dict[str, str]) -> None:
 def test_a_closed_pipe_ends_no_command() -> None:
     code = """
 import sys
+from pathlib import Path
 from lrc.cli.console import console
 for number in range(20_000):
     console.print(f"line {number}")
@@ -178,3 +183,22 @@ print("went on", file=sys.stderr)
     assert process.stderr is not None
     assert process.stderr.read() == "went on\n"
     assert process.wait() == 0
+
+
+def test_too_little_memory_is_no_bug() -> None:
+    for error in (
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    ):
+        sentence, code = explain(error)
+        assert code == 2
+        assert "train.micro_batch" in sentence
+    assert explain(RuntimeError("shapes differ"))[1] == 1
+
+
+def test_a_folder_is_not_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandbs").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not is_installed("wandbs")
+    assert is_installed("torch")

@@ -76,6 +76,19 @@ def test_train(
             "plan TEACHER --ratio 0.5 --tokens 9 --set train={micro_batch:4}",
             "--set train replaces all of 'train', also train.tokens (--tokens)",
         ),
+        ("plan TEACHER --ratio 0.5 --tokens 1,5M", "--tokens is '1,5M'"),
+        (
+            "plan TEACHER --ratio 0.5 --tokens 9 --out x.yaml --set data.text_field=content",
+            "Say which text",
+        ),
+        (
+            "prune TEACHER --ratio 0.2 --text TEXT --set data.text=other.jsonl",
+            "'data.text' is given more than once (--text and --set data.text)",
+        ),
+        (
+            "prune TEACHER --ratio 0.2 --text TEXT --set method=scratch",
+            "--set method replaces all of 'method', also method.ratio (--ratio)",
+        ),
         ("info TEACHER --gpus 8", "--gpus goes with --memory"),
         ("info TEACHER --card-memory 8", "--card-memory goes with --memory"),
         ("export TEACHER out", "can only be written as GGUF"),

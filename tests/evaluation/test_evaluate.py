@@ -200,6 +200,18 @@ def test_a_run_s_student_has_its_results_in_the_run(run: Run) -> None:
     assert results_folder("org/name", "evaluation", "evaluations") == Path("evaluations/name")
 
 
+def test_models_of_one_last_name_keep_their_results_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/m", "b/m"):
+        Path(name).mkdir(parents=True)
+    Path("evaluations/m").mkdir(parents=True)
+    Path("evaluations/m/results.json").write_text('{"models": [{"model": "./a/m"}]}')
+    found = [results_folder(name, "evaluation", "evaluations") for name in ("a/m", "b/m", "org/m")]
+    assert found == [Path("evaluations") / name for name in ("m", "b-m", "org-m")]
+
+
 def test_kept_results_depend_on_all_settings(byte_model: Path, tmp_path: Path) -> None:
     kept = KeptResults(tmp_path)
     key = {"task": "piqa", "limit": 3, "model": fingerprint_of(str(byte_model))}

@@ -15,7 +15,12 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from lrc.cloning.low_rank_clone import LowRankClone
 from lrc.exporting.card import data_sets, model_card
@@ -24,7 +29,15 @@ from lrc.model.families import FAMILIES
 from lrc.recipe import make_recipe
 from lrc.run import Run
 from lrc.system.errors import UserError
-from tiny import LLAMAS, TINY_CASES, Case, tiny_batch, tiny_method, tiny_teacher
+from tiny import (
+    LLAMAS,
+    TINY_CASES,
+    Case,
+    tiny_batch,
+    tiny_method,
+    tiny_teacher,
+    tiny_tokens,
+)
 
 READER = """
 import sys

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lrc.recipe import parse_overrides
+from lrc.recipe.recipe import apply_overrides
 from lrc.system.errors import UserError
 from lrc.system.yaml_files import parse_yaml, read_yaml
 
@@ -85,6 +86,18 @@ def test_a_setting_is_given_only_once() -> None:
         (["train.tokens=5", "train.tokens=6"], "train.tokens twice"),
         (["teacher.model=y"], "--teacher and --set teacher.model"),
         (["method=scratch", "method.name=lrc"], "'method.name' is given more than once"),
+        (["method.layers=1", "method=minitron"], "replaces all of 'method', also method.layers"),
     ):
         with pytest.raises(UserError, match=words):
             parse_overrides(texts, flags)
+
+
+def test_a_short_form_keeps_the_other_settings_of_a_start() -> None:
+    for texts in (
+        ["initialize.calibration_tokens=256", "initialize=pca"],
+        ["initialize=pca", "initialize.calibration_tokens=256"],
+    ):
+        found = apply_overrides({"initialize": {"std": 0.5}}, parse_overrides(texts, {}))
+        assert found == {"initialize": {"std": 0.5, "calibration_tokens": 256, "method": "pca"}}
+    found = apply_overrides({"method": {"name": "minitron", "layers": 1}}, {"method": "scratch"})
+    assert found == {"method": "scratch"}

@@ -151,14 +151,27 @@ def explain(error: Exception) -> tuple[str, int]:
         return str(error), MISTAKE
     if system_errno(error) is not None:
         return system_sentence(error), MISTAKE
-    if isinstance(error, MemoryError):
-        return "There is not enough memory: use a smaller batch, model or text.", MISTAKE
+    if is_out_of_memory(error):
+        return (
+            "There is not enough memory: use a smaller train.micro_batch (--batch-size of `lrc "
+            "eval`), train.gradient_checkpointing, shorter sequences, or a smaller model.",
+            MISTAKE,
+        )
     return (
         f"lrc failed ({type(error).__name__}: {reason(error)}). This is a bug in lrc: please "
         "report it to the developers with the output of `lrc env`, and of the same command with "
         "--debug.",
         FAULT,
     )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the machine or its GPU has too little memory. On a CPU, torch says so in words."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    said = str(error).lower()
+    words = "can't allocate memory", "not enough memory", "out of memory"
+    return isinstance(error, RuntimeError) and any(word in said for word in words)
 
 
 def is_news(error: Exception) -> bool:

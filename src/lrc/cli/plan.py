@@ -83,14 +83,12 @@ def plan(
     ):
         if value is not None and not has:
             raise UserError(f"{flag} goes with {by}: give both.")
-    if out is not None and tokens is None:
-        raise UserError("--out writes how long to train: give --tokens.")
     given = {
         "parameters": None if params is None else quantity(params, COUNTS, "--params"),
         "ratio": ratio,
         "memory": None if memory is None else quantity(memory, BYTES, "--memory"),
     }
-    total = int(quantity("10B" if tokens is None else tokens, COUNTS, "--tokens"))
+    total = None if tokens is None else int(quantity(tokens, COUNTS, "--tokens"))
     from lrc.planning.figures import Conditions
     from lrc.planning.gpus import find_gpu
     from lrc.planning.plan import PlanSettings, make_plan
@@ -101,11 +99,14 @@ def plan(
         "data.text": ("--text", text),
         "train.tokens": ("--tokens", total),
     }
+    recipe = parse_overrides(settings or [], flags)
+    if out is not None and not {"train", "train.tokens"} & recipe.keys():
+        raise UserError("--out writes how long to train: give --tokens.")
     wanted = PlanSettings(
         teacher=teacher,
         dtype=dtype or "q4_k_m",
         conditions=Conditions(find_gpu(gpu), gpus, mfu, context),
-        recipe=parse_overrides(settings or [], flags),
+        recipe=recipe,
         probe=probe,
         probe_tokens=probe_tokens,
         calibration_tokens=calibration_tokens or 4096,

@@ -77,12 +77,16 @@ def prune(
     from lrc.train.session import initialize_only, train
 
     quiet_libraries()
+    way = recover.value if recover else None
     flags: dict[str, tuple[str, Any]] = {
+        "data.text": ("--text", text),
+        "train.tokens": ("--tokens", tokens),
+        "method.ratio": ("--ratio", ratio),
+        "method.recovery": ("--recover", way),
         "method.importance": ("--importance", importance and importance.value),
         "initialize.calibration_tokens": ("--calibration-tokens", calibration_tokens),
     }
     given = parse_overrides(settings or [], flags)
-    way = recover.value if recover else None
     recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
     folder = out or default_folder(recipe, f"{short_name(model)}-pruned")
     run = Run.create(folder, recipe, join())

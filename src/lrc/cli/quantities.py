@@ -20,9 +20,10 @@ def quantity(text: str, units: dict[str, int], option: str) -> float:
     Raises:
         UserError: if it is not one.
     """
-    match = re.fullmatch(r"([\d_,]*\.?\d+)\s*([A-Za-z]*)", text.strip())
+    thousands = r"\d{1,3}(?:,\d{3})+|\d{1,3}(?:_\d{3})+|\d*"
+    match = re.fullmatch(rf"((?:{thousands})(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     known = {unit.lower(): factor for unit, factor in units.items()}
-    if match is None or match[2].lower() not in known:
+    if match is None or not match[1] or match[2].lower() not in known:
         names = ", ".join(unit for unit in units if unit)
         raise UserError(f"{option} is '{text}': give a number with one of the units {names}.")
     value = float(match[1].replace(",", "").replace("_", "")) * known[match[2].lower()]

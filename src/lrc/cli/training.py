@@ -153,7 +153,7 @@ def _new_run(
     """
     from lrc.preflight import check_recipe
     from lrc.recipe import make_recipe, parse_overrides
-    from lrc.recipe.recipe import ORIGINS
+    from lrc.recipe.recipe import names_text
     from lrc.recipe.shipped import find_yaml
     from lrc.run import Run, default_folder
     from lrc.system.distributed import join, may_restart
@@ -166,12 +166,11 @@ def _new_run(
         "data.text": ("--text", text),
     }
     overrides = parse_overrides(settings or [], flags)
-    origins = tuple(f"data.{origin}" for origin in ORIGINS)
     size = params is not None or ratio is not None
     given = (
         any(key in ("teacher", "teacher.model") for key in overrides),
         size or any(f"{key}.".startswith("student.") for key in overrides),
-        any(key == "data" or key.startswith(origins) for key in overrides),
+        names_text(overrides),
     )
     if recipe is None and not all(given):
         raise UserError(

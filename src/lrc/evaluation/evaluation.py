@@ -66,6 +66,14 @@ class EvaluationSettings:
     apply_chat_template: bool = False
     """Whether the harness asks in each model's chat template."""
 
+    def __post_init__(self) -> None:
+        if (self.limit is not None and self.limit < 1) or self.batch_size < 1:
+            raise UserError(
+                f"The limit is {self.limit} and the batch size {self.batch_size}: give at least 1."
+            )
+        if self.dtype != "auto" and not isinstance(getattr(torch, self.dtype, 0), torch.dtype):
+            raise UserError(f"'{self.dtype}' is not an element type: give one such as bfloat16.")
+
 
 @dataclass(frozen=True)
 class _Plan:
@@ -247,7 +255,7 @@ def _said(text: str, result: TaskResult) -> str:
 
 def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
     """Choose the folder for a model's results: in the folder of its run or chat tuning, or below
-    `elsewhere`.
+    `elsewhere`, under its last name, or more of its path if another model's results are there.
 
     Args:
         model: the user's name for the model.
@@ -260,4 +268,17 @@ def results_folder(model: str, in_run: str, elsewhere: str) -> Path:
     if is_run(path) or (path / "student").is_dir():
         return path / in_run
     name = str(path.resolve()) if path.exists() else model.removeprefix("package:")
-    return Path(elsewhere) / name.rpartition("/")[2]
+    parts = name.strip("/").split("/")
+    names = ["-".join(parts[-count:]) for count in range(1, len(parts) + 1)]
+    folders = [Path(elsewhere) / name for name in names]
+    return next((f for f in folders if not _is_of_another(f, model)), folders[-1])
+
+
+def _is_of_another(folder: Path, model: str) -> bool:
+    """Whether a folder holds the results of another model."""
+    try:
+        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        other = str(content["models"][0]["model"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return False
+    return other != model and Path(other).resolve() != Path(model).resolve()

@@ -4,7 +4,6 @@ This module reads only the raw JSON and imports nothing heavy. A wrong name or s
 once, and no number in a file can make this process run or allocate without end.
 """
 
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from lrc.model.families import FAMILIES, family_of
 from lrc.model.locate import QUANTIZATION_FILES, ModelFiles, refuse_pointer
 from lrc.system.errors import UserError
 from lrc.system.files import read_json, reading
+from lrc.system.installed import is_installed
 from lrc.system.limits import check_size
 
 LIMITS = {
@@ -146,7 +146,7 @@ def _refuse_quantized(files: ModelFiles, config: dict[str, Any]) -> None:
     kind = quantization_of(config)
     if kind in DEQUANTIZED:
         package = DEQUANTIZED[kind]
-        if package and importlib.util.find_spec(package) is None:
+        if package and not is_installed(package):
             raise UserError(
                 f"The weights of '{files.name}' are quantized ({kind}): run `pip install {kind}` "
                 "to read them, or give the original model."

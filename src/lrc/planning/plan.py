@@ -24,7 +24,7 @@ from lrc.planning.probe import probe
 from lrc.planning.recommend import recommended, size_limit
 from lrc.planning.shapes import Candidate, CostLimit, section_of, student_without_weights
 from lrc.recipe import Recipe, make_recipe
-from lrc.recipe.recipe import ORIGINS
+from lrc.recipe.recipe import names_text
 from lrc.recipe.sections import StudentSection
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
@@ -55,6 +55,10 @@ class PlanSettings:
     """Tokens to train each candidate for before it is measured."""
     calibration_tokens: int = 4096
     """Tokens that a probe solves each start from."""
+
+
+TOKENS = 10_000_000_000
+"""Training tokens, unless the settings say how many: as in the paper."""
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,7 @@ def _need_text(settings: PlanSettings) -> None:
     Raises:
         UserError: if the settings name none.
     """
-    origins = tuple(f"data.{origin}" for origin in ORIGINS)
-    if not any(key.startswith(origins) for key in settings.recipe):
+    if not names_text(settings.recipe):
         raise UserError(
             "Say which text the student learns from: give --text (or --set data.shards=FOLDER)."
         )
@@ -197,8 +200,13 @@ def _check(settings: PlanSettings) -> None:
     Raises:
         UserError: as it says.
     """
-    if not 0 < settings.conditions.mfu <= 1:
-        raise UserError(f"--mfu is {settings.conditions.mfu}: give a share between 0 and 1.")
+    under = settings.conditions
+    if not 0 < under.mfu <= 1:
+        raise UserError(f"--mfu is {under.mfu}: give a share between 0 and 1.")
+    if under.gpus < 1 or under.context < 0:
+        raise UserError(
+            f"--gpus is {under.gpus} and --context {under.context}: give at least 1 and 0."
+        )
     if settings.probe_tokens and not settings.probe:
         raise UserError("--probe-tokens goes with --probe: give both.")
     if settings.probe:
@@ -238,6 +246,7 @@ def _recipe(student: StudentSection, settings: PlanSettings) -> Recipe:
         "teacher": {"model": settings.teacher},
         "student": student.model_dump(exclude_none=True, exclude_unset=True),
         "data": {"text": ["-"]},
+        "train": {"tokens": TOKENS},
     }
     recipe = make_recipe(base, settings.recipe)
     gpus = settings.conditions.gpus

@@ -33,6 +33,10 @@ from lrc.system.yaml_files import parse_yaml, read_yaml
 SectionType = TypeVar("SectionType", bound=Section)
 
 SHORT_FORMS = {"method": "name", "initialize": "method"}
+
+KEEP_THE_REST = ("initialize",)
+"""Sections of which a short form changes one setting. That of `method` is another section, with
+other settings."""
 """Sections that can be written as a single value: `initialize: random`."""
 
 ORIGINS = ("text", "shards", "stream")
@@ -233,27 +237,47 @@ def parse_overrides(texts: Iterable[str], flags: Mapping[str, tuple[str, Any]]) 
         UserError: if a text does not have that form, a flag's value is an empty text, or a key is
             given twice.
     """
-    found: dict[str, Any] = {}
-    given: dict[str, str] = {}
     pairs = [(flag, key, value) for key, (flag, value) in flags.items() if value not in (None, [])]
     for flag, _, value in pairs:
         if value == "" or (isinstance(value, list) and "" in value):
             raise UserError(f"{flag} is empty: give it a value, or leave it out.")
     pairs += [(f"--set {key}", key, value) for key, value in map(parse_override, texts)]
-    for how, key, value in pairs:
+    return combine(pairs)
+
+
+def combine(given: Iterable[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Collect settings that come from several places, by dotted key.
+
+    Args:
+        given: how a setting was given, for messages, its dotted key, and its value.
+
+    Raises:
+        UserError: if a key is given twice, or a section would replace a setting that is given.
+    """
+    found: dict[str, Any] = {}
+    known: dict[str, str] = {}
+    for how, key, value in given:
         short = key in SHORT_FORMS and isinstance(value, str)
         means = f"{key}.{SHORT_FORMS[key]}" if short else key
-        if means in given:
-            twice = f"{how} twice" if given[means] == how else f"{given[means]} and {how}"
+        if means in known:
+            twice = f"{how} twice" if known[means] == how else f"{known[means]} and {how}"
             raise UserError(f"'{means}' is given more than once ({twice}): give it once.")
-        below = next((other for other in given if other.startswith(f"{means}.")), None)
+        replaced = None if short and key in KEEP_THE_REST else f"{key}."
+        below = next((k for k in known if replaced and k.startswith(replaced)), None)
         if below is not None:
             raise UserError(
-                f"{how} replaces all of '{means}', also {below} ({given[below]}): set single "
-                f"settings of '{means}', or give it first."
+                f"{how} replaces all of '{key}', also {below} ({known[below]}): set single "
+                f"settings of '{key}', or give it first."
             )
-        given[means], found[key] = how, value
+        known[means], found[key] = how, value
     return found
+
+
+def names_text(overrides: Mapping[str, Any]) -> bool:
+    """Whether settings by dotted key say which text to learn from."""
+    inside = overrides.get("data")
+    names = [key.split(".")[1] for key in overrides if key.startswith("data.")]
+    return not {*names, *(inside if isinstance(inside, dict) else ())}.isdisjoint(ORIGINS)
 
 
 def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
@@ -268,6 +292,9 @@ def apply_override(settings: dict[str, Any], key: str, value: Any) -> None:
         if not isinstance(below, dict):
             raise UserError(f"'{key}' cannot be set: '{parent}' is a value, not a section.")
         settings = below
+    if not parents and last in KEEP_THE_REST and isinstance(value, str):
+        rest = settings.get(last)
+        value = {**(rest if isinstance(rest, dict) else {}), SHORT_FORMS[last]: value}
     settings[last] = value
 
 

@@ -115,6 +115,9 @@ class Keep(Section):
 Units = Annotated[int, Field(gt=0)] | Keep | None
 """How many units to keep, or which ones; None: all."""
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""Share of a running mean that a step keeps."""
+
 
 AXES = ("hidden_size", "intermediate_size", "kv_heads", "layers", "experts")
 """The settings of a student's shape."""
@@ -457,7 +460,7 @@ class TrainSection(Section):
     warmup_ratio: float = Field(0.005, ge=0, lt=1)
     """Share of the steps that warm up."""
 
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """AdamW's betas. Muon's momentum is 0.95."""
 
     eps: float = Field(1e-8, gt=0)

@@ -122,7 +122,7 @@ def refuse_dead_teacher(teacher: Teacher, batch: Batch) -> None:
     )
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
     """A signal stopped the run after it wrote a checkpoint."""
 
     def __init__(self, signal: int, message: str) -> None:

@@ -291,10 +291,10 @@ def find_device(name: str) -> torch.device:
         return torch.device("cuda", local_rank() % max(1, torch.cuda.device_count()))
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(1, device=device).item()
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # some kernels are launched on the current one
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise UserError(f"The device '{name}' is not on this machine; use auto or cpu.") from error
     return device
 

@@ -12,7 +12,6 @@ student/            the tuned model, a plain transformers model
 """
 
 import copy
-import importlib.util
 import json
 import logging
 import math
@@ -39,6 +38,7 @@ from lrc.system.distributed import World, join, lost_peers, may_restart
 from lrc.system.environment import describe_environment
 from lrc.system.errors import UserError
 from lrc.system.files import hold, is_taken, read_json, write_text
+from lrc.system.installed import is_installed
 from lrc.system.progress import Task, task
 from lrc.system.tables import Table
 from lrc.train.closing import best_effort
@@ -111,7 +111,7 @@ def sft(tuning: Tuning, folder: Path) -> dict[str, Any]:
 
 def _check(tuning: Tuning, folder: Path) -> None:
     """Refuse what can be refused before anything slow."""
-    missing = [name for name in ("trl", "peft") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("trl", "peft") if not is_installed(name)]
     if missing:
         raise UserError(f"Chat tuning needs {missing[0]}; run `pip install 'low-rank-clone[sft]'`.")
     from lrc.tuning.conversations import check_sources

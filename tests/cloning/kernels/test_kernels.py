@@ -507,7 +507,7 @@ def test_where_the_kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert use_triton("triton", cuda)
     with pytest.raises(UserError, match="needs a CUDA device instead of cpu"):
         use_triton("triton", cpu)
-    monkeypatch.setattr("lrc.cloning.kernels.find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert not use_triton("auto", cuda)
     with pytest.raises(UserError, match=r"low-rank-clone\[cuda\]"):
         use_triton("triton", cuda)

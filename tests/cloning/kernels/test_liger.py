@@ -171,7 +171,7 @@ def test_float64_models_stay_as_they_are() -> None:
 
 def test_a_note_says_where_it_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "mixtral" in str(apply_liger(tiny_teacher("mixtral").model))
-    monkeypatch.setattr(liger, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "low-rank-clone[cuda]" in str(apply_liger(tiny_teacher("llama").model))
 
 

@@ -5,12 +5,11 @@ Today's torch code is their reference, and the only way on CPUs. Nothing imports
 liger-kernel (`pip install 'low-rank-clone[cuda]'`) before `use_triton` says so.
 """
 
-from importlib.util import find_spec
-
 import torch
 
 from lrc.recipe.sections import Kernels
 from lrc.system.errors import UserError
+from lrc.system.installed import is_installed
 
 
 def use_triton(kernels: Kernels, device: torch.device) -> bool:
@@ -21,7 +20,7 @@ def use_triton(kernels: Kernels, device: torch.device) -> bool:
     """
     if kernels == "torch" or (kernels == "auto" and device.type != "cuda"):
         return False
-    if find_spec("triton") is None:
+    if not is_installed("triton"):
         if kernels == "auto":
             return False
         raise UserError(

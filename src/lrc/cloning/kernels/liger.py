@@ -13,12 +13,13 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable
-from importlib.util import find_spec
 from types import FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from lrc.system.installed import is_installed
 
 ROTARY = "apply_rotary_pos_emb"
 
@@ -58,7 +59,7 @@ def apply_liger(*models: PreTrainedModel) -> str | None:
     kind = models[0].config.model_type
     if kind not in FAMILIES:
         return f"liger-kernel is not used: it is not tested with {kind} models."
-    if find_spec("liger_kernel") is None:
+    if not is_installed("liger_kernel"):
         return (
             "liger-kernel is not installed, so norms, FFNs and rotary embedding run in plain "
             "torch: `pip install 'low-rank-clone[cuda]'` makes them faster."
