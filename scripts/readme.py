@@ -36,17 +36,20 @@ SHAPES = {
 }
 """Entries of lrc by name, with what is smaller than in the teacher."""
 RIVALS = {
+    "minitron-heads-neurons": "Minitron, fewer heads and neurons",
     "llm-pruner": "LLM-Pruner",
+    "minitron-hidden-neurons": "Minitron, smaller hidden size, fewer neurons",
+    "sheared-llama-heads-neurons": "Sheared LLaMA, fewer heads and neurons",
     "slicegpt": "SliceGPT",
-    "minitron": "Minitron",
-    "sheared-llama": "Sheared LLaMA",
+    "minitron": "Minitron, smaller hidden size",
+    "sheared-llama": "Sheared LLaMA, smaller hidden size",
     "scratch": "from scratch, with KL",
 }
 PAPER = {"paper": "the paper's start and losses"}
 NAMES = {name: f"lrc, {smaller}" for name, smaller in SHAPES.items()} | RIVALS | PAPER
 """Names of the entries, and those that people read."""
 
-SHOWN = ("heads-neurons", "hidden", "llm-pruner", "slicegpt", "paper")
+SHOWN = ("heads-neurons", "hidden", "minitron-heads-neurons", "llm-pruner", "slicegpt", "paper")
 """The entries of the picture, and of the README's first table."""
 
 BUDGETS = (0, 40_960, 122_880, 204_800, 409_600, 614_400, 819_200)
