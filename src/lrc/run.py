@@ -164,6 +164,15 @@ class Run:
         """
         return read_metrics(self.metrics_file)
 
+    def environment(self) -> dict[str, Any]:
+        """Versions, commit and machine; empty if they were not recorded.
+
+        Raises:
+            UserError: if the file is damaged.
+        """
+        path = self.folder / ENVIRONMENT
+        return read_json(path, "remove it to go on without it") if path.is_file() else {}
+
     def summary(self) -> dict[str, Any]:
         """Read the final table.
 

@@ -26,13 +26,14 @@ from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
 from lrc.comparison.preflight import need_inputs
 from lrc.comparison.results import Point, RunResult, collect, curve_of, tokens_to_reach
-from lrc.comparison.table import about_seeds, loss_by_tokens
+from lrc.comparison.table import about_seeds, loss_by_tokens, notes
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
 from lrc.system.errors import UserError
 from lrc.train import loop as training_loop
 from lrc.train import session as session_module
+from lrc.train import starts as starts_module
 from lrc.train.session import Interrupted, train
 from lrc.train.starts import Starts
 from prepared import Prepared
@@ -187,6 +188,12 @@ def test_runs_share_their_start(
         train(other, starts=Starts(out / "starts"))
     assert solved == [name] * 4
 
+    # So does other code.
+    monkeypatch.setattr(starts_module, "source_sha256", lambda: "other")
+    other = Run.create(tmp_path / "code", comparison.run_recipe(entry, 1e-3, 0))
+    train(other, starts=Starts(out / "starts"))
+    assert solved == [name] * 5
+
 
 @pytest.mark.parametrize(
     ("change", "words"),
@@ -250,6 +257,14 @@ def test_runs_share_their_start(
         (
             {"entries": [{"name": "a"}, {"name": "b", "set": {"data.text": ["b.txt"]}}]},
             r"entry 'b' has another data\.text than",
+        ),
+        (
+            {"entries": [{"name": "a"}, {"name": "b", "set": {"data.document_mask": True}}]},
+            r"entry 'b' has another data\.document_mask than the first",
+        ),
+        (
+            {"entries": [{"name": "a"}, {"name": "b", "set": {"teacher.model": "other"}}]},
+            r"entry 'b' has another teacher\.model than the first",
         ),
     ],
 )
@@ -464,6 +479,55 @@ def test_other_text_is_not_mixed_in(plan: Settings, tmp_path: Path) -> None:
     text.write_text(kept)
     [again, _] = compare(more, out).entries[0].runs
     assert [point.loss for point in again.curve] == [point.loss for point in before.curve]
+
+
+def test_other_held_out_text_is_told(plan: Settings, tmp_path: Path) -> None:
+    """Entries with different texts are compared on one held-out file, which changes in between."""
+    held_out = write_jsonl(tmp_path / "held-out.jsonl", tiny_documents(12))
+    other = write_jsonl(tmp_path / "other.jsonl", tiny_documents(40))
+    plan["recipe"]["data"]["held_out"] = [str(held_out)]
+    plan |= {"seeds": [0], "grid": None, "tokens": 32}
+    scratch = {"method": "scratch"}
+    plan["entries"] = [
+        {"name": "a", "learning_rates": [1e-3], "set": scratch},
+        {"name": "b", "learning_rates": [1e-3], "set": {**scratch, "data.text": [str(other)]}},
+    ]
+    comparison, out = load_comparison(write(plan, tmp_path)), tmp_path / "out"
+    results = compare(comparison, out)
+    assert "NOT COMPARABLE" not in "".join(notes(results))
+    assert "the same held-out tokens for all" in about_seeds(results)
+    shutil.rmtree(out / "runs" / "b-seed0")
+    write_jsonl(held_out, [f"{text} w3 w3 w3" for text in tiny_documents(24)[12:]])
+    results = compare(comparison, out)
+    first, *_ = notes(results)
+    assert "NOT COMPARABLE: the teacher's held-out LM loss is" in first
+    for entry in results.entries:
+        assert f"{entry.runs[0].teacher_held_out_lm:.4f} in {entry.runs[0].folder}" in first
+    assert "the same" not in about_seeds(results)
+
+
+def test_runs_of_other_code_and_other_machines_are_told(plan: Settings, tmp_path: Path) -> None:
+    plan |= {"seeds": [0, 1, 2], "grid": None, "tokens": 32}
+    plan["entries"] = [{"name": "a", "learning_rates": [1e-3], "set": {"method": "scratch"}}]
+    comparison, out = load_comparison(write(plan, tmp_path)), tmp_path / "out"
+    assert "Not all runs" not in "".join(notes(compare(comparison, out)))
+    summary, environment = (
+        out / "runs" / "a-seed1" / f"{n}.json" for n in ("summary", "environment")
+    )
+    table = json.loads(summary.read_text())
+    summary.write_text(json.dumps(table | {"computed_on": "Some GPU, in bfloat16"}))
+    table = json.loads(environment.read_text())
+    environment.write_text(json.dumps(table | {"source_sha256": "0123456789abcdef"}))
+    told = notes(collect(Folders(comparison, out)))
+    code, machine = (note for note in told if note.startswith("Not all runs"))
+    assert re.search(
+        r"version of the code, .*: lrc \S+, source 0123456789ab \(a-seed1\); lrc", code
+    )
+    assert "Some GPU, in bfloat16 (a-seed1); the CPU with 1 thread, in float32 (the" in machine
+    del table["source_sha256"]  # as in runs of older versions
+    environment.write_text(json.dumps(table | {"git_commit": "abc-dirty"}))
+    told = "".join(notes(collect(Folders(comparison, out))))
+    assert re.search(r"lrc \S+, commit abc-dirty \(a-seed1\); lrc", told)
 
 
 def test_some_entries_alone(plan: Settings, tmp_path: Path) -> None:

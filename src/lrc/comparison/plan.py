@@ -334,8 +334,8 @@ def _check_entries(comparison: Comparison) -> None:
         first = measured if first is None else first
         if other := [key for key, value in measured.items() if value != first[key]]:
             problems.append(
-                f"entry '{entry.name}' has another {' and '.join(other)} than the first, so it "
-                "would be measured on other held-out text: give all the same"
+                f"entry '{entry.name}' has another {' and '.join(other)} than the first, so "
+                "their held-out losses could not be compared: give all the same"
             )
         method = recipe.method.name
         releases = method == "lrc" and recipe.train.release_at < 1
@@ -359,12 +359,14 @@ def _check_entries(comparison: Comparison) -> None:
 
 
 def held_out_settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides on which held-out tokens a recipe's students are measured."""
-    data = recipe.data
+    """What decides on which held-out tokens a recipe's students are measured, and how."""
+    data, teacher = recipe.data, recipe.teacher
     names = ["held_out", "also_held_out", "text_field", "parse_special_tokens", "sequence_length"]
+    names += ["document_mask"]
     if not data.held_out:  # then a part of the training text is held out
         names += ["text", "shards", "stream", "held_out_fraction"]
-    found = {f"data.{name}": getattr(data, name) for name in names}
+    found = {"teacher.model": teacher.model, "teacher.revision": teacher.revision}
+    found |= {f"data.{name}": getattr(data, name) for name in names}
     return found | {"train.eval_sequences": recipe.train.eval_sequences}
 
 

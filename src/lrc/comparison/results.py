@@ -2,7 +2,8 @@
 
 import math
 import statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +17,10 @@ CLOSE = 0.03
 
 RISE = 0.05
 """Largest rise of a held-out loss above its best so far that is not reported, in nats."""
+
+SAME_LOSS = 1e-3
+"""Largest relative difference of the teacher's held-out loss between runs on the same text: devices
+and precisions round differently."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,13 @@ class RunResult:
     others: dict[str, float] = field(default_factory=dict)
     """More figures of the student by name: its losses on `data.also_held_out`, and its accuracies
     by `train.evaluate`."""
+    calibration_tokens: int | None = None
+    teacher_held_out_lm: float | None = None
+    """The teacher's loss on the run's held-out text."""
+    code: str = ""
+    """The version of the code that began the run; empty if unknown."""
+    computed_on: str = ""
+    """Device and precision; empty if unknown."""
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,20 @@ class Results:
             return None
         return entry.parameters / reference - 1
 
+    def teacher_losses(self) -> tuple[RunResult, RunResult] | None:
+        """The runs with the teacher's lowest and highest held-out loss, if these differ by more
+        than devices do: they were measured on other text, or with another teacher."""
+        known = [
+            (run.teacher_held_out_lm, run)
+            for entry in self.entries
+            for run in entry.runs
+            if run.teacher_held_out_lm is not None
+        ]
+        if not known:
+            return None
+        (low, first), (high, last) = (best(known, key=itemgetter(0)) for best in (min, max))
+        return (first, last) if high - low > SAME_LOSS * low else None
+
     def highest_start(self) -> float | None:
         """The highest loss before training; higher values would flatten a picture."""
         starts = [run.curve[0].loss for entry in self.entries for run in entry.runs if run.curve]
@@ -214,7 +240,7 @@ def collect(folders: Folders) -> Results:
                 bool(numbers) and rate in (min(numbers), max(numbers)),
                 summary.get("student_parameters"),
                 comparison.tokens,
-                summary.get("calibration_tokens"),
+                max((run.calibration_tokens or 0 for run in runs), default=None),
                 runs,
                 seeds,
             )
@@ -233,21 +259,46 @@ def collect(folders: Folders) -> Results:
 def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> RunResult:
     """Read a run that has ended."""
     run = Run.open(folder)
-    curve = curve_of(run.metrics())
-    name = str(folder.relative_to(out))
-    if held_out_of(folder) is None:
-        return RunResult(seed, name, curve, None, None, None, [None] * len(thresholds))
-    summary = run.summary()
-    return RunResult(
+    metrics = run.metrics()
+    curve, start = curve_of(metrics), metrics[0] if metrics else {}
+    result = RunResult(
         seed,
-        name,
+        str(folder.relative_to(out)),
         curve,
-        summary["student_held_out_lm"],
-        summary["kl"],
-        summary["top1_agreement"],
-        [tokens_to_reach(curve, threshold) for threshold in thresholds],
-        others_of(run, "student"),
+        None,
+        None,
+        None,
+        [None] * len(thresholds),
+        calibration_tokens=start.get("calibration_tokens"),
+        teacher_held_out_lm=start.get("teacher_held_out_lm"),
+        code=code_of(run),
     )
+    if held_out_of(folder) is None:
+        return result
+    summary = run.summary()
+    return replace(
+        result,
+        held_out_lm=summary["student_held_out_lm"],
+        kl=summary["kl"],
+        top1_agreement=summary["top1_agreement"],
+        tokens_to_reach=[tokens_to_reach(curve, threshold) for threshold in thresholds],
+        others=others_of(run, "student"),
+        computed_on=summary.get("computed_on", ""),
+    )
+
+
+def code_of(run: Run) -> str:
+    """The version of the code that began a run, for people; empty if it is unknown.
+
+    The checksum of the source names it best: other files of a commit change no result, and two
+    changed checkouts may have the same commit.
+    """
+    found = run.environment()
+    version, commit = found.get("packages", {}).get("low-rank-clone"), found.get("git_commit")
+    source = found.get("source_sha256")
+    parts = [f"lrc {version}" if version else "", f"commit {commit}" if commit else ""]
+    parts = parts if source is None else [parts[0], f"source {source[:12]}"]
+    return ", ".join(filter(None, parts))
 
 
 def others_of(run: Run, who: Literal["teacher", "student"]) -> dict[str, float]:

@@ -109,9 +109,11 @@ def _row(results: Results, entry: EntryResult) -> list[str]:
 def notes(results: Results) -> list[str]:
     """Notes that a reader of the table needs."""
     found = [
+        *_about_held_out(results),
         *_about_rates(results),
         about_seeds(results),
         "Tokens to reach a loss include the calibration tokens of entries that use any.",
+        *_about_versions(results),
     ]
     for entry in results.entries:
         difference = results.size_difference(entry)
@@ -134,8 +136,47 @@ def notes(results: Results) -> list[str]:
     return found
 
 
+def _about_held_out(results: Results) -> list[str]:
+    if (runs := results.teacher_losses()) is None:
+        return []
+    low, high = (f"{run.teacher_held_out_lm:.4f} in {run.folder}" for run in runs)
+    return [
+        f"NOT COMPARABLE: the teacher's held-out LM loss is {low}, but {high}, so the runs were "
+        "measured on other text or with another teacher: remove those that are out of date to run "
+        "them again."
+    ]
+
+
+def _about_versions(results: Results) -> list[str]:
+    """Notes on runs that differ in the code, or in what they were computed on."""
+    runs = [run for entry in results.entries for run in entry.runs]
+    found = []
+    for what, effect, values in (
+        ("of the same version of the code", "results", {r.folder: r.code for r in runs}),
+        (
+            "computed alike",
+            "seconds, and losses a little,",
+            {r.folder: r.computed_on for r in runs},
+        ),
+    ):
+        names: dict[str, list[str]] = {}
+        for folder, value in values.items():
+            if value:
+                names.setdefault(value, []).append(folder.rpartition("/")[2])
+        if len(names) > 1:
+            *few, (most, _) = sorted(names.items(), key=lambda group: len(group[1]))
+            parts = [f"{value} ({', '.join(of)})" for value, of in few]
+            found.append(
+                f"Not all runs are {what}, so {effect} may differ for that reason alone: "
+                f"{'; '.join([*parts, f'{most} (the others)'])}."
+            )
+    return found
+
+
 def about_seeds(results: Results) -> str:
     """How many seeds each entry has."""
+    same = "the same held-out tokens for all"
+    alike = results.teacher_losses() is None
     by_seeds: dict[tuple[int, ...], list[str]] = {}
     for entry in results.entries:
         by_seeds.setdefault(tuple(entry.seeds), []).append(entry.name)
@@ -143,7 +184,7 @@ def about_seeds(results: Results) -> str:
     if len(groups) == 1:
         (seeds, _), *_ = groups
         if len(seeds) == 1:
-            return f"One seed ({seeds[0]}), the same held-out tokens for all."
+            return f"One seed ({seeds[0]}){f', {same}' * alike}."
         which = f"seeds {', '.join(map(str, seeds))}"
     else:
         named = [*(", ".join(names) for _, names in groups[:-1]), "the others"]
@@ -152,7 +193,7 @@ def about_seeds(results: Results) -> str:
             for (seeds, _), name in zip(groups, named, strict=True)
         )
         which = f"each entry's seeds ({which})"
-    return f"Loss: mean and standard deviation over {which}, on the same held-out tokens for all."
+    return f"Loss: mean and standard deviation over {which}{f', on {same}' * alike}."
 
 
 def _about_rates(results: Results) -> list[str]:

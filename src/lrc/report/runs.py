@@ -1,6 +1,5 @@
 """Runs as pages and pictures show them, read only from their folders."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -57,8 +56,7 @@ class RunView:
 
     def environment(self) -> dict[str, Any]:
         """Versions, commit and machine; empty if they were not recorded."""
-        path = self.run.folder / "environment.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return self.run.environment()
 
 
 def read_runs(runs: Sequence[Run]) -> list[RunView]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from lrc.system.checksums import source_sha256
+
 PACKAGES = (
     "low-rank-clone",
     "torch",
@@ -28,11 +30,13 @@ PACKAGES = (
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, git commit of the package's checkout (if it is one), and machine."""
+    """Versions, git commit of the package's checkout (if it is one), checksum of its source, and
+    machine."""
     return {
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
+        "source_sha256": source_sha256(),
         "platform": platform.platform(),
         "cpu": _cpu_model(),
         "cores": os.cpu_count(),

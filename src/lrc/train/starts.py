@@ -1,7 +1,8 @@
 """Starts that runs share, so that a comparison solves each start once.
 
-A start depends on the teacher, the student, the method, `initialize`, the text and the seed, but
-not on the training after it. So trials of several learning rates share one start.
+A start depends on the teacher, the student, the method, `initialize`, the text, the seed and the
+code, but not on the training after it. So trials of several learning rates share one start, which
+is solved again after a change of the code.
 
     FOLDER/KEY/step-00000000/   the start, as a checkpoint
     FOLDER/KEY/seconds.json     the time to solve it
@@ -15,6 +16,7 @@ from pathlib import Path
 
 from lrc.cloning.method import stages_of
 from lrc.run import Run
+from lrc.system.checksums import source_sha256
 from lrc.system.errors import UserError
 from lrc.system.files import write_text
 from lrc.train.checkpoint import (
@@ -81,7 +83,7 @@ def start_key(setup: Setup, run: Run) -> str:
     sections = recipe.model_dump(mode="json", include=names, exclude_none=True)
     shapes = {name: list(p.shape) for name, p in setup.method.parameters().items()}
     inputs = run.inputs_file.read_text(encoding="utf-8")
-    parts = [sections, recipe.train.seed, str(setup.device), shapes, inputs]
+    parts = [sections, recipe.train.seed, str(setup.device), shapes, inputs, source_sha256()]
     if recipe.data.stream:  # they decide which process reads which part of it
         parts += [recipe.train.micro_batch, recipe.train.accumulate]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
