@@ -23,8 +23,8 @@ test-gguf: .venv/ready-dev
 	$(BIN)/pytest -m slow tests/exporting/test_llama_cpp.py tests/test_end_to_end.py
 
 # Goes on filling the folder of results of one comparison for some minutes on a CUDA card. The folder is
-# small enough for git; with OUT=FOLDER, a copy of it goes there as one archive. On a machine that has torch
-# and the rest already: make gpu-proof LRC="python -m lrc". COMPARE holds more options, such as
+# small enough for git; with OUT=FOLDER, a copy of it goes there as one archive, with what the processes printed, also
+# if runs fail. On a machine that has torch and the rest already: make gpu-proof LRC="python -m lrc". COMPARE holds more options, such as
 # "--set train.evaluate=null" without lm-eval. proof-2m needs one or two calls; COMPARISON=proof, with 25 million
 # tokens, needs many.
 COMPARISON ?= proof-2m
@@ -33,10 +33,11 @@ PARALLEL ?= 4
 LRC ?= $(BIN)/lrc
 COMPARE ?=
 RESULTS := benchmarks/comparisons/$(COMPARISON)
+ARCHIVE = ; status=$$?; grep -vxF '*.log' $(RESULTS)/.gitignore | \
+	tar -czf $(OUT)/$(COMPARISON).tar.gz --exclude-from - $(RESULTS) && exit $$status
 
 gpu-proof: $(if $(filter $(BIN)/lrc,$(LRC)),.venv/ready-dev)
-	$(LRC) compare $(COMPARISON) --minutes $(MINUTES) --parallel $(PARALLEL) --results-only --out $(RESULTS) $(COMPARE)
-	$(if $(OUT),tar -czf $(OUT)/$(COMPARISON).tar.gz --exclude-from $(RESULTS)/.gitignore $(RESULTS))
+	$(LRC) compare $(COMPARISON) --minutes $(MINUTES) --parallel $(PARALLEL) --results-only --out $(RESULTS) $(COMPARE) $(if $(OUT),$(ARCHIVE))
 
 # Builds the documentation's site in site/.
 docs: .venv/ready

@@ -6,7 +6,9 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,7 +28,8 @@ from lrc.comparison.folders import Folders, held_out_of
 from lrc.comparison.page import write_comparison_page
 from lrc.comparison.preflight import need_inputs
 from lrc.comparison.results import Point, RunResult, collect, curve_of, tokens_to_reach
-from lrc.comparison.table import about_seeds, loss_by_tokens, notes
+from lrc.comparison.runner import differences
+from lrc.comparison.table import about_seeds, header, loss_by_tokens, notes, rows
 from lrc.recipe import make_recipe
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
@@ -255,6 +258,23 @@ def test_runs_share_their_start(
             r"entry 'b' has another data\.held_out and data\.sequence_length than the first",
         ),
         (
+            {
+                "entries": [
+                    {"name": name, "set": {"train.evaluate": tasks}}
+                    for name, tasks in (
+                        ("a", None),
+                        ("b", {"tasks": ["x"], "every_tokens": 1}),
+                        ("c", {"tasks": ["x"], "every_tokens": 2, "limit": 3}),
+                    )
+                ]
+            },
+            r"mistakes: entry 'c' has another train\.evaluate\.limit than the first",
+        ),
+        (
+            {"entries": [{"name": "a", "set": {"data.also_held_out": {"held-out": ["b.txt"]}}}]},
+            r"^The comparison has mistakes: data\.also_held_out names a text 'held-out'",
+        ),
+        (
             {"entries": [{"name": "a"}, {"name": "b", "set": {"data.text": ["b.txt"]}}]},
             r"entry 'b' has another data\.text than",
         ),
@@ -370,6 +390,20 @@ def test_other_settings_are_not_mixed_in(plan: Settings, tmp_path: Path) -> None
     other = load_comparison(path, {"train.weight_decay": 0.1})
     with pytest.raises(UserError, match=r"other settings \(train.weight_decay\)"):
         compare(other, tmp_path / "out")
+    tasks = {"tasks": ["x"], "every_tokens": 9, "limit": 3}
+    recipe = load_comparison(path).run_recipe(load_comparison(path).entries[0], 1e-2, 0)
+    for before, after, differing in (
+        (None, tasks, []),
+        (tasks, None, []),
+        (tasks, tasks | {"every_tokens": 1, "batch_size": 2}, []),
+        (tasks, tasks | {"limit": 4, "data": "folder"}, ["limit", "data"]),
+        (tasks, tasks | {"tasks": ["y"]}, ["tasks"]),
+    ):
+        both = (
+            make_recipe(recipe.model_dump(), {"train.evaluate": evaluate})
+            for evaluate in (before, after)
+        )
+        assert differences(*both) == [f"train.evaluate.{name}" for name in differing]
     more = load_comparison(write(plan, tmp_path))  # another seed may be added
     results = compare(more, tmp_path / "out")
     assert len(results.entries[0].runs) == 2
@@ -412,6 +446,20 @@ def test_a_run_that_diverged_does_not_end_the_curve_of_the_others(
     mean = replace(empty.entries[0], runs=runs).curve()
     assert mean is not None
     assert (mean.tokens, mean.loss) == ([0, 9], [5.5, 4.0])
+
+
+def test_an_entry_whose_runs_all_diverged_keeps_its_calibration_tokens(
+    plan: Settings, tmp_path: Path
+) -> None:
+    plan |= {"seeds": [0], "grid": None, "entries": plan["entries"][:1]}
+    plan["entries"][0]["learning_rates"] = [1e30]
+    results = compare(load_comparison(write(plan, tmp_path)), tmp_path / "out")
+    [entry] = results.entries
+    assert entry.runs[0].held_out_lm is None
+    columns, [losses] = loss_by_tokens(results)
+    assert columns[0] == "0"
+    assert losses == ["lrc", f"{entry.runs[0].curve[0].loss:.3f}", *losses[2:]]
+    assert "192 + 64" in rows(results)[0]
 
 
 def test_a_folder_with_something_else_is_left_alone(plan: Settings, tmp_path: Path) -> None:
@@ -584,19 +632,26 @@ def test_a_stopped_comparison_continues(
     assert not json.loads((tmp_path / "out" / "comparison.json").read_text())["entries"][0]["tries"]
 
 
+@pytest.mark.parametrize("results_only", [False, True])
 def test_a_comparison_stopped_in_the_last_step_of_a_run_ends_after_it(
-    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, results_only: bool
 ) -> None:
     one = {**plan, "grid": {"learning_rates": [1e-2], "tokens": 1}, "entries": plan["entries"][1:2]}
     comparison, out = load_comparison(write(one, tmp_path)), tmp_path / "out"
     with monkeypatch.context() as patch:
         begun = signaled(patch, signal.SIGTERM, "scratch-seed0", 6)
         with pytest.raises(Interrupted, match="scratch-seed0; the same command"):
-            compare(comparison, out)
+            compare(comparison, out, results_only=results_only)
     assert begun == ["scratch-seed0"] * 6
-    assert Run.open(out / "runs" / "scratch-seed0").summary()["tokens"] == 192
-    [entry] = compare(comparison, out).entries
+    run = Run.open(out / "runs" / "scratch-seed0")
+    assert run.summary()["tokens"] == 192
+    assert run.student_folder.exists() != results_only
+    assert run.checkpoints.exists() != results_only
+    run.student_folder.mkdir(exist_ok=True)  # what an earlier command has left
+    [entry] = compare(comparison, out, results_only=True).entries
     assert [run.seed for run in entry.runs] == [0, 3]
+    assert not list(out.glob("runs/*/student"))
+    assert not list(out.glob("runs/*/checkpoints"))
 
 
 def test_a_killed_comparison_continues(plan: Settings, tmp_path: Path, prepared: Prepared) -> None:
@@ -705,6 +760,47 @@ def test_shipped_comparisons_parse(name: str) -> None:
     comparison = load_comparison(name)
     for entry in comparison.entries:
         assert make_recipe(comparison.run_recipe(entry, 1e-4, 0).model_dump()).steps() > 0
+
+
+@pytest.mark.parametrize("name", ["claims", "claims-cpu"])
+def test_ablations_of_the_paper_have_its_seeds(name: str) -> None:
+    comparison = load_comparison(name)
+    assert {tuple(comparison.seeds_of(entry)) for entry in comparison.entries} == {
+        tuple(comparison.seeds)
+    }
+
+
+def test_equal_thresholds_count_once(plan: Settings, tmp_path: Path) -> None:
+    assert load_comparison(write(plan | {"thresholds": [6, 6.0, 5]}, tmp_path)).thresholds == [6, 5]
+
+
+STAND_IN = """#!/bin/sh
+while [ "$1" != --out ]; do shift; done
+mkdir -p "$2/runs/a/student"
+printf 'student\\n*.log\\n' > "$2/.gitignore"
+touch "$2/worker-1.log" "$2/runs/a/summary.json" "$2/runs/a/student/weights"
+exit $STATUS
+"""
+
+
+@pytest.mark.skipif(not (shutil.which("make") and shutil.which("tar")), reason="needs make and tar")
+@pytest.mark.parametrize("status", [0, 3])
+def test_the_archive_of_a_comparison_comes_home_if_it_fails(tmp_path: Path, status: int) -> None:
+    makefile = Path(__file__).parents[2] / "Makefile"
+    stand_in = tmp_path / "lrc"
+    stand_in.write_text(STAND_IN)
+    stand_in.chmod(0o755)
+    command = ["make", "-C", tmp_path, "-f", makefile, "gpu-proof"]
+    options = [f"LRC={stand_in}", f"OUT={tmp_path}", "COMPARISON=some"]
+    environment = os.environ | {"STATUS": str(status)}
+    ended = subprocess.run(
+        [*command, *options], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (f"Error {status}" in ended.stderr) == (ended.returncode != 0) == (status != 0)
+    with tarfile.open(tmp_path / "some.tar.gz") as archive:
+        names = [Path(name).name for name in archive.getnames()]
+    assert {"worker-1.log", "summary.json"} <= {*names}
+    assert "weights" not in names
 
 
 @pytest.mark.slow
@@ -885,9 +981,14 @@ def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump({**changes, "keep": ["scrtch"]}))
     with pytest.raises(UserError, match=r"keeps the entry 'scrtch', which comparison.yaml"):
         load_comparison(path)
-    path.write_text(yaml.safe_dump({**changes, "entries": [{"seeds": [7]}]}))
-    with pytest.raises(UserError, match=r"'entries' must be a list of entries with a name"):
-        load_comparison(path)
+    for keep in (5, None, "lrc", [["lrc"]]):
+        path.write_text(yaml.safe_dump({**changes, "keep": keep}))
+        with pytest.raises(UserError, match=r"'keep' must be a list of names of entries"):
+            load_comparison(path)
+    for entry in ({"seeds": [7]}, {"name": ["a"]}):
+        path.write_text(yaml.safe_dump({**changes, "entries": [entry]}))
+        with pytest.raises(UserError, match=r"'entries' must be a list of entries with a name"):
+            load_comparison(path)
 
 
 def test_more_held_out_text_is_a_column(plan: Settings, tmp_path: Path) -> None:
@@ -911,6 +1012,9 @@ def test_more_held_out_text_is_a_column(plan: Settings, tmp_path: Path) -> None:
         assert one.teacher_others == {
             "x LM loss": pytest.approx(another.teacher_held_out_lm, rel=1e-6)
         }
+    several = replace(one, thresholds=[6, 6.0000001])  # they have the same name
+    assert [len(row) for row in rows(several)] == [len(header(several))] * 2
+    assert rows(several)[0][-1] == f"{one.teacher_others['x LM loss']:.4f}"
     table = (tmp_path / "7" / "comparison.md").read_text()
     assert "x LM loss" in table
     assert f"{results[1].teacher_held_out_lm:.4f}" in table

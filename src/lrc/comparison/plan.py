@@ -36,6 +36,9 @@ RESERVED = MappingProxyType(
 )
 """Settings of a run that the comparison sets, except the tried rate, and what sets each one."""
 
+HELD_OUT = "held-out"
+"""Name of the main held-out text in the table."""
+
 
 def sorted_rates(rates: Iterable[Rate]) -> list[Rate]:
     """Each of the rates once, `auto` last."""
@@ -124,6 +127,11 @@ class Comparison(Section):
     """Entry whose parameter count the others are compared with. Empty: the first entry."""
 
     entries: list[Entry] = Field(min_length=1)
+
+    @field_validator("thresholds")
+    @classmethod
+    def _once(cls, thresholds: list[float]) -> list[float]:
+        return list(dict.fromkeys(thresholds))
 
     @model_validator(mode="after")
     def _names(self) -> "Comparison":
@@ -265,8 +273,8 @@ def _read(path: Path) -> dict[str, Any]:
     it all stay. Own entries that it does not name come last.
 
     Raises:
-        UserError: if a file is missing or is no mapping, an entry has no name, or `keep` names an
-            unknown entry.
+        UserError: if a file is missing or is no mapping, an entry has no name, or `keep` is no list
+            of names or names an unknown entry.
     """
     changes = read_yaml(path)
     if "base" not in changes:
@@ -279,6 +287,8 @@ def _read(path: Path) -> dict[str, Any]:
             changes[section] = _merged(settings[section], changes[section])
     entries, own = _by_name(settings, name), _by_name(changes, str(path))
     kept = changes.pop("keep", list(entries))
+    if not (isinstance(kept, list) and all(isinstance(entry, str) for entry in kept)):
+        raise UserError(f"{path} has mistakes: 'keep' must be a list of names of entries.")
     if unknown := [entry for entry in kept if entry not in entries and entry not in own]:
         raise UserError(f"{path} keeps the entry '{unknown[0]}', which {name} does not have.")
     entries = {
@@ -291,7 +301,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _by_name(settings: dict[str, Any], path: str) -> dict[str, dict[str, Any]]:
     entries = settings.get("entries") or []
     if not (
-        isinstance(entries, list) and all(isinstance(e, dict) and "name" in e for e in entries)
+        isinstance(entries, list)
+        and all(isinstance(e, dict) and isinstance(e.get("name"), str) for e in entries)
     ):
         raise UserError(f"{path} has mistakes: 'entries' must be a list of entries with a name.")
     return {entry["name"]: entry for entry in entries}
@@ -317,7 +328,7 @@ def _check_entries(comparison: Comparison) -> None:
     """
     problems = []
     refused: dict[str, list[str]] = {}
-    first: dict[str, Any] | None = None
+    first: dict[str, Any] = {}
     for entry in comparison.entries:
         reserved = entry.reserved()
         problems += [
@@ -326,16 +337,21 @@ def _check_entries(comparison: Comparison) -> None:
             if key in reserved
         ]
         try:
-            recipe = comparison.grid_recipe(entry, 1e-4)
+            recipe = comparison.run_recipe(entry, 1e-4, 0)
         except UserError as error:
             refused.setdefault(str(error).rstrip("."), []).append(entry.name)
             continue
         measured = held_out_settings(recipe)
-        first = measured if first is None else first
+        first = measured | first
         if other := [key for key, value in measured.items() if value != first[key]]:
             problems.append(
                 f"entry '{entry.name}' has another {' and '.join(other)} than the first, so "
-                "their held-out losses could not be compared: give all the same"
+                "they would not be measured alike: give all the same"
+            )
+        if entry == comparison.entries[0] and HELD_OUT in recipe.data.also_held_out:
+            problems.append(
+                f"data.also_held_out names a text '{HELD_OUT}', which is a column of the table "
+                "already: give it another name"
             )
         method = recipe.method.name
         releases = method == "lrc" and recipe.train.release_at < 1
@@ -359,7 +375,8 @@ def _check_entries(comparison: Comparison) -> None:
 
 
 def held_out_settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides on which held-out tokens a recipe's students are measured, and how."""
+    """What decides on which held-out tokens and rows of tasks a recipe's students are measured, and
+    how."""
     data, teacher = recipe.data, recipe.teacher
     names = ["held_out", "also_held_out", "text_field", "parse_special_tokens", "sequence_length"]
     names += ["document_mask"]
@@ -367,6 +384,8 @@ def held_out_settings(recipe: Recipe) -> dict[str, Any]:
         names += ["text", "shards", "stream", "held_out_fraction"]
     found = {"teacher.model": teacher.model, "teacher.revision": teacher.revision}
     found |= {f"data.{name}": getattr(data, name) for name in names}
+    if (tasks := recipe.train.evaluate) is not None:
+        found |= {f"train.evaluate.{name}": getattr(tasks, name) for name in ("limit", "data")}
     return found | {"train.eval_sequences": recipe.train.eval_sequences}
 
 

@@ -20,6 +20,7 @@ import logging
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -121,8 +122,8 @@ def refuse_other_runs(folders: Folders) -> None:
 
 
 def refuse_other_recipe(run: Run, recipes: Sequence[Recipe]) -> None:
-    """Refuse a run whose recipe is not one of the given recipes, apart from `train.evaluate`, which
-    changes no result.
+    """Refuse a run whose recipe is not one of the given recipes, apart from what changes no result
+    (`differences`).
 
     Raises:
         UserError: if it is not; the message names the settings that differ from the first recipe.
@@ -162,6 +163,8 @@ class Runner:
             UserError: if runs have another rate than their entry's tries choose now.
             Interrupted: if a signal arrived.
         """
+        if self.results_only:
+            self._reduce()
         while jobs := [job for job in self._unfinished() if job.folder not in self._given_up]:
             if not any(self._finish(job) for job in jobs):
                 time.sleep(PAUSE)
@@ -174,6 +177,18 @@ class Runner:
                 f"leaves them out: {', '.join(map(str, outdated))}. Remove them to run them again."
             )
         return results
+
+    def _reduce(self) -> None:
+        """Keep only the results of runs that ended when this was not asked for, or were stopped
+        right after their end."""
+        for job in self.folders.jobs(self.only):
+            run = Run.open(job.folder) if is_over(job.folder) else None
+            if run is not None and (run.checkpoints.exists() or run.student_folder.exists()):
+                with (
+                    suppress(HeldError),
+                    hold(self.folders.claim(job), "Another process is working on it."),
+                ):
+                    keep_results(run)
 
     def _unfinished(self) -> list[Job]:
         return [job for job in self.folders.jobs(self.only) if not is_over(job.folder)]
@@ -241,6 +256,8 @@ class Runner:
         finally:
             gc.collect()  # hooks and what they belong to refer to each other
         if stop.signal is not None:
+            if self.results_only:
+                keep_results(run)
             raise Interrupted(
                 stop.signal, f"Stopped after {run.folder}; the same command continues from there."
             )
@@ -328,7 +345,9 @@ def open_run(folder: Path, recipe: Recipe) -> Run:
 
 
 def differences(a: Recipe, b: Recipe) -> list[str]:
-    """Dotted keys that differ between two recipes, apart from `train.evaluate`."""
-    left_out = {"train": {"evaluate"}}
+    """Dotted keys that differ between two recipes, apart from how often and how fast the tasks of
+    `train.evaluate` are measured, and whether any are."""
+    both = a.train.evaluate is not None and b.train.evaluate is not None
+    left_out = {"train": {"evaluate": {"every_tokens", "batch_size"} if both else True}}
     ours, theirs = (flatten(recipe.model_dump(exclude=left_out)) for recipe in (a, b))
     return [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from lrc.comparison.plan import Rate, sorted_rates, written_rate
+from lrc.comparison.plan import HELD_OUT, Rate, sorted_rates, written_rate
 from lrc.comparison.results import CLOSE, RISE, EntryResult, Results
 from lrc.system.tables import Table
 
@@ -18,7 +18,7 @@ def header(results: Results) -> list[str]:
     return [
         "",
         "learning rate",
-        "held-out LM loss",
+        f"{HELD_OUT} LM loss",
         "KL",
         "same top-1",
         "parameters",
@@ -34,11 +34,11 @@ def rows(results: Results) -> list[list[str]]:
     found = [_row(results, entry) for entry in results.entries]
     if results.teacher_held_out_lm is None:
         return found
-    teacher = dict.fromkeys(header(results), "")
-    teacher[""], teacher["held-out LM loss"] = "teacher", f"{results.teacher_held_out_lm:.4f}"
-    teacher["parameters"] = _number(results.teacher_parameters, ",")
-    teacher |= {name: f"{value:.4f}" for name, value in results.teacher_others.items()}
-    return [list(teacher.values()), *found]
+    parameters = _number(results.teacher_parameters, ",")
+    teacher = ["teacher", "", f"{results.teacher_held_out_lm:.4f}", "", "", parameters, "", ""]
+    teacher += [""] * len(results.thresholds)
+    teacher += [f"{value:.4f}" for value in results.teacher_others.values()]
+    return [teacher, *found]
 
 
 def rate_grid(results: Results) -> tuple[list[str], list[tuple[str, list[tuple[str, bool]]]]]:
