@@ -171,8 +171,7 @@ def test_idle_parts_are_pruned_first() -> None:
     ):
         assert torch.equal(ours, theirs), name
     assert method.parameters().keys() == dict(student.named_parameters()).keys()
-    (note,) = method.notes()
-    assert "more than 3% apart" in note
+    assert method.notes() == []  # nobody asked for LRC's student of the whole heads and layers
 
 
 @pytest.mark.parametrize("tie_projections", [None, False])

@@ -31,6 +31,7 @@ from lrc.comparison.results import Point, RunResult, collect, curve_of, tokens_t
 from lrc.comparison.runner import differences
 from lrc.comparison.table import about_seeds, header, loss_by_tokens, notes, rows
 from lrc.recipe import make_recipe
+from lrc.recipe.learning_rate import learning_rate, share_of_rate
 from lrc.recipe.shipped import shipped
 from lrc.run import Run
 from lrc.system.errors import UserError
@@ -938,7 +939,11 @@ def test_auto_is_a_rate_like_others(plan: Settings, tmp_path: Path) -> None:
     default = Run.create(tmp_path / "default", make_recipe(settings))
     train(default)
     assert default.summary()["student_held_out_lm"] == entry.runs[0].held_out_lm
-    assert "| lrc | auto |" in (out / "comparison.md").read_text()
+    whole = learning_rate(run.recipe, run.summary()["student_parameters"])
+    rate = whole * share_of_rate(run.recipe, run.metrics()[0])
+    trained = max(line["learning_rate"] for line in run.metrics()[1:])
+    assert trained == pytest.approx(rate)
+    assert f"| lrc | auto ({rate:.3g}) |" in (out / "comparison.md").read_text()
     assert "| 1e-07 | auto |" in (out / "comparison.md").read_text()
     plan["entries"][0] |= {
         "tries": "release_learning_rate",
@@ -946,6 +951,18 @@ def test_auto_is_a_rate_like_others(plan: Settings, tmp_path: Path) -> None:
     }
     with pytest.raises(UserError, match=r"entry 'lrc' tries the rate 'auto' for the time after a"):
         load_comparison(write(plan, tmp_path))
+
+
+@pytest.mark.parametrize("settings", [{"method": "llm-pruner"}, {"initialize": "random"}])
+def test_auto_is_refused_where_it_is_no_rule(
+    plan: Settings, tmp_path: Path, settings: Settings
+) -> None:
+    plan["entries"] = [{"name": "a", "learning_rates": ["auto"]}, {"name": "b", "set": settings}]
+    load_comparison(write(plan, tmp_path))
+    for rates in ({"learning_rates": ["auto"]}, {"rate_of": "a"}):
+        plan["entries"][1] = {"name": "b", "set": settings, **rates}
+        with pytest.raises(UserError, match=r"entry 'b' tries the rate 'auto', which is no rule"):
+            load_comparison(write(plan, tmp_path))
 
 
 def test_a_comparison_changes_another(plan: Settings, tmp_path: Path) -> None:

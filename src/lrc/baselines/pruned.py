@@ -47,6 +47,9 @@ class PrunedStudent(SamePasses, PlainStudent):
         return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
 
     def notes(self) -> list[str]:
+        section = self.recipe.method
+        if isinstance(section, PrunedShapeSection) and section.has_own_shape():
+            return []  # LRC's student of that shape is as large
         sizes = compare_sizes(self.teacher, self.recipe.student, self.model.config)
         return [] if sizes.student == sizes.clone else [sizes.sentence()]
 

@@ -90,6 +90,8 @@ class ShearedLlama(PlainStudent, Staged):
     # Interface to the training loop.
 
     def notes(self) -> list[str]:
+        if self.section.has_own_shape():
+            return []  # LRC's student of that shape is as large
         config = pruned_config(self.teacher, self.target, tied=self._tied())
         sizes = compare_sizes(self.teacher, self.recipe.student, config)
         return [] if sizes.student == sizes.clone else [sizes.sentence()]

@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, field_validator, model_validator
 
 from lrc.methods import unused_settings
 from lrc.recipe import Recipe, apply_overrides, make_recipe, validated
+from lrc.recipe.learning_rate import OTHERS, is_fitted
 from lrc.recipe.sections import Section
 from lrc.recipe.shipped import find_yaml
 from lrc.system.errors import UserError
@@ -363,6 +364,12 @@ def _check_entries(comparison: Comparison) -> None:
             problems.append(
                 f"entry '{entry.name}' tries the rate 'auto' for the time after a release, which "
                 "takes numbers only: give it learning_rates of its own"
+            )
+        rates = comparison.rates(comparison.searching(entry))
+        if "auto" in rates and entry.tries == "learning_rate" and not is_fitted(recipe):
+            problems.append(
+                f"entry '{entry.name}' tries the rate 'auto', which is no rule for its method or "
+                f"random start but always {OTHERS:g}: give it learning_rates of its own"
             )
         problems += [
             f"entry '{entry.name}' sets '{key}', which has no effect with method {method}"

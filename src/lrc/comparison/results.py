@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from lrc.comparison.folders import Folders, held_out_of, is_over
 from lrc.comparison.plan import Rate
+from lrc.recipe.learning_rate import learning_rate, share_of_rate
 from lrc.report.curves import ACCURACY, TEACHER_ACCURACY
 from lrc.run import Run
 
@@ -71,6 +72,8 @@ class RunResult:
     """The version of the code that began the run; empty if unknown."""
     computed_on: str = ""
     """Device and precision; empty if unknown."""
+    auto_rate: float | None = None
+    """What the learning rate `auto` stood for; None for another rate."""
 
 
 @dataclass(frozen=True)
@@ -276,6 +279,10 @@ def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> Run
     if held_out_of(folder) is None:
         return result
     summary = run.summary()
+    auto = None
+    if run.recipe.train.learning_rate == "auto":
+        auto = learning_rate(run.recipe, summary["student_parameters"])
+        auto *= share_of_rate(run.recipe, start)
     return replace(
         result,
         held_out_lm=summary["student_held_out_lm"],
@@ -284,6 +291,7 @@ def read_run(seed: int, folder: Path, thresholds: list[float], out: Path) -> Run
         tokens_to_reach=[tokens_to_reach(curve, threshold) for threshold in thresholds],
         others=others_of(run, "student"),
         computed_on=summary.get("computed_on", ""),
+        auto_rate=auto,
     )
 
 

@@ -248,6 +248,8 @@ def _number(value: float | None, form: str, missing: str = MISSING) -> str:
 def _rate(entry: EntryResult) -> str:
     if entry.learning_rate is None:
         return MISSING
+    if entry.learning_rate == "auto" and (rate := entry.mean("auto_rate")) is not None:
+        return f"auto ({rate:.3g})"
     return f"{written_rate(entry.learning_rate)}{'*' if entry.at_the_edge else ''}"
 
 

@@ -39,7 +39,7 @@ def learning_rate(recipe: Recipe, parameters: int) -> float:
     asked = recipe.train.learning_rate
     if asked != "auto":
         return asked
-    if not _fitted(recipe):
+    if not is_fitted(recipe):
         return OTHERS
     if recipe.train.optimizer == "muon":
         return min(MUON_LARGEST, MUON_SCALE * parameters**-0.55)
@@ -58,12 +58,12 @@ def share_of_rate(recipe: Recipe, start: Mapping[str, Any]) -> float:
     """
     student, teacher = start.get("held_out_lm"), start.get("teacher_held_out_lm")
     asked = recipe.train.learning_rate
-    if asked != "auto" or not _fitted(recipe) or student is None or teacher is None:
+    if asked != "auto" or not is_fitted(recipe) or student is None or teacher is None:
         return 1.0
     gap = max(0.0, float(student - teacher))
     return min(1.0, max(SMALLEST_SHARE, gap**0.75))
 
 
-def _fitted(recipe: Recipe) -> bool:
-    """Whether our fits are for such runs."""
+def is_fitted(recipe: Recipe) -> bool:
+    """Whether the rule of `auto` was fitted to runs of such a recipe."""
     return isinstance(recipe.method, LrcSection) and recipe.initialize.method != "random"
