@@ -9,8 +9,8 @@
     checkpoints/       to resume from
     student/           the exported student, a plain transformers model
 
-Resuming and exporting need only this folder, and the teacher and text that the recipe names, relative
-to the folder in which the run began.
+Resuming and exporting need only this folder, and the teacher and text that the recipe names. Their
+relative paths are relative to the folder in which the run began.
 """
 
 import json
