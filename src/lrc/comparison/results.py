@@ -19,7 +19,7 @@ CLOSE = 0.03
 RISE = 0.05
 """Largest rise of a held-out loss above its best so far that is not reported, in nats."""
 
-SAME_LOSS = 1e-3
+SAME_LOSS = 3e-3
 """Largest relative difference of the teacher's held-out loss between runs on the same text: devices
 and precisions round differently."""
 
