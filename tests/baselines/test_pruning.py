@@ -1,5 +1,6 @@
 """The pruning core: shapes, slices and sizes."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from lrc.baselines.pruning.shape import target_shape, teacher_shape
-from lrc.baselines.pruning.size import compare_sizes, parameter_count
+from lrc.baselines.pruning.size import compare_sizes, parameter_count, size_notes
 from lrc.exporting.plain import export_student
 from lrc.model.kept_units import KeptUnits, cut, keep_all
 from lrc.model.pruned_shape import PrunedShape, pruned_config
@@ -257,3 +258,8 @@ def test_sizes_are_compared_with_lrcs(tied: bool) -> None:
         words = f"has {sizes.student:,} parameters, LRC's {sizes.clone:,} ({sizes.excess:+.1%})"
         assert words in sizes.sentence()
         assert sizes.sentence().endswith("more than 3% apart.") != fair
+        config = pruned_config(teacher, shape)
+        assert size_notes(teacher, student, config) == [sizes.sentence()]
+        # At the teacher's hidden size, LRC's student would be the teacher.
+        config = pruned_config(teacher, replace(shape, hidden=HIDDEN))
+        assert size_notes(teacher, StudentSection(hidden_size=HIDDEN), config) == []

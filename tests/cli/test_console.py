@@ -168,7 +168,6 @@ def test_output_works_on_any_terminal(environment: dict[str, str]) -> None:
 def test_a_closed_pipe_ends_no_command() -> None:
     code = """
 import sys
-from pathlib import Path
 from lrc.cli.console import console
 for number in range(20_000):
     console.print(f"line {number}")

@@ -83,7 +83,7 @@ def test_settings_without_effect_are_reported(
     output = lrc.printed(
         "train", recipe_file, "--method", "scratch", *options, "--out", tmp_path / "run"
     )
-    assert "No effect with method scratch: initialize.method." in output
+    assert "No effect with method scratch: initialize.method, initialize.calib" in output
 
 
 def test_options_of_a_method(recipe_file: Path, tmp_path: Path, lrc: Command) -> None:

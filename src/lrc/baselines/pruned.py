@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from lrc.baselines.plain import PLAIN_SETTINGS, PlainStudent, SamePasses, random_student
 from lrc.baselines.pruning.shape import target_shape
-from lrc.baselines.pruning.size import compare_sizes
+from lrc.baselines.pruning.size import size_notes
 from lrc.cloning.method import StartReport
 from lrc.data.batch import Batch
 from lrc.model.kept_units import KeptUnits, write_kept
@@ -47,11 +47,7 @@ class PrunedStudent(SamePasses, PlainStudent):
         return random_student(teacher, pruned_config(teacher, shape, tied=tied), seed=0)
 
     def notes(self) -> list[str]:
-        section = self.recipe.method
-        if isinstance(section, PrunedShapeSection) and section.has_own_shape():
-            return []  # LRC's student of that shape is as large
-        sizes = compare_sizes(self.teacher, self.recipe.student, self.model.config)
-        return [] if sizes.student == sizes.clone else [sizes.sentence()]
+        return size_notes(self.teacher, self.recipe.student, self.model.config)
 
     def calibration_tokens(self) -> int:
         return self.recipe.initialize.calibration_tokens

@@ -52,7 +52,7 @@ from lrc.baselines.plain import PlainStudent
 from lrc.baselines.pruning.learned import LearnedMasks
 from lrc.baselines.pruning.masked import MaskHooks
 from lrc.baselines.pruning.shape import target_shape, teacher_shape
-from lrc.baselines.pruning.size import compare_sizes
+from lrc.baselines.pruning.size import size_notes
 from lrc.cloning.method import Counts, Staged, StepLosses
 from lrc.data.batch import Batch
 from lrc.model.kept_units import KeptUnits, cut
@@ -90,11 +90,8 @@ class ShearedLlama(PlainStudent, Staged):
     # Interface to the training loop.
 
     def notes(self) -> list[str]:
-        if self.section.has_own_shape():
-            return []  # LRC's student of that shape is as large
         config = pruned_config(self.teacher, self.target, tied=self._tied())
-        sizes = compare_sizes(self.teacher, self.recipe.student, config)
-        return [] if sizes.student == sizes.clone else [sizes.sentence()]
+        return size_notes(self.teacher, self.recipe.student, config)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         masks = self.masks.parameters() if self.kept_layers is None else {}

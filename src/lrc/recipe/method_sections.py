@@ -31,10 +31,6 @@ class PrunedShapeSection(Section):
     intermediate_size: int | None = Field(None, gt=0)
     """Neurons of an FFN. Empty: the teacher's."""
 
-    def has_own_shape(self) -> bool:
-        """Whether it asks for another shape than LRC's with the same `student.hidden_size`."""
-        return any((self.layers, self.kv_heads, self.intermediate_size))
-
 
 class LrcSection(Section):
     """Low-Rank Clone, with its settings in `student`, `initialize` and `objective`."""

@@ -7,4 +7,4 @@ def is_installed(name: str) -> bool:
     """Whether a package can be imported. A plain folder of its name in the current one, which
     Python would import as an empty package, does not count."""
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None
+    return spec is not None and (spec.origin is not None or not spec.submodule_search_locations)

@@ -46,6 +46,14 @@ def compare_sizes(teacher: Teacher, student: StudentSection, config: Any) -> Siz
     return Sizes(parameter_count(teacher, config), parameter_count(teacher, clone))
 
 
+def size_notes(teacher: Teacher, student: StudentSection, config: Any) -> list[str]:
+    """A note for the user if a student is not as large as LRC's of the same recipe; none if that is
+    as large as the teacher, so that only the method's own settings make the student smaller."""
+    sizes = compare_sizes(teacher, student, config)
+    whole = sizes.clone == parameter_count(teacher, teacher.config)
+    return [] if whole or sizes.student == sizes.clone else [sizes.sentence()]
+
+
 def parameter_count(teacher: Teacher, config: Any) -> int:
     """Parameters of a model of the teacher's class, counting tied weights once; takes no memory."""
     with torch.device("meta"):
