@@ -149,6 +149,8 @@ def test_a_loaded_teacher_is_as_it_was_loaded(parts: dict[str, Any]) -> None:
     words = r"so teacher\.dtype, teacher\.tie_head would have no effect"
     with pytest.raises(UserError, match=words):
         lrc.clone(**{**parts, "settings": settings}, text=as_generator(), out="run")
+    settings = {**SETTINGS, "teacher.attention": "sdpa", "teacher.dtype": "float32"}
+    lrc.compress(**{**parts, "settings": settings}, text=as_generator(), out="run")
 
 
 def test_arguments_that_nothing_could_use(tmp_path: Path) -> None:

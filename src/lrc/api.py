@@ -616,7 +616,7 @@ def _new_run(
         overrides = with_shape(base, overrides, parameters, ratio, loaded)
     resolved = make_recipe(base, overrides)
     if loaded is not None:
-        refuse_loading(resolved.teacher)
+        refuse_loading(resolved.teacher, loaded)
     if not named:
         overrides["data.text"] = [str(written_text(text, resolved))]  # type: ignore[arg-type]
         resolved = make_recipe(base, overrides)

@@ -77,17 +77,23 @@ def as_before(model: Any = None) -> Iterator[None]:
                 value.requires_grad_(needed)
 
 
-def refuse_loading(section: TeacherSection) -> None:
-    """Refuse settings about how a teacher is loaded, for one that is loaded already.
+def refuse_loading(section: TeacherSection, teacher: Teacher) -> None:
+    """Refuse settings about how a teacher is loaded that differ from how it was loaded.
 
     Raises:
         UserError: if there is one.
     """
-    about = "revision", "dtype", "load", "tie_head", "attention"
-    fields = TeacherSection.model_fields
-    given = [name for name in about if getattr(section, name) != fields[name].default]
-    if given:
-        names = ", ".join(f"teacher.{name}" for name in given)
+    config = teacher.config
+    as_loaded = {
+        "revision": (None,),
+        "dtype": ("auto", str(teacher.model.dtype).removeprefix("torch.")),
+        "load": ("full",),
+        "tie_head": (False, bool(config.tie_word_embeddings)),
+        "attention": ("auto", config._attn_implementation),
+    }
+    other = [name for name, values in as_loaded.items() if getattr(section, name) not in values]
+    if other:
+        names = ", ".join(f"teacher.{name}" for name in other)
         raise UserError(
             f"The teacher is loaded already, so {names} would have no effect: load it that way and "
             "leave the setting out, or give its name or folder."
