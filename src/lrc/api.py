@@ -354,7 +354,7 @@ def prune(
         ratio=("method.ratio", ratio),
         recover=("method.recovery", recover),
     )
-    recipe = prune_recipe(name, ratio, paths_of(text), recover, tokens, given)
+    recipe = prune_recipe(name, recover, tokens, given)
     folder = Path(out) if out else default_folder(recipe, f"{short_name(name)}-pruned")
     run = Run.create(folder, recipe, join())
     check_recipe(recipe)

@@ -147,8 +147,8 @@ def written_text(text: Iterable[Any], recipe: Recipe) -> Path:
     with new_file(written) as temporary, temporary.open("w", encoding="utf-8") as file:
         for row in _rows(text):
             document = row
-            if isinstance(row, Mapping):
-                document = "" if row.get(field, "") is None else row.get(field, row)
+            if isinstance(row, Mapping) and field in row:
+                document = "" if row[field] is None else row[field]
             if not isinstance(document, str):
                 raise UserError(
                     f"The text holds a {type(document).__name__}: give strings, or rows with text "

@@ -87,7 +87,7 @@ def prune(
         "initialize.calibration_tokens": ("--calibration-tokens", calibration_tokens),
     }
     given = parse_overrides(settings or [], flags)
-    recipe = prune_recipe(model, ratio, text or [], way, tokens, given)
+    recipe = prune_recipe(model, way, tokens, given)
     folder = out or default_folder(recipe, f"{short_name(model)}-pruned")
     run = Run.create(folder, recipe, join())
     check_recipe(recipe)

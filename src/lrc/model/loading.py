@@ -309,7 +309,8 @@ def settle_tie(name: str, model: Model) -> list[str]:
     Returns:
         Notes for the user.
     """
-    if not (model.config.tie_word_embeddings and _has_other_head(model)):
+    parts = _separate_head(model) if model.config.tie_word_embeddings else None
+    if parts is None or torch.equal(*parts):
         return []
     untie(model)
     return [
@@ -318,14 +319,14 @@ def settle_tie(name: str, model: Model) -> list[str]:
     ]
 
 
-def _has_other_head(model: Model) -> bool:
-    """Whether a loaded model has an LM head that differs from its embedding."""
+def _separate_head(model: Model) -> tuple[Tensor, Tensor] | None:
+    """Embedding and LM head of a loaded model; None if they are one matrix, or one is missing or on
+    the meta device."""
     parts = model.get_input_embeddings(), model.get_output_embeddings()
     if any(part is None for part in parts):
-        return False
+        return None
     embedding, head = (part.weight for part in parts)
-    known = not (embedding.is_meta or head.is_meta)
-    return embedding is not head and known and not torch.equal(embedding, head)
+    return None if embedding is head or embedding.is_meta or head.is_meta else (embedding, head)
 
 
 def _other_head(files: ModelFiles, stored: dict[str, StoredTensor], skeleton: Model) -> bool:
@@ -347,12 +348,10 @@ def _settle_head(files: ModelFiles, model: Model, tie: bool) -> list[str]:
     Returns:
         Notes for the user.
     """
-    parts = model.get_input_embeddings(), model.get_output_embeddings()
-    if any(part is None for part in parts):
+    parts = _separate_head(model)
+    if parts is None:
         return []
-    embedding, head = (part.weight for part in parts)
-    if embedding is head or embedding.is_meta or head.is_meta:
-        return []
+    embedding, head = parts
     if tie or torch.equal(embedding, head):
         if not (tie or model.config.tie_word_embeddings):
             return [_offer(files, embedding, 0.0)]

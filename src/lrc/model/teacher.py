@@ -19,6 +19,7 @@ from lrc.model.families import Family, check_supported, family_of
 from lrc.model.gguf import read_header
 from lrc.model.layout import Layout, LinearSite
 from lrc.model.loading import (
+    FLOATING,
     load_config,
     load_skeleton_of,
     load_weights,
@@ -42,10 +43,6 @@ __all__ = [
     "model_files",
     "short_name",
 ]
-
-
-PLAIN = torch.float64, torch.float32, torch.float16, torch.bfloat16
-"""Element types of weights that need no scales."""
 
 
 @dataclass(frozen=True)
@@ -330,8 +327,8 @@ def _refuse_packed(model: Model, family: Family, name: str) -> None:
     Raises:
         UserError: if it is quantized, or another library has replaced parts of it, as peft does.
     """
-    kinds = {parameter.dtype for parameter in model.parameters()} - set(PLAIN)
-    if kinds or getattr(model, "hf_quantizer", None) is not None:
+    packed = any(str(parameter.dtype) not in FLOATING for parameter in model.parameters())
+    if packed or getattr(model, "hf_quantizer", None) is not None:
         raise UserError(
             f"The loaded model '{name}' is quantized: give its name or folder, or load it without "
             "quantization."

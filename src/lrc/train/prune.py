@@ -1,8 +1,7 @@
 """The recipe to prune a finished model: `llm-pruner` with the model as its own teacher."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from lrc.model.teacher import load_skeleton
@@ -16,22 +15,16 @@ that make held-out losses comparable."""
 
 
 def prune_recipe(
-    model: str,
-    ratio: float,
-    text: Sequence[str] = (),
-    recover: str | None = None,
-    tokens: int | None = None,
-    settings: Mapping[str, Any] = MappingProxyType({}),
+    model: str, recover: str | None, tokens: int | None, settings: Mapping[str, Any]
 ) -> Recipe:
     """The recipe of a run that prunes a model.
 
     Args:
         model: a run's folder, to prune its student, or any model, named like a teacher.
-        ratio: share of all parameters to remove.
-        text: sources of the calibration and recovery text; empty: those of the run.
         recover: what to train afterwards, `full` or `lora`; None: nothing.
         tokens: training tokens of the recovery.
-        settings: other recipe settings by dotted key; they take precedence.
+        settings: recipe settings by dotted key, `method.ratio` and, if given, the text and those
+            above among them.
 
     Raises:
         UserError: if the model is not found, there is no text, or a setting is not usable.
@@ -48,18 +41,15 @@ def prune_recipe(
         base["data"] = trained["data"]
         base["train"] = {k: v for k, v in trained.get("train", {}).items() if k in OF_THE_RUN}
     hidden_size = int(load_skeleton(model).config.hidden_size)
-    if not (base["data"] or text or any(key.startswith("data.") for key in settings)):
+    if not (base["data"] or any(key.startswith("data.") for key in settings)):
         raise UserError(
             f"{model} is not a run, so pruning needs text to measure importance: give --text."
         )
     if recover == "lora":
         base["train"]["optimizer"] = "adamw"  # as published; Muon was not tried on adapters
     base |= {
-        "method": {"name": "llm-pruner", "ratio": ratio, "recovery": recover or "full"},
+        "method": {"name": "llm-pruner", "recovery": "full"},
         "teacher": {"model": model},
         "student": {"hidden_size": hidden_size},
     }
-    overrides: dict[str, Any] = {"data.text": list(text)} if text else {}
-    if tokens is not None:
-        overrides["train.tokens"] = tokens
-    return make_recipe(base, {**overrides, **settings})
+    return make_recipe(base, settings)
